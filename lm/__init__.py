@@ -1,0 +1,1 @@
+"""lm: one readable repository for the whole life of a language model."""

@@ -1,0 +1,1 @@
+"""The ground every room stands on: the mesh, and the one table from logical to mesh axes."""

@@ -1,0 +1,8 @@
+"""Eight fake devices on every machine, set before JAX starts, so that sharding is tested everywhere."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
