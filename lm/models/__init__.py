@@ -1,0 +1,17 @@
+"""Ids to logits: one Transformer, declared once and run anywhere.
+
+Names carry shapes. One letter a dimension, after the underscore:
+
+    B  batch (sequences)            T  query length             S  key length
+    D  model width (residual)       H  query heads              K  key/value heads
+    G  query heads per kv head      C  head width               F  feed-forward width
+    V  vocabulary                   L  layers                   E  experts
+
+so `x_BTD` is a batch of residual streams and `w_DF` maps width to feed-forward width.
+"""
+
+from lm.models.build import bind, count, init, param_specs
+from lm.models.config import ModelConfig
+from lm.models.transformer import Transformer
+
+__all__ = ["ModelConfig", "Transformer", "bind", "count", "init", "param_specs"]

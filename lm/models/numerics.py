@@ -1,0 +1,86 @@
+"""How numbers are multiplied: the one place that knows what each platform is good at.
+
+Parameters are float32. `contract` multiplies in the compute dtype and accumulates in float32, forward
+and backward: both gradients multiply operands of the compute dtype too, which plain autodiff of a
+bfloat16 product with a float32 result would not (it widens the incoming gradient first).
+
+On the CPU, XLA fuses the cheap operations that produce an operand into the copy that feeds the
+product and then recomputes them with strided access. A barrier around the operands that the
+backward pass reads keeps each product alone with finished arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.cache
+def fast_bfloat16(platform: str | None = None) -> bool:
+    """Whether bfloat16 products are faster than float32 ones here (TPU, GPU, AMX or AVX512-BF16)."""
+    platform = platform or jax.default_backend()
+    if platform != "cpu":
+        return True
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The dtype that `model.compute_dtype` names; `auto` is bfloat16 where that is faster."""
+    if name == "auto":
+        name = "bfloat16" if fast_bfloat16() else "float32"
+    return jnp.dtype(name)
+
+
+def contract(spec: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """`einsum(spec, x, w)` of two arrays in x's dtype, accumulated in float32.
+
+    Every letter of one operand that the other lacks must be in the output (no broadcasting sums),
+    so that both gradients are contractions as well.
+
+    Args:
+      spec: an einsum of two operands with an explicit output, e.g. `btd,df->btf`.
+      x: the activations; their dtype is the compute dtype.
+      w: the other operand: a float32 parameter, or activations.
+      dtype: of the result; x's own unless given.
+
+    Returns:
+      The product in `dtype`.
+    """
+    return _contract(spec, jnp.dtype(dtype or x.dtype), x, w)
+
+
+def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _settle(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """On the CPU, finishes `arrays` before anything reads them; elsewhere does nothing."""
+    return jax.lax.optimization_barrier(arrays) if jax.default_backend() == "cpu" else arrays
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _contract(spec: str, dtype: jnp.dtype, x: jax.Array, w: jax.Array) -> jax.Array:
+    return _einsum(spec, x, w.astype(x.dtype)).astype(dtype)
+
+
+def _contract_forward(spec, dtype, x, w):
+    (x,) = _settle(x)
+    return _contract(spec, dtype, x, w), (x, w)
+
+
+def _contract_backward(spec, dtype, saved, gradient):
+    x, w = saved
+    operands, out = spec.split("->")
+    first, second = operands.split(",")
+    (gradient,) = _settle(gradient.astype(x.dtype))
+    dx = _einsum(f"{out},{second}->{first}", gradient, w.astype(x.dtype)).astype(x.dtype)
+    dw = _einsum(f"{first},{out}->{second}", x, gradient).astype(w.dtype)
+    return dx, dw
+
+
+_contract.defvjp(_contract_forward, _contract_backward)

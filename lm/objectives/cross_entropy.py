@@ -1,0 +1,124 @@
+"""Cross-entropy of a linear head, without ever holding all its float32 logits.
+
+The sequence is cut into chunks; each chunk's logits are made, used and dropped. Since the loss is a
+sum, its gradient with respect to the logits is known as soon as they are, so the forward pass makes
+the gradients of hidden states and head as well, and the backward pass only scales them: three
+matrix products in all, as without chunks, where recomputing the logits would take four.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lm.models.numerics import contract
+from lm.parallel.sharding import constrain
+
+CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB of float32
+
+
+def chunk_length(batch: int, length: int, vocab: int, limit: int = CHUNK_ELEMENTS) -> int:
+    """The largest divisor of `length` whose chunk of logits [batch, ·, vocab] stays within `limit`."""
+    most = max(1, limit // (batch * vocab))
+    return max(n for n in range(1, length + 1) if length % n == 0 and (n <= most or n == 1))
+
+
+def linear_cross_entropy(
+    x_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    z_loss: float = 0.0,
+    chunk: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+    """Summed cross-entropy of logits x·headᵀ, and its regulariser.
+
+    Args:
+      x_BTD: hidden states, in the compute dtype.
+      head_VD: the output head.
+      targets_BT: the right token at each position.
+      weights_BT: how much each position counts.
+      z_loss: coefficient of Σ w·log²Z, which keeps the softmax's normaliser Z near one
+        (Chowdhery et al. 2022, §5).
+      chunk: positions a chunk; 0 chooses.
+
+    Returns:
+      (loss, nats): scalars, float32. `nats` is Σ w·(-log p(target)); `loss` adds the z-loss.
+    """
+    batch, length, _ = x_BTD.shape
+    chunk = chunk or chunk_length(batch, length, head_VD.shape[0])
+    if length % chunk:
+        raise ValueError(f"chunk={chunk} does not divide the sequence length {length}")
+    return _summed(float(z_loss), chunk, x_BTD, head_VD, targets_BT, weights_BT)
+
+
+def _chunk_loss(z_loss, x, head, targets, weights):
+    """(loss, nats, logits, log_z, chosen) of one chunk."""
+    logits = contract("btd,vd->btv", x, head, jnp.float32)
+    logits = constrain(logits, "batch", "length", "vocab")
+    log_z = jax.nn.logsumexp(logits, -1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    nats = jnp.sum(weights * (log_z - chosen))
+    loss = nats + z_loss * jnp.sum(weights * log_z**2) if z_loss else nats
+    return loss, nats, logits, log_z
+
+
+def _split(array, chunk):
+    """[B, T, …] as [chunks, B, chunk, …]."""
+    batch, length = array.shape[:2]
+    shape = (batch, length // chunk, chunk, *array.shape[2:])
+    return jnp.moveaxis(array.reshape(shape), 1, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _summed(z_loss, chunk, x_BTD, head_VD, targets_BT, weights_BT):
+    def step(total, part):
+        x, targets, weights = part
+        loss, nats, *_ = _chunk_loss(z_loss, x, head_VD, targets, weights)
+        return (total[0] + loss, total[1] + nats), None
+
+    if chunk == x_BTD.shape[1]:
+        return step((0.0, 0.0), (x_BTD, targets_BT, weights_BT))[0]
+    parts = tuple(_split(a, chunk) for a in (x_BTD, targets_BT, weights_BT))
+    return jax.lax.scan(step, (jnp.float32(0), jnp.float32(0)), parts)[0]
+
+
+def _summed_forward(z_loss, chunk, x_BTD, head_VD, targets_BT, weights_BT):
+    def step(carry, part):
+        loss_sum, nats_sum, dhead = carry
+        x, targets, weights = part
+        loss, nats, logits, log_z = _chunk_loss(z_loss, x, head_VD, targets, weights)
+        softmax_scale = weights * (1 + 2 * z_loss * log_z) if z_loss else weights
+        dlogits = jnp.exp(logits - log_z[..., None]) * softmax_scale[..., None]
+        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+        dlogits = (dlogits - jnp.where(hit, weights[..., None], 0)).astype(x.dtype)
+        dlogits = jax.lax.optimization_barrier(dlogits)
+        dx = contract("btv,vd->btd", dlogits, head_VD)
+        dhead += contract("btv,btd->vd", dlogits, x, jnp.float32)
+        return (loss_sum + loss, nats_sum + nats, dhead), dx
+
+    carry = (jnp.float32(0), jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
+    if chunk == x_BTD.shape[1]:
+        (loss, nats, dhead), dx = step(carry, (x_BTD, targets_BT, weights_BT))
+    else:
+        parts = tuple(_split(a, chunk) for a in (x_BTD, targets_BT, weights_BT))
+        (loss, nats, dhead), dx = jax.lax.scan(step, carry, parts)
+        dx = jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape)
+    return (loss, nats), (dx, dhead.astype(head_VD.dtype))
+
+
+def _summed_backward(z_loss, chunk, saved, gradient):
+    dx, dhead = saved
+    scale, _ = gradient  # nats are reported, never differentiated
+    return dx * scale.astype(dx.dtype), dhead * scale.astype(dhead.dtype), None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
+
+
+def perplexity(nats_per_token: float) -> float:
+    """exp of the mean loss; infinity where that overflows."""
+    return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
