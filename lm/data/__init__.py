@@ -1,0 +1,99 @@
+"""Corpora and synthetic worlds → packed, resumable batches.
+
+    config.py     the `data` section
+    files.py      local files → documents
+    stdlib.py     the running Python's documentation and source → documents
+    storyworld/   generated stories together with what is true in them
+    corpora.py    corpora by name; training and validation splits
+    cache.py      documents → tokens on disk
+    packing.py    tokens → rows
+    batches.py    rows → batches
+    prefetch.py   batches → device
+
+In one breath:
+
+    train, validation = prepare(config, tokenizer, seed)
+    for batch in train_batches(config, train, seed=seed): ...
+    for batch in evaluation_batches(config, validation): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from absl import logging
+
+from lm.config import check
+from lm.data.batches import BatchIterator, evaluation_batches, train_batches
+from lm.data.cache import TokenizedCorpus, Tokenizer, tokenize
+from lm.data.config import DataConfig
+from lm.data.corpora import CorpusReport, documents
+from lm.data.prefetch import prefetch_to_device
+
+__all__ = [
+    "BatchIterator",
+    "CorpusReport",
+    "DataConfig",
+    "TokenizedCorpus",
+    "documents",
+    "evaluation_batches",
+    "prefetch_to_device",
+    "prepare",
+    "tokenize",
+    "train_batches",
+]
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    seed: int,
+    notify: Callable[[str], None] = logging.info,
+) -> tuple[tuple[TokenizedCorpus, ...], tuple[TokenizedCorpus, ...]]:
+    """The training and validation corpora of `config`, tokenised, from the cache where possible.
+
+    Args:
+      config: the `data` section.
+      tokenizer: see `lm.tokenizers`.
+      seed: for generated corpora.
+      notify: receives one line for each thing worth knowing.
+
+    Returns:
+      (training corpora in the order of `config.paths`, validation corpora). The latter is empty
+      only where `validation_fraction` is 0 and there is no `validation_path`.
+
+    Raises:
+      ConfigError: a corpus cannot be used, or a split has no documents.
+    """
+    separate = bool(config.validation_paths)
+    train, validation = [], []
+    for path in config.paths:
+        both = tokenize(config, path, tokenizer, seed, split=not separate, notify=notify)
+        train.append(both["train"])
+        if not separate and config.validation_fraction:
+            validation.append(both["validation"])
+    for path in config.validation_paths:
+        held_out = tokenize(
+            config,
+            path,
+            tokenizer,
+            seed,
+            split=False,
+            field="data.validation_path",
+            notify=notify,
+        )
+        validation.append(held_out["train"])
+    for corpus in train:
+        check(corpus.num_documents > 0, _too_few(config, corpus, "train"))
+    # One small corpus of a mixture may do without validation documents, but not all.
+    if validation and not any(corpus.num_documents for corpus in validation):
+        check(False, _too_few(config, validation[0], "validate"))
+    return tuple(train), tuple(c for c in validation if c.num_documents)
+
+
+def _too_few(config: DataConfig, corpus: TokenizedCorpus, purpose: str) -> str:
+    return (
+        f"data.split={config.split!r} with data.validation_fraction={config.validation_fraction} "
+        f"leaves no documents of {corpus.name} to {purpose} on; "
+        "set data.split='position' or data.validation_path"
+    )

@@ -1,0 +1,341 @@
+"""Tokenised corpora → batches: batch n is a function of the seed, n and the global row number.
+
+The pipeline is a Grain `MapDataset` of row numbers: shuffled anew in every epoch, repeated, mixed,
+cut into batches of which each host takes its share, and only then turned into arrays, a whole
+batch at a time. Every stage is random access, so a position in it is one number, resuming costs
+nothing and is exact, and the number of hosts changes who computes a row but not which rows there
+are.
+
+A batch is a dict of arrays [rows of this host, block_size]: `inputs` and `targets` int32, `weights`
+float32 (1 for a target, 0 for padding), `segment_ids` int32 (0 for padding, documents from 1) and
+`positions` int32 (from 0 in each segment).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from lm.config import ConfigError, check
+from lm.data.cache import TokenizedCorpus
+from lm.data.config import DataConfig
+from lm.data.packing import Rows, rows_of
+
+Batch = dict[str, np.ndarray]
+_EMPTY_ROW = -1
+
+
+def empty_batch(num_rows: int, block_size: int) -> Batch:
+    """A batch of padding: zeros, weighing nothing."""
+    batch = {
+        name: np.zeros((num_rows, block_size), np.int32)
+        for name in ("inputs", "targets", "segment_ids", "positions")
+    }
+    batch["weights"] = np.zeros((num_rows, block_size), np.float32)
+    return batch
+
+
+class _Gather:
+    """Row numbers of one batch → the batch.
+
+    A number stands for (epoch, corpus, row): epoch * total + rows of earlier corpora + row.
+    """
+
+    def __init__(self, all_rows: Sequence[Rows], block_size: int):
+        self.all_rows = all_rows
+        self.block_size = block_size
+        self.bounds = np.cumsum([0] + [rows.num_rows for rows in all_rows])
+        self.total = int(self.bounds[-1])
+
+    def __call__(self, numbers: Sequence[int]) -> Batch:
+        batch = empty_batch(len(numbers), self.block_size)
+        numbers = np.asarray(numbers, np.int64)
+        epochs, numbers_in_epoch = np.divmod(numbers, self.total)
+        corpora = np.searchsorted(self.bounds, numbers_in_epoch, side="right") - 1
+        corpora[numbers == _EMPTY_ROW] = -1
+        for index, rows in enumerate(self.all_rows):
+            places = np.flatnonzero(corpora == index)
+            if len(places):
+                wanted = numbers_in_epoch[places] - self.bounds[index]
+                rows.fill(batch, places, wanted, epochs[places])
+        return batch
+
+
+class _RowNumbers(grain.MapDataset):
+    """The numbers that `_Gather` understands, for `count` rows from `first`, in every epoch.
+
+    Not a Grain source, because those forget which epoch an index lies in.
+    """
+
+    def __init__(self, first: int, count: int, total: int):
+        super().__init__()
+        self.first, self.count, self.total = first, count, total
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, row = divmod(index, self.count)
+        return epoch * self.total + self.first + row
+
+
+class _Limit(grain.MapDataset):
+    """The first `count` elements, then empty rows up to a multiple of the batch size."""
+
+    def __init__(self, parent: grain.MapDataset, count: int, batch_size: int):
+        super().__init__(parent)
+        self.count = count
+        self.length = math.ceil(count / batch_size) * batch_size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        return self._parent[index] if index < self.count else _EMPTY_ROW
+
+
+_SHUFFLE, _OFFSETS = 0, 1
+
+
+def _seed(seed: int, index: int, purpose: int) -> int:
+    """A 32-bit seed for one use in corpus `index`; nearby run seeds give unrelated ones.
+
+    Grain adds the epoch to it, so seeds that differ by little would repeat each other's shuffles.
+    """
+    return int(np.random.SeedSequence([seed % 2**64, index, purpose]).generate_state(1)[0])
+
+
+def _host_share(config: DataConfig, process_index: int, process_count: int) -> int:
+    check(
+        config.batch_size % process_count == 0,
+        f"data.batch_size={config.batch_size} is not divisible by the {process_count} processes",
+    )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index} is not below {process_count}")
+    return config.batch_size // process_count
+
+
+class BatchIterator(Iterator[Batch]):
+    """Training batches of this host, with a position that can be saved and set.
+
+    Attributes:
+      batches_per_epoch: batches in which every row comes once (rounded up); with `weights`, the
+        number that draws as many rows as there are.
+      num_batches: batches until the end, or None where `epochs` is.
+      padding_fraction: share of places that hold padding.
+      single_segment: no row ever holds two segments, so attention needs no segment mask.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        corpora: Sequence[TokenizedCorpus],
+        *,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        local = _host_share(config, process_index, process_count)
+        self.corpora = corpora
+        self.rows = [rows_of(c, config, _seed(seed, i, _OFFSETS)) for i, c in enumerate(corpora)]
+        self._config = config
+        self._seed = seed
+        gather = _Gather(self.rows, config.block_size)
+        self._rows_per_epoch = gather.total
+        self.batches_per_epoch = math.ceil(gather.total / config.batch_size)
+        self.num_batches = None
+        places = gather.total * config.block_size
+        self.padding_fraction = 1 - sum(rows.num_targets for rows in self.rows) / places
+        self.single_segment = config.packing == "none" or (
+            config.packing == "concat" and not config.end_of_text
+        )
+
+        if config.weights and len(self.rows) > 1:
+            parts = [
+                _RowNumbers(int(first), rows.num_rows, gather.total)
+                for first, rows in zip(gather.bounds, self.rows)
+            ]
+        else:
+            parts = [_RowNumbers(0, gather.total, gather.total)]
+        if config.shuffle:
+            parts = [part.shuffle(_seed(seed, i, _SHUFFLE)) for i, part in enumerate(parts)]
+        parts = [part.repeat(None) for part in parts]
+        numbers = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, config.weights)
+        if config.epochs is not None:
+            numbers = _Limit(numbers, config.epochs * gather.total, config.batch_size)
+            self.num_batches = len(numbers) // config.batch_size
+        # Consecutive groups of `local` rows are the shares of hosts 0, 1, ..., of batch 0, 1, ...
+        dataset = numbers.batch(local, batch_fn=gather)[process_index::process_count]
+        self._dataset = dataset
+        threads = config.num_threads if config.prefetch else 0
+        options = grain.ReadOptions(
+            num_threads=threads,
+            prefetch_buffer_size=max(config.prefetch, threads) if threads else 0,
+        )
+        self._iterator = iter(dataset.to_iter_dataset(options))
+        self._next = 0
+
+    def __next__(self) -> Batch:
+        batch = next(self._iterator)
+        self._next += 1
+        return batch
+
+    def batch(self, n: int) -> Batch:
+        """This host's share of batch `n`, without moving the iterator."""
+        return self._dataset[n]
+
+    def position(self, n: int | None = None) -> tuple[int, int]:
+        """(epoch, rows into it) where batch `n` starts; by default, the next one.
+
+        With `weights`, an epoch is as many rows as the corpora have together.
+        """
+        n = self._next if n is None else n
+        return divmod(n * self._config.batch_size, self._rows_per_epoch)
+
+    def get_state(self) -> dict[str, Any]:
+        """Where the iterator is, and in what; ready for JSON. Any number of hosts may resume."""
+        return {
+            "batch": self._next,
+            "grain": self._iterator.get_state(),
+            "data": self._identity(),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken: the next batches are bitwise the same.
+
+        Raises:
+          ConfigError: the state belongs to other data or other batch settings.
+        """
+        saved, here = state["data"], self._identity()
+        for name, value in here.items():
+            if saved.get(name) == value:
+                continue
+            remedy = "restore it, or start in a new directory"
+            if name == "corpus":
+                raise ConfigError(
+                    "data.path: the text or the tokenizer is not the one the checkpoint was "
+                    f"trained on; {remedy}"
+                )
+            field = "seed" if name == "seed" else f"data.{name}"
+            raise ConfigError(
+                f"{field}={value!r} but the checkpoint was trained with {saved.get(name)!r}; "
+                f"{remedy}"
+            )
+        self._iterator.set_state(state["grain"])
+        self._next = state["batch"]
+
+    def close(self) -> None:
+        """Stops the threads that prepare batches."""
+        self._iterator.close()
+
+    def _identity(self) -> dict[str, Any]:
+        """What the sequence of batches depends on."""
+        keys = "\n".join(corpus.key for corpus in self.corpora)
+        config = dataclasses.asdict(self._config)
+        names = ("batch_size", "block_size", "packing", "end_of_text", "shuffle", "random_offset")
+        return {
+            "corpus": hashlib.blake2b(keys.encode(), digest_size=16).hexdigest(),
+            "weights": list(self._config.weights),
+            "seed": self._seed,
+            **{name: config[name] for name in names},
+        }
+
+
+def train_batches(
+    config: DataConfig,
+    corpora: TokenizedCorpus | Sequence[TokenizedCorpus],
+    *,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> BatchIterator:
+    """Training batches from one corpus or several, mixed by `config.weights`.
+
+    Args:
+      config: the `data` section.
+      corpora: in the order of `config.paths`.
+      seed: decides shuffles and window offsets.
+      process_index: which host this is.
+      process_count: how many hosts share each batch.
+
+    Returns:
+      An iterator without end, or over `config.epochs` epochs, of which the last batch is filled up
+      with rows of padding.
+
+    Raises:
+      ConfigError: a corpus is shorter than one block, or the batch cannot be shared evenly.
+    """
+    corpora = (corpora,) if isinstance(corpora, TokenizedCorpus) else tuple(corpora)
+    check(len(corpora) > 0, "data.path names no corpus to train on")
+    return BatchIterator(
+        config, corpora, seed=seed, process_index=process_index, process_count=process_count
+    )
+
+
+class EvaluationBatches:
+    """Every row of the corpora once, in order; may be iterated any number of times.
+
+    The last batch is filled up with rows of padding, so all batches have one shape. Rows of all
+    hosts together hold every target exactly once.
+
+    Attributes:
+      num_bytes: UTF-8 bytes of the text that the targets stand for. Bits per byte is the summed
+        loss in nats / ln 2 / num_bytes. End-of-text tokens are predicted too, and cost bits, but
+        stand for no bytes.
+      num_targets: targets in all batches of all hosts.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        corpora: Sequence[TokenizedCorpus],
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        self._local = _host_share(config, process_index, process_count)
+        self._first = process_index * self._local
+        self._batch_size = config.batch_size
+        rows = [rows_of(corpus, config, 0, training=False) for corpus in corpora]
+        self._gather = _Gather(rows, config.block_size)
+        self.num_targets = sum(r.num_targets for r in rows)
+        self.num_bytes = sum(c.num_bytes for c in corpora)
+        if config.packing == "concat" and not config.end_of_text:
+            self.num_bytes -= sum(c.first_token_bytes for c in corpora)
+        self.single_segment = config.packing == "none" or (
+            config.packing == "concat" and not config.end_of_text
+        )
+
+    def __len__(self) -> int:
+        return math.ceil(self._gather.total / self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for n in range(len(self)):
+            numbers = np.arange(self._local) + n * self._batch_size + self._first
+            yield self._gather(np.where(numbers < self._gather.total, numbers, _EMPTY_ROW))
+
+
+def evaluation_batches(
+    config: DataConfig,
+    corpora: TokenizedCorpus | Sequence[TokenizedCorpus],
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> EvaluationBatches:
+    """All of `corpora` (the validation split) as batches of one shape; see `EvaluationBatches`.
+
+    Raises:
+      ConfigError: there is nothing to evaluate on, or the batch cannot be shared evenly.
+    """
+    corpora = (corpora,) if isinstance(corpora, TokenizedCorpus) else tuple(corpora)
+    check(len(corpora) > 0, "data.validation_fraction=0.0 leaves nothing to evaluate on")
+    return EvaluationBatches(config, corpora, process_index, process_count)

@@ -1,0 +1,261 @@
+"""Corpora by name → documents, and the split of documents into training and validation.
+
+`source` turns a path of the `data` section into a `Source`: a name, a fingerprint that changes
+when the content may have, and its documents in an order that never changes.
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lm.config import ConfigError, check, check_choice
+from lm.data import files
+from lm.data.config import DataConfig
+from lm.data.files import CorpusReport
+
+__all__ = ["CorpusReport", "Source", "documents", "source", "split_of", "splits"]
+
+Split = str  # "train" or "validation"
+
+
+class Source(abc.ABC):
+    """One corpus: a fixed sequence of documents."""
+
+    def __init__(self, path: str, config: DataConfig):
+        self.path = path
+        self.config = config
+
+    @abc.abstractmethod
+    def documents(self, report: CorpusReport) -> Iterator[str]:
+        """Yields the documents, in a fixed order, noting in `report` what is left out."""
+
+    @abc.abstractmethod
+    def fingerprint(self, sidecar: Path | None = None) -> dict[str, Any]:
+        """What the documents depend on, as JSON: equal fingerprints mean equal documents.
+
+        `sidecar` may remember file hashes between calls (see `files.content_hash`).
+        """
+
+
+def source(path: str, config: DataConfig, seed: int, field: str = "data.path") -> Source:
+    """The corpus that `path` names.
+
+    Raises:
+      ConfigError: no such corpus.
+    """
+    if path == "storyworld":
+        return _Storyworld(path, config, seed)
+    if path == "stdlib":
+        from lm.data.stdlib import StandardLibrary
+
+        return StandardLibrary(path, config)
+    if path.startswith("hf:"):
+        return _Hub(path, config, field)
+    return _Files(path, config, field)
+
+
+class _Storyworld(Source):
+    """Stories from `lm.data.storyworld`, numbered 0, 1, … for a seed."""
+
+    def __init__(self, path: str, config: DataConfig, seed: int):
+        super().__init__(path, config)
+        self.seed = seed
+
+    def documents(self, report: CorpusReport) -> Iterator[str]:
+        from lm.data.storyworld import generate
+
+        for index in range(self.config.num_documents):
+            report.num_documents += 1
+            yield generate(self.seed, index).text
+
+    def fingerprint(self, sidecar: Path | None = None) -> dict[str, Any]:
+        import lm.data.storyworld as package
+
+        digest = hashlib.blake2b(digest_size=16)
+        for file in sorted(Path(package.__file__).parent.glob("**/*.py")):
+            digest.update(file.read_bytes())
+        return {
+            "corpus": "storyworld",
+            "generator": digest.hexdigest(),
+            "seed": self.seed,
+            "num_documents": self.config.num_documents,
+        }
+
+
+class _Files(Source):
+    """A file, a directory or a glob."""
+
+    def __init__(self, path: str, config: DataConfig, field: str):
+        super().__init__(path, config)
+        self.field = field
+        self.files = files.find(path, field)
+
+    def documents(self, report: CorpusReport) -> Iterator[str]:
+        for file in self.files:
+            for text in files.read(file, self.config, report):
+                report.num_documents += 1
+                yield text
+
+    def fingerprint(self, sidecar: Path | None = None) -> dict[str, Any]:
+        try:
+            contents = [
+                # The suffix decides how the bytes are read.
+                ["".join(Path(file).suffixes[-2:]), files.content_hash(file, sidecar)]
+                for file in self.files
+            ]
+        except OSError as error:
+            raise ConfigError(
+                f"{self.field}={self.path!r}: cannot read {error.filename}, {error.strerror}"
+            ) from None
+        return {
+            "corpus": "files",
+            "contents": contents,
+            "encoding": self.config.encoding,
+            "text_field": self.config.text_field,
+        }
+
+
+class _Hub(Source):
+    """`hf:NAME[:CONFIG]`: the train split of a Hugging Face dataset, streamed.
+
+    NAME may also be a directory: of data files, or written by `Dataset.save_to_disk`. A dataset on
+    the hub is recognised by its name, so an entry in the token cache outlives changes to it.
+    """
+
+    def __init__(self, path: str, config: DataConfig, field: str):
+        super().__init__(path, config)
+        self.field = field
+        name = path.removeprefix("hf:")
+        local = os.path.expanduser(name)
+        if os.path.exists(local):
+            self.name, self.subset = local, None
+        else:
+            self.name, _, subset = name.partition(":")
+            self.subset = subset or None
+            self.name = os.path.expanduser(self.name)
+        check(bool(self.name), f"{field}={path!r} must be 'hf:NAME' or 'hf:NAME:CONFIG'")
+
+    def documents(self, report: CorpusReport) -> Iterator[str]:
+        records = itertools.islice(self._records(), self.config.num_documents)
+        for text in files.texts(records, self.path, self.config, report):
+            report.num_documents += 1
+            yield text
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        try:
+            import datasets
+        except ImportError:
+            raise ConfigError(
+                f"{self.field}={self.path!r} needs the package 'datasets': pip install 'lm[hub]'"
+            ) from None
+        try:
+            saved = os.path.isfile(os.path.join(self.name, "state.json"))
+            if saved or os.path.isfile(os.path.join(self.name, "dataset_dict.json")):
+                dataset = datasets.load_from_disk(self.name)
+                if isinstance(dataset, datasets.DatasetDict):
+                    check(
+                        "train" in dataset,
+                        f"{self.field}={self.path!r} has no split 'train', only "
+                        f"{', '.join(map(repr, dataset))}",
+                    )
+                    dataset = dataset["train"]
+            else:
+                dataset = datasets.load_dataset(
+                    self.name, self.subset, split="train", streaming=True
+                )
+            yield from dataset
+        except ConfigError:
+            raise
+        except Exception as error:  # the library raises many kinds: network, name, script, format
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"{self.field}={self.path!r} cannot be read: {reason}") from error
+
+    def fingerprint(self, sidecar: Path | None = None) -> dict[str, Any]:
+        contents: Any = [self.name, self.subset]
+        if os.path.isdir(self.name):
+            contents = [
+                files.content_hash(file, sidecar) for file in files.find(self.name, self.field)
+            ]
+        return {
+            "corpus": "hf",
+            "contents": contents,
+            "text_field": self.config.text_field,
+            "num_documents": self.config.num_documents,
+        }
+
+
+def split_of(text: str, validation_fraction: float) -> Split:
+    """The split of a document, decided by its text alone: equal texts are never in both."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    held_out = int.from_bytes(digest, "big") < validation_fraction * 2.0**64
+    return "validation" if held_out else "train"
+
+
+def splits(corpus: Source, report: CorpusReport) -> Iterator[tuple[Split, str]]:
+    """Every document of `corpus` with its split, in order, in one pass where possible.
+
+    "position" reads the corpus twice: with n characters in all, the first
+    int(n * (1 - validation_fraction)) are for training, and a document across the cut is cut.
+    """
+    config = corpus.config
+    if config.split == "hash" or not config.validation_fraction:
+        for text in corpus.documents(report):
+            yield split_of(text, config.validation_fraction), text
+        return
+    length = sum(len(text) for text in corpus.documents(CorpusReport()))
+    left = int(length * (1 - config.validation_fraction))
+    for text in corpus.documents(report):
+        for split, part in (("train", text[:left]), ("validation", text[left:])):
+            if part:
+                yield split, part
+        left = max(0, left - len(text))
+
+
+def documents(
+    config: DataConfig, split: Split, seed: int, report: CorpusReport | None = None
+) -> Iterator[str]:
+    """The documents of a split of all corpora in `config`, one corpus after the other.
+
+    Args:
+      config: names the corpora and the split.
+      split: "train" or "validation".
+      seed: for generated corpora.
+      report: filled with what was read and what was skipped.
+
+    Raises:
+      ConfigError: a corpus does not exist, cannot be read or holds no documents.
+    """
+    check_choice("split", split, ("train", "validation"))
+    report = report if report is not None else CorpusReport()
+    separate = bool(config.validation_paths)
+    use_validation_paths = separate and split == "validation"
+    paths = config.validation_paths if use_validation_paths else config.paths
+    field = "data.validation_path" if use_validation_paths else "data.path"
+    for path in paths:
+        corpus = source(path, config, seed, field)
+        before = report.num_documents
+        if separate:
+            yield from corpus.documents(report)
+        else:
+            yield from (text for name, text in splits(corpus, report) if name == split)
+        if report.num_documents == before:
+            raise no_documents(field, path, report)
+
+
+def no_documents(field: str, path: str, report: CorpusReport) -> ConfigError:
+    """The error for a corpus in which nothing could be read."""
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in report.skipped[:3])
+    skipped = f": {len(report.skipped)} skipped ({reasons})" if reasons else ""
+    return ConfigError(f"{field}={path!r} holds no documents{skipped}")
+
+
+def python_version() -> str:
+    """The running Python, as far as its standard library is concerned."""
+    return f"{sys.implementation.name} {sys.version}"

@@ -1,0 +1,283 @@
+"""Rows of a fixed length out of documents of any length.
+
+A row is a list of *pieces*, each a stretch of the corpus that lies within one document. `Rows`
+lists the pieces of any row without looking at the rows before it, which is what makes batch *n* a
+function of *n* and resuming free; Grain's packing transforms (`ConcatThenSplitIterDataset`,
+`BestFitPackIterDataset`) pack as they read and would have to read again from the start.
+
+Positions in the corpus are positions of *targets*: position p has the target tokens[p], and its
+input is the token before, or begin-of-text where a document starts.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+
+import numpy as np
+
+from lm.config import check
+from lm.data.cache import TokenizedCorpus
+from lm.data.config import DataConfig
+
+Pieces = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Rows(abc.ABC):
+    """The rows that one corpus gives in an epoch.
+
+    Attributes:
+      num_rows: rows in an epoch, the same in every epoch.
+      num_targets: tokens predicted in an epoch.
+    """
+
+    num_rows: int
+    num_targets: int
+
+    def __init__(self, corpus: TokenizedCorpus, block_size: int):
+        self.corpus = corpus
+        self.block_size = block_size
+
+    @property
+    def padding_fraction(self) -> float:
+        """Share of all places in the rows of an epoch that hold padding."""
+        return 1 - self.num_targets / (self.num_rows * self.block_size)
+
+    @abc.abstractmethod
+    def pieces(self, rows: np.ndarray, epochs: np.ndarray) -> Pieces:
+        """The pieces of some rows.
+
+        Args:
+          rows: [n] row numbers below `num_rows`.
+          epochs: [n] the epoch each is wanted for.
+
+        Returns:
+          Three arrays with an entry per piece, in order: index into `rows`, first position in the
+          corpus, length.
+        """
+
+    def fill(
+        self, batch: dict[str, np.ndarray], places: np.ndarray, rows: np.ndarray, epochs: np.ndarray
+    ) -> None:
+        """Writes the given rows into the rows `places` of `batch`, which must be zero there."""
+        which, starts, lengths = self.pieces(rows, epochs)
+        total = int(lengths.sum())
+        if not total:
+            return
+        corpus, width = self.corpus, self.block_size
+        # Number the pieces of each row 0, 1, ... and find the column where each begins.
+        ends = np.cumsum(lengths)
+        first = np.ones(len(which), bool)
+        first[1:] = which[1:] != which[:-1]
+        first_piece = np.flatnonzero(first)[np.cumsum(first) - 1]
+        before = ends - lengths
+        columns = before - before[first_piece]
+        segment = np.arange(len(which)) - first_piece + 1
+        within = np.arange(total) - np.repeat(before, lengths)
+        target_at = np.repeat(starts, lengths) + within
+        place_at = np.repeat(places[which] * width + columns, lengths) + within
+
+        targets = corpus.tokens[target_at].astype(np.int32)
+        inputs = np.empty(total, np.int32)
+        inputs[1:] = targets[:-1]
+        # The input of a piece's first place is not the target to its left: look it up.
+        at_start = self._starts_document(starts)
+        inputs[before] = np.where(at_start, corpus.bos_id, corpus.tokens[np.maximum(starts - 1, 0)])
+        batch["inputs"].reshape(-1)[place_at] = inputs
+        batch["targets"].reshape(-1)[place_at] = targets
+        batch["weights"].reshape(-1)[place_at] = 1
+        batch["segment_ids"].reshape(-1)[place_at] = np.repeat(segment, lengths)
+        batch["positions"].reshape(-1)[place_at] = within
+
+    def _starts_document(self, starts: np.ndarray) -> np.ndarray:
+        offsets = self.corpus.offsets
+        return offsets[np.searchsorted(offsets, starts)] == starts
+
+
+class Concatenated(Rows):
+    """The corpus as one stream of documents, cut into windows of `block_size`.
+
+    With end-of-text between documents each is a segment of its own. Without, the corpus is one
+    stream in which every token but the first is predicted from those before it in its window.
+
+    With a `seed`, windows start elsewhere in each epoch, so that a token is not always predicted
+    from the same distance: the first window of an epoch is cut short, by an amount that changes.
+    No token is lost, no window is empty, and there are at most two windows more than without.
+    """
+
+    def __init__(self, corpus: TokenizedCorpus, block_size: int, seed: int | None = None):
+        super().__init__(corpus, block_size)
+        self.seed = seed
+        self.first_target = 0 if corpus.end_of_text else 1
+        self.num_targets = max(corpus.num_tokens - self.first_target, 0)
+        whole, rest = divmod(self.num_targets, block_size)
+        # The first window may have any length in this range without changing how many there are.
+        # Of the two such ranges, take the longer: it has at least half of all lengths.
+        self.first_lengths = (block_size, block_size)
+        self.num_rows = whole + (rest > 0)
+        if seed is not None and whole and block_size >= 4:
+            if rest <= block_size // 2:
+                self.first_lengths = (max(rest, 1), block_size - 1)
+                self.num_rows = whole + 1
+            else:
+                self.first_lengths = (1, rest - 1)
+                self.num_rows = whole + 2
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 (rows live as long as the run)
+    def first_length(self, epoch: int) -> int:
+        """Places used in the first window of an epoch."""
+        low, high = self.first_lengths
+        if low == high:
+            return high
+        return int(np.random.default_rng([self.seed, epoch]).integers(low, high, endpoint=True))
+
+    def pieces(self, rows: np.ndarray, epochs: np.ndarray) -> Pieces:
+        """One piece per document in the window; see `Rows.pieces`."""
+        first = np.array([self.first_length(int(epoch)) for epoch in epochs], np.int64)
+        starts = np.where(rows == 0, 0, first + (rows - 1) * self.block_size)
+        lengths = np.where(rows == 0, first, self.block_size)
+        lengths = np.minimum(lengths, self.num_targets - starts)
+        starts = starts + self.first_target
+        if not self.corpus.end_of_text:
+            return np.arange(len(rows)), starts, lengths
+        # Cut every window where a document starts inside it.
+        offsets = self.corpus.offsets
+        low = np.searchsorted(offsets, starts, side="right")
+        high = np.searchsorted(offsets, starts + lengths, side="left")
+        counts = high - low + 1
+        which = np.repeat(np.arange(len(rows)), counts)
+        begin = np.cumsum(counts) - counts
+        cut = np.arange(len(which)) - np.repeat(begin, counts) + np.repeat(low, counts) - 1
+        piece_starts = offsets[cut]
+        piece_starts[begin] = starts
+        piece_ends = np.empty_like(piece_starts)
+        piece_ends[:-1] = piece_starts[1:]
+        piece_ends[begin + counts - 1] = starts + lengths
+        return which, piece_starts, piece_ends - piece_starts
+
+    def _starts_document(self, starts: np.ndarray) -> np.ndarray:
+        if not self.corpus.end_of_text:
+            return np.zeros(len(starts), bool)
+        return super()._starts_document(starts)
+
+
+class Planned(Rows):
+    """Rows that are listed in advance: best-fit packing, or one document a row.
+
+    Documents longer than `block_size` are first cut into pieces of that length. The plan depends
+    on the corpus and `block_size` only, so it is made once and serves every epoch.
+    """
+
+    def __init__(self, corpus: TokenizedCorpus, block_size: int, packing: str):
+        super().__init__(corpus, block_size)
+        self.num_targets = corpus.num_tokens
+        starts, lengths = cut_documents(corpus.offsets, block_size)
+        if packing == "best_fit":
+            row_of_piece = best_fit_decreasing(lengths, block_size)
+        else:
+            row_of_piece = np.arange(len(lengths))
+        order = np.argsort(row_of_piece, kind="stable")
+        self.starts, self.lengths = starts[order], lengths[order]
+        self.num_rows = int(row_of_piece.max()) + 1 if len(lengths) else 0
+        self.bounds = np.searchsorted(row_of_piece[order], np.arange(self.num_rows + 1))
+
+    def pieces(self, rows: np.ndarray, epochs: np.ndarray) -> Pieces:
+        """See `Rows.pieces`."""
+        del epochs  # every epoch has the same rows
+        low = self.bounds[rows]
+        counts = self.bounds[rows + 1] - low
+        which = np.repeat(np.arange(len(rows)), counts)
+        index = np.arange(len(which)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+        return which, self.starts[index], self.lengths[index]
+
+
+def cut_documents(offsets: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and lengths of the pieces of all documents: whole blocks, then what is left."""
+    lengths = np.diff(offsets)
+    counts = -(-lengths // block_size)
+    index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.repeat(offsets[:-1], counts) + index * block_size
+    return starts, np.minimum(np.repeat(offsets[1:], counts) - starts, block_size)
+
+
+def best_fit_decreasing(lengths: np.ndarray, size: int) -> np.ndarray:
+    """Packs items into rows: longest first, each where it leaves the least space.
+
+    Best-fit decreasing never needs more than 11/9 of the fewest rows possible, plus one (Johnson
+    et al., 1974). Rows with equal space left are interchangeable, so they are kept in one list per
+    amount, and all items of one length are placed at once: the cost is a few array operations per
+    pair of length and space, not per item.
+
+    Args:
+      lengths: [n] item lengths, 1..size.
+      size: length of a row.
+
+    Returns:
+      [n] the row of each item; rows are numbered by the first item in them.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    row_of_item = np.empty(len(lengths), np.int64)
+    rows_with_space: dict[int, list[np.ndarray]] = {}
+    spaces = 0  # bit s is set when some row has s places left
+    num_rows = 0
+    distinct, counts = np.unique(lengths, return_counts=True)
+    end = 0
+    for length, count in zip(distinct[::-1].tolist(), counts[::-1].tolist()):
+        items = order[end : end + count]
+        end += count
+        while len(items):
+            large_enough = spaces >> length
+            if large_enough:
+                space = length + (large_enough & -large_enough).bit_length() - 1
+                rows = np.concatenate(rows_with_space.pop(space))
+                spaces ^= 1 << space
+            else:  # open as many rows as all the items need
+                space = size
+                needed = -(-len(items) // (space // length))
+                rows = np.arange(num_rows, num_rows + needed)
+                num_rows += needed
+            # An item leaves its row with the least space, so the next of this length follows it
+            # there as long as it fits.
+            each = space // length
+            taken = min(len(items), len(rows) * each)
+            placed, items = items[:taken], items[taken:]
+            full, partial = divmod(taken, each)
+            row_of_item[placed] = np.repeat(rows[: full + (partial > 0)], each)[:taken]
+            remaining = (
+                (rows[:full], space - each * length),
+                (rows[full : full + 1] if partial else rows[:0], space - partial * length),
+                (rows[full + (partial > 0) :], space),
+            )
+            for group, left in remaining:
+                if len(group) and left:
+                    rows_with_space.setdefault(left, []).append(group)
+                    spaces |= 1 << left
+    first = np.full(num_rows, len(lengths))
+    np.minimum.at(first, row_of_item, np.arange(len(lengths)))
+    rank = np.empty(num_rows, np.int64)
+    rank[np.argsort(first)] = np.arange(num_rows)
+    return rank[row_of_item]
+
+
+def rows_of(
+    corpus: TokenizedCorpus, config: DataConfig, seed: int, *, training: bool = True
+) -> Rows:
+    """The rows of `corpus` under `config.packing`.
+
+    Raises:
+      ConfigError: the corpus is empty or, for training, shorter than one block.
+    """
+    check(corpus.num_tokens > 0, f"data.path: {corpus.name} holds no tokens")
+    if config.packing == "concat":
+        offset_seed = seed if training and config.random_offset else None
+        rows = Concatenated(corpus, config.block_size, offset_seed)
+    else:
+        rows = Planned(corpus, config.block_size, config.packing)
+    if training and config.packing == "concat":
+        check(
+            rows.num_targets >= config.block_size,
+            f"data.block_size={config.block_size} is longer than the corpus {corpus.name}, which "
+            f"has {rows.num_targets} tokens to predict; give more text or a smaller block",
+        )
+    check(rows.num_rows > 0, f"data.path: {corpus.name} is too short to predict anything")
+    return rows

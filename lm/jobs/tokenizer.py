@@ -1,0 +1,223 @@
+"""Trains several kinds of tokenizer on one corpus and compares them on held-out text."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import ml_collections
+import rich
+from rich import box
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from lm.config import ConfigError, check, check_choice, to_dict, view
+from lm.data.config import DataConfig
+from lm.data.corpora import documents
+from lm.tokenizers import KINDS, Tokenizer, TokenizerConfig, as_tiktoken, explain, train
+from lm.tokenizers.config import pattern
+from lm.tokenizers.sentence_piece import SentencePieceTokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerJob:
+    """Which tokenizers to train, on what, and what to show."""
+
+    job: str = "tokenizer"
+    seed: int = 0  # for generated corpora
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    # Shared by the kinds below, but for its `kind`.
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+
+    # The kinds to compare. "tiktoken" is the trained "bpe" with its merges written as ranks. Empty:
+    # only `tokenizer` itself.
+    kinds: tuple[str, ...] = (
+        "char",
+        "byte",
+        "bpe",
+        "tiktoken",
+        "wordpiece",
+        "sentencepiece_unigram",
+        "sentencepiece_bpe",
+    )
+    heldout_bytes: int = 1_000_000  # compare on at most this much validation text
+
+    # Show how each tokenizer cuts this text, and for BPE the merges that build it, step by step.
+    # Nearly all words in text follow a space, and with it are other tokens: " together".
+    word: str = ""
+
+    def validate(self, prefix: str = "config") -> None:
+        """Raises `ConfigError` naming the first field that makes no sense."""
+        for i, kind in enumerate(self.kinds):
+            check_choice(f"{prefix}.kinds[{i}]", kind, [k for k in KINDS if k != "huggingface"])
+        check(
+            len(set(self.kinds)) == len(self.kinds), f"{prefix}.kinds={self.kinds!r} repeats a kind"
+        )
+        check(
+            self.heldout_bytes >= 1,
+            f"{prefix}.heldout_bytes={self.heldout_bytes!r} must be at least 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One tokenizer's line of the comparison. Times depend on the machine, the rest does not."""
+
+    kind: str
+    vocab_size: int
+    bytes_per_token: float  # held-out UTF-8 bytes ÷ tokens
+    train_seconds: float  # wall time
+    encode_mb_per_second: float  # 10⁶ held-out UTF-8 bytes a second, the best of three batches
+    round_trip_rate: float  # the share of held-out documents that come back exactly
+    lossless: bool  # whether any Unicode text would
+    lossy_because: str
+    fingerprint: str
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> list[Row]:
+    """Trains the tokenizers of a `TokenizerJob`, saves them, and prints how they compare.
+
+    Writes into `workdir`: one directory per kind, `tokenizers.json` with the table, `config.json`.
+
+    Raises:
+      ConfigError: a field that makes no sense, or a corpus without text to train or compare on.
+    """
+    job = view(TokenizerJob, config)
+    sample = list(_take(documents(job.data, "train", job.seed), job.tokenizer.train_bytes))
+    heldout = list(_take(documents(job.data, "validation", job.seed), job.heldout_bytes))
+    check(
+        bool(heldout),
+        f"config.data.path={job.data.path!r} leaves no validation text: raise "
+        "config.data.validation_fraction",
+    )
+    directory = Path(workdir).expanduser()
+    rich.print(f"training on {_size(sample)}, comparing on {_size(heldout)} of held-out text")
+    rows, tokenizers = [], []
+    for tokenizer, seconds in _trained(job, sample):
+        tokenizer.save(directory / tokenizer.kind)
+        tokenizers.append(tokenizer)
+        rows.append(_compare(tokenizer, heldout, seconds))
+    table = json.dumps([dataclasses.asdict(row) for row in rows], indent=2, ensure_ascii=False)
+    try:
+        (directory / "tokenizers.json").write_text(table + "\n", encoding="utf-8")
+        (directory / "config.json").write_text(json.dumps(to_dict(job), indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"workdir={workdir!r} cannot be written: {error.strerror}") from None
+    rich.print(_table(rows))
+    for row in rows:
+        if not row.lossless:
+            rich.print(Text(f"{row.kind} does not keep every text: {row.lossy_because}"))
+    if job.word:
+        for tokenizer in tokenizers:
+            rich.print(_explanation(tokenizer, job.word))
+    rich.print(Text(f"saved in {directory}"))
+    return rows
+
+
+def _trained(job: TokenizerJob, sample: list[str]) -> Iterator[tuple[Tokenizer, float]]:
+    """Each tokenizer of the job with the seconds its training took."""
+    bpe: tuple[Tokenizer, float] | None = None
+    for kind in job.kinds if job.kinds and not job.tokenizer.path else (job.tokenizer.kind,):
+        start = time.perf_counter()
+        if kind == "tiktoken" and not job.tokenizer.path:
+            settings = dataclasses.replace(job.tokenizer, kind="bpe")
+            tokenizer, seconds = bpe or (train(settings, sample), 0.0)
+            start -= seconds
+            tokenizer = as_tiktoken(
+                tokenizer, pattern(settings.pattern, "config.tokenizer.pattern")
+            )
+        else:
+            tokenizer = train(dataclasses.replace(job.tokenizer, kind=kind), sample)
+        result = tokenizer, time.perf_counter() - start
+        bpe = result if kind == "bpe" else bpe
+        yield result
+
+
+def _take(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """Texts until they hold `limit` bytes; at least one."""
+    for text in texts:
+        yield text
+        limit -= len(text.encode("utf-8", "surrogatepass"))
+        if limit <= 0:
+            return
+
+
+def _size(texts: Sequence[str]) -> str:
+    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    return f"{len(texts):,} documents, {size / 1e6:.2f} MB"
+
+
+def _compare(tokenizer: Tokenizer, heldout: list[str], seconds: float) -> Row:
+    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in heldout)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        batch = tokenizer.encode_batch(heldout)
+        times.append(time.perf_counter() - start)
+    exact = [tokenizer.decode(ids) == text for ids, text in zip(batch, heldout, strict=True)]
+    return Row(
+        kind=tokenizer.kind,
+        vocab_size=tokenizer.vocab_size,
+        bytes_per_token=size / max(1, sum(map(len, batch))),
+        train_seconds=seconds,
+        encode_mb_per_second=size / 1e6 / min(times),
+        round_trip_rate=sum(exact) / len(exact),
+        lossless=tokenizer.lossless,
+        lossy_because=tokenizer.lossy_because,
+        fingerprint=tokenizer.fingerprint,
+    )
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title="tokenizers on held-out text", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("kind", no_wrap=True)
+    for name in ("vocab", "bytes/\ntoken", "train\ns", "encode\nMB/s", "round\ntrip", "lossless"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.kind,
+            f"{row.vocab_size:,}",
+            f"{row.bytes_per_token:.2f}",
+            f"{row.train_seconds:.2f}",
+            f"{row.encode_mb_per_second:.1f}",
+            f"{row.round_trip_rate:.1%}",
+            "yes" if row.lossless else "no",
+        )
+    return table
+
+
+def _explanation(tokenizer: Tokenizer, word: str) -> Group:
+    """How `tokenizer` arrives at the tokens of `word`."""
+    lines = [Text(f"\n{tokenizer.kind}: {word!r}", style="bold")]
+    if explain.is_merging(tokenizer):
+        parts = zip(explain.starts(tokenizer, word), explain.merges(tokenizer, word), strict=True)
+        for start, steps in parts:
+            lines.append(Text(f"  {'start':>12}  {_pieces(start)}"))
+            for step in steps:
+                lines.append(Text(f"  {f'merge {step.rank}':>12}  {_pieces(step.pieces)}"))
+    segments = explain.segments(tokenizer, word)
+    if tokenizer.kind == "sentencepiece_unigram":
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        for choice in explain.alternatives(tokenizer, word):
+            total = sum(s.score or 0.0 for s in choice)
+            scores = " + ".join(
+                f"{s.name} {s.score:.2f}" if s.score is not None else s.name for s in choice
+            )
+            lines.append(Text(f"  {total:>12.2f}  {scores}"))
+    elif tokenizer.kind == "wordpiece":
+        for segment in segments:
+            lines.append(Text(f"  {'longest':>12}  {segment.name}"))
+    tokens = "  ".join(f"{s.name}={s.id}" for s in segments)
+    lines.append(Text(f"  {'tokens':>12}  {tokens}"))
+    return Group(*lines)
+
+
+def _pieces(pieces: Iterable[bytes]) -> str:
+    """Pieces side by side; a space as "␣", bytes of unfinished characters in hexadecimal."""
+    shown = (piece.decode("utf-8", "backslashreplace").replace(" ", "␣") for piece in pieces)
+    return " ".join(itertools.chain(shown))

@@ -1,0 +1,268 @@
+"""The one interface of all tokenizers: text ⇄ ids.
+
+Whatever its kind, a tokenizer is a function from text to ids and a table from ids to bytes.
+Decoding is concatenating the bytes of the tokens, so streaming, counting bytes per token and
+showing what a token stands for need nothing from the library that does the encoding.
+"""
+
+from __future__ import annotations
+
+import abc
+import codecs
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm.config import ConfigError
+
+DESCRIPTION = "lm_tokenizer.json"  # in every saved tokenizer: what it is and what its ids mean
+
+# Texts that catch the usual losses: trimmed and collapsed white space, dropped control characters,
+# folded case, composed accents and compatibility forms, unknown characters, escaped spaces.
+PROBES = (
+    "The Cat sat, on “the” mat.",
+    "  two  spaces \t tab ",
+    "\n\none\ntwo\r\nthree\n",
+    "nul\0 and bell\x07",
+    "e\u0301 \u00e9 ﬁ Å \u212b ２",
+    "שלום مرحبا 漢字 𠮷 🙂👩‍👩‍👧 \ue000",
+    "a▁b\ufffd\u200b\ufeff c",
+    "don't we 'll [UNK] <unk> ; ( x ) n't .",
+)
+
+
+def well_formed(text: str) -> str:
+    """`text` with each lone surrogate replaced by U+FFFD.
+
+    Lone surrogates are not Unicode text: no UTF-8 stands for them. They come from damaged JSON
+    escapes, and one such document must not end a run. Surrogates in pairs become the character
+    they stand for.
+    """
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Specials:
+    """The ids that stand for no text, by name, and the roles some of them play."""
+
+    ids: Mapping[str, int]  # every special token: its name → its id
+    eos: int  # end of text
+    bos: int | None = None  # begin of text; None: the end-of-text token serves
+    pad: int | None = None
+    unk: int | None = None  # unknown text; only in vocabularies that do not cover all of it
+
+
+class Tokenizer(abc.ABC):
+    """Text ⇄ ids.
+
+    Attributes:
+      kind: one of `lm.tokenizers.KINDS`.
+      vocab_size: the number of ids, specials included; ids are 0 … vocab_size − 1.
+      eos_id, bos_id: end and begin of text; the same id unless the vocabulary has both.
+      pad_id, unk_id: None where the vocabulary has none.
+      special_ids: every special token's name → its id.
+      lossless: whether `decode(encode(text)) == text` for any Unicode text.
+      lossy_because: what is lost, in words, where `lossless` is False.
+    """
+
+    def __init__(self, kind: str, vocab_size: int, specials: Specials, lossy_because: str = ""):
+        self.kind = kind
+        self.vocab_size = vocab_size
+        self.specials = specials
+        self.special_ids = dict(specials.ids)
+        self.eos_id = specials.eos
+        self.bos_id = specials.eos if specials.bos is None else specials.bos
+        self.pad_id = specials.pad
+        self.unk_id = specials.unk
+        self.lossy_because = lossy_because
+
+    # What a kind defines.
+
+    @abc.abstractmethod
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of each (well-formed) text, int32, without specials."""
+
+    @abc.abstractmethod
+    def _table(self) -> list[bytes]:
+        """For every id, the bytes it adds to the text; b"" for specials."""
+
+    @abc.abstractmethod
+    def model_files(self) -> dict[str, bytes]:
+        """The files that hold the vocabulary, by name."""
+
+    def options(self) -> dict[str, Any]:
+        """Settings that the files do not hold, as JSON."""
+        return {}
+
+    def extra_files(self) -> dict[str, bytes]:
+        """Files for the convenience of others; they do not change what the tokenizer does."""
+        return {}
+
+    # Whether decoding drops the space that encoding puts in front of the text.
+    drops_first_space = False
+
+    # What all kinds share.
+
+    @property
+    def lossless(self) -> bool:
+        """Whether `decode(encode(text)) == text` for any Unicode text."""
+        return not self.lossy_because
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without specials: names of specials in `text` are ordinary text.
+
+        A lone surrogate, which is not Unicode text, is encoded as U+FFFD.
+        """
+        return self._encode([well_formed(text)])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text as an int32 array, in parallel where the library can."""
+        return self._encode([well_formed(text) for text in texts]) if len(texts) else []
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`. Specials are skipped; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+          ConfigError: an id that is not in the vocabulary.
+        """
+        table = self._bytes
+        data = b"".join([table[i] for i in self._checked(ids)])
+        if self.drops_first_space:
+            data = data.removeprefix(b" ")
+        return data.decode("utf-8", "replace")
+
+    def decode_stream(self) -> DecodeStream:
+        """Decodes ids as they come; the joined pieces equal `decode` of all the ids."""
+        return DecodeStream(self)
+
+    def token_bytes(self, id: int) -> bytes:
+        """What the token adds to the text: b"" for specials, perhaps part of a character."""
+        return self._bytes[self._checked([id])[0]]
+
+    def byte_lengths(self) -> np.ndarray:
+        """The length of every token's bytes, int32 [vocab_size]."""
+        return np.array([len(data) for data in self._bytes], np.int32)
+
+    def _checked(self, ids: Iterable[int]) -> list[int]:
+        ids = ids.tolist() if hasattr(ids, "tolist") else [int(i) for i in ids]
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            bad = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise ConfigError(
+                f"token id {bad} is not in this {self.kind} vocabulary of {self.vocab_size}: "
+                "the ids come from another tokenizer"
+            )
+        return ids
+
+    @functools.cached_property
+    def _bytes(self) -> list[bytes]:
+        table = self._table()
+        for id in self.special_ids.values():
+            table[id] = b""
+        return table
+
+    # Identity and storage.
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of all that decides what ids mean; unchanged by saving and loading."""
+        files = {name: _digest(data) for name, data in self.model_files().items()}
+        identity = {"description": self._description(), "files": files}
+        return _digest(json.dumps(identity, sort_keys=True).encode())[:32]
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "vocab_size": self.vocab_size,
+            "eos_id": self.specials.eos,
+            "bos_id": self.specials.bos,
+            "pad_id": self.specials.pad,
+            "unk_id": self.specials.unk,
+            "special_tokens": self.special_ids,
+            "lossy_because": self.lossy_because,
+            "options": self.options(),
+        }
+
+    def files(self) -> dict[str, bytes]:
+        """Everything `save` writes: file name → content."""
+        description = {
+            "about": "A tokenizer of lm; lm.tokenizers.load(this directory) opens it. A bos_id of "
+            "null means that end-of-text also begins a text; lossy_because is empty where "
+            "encoding keeps every Unicode text.",
+            **self._description(),
+            "model_files": sorted(self.model_files()),
+            "fingerprint": self.fingerprint,
+        }
+        text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+        # The description comes last: a directory that has it is complete.
+        return {**self.extra_files(), **self.model_files(), DESCRIPTION: text.encode()}
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the tokenizer into `directory`, which is made if need be.
+
+        Each file appears complete or not at all, so a reader never sees half a tokenizer.
+
+        Raises:
+          ConfigError: the directory cannot be written.
+        """
+        from lm.tokenizers.files import write
+
+        write(self.files(), directory)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from lm.tokenizers.files import from_files
+
+        return from_files, (self.files(),)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(kind={self.kind!r}, vocab_size={self.vocab_size})"
+
+
+class DecodeStream:
+    """Turns ids into text one at a time, holding back bytes of unfinished characters."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._drop_space = tokenizer.drops_first_space
+
+    def push(self, id: int) -> str:
+        """The text that became certain with this id; "" while a character is incomplete."""
+        data = self._tokenizer.token_bytes(id)
+        if data and self._drop_space:
+            data, self._drop_space = data.removeprefix(b" "), False
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        """What is left when no more ids come: U+FFFD where a character stayed incomplete."""
+        return self._utf8.decode(b"", final=True)
+
+
+def first_loss(tokenizer: Tokenizer) -> str:
+    """The first probe text that does not survive a round trip, in words; "" if all do."""
+    for probe in PROBES:
+        text = tokenizer.decode(tokenizer.encode(probe))
+        if text != probe:
+            return f"{probe!r} comes back as {text!r}"
+    return ""
+
+
+def roles(ids: Mapping[str, int], eos: str) -> Specials:
+    """Specials with the end-of-text token `eos` and, recognised by name, a padding token."""
+    pad = next((ids[name] for name in ("<|pad|>", "<pad>", "[PAD]") if name in ids), None)
+    return Specials(dict(ids), ids[eos], pad=pad)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,127 @@
+"""What tokenizer a run trains, or where it finds one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import tokenizers
+
+from lm.config import ConfigError, check, check_choice, nearest
+
+TRAINED_KINDS = (
+    "char",
+    "byte",
+    "bpe",
+    "wordpiece",
+    "sentencepiece_unigram",
+    "sentencepiece_bpe",
+)
+LOADED_KINDS = ("tiktoken", "huggingface")
+KINDS = TRAINED_KINDS + LOADED_KINDS
+
+END_OF_TEXT = "<|endoftext|>"
+
+# How text is cut into words before byte pairs are merged; merges never cross a cut. `\s++\z` takes
+# trailing white space in one step, where `\s+(?!\S)` would back up one character at a time.
+PATTERNS = {
+    "gpt2": (r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++\z|\s+(?!\S)|\s+"),
+    "cl100k": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s++\z|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "o200k": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s++\z|\s+(?!\S)|\s+"
+    ),
+}
+
+# Every byte needs an id of its own, and so do the specials.
+_SMALLEST = {"bpe": 256, "sentencepiece_unigram": 257, "sentencepiece_bpe": 257, "wordpiece": 64}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """The `tokenizer` section of a config.
+
+    Kinds trained from the corpus: `char` (one id per character), `byte` (one id per UTF-8 byte),
+    `bpe` (byte-level byte-pair encoding, as GPT-2), `wordpiece` (as BERT; drops some white space),
+    `sentencepiece_unigram` and `sentencepiece_bpe` (SentencePiece with byte fallback). Kinds read
+    from `path`: `tiktoken` (a file of ranks) and `huggingface` (any `tokenizer.json`).
+    """
+
+    kind: str = "bpe"  # see above
+
+    # Ids in all, specials included. `char` keeps the most frequent characters; `byte` ignores it.
+    # A corpus with too few repetitions may give `bpe` and `wordpiece` fewer.
+    vocab_size: int = 1024
+
+    # Read this tokenizer instead of training one: a directory (one that was saved, or a Hugging
+    # Face model), a tokenizer.json, a SentencePiece .model or a .tiktoken file. The file decides
+    # the kind.
+    path: str = ""
+
+    train_bytes: int = 10_000_000  # train on at most this much text, from the corpus's start
+    min_frequency: int = 2  # `bpe`, `wordpiece`: a pair must occur this often to be merged
+    pattern: str = "gpt2"  # `bpe`, `tiktoken`: "gpt2", "cl100k", "o200k", or a regular expression
+    lowercase: bool = False  # `wordpiece`: fold case, as bert-base-uncased
+    character_coverage: float = 0.9995  # SentencePiece: the share of characters not left to bytes
+
+    # The end-of-text token. None: "<|endoftext|>", or what the files at `path` say.
+    eos_token: str | None = None
+    special_tokens: tuple[str, ...] = ()  # further specials, such as "<|user|>" or "[MASK]"
+
+    @property
+    def specials(self) -> tuple[str, ...]:
+        """Every special token that training adds, end-of-text first."""
+        return (self.eos_token or END_OF_TEXT, *self.special_tokens)
+
+    def validate(self, prefix: str = "config.tokenizer") -> None:
+        """Raises `ConfigError` naming the first field that makes no sense."""
+        check_choice(f"{prefix}.kind", self.kind, KINDS)
+        check(
+            bool(self.path) or self.kind not in LOADED_KINDS,
+            f"{prefix}.path='' must name a file: kind {self.kind!r} is read, not trained",
+        )
+        for name, least in (("vocab_size", 1), ("train_bytes", 1), ("min_frequency", 1)):
+            value = getattr(self, name)
+            check(value >= least, f"{prefix}.{name}={value!r} must be at least {least}")
+        check(
+            0.9 <= self.character_coverage <= 1,
+            f"{prefix}.character_coverage={self.character_coverage!r} must be in [0.9, 1]",
+        )
+        for name in self.special_tokens:
+            check(
+                bool(name) and self.specials.count(name) == 1,
+                f"{prefix}.special_tokens={self.special_tokens!r} must be distinct, not empty and "
+                f"other than the end-of-text token {self.specials[0]!r}",
+            )
+        if not self.path and self.kind in _SMALLEST:
+            least = _SMALLEST[self.kind] + len(self.specials)
+            check(
+                self.vocab_size >= least,
+                f"{prefix}.vocab_size={self.vocab_size!r} must be at least {least} for kind "
+                f"{self.kind!r}",
+            )
+        pattern(self.pattern, f"{prefix}.pattern")
+
+
+def pattern(name: str, field: str) -> str:
+    """The regular expression that a `pattern` field names or is."""
+    if name in PATTERNS:
+        return PATTERNS[name]
+    plain = name.replace("_", "").isalnum() or not name  # a word, not an expression
+    if not plain:
+        try:
+            tokenizers.Regex(name)
+            return name
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{field}={name!r} is not a regular expression: {reason}") from None
+    choices = ", ".join(map(repr, PATTERNS))
+    raise ConfigError(
+        f"{field}={name!r} is neither one of {choices}{nearest(name, PATTERNS)} nor a regular "
+        "expression"
+    )

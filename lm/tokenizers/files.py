@@ -1,0 +1,161 @@
+"""Tokenizers on disk: directories this package writes, and those others wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lm.config import ConfigError, check, nearest
+from lm.tokenizers.base import DESCRIPTION, Specials, Tokenizer
+from lm.tokenizers.config import KINDS, TokenizerConfig
+from lm.tokenizers.huggingface import HuggingFaceTokenizer
+from lm.tokenizers.plain import ByteTokenizer, CharTokenizer
+from lm.tokenizers.sentence_piece import SentencePieceTokenizer
+from lm.tokenizers.tiktoken_ranks import TiktokenTokenizer
+
+CLASSES: dict[str, Any] = {
+    "byte": ByteTokenizer,
+    "char": CharTokenizer,
+    "bpe": HuggingFaceTokenizer,
+    "wordpiece": HuggingFaceTokenizer,
+    "huggingface": HuggingFaceTokenizer,
+    "sentencepiece_unigram": SentencePieceTokenizer,
+    "sentencepiece_bpe": SentencePieceTokenizer,
+    "tiktoken": TiktokenTokenizer,
+}
+assert set(CLASSES) == set(KINDS)
+
+# What Hugging Face keeps beside tokenizer.json: the roles of specials, and chat templates.
+HUGGING_FACE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def load(directory: str | Path) -> Tokenizer:
+    """Opens a tokenizer.
+
+    `directory` was written by `Tokenizer.save`, or is a Hugging Face directory with a
+    `tokenizer.json` (with or without `tokenizer_config.json` and `special_tokens_map.json`) or a
+    SentencePiece `tokenizer.model`, or one with a single `.tiktoken` file. The path of such a file
+    itself will do.
+
+    Raises:
+      ConfigError: nothing there, no tokenizer in it, or a file that is damaged.
+    """
+    return open_path(str(directory), TokenizerConfig(), "tokenizer")
+
+
+def open_path(path: str, config: TokenizerConfig, prefix: str) -> Tokenizer:
+    """`load`, with the pattern and specials of `config` where the files do not say."""
+    where = Path(path).expanduser()
+    name = f"{prefix}.path={path!r}"
+    check(where.exists(), f"{name} does not exist")
+    try:
+        if where.is_file():
+            check(where.stat().st_size > 0, f"{name} is empty")
+            return _open_file(where, config)
+        if (where / DESCRIPTION).is_file():
+            return from_files({f.name: f.read_bytes() for f in _model_files(where)})
+        for file in ("tokenizer.json", "tokenizer.model", "spiece.model"):
+            if (where / file).is_file():
+                return _open_file(where / file, config)
+        ranks = sorted(where.glob("*.tiktoken"))
+        if len(ranks) == 1:
+            return _open_file(ranks[0], config)
+    except ConfigError as error:
+        raise ConfigError(
+            str(error) if str(error).startswith(name) else f"{name}: {error}"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
+    raise ConfigError(
+        f"{name} holds no tokenizer: none of {DESCRIPTION}, tokenizer.json, tokenizer.model, one "
+        ".tiktoken file"
+    )
+
+
+def _open_file(file: Path, config: TokenizerConfig) -> Tokenizer:
+    data = file.read_bytes()
+    if file.suffix == ".tiktoken":
+        return TiktokenTokenizer.from_ranks(data, file.stem, config)
+    if file.suffix == ".model":
+        return SentencePieceTokenizer.from_model(data, config)
+    beside = {
+        name: (file.parent / name).read_bytes()
+        for name in HUGGING_FACE_FILES
+        if file.name == "tokenizer.json" and (file.parent / name).is_file()
+    }
+    return HuggingFaceTokenizer.from_json(data, beside, config)
+
+
+def _model_files(directory: Path) -> list[Path]:
+    described = _json(directory / DESCRIPTION).get("model_files", [])
+    files = [directory / str(name) for name in described]
+    for file in files:
+        check(file.is_file(), f"{file.name} is missing")
+    extra = [directory / name for name in HUGGING_FACE_FILES]
+    return [directory / DESCRIPTION, *files, *(f for f in extra if f.is_file())]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return parse(file.read_bytes(), file.name)
+
+
+def parse(data: bytes, name: str) -> dict[str, Any]:
+    """`data` as a JSON object, or a `ConfigError` naming the file."""
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise ConfigError(f"{name} is damaged: {error}") from None
+    check(isinstance(value, dict), f"{name} is damaged: not a JSON object")
+    return value
+
+
+def from_files(files: dict[str, bytes]) -> Tokenizer:
+    """The tokenizer whose `files()` these are.
+
+    Raises:
+      ConfigError: a file is damaged, or is not the one that was saved.
+    """
+    info = parse(files[DESCRIPTION], DESCRIPTION)
+    try:
+        kind, ids = info["kind"], {str(k): int(v) for k, v in info["special_tokens"].items()}
+        specials = Specials(ids, info["eos_id"], info["bos_id"], info["pad_id"], info["unk_id"])
+        saved = info["fingerprint"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{DESCRIPTION} is damaged: {error!r}") from None
+    check(kind in CLASSES, f"{DESCRIPTION}: kind {kind!r} is unknown{nearest(str(kind), CLASSES)}")
+    try:
+        tokenizer = CLASSES[kind].from_files(files, specials, info)
+        found = tokenizer.fingerprint
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a library says about bytes it cannot read
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise ConfigError(f"the saved {kind} tokenizer is damaged: {reason}") from None
+    check(
+        found == saved,
+        f"the saved {kind} tokenizer was changed or damaged: its fingerprint is {found}, "
+        f"not {saved}",
+    )
+    return tokenizer
+
+
+def write(files: dict[str, bytes], directory: str | Path) -> None:
+    """Writes each file under a temporary name and renames it into place, in order."""
+    directory = Path(directory).expanduser()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.")
+            try:
+                with os.fdopen(handle, "wb") as out:
+                    out.write(data)
+                os.chmod(temporary, 0o644)
+                os.replace(temporary, directory / name)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+    except OSError as error:
+        raise ConfigError(f"cannot write a tokenizer into {directory}: {error.strerror}") from None

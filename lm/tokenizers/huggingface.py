@@ -1,0 +1,248 @@
+"""Tokenizers that run on Hugging Face's Rust library: any `tokenizer.json`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from lm.config import ConfigError
+from lm.tokenizers.base import Specials, Tokenizer, first_loss
+from lm.tokenizers.config import END_OF_TEXT, TokenizerConfig
+
+# Roles as tokenizer_config.json names them, then the usual names where it is silent.
+_ROLES = {
+    "eos": ("eos_token", "sep_token"),
+    "bos": ("bos_token", "cls_token"),
+    "pad": ("pad_token",),
+    "unk": ("unk_token",),
+    "mask": ("mask_token",),
+}
+_USUAL = {
+    "eos": (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]"),
+    "bos": ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]"),
+    "pad": ("<pad>", "<|pad|>", "[PAD]", "<|padding|>"),
+    "unk": ("<unk>", "[UNK]", "<|unknown|>"),
+    "mask": ("<mask>", "[MASK]"),
+}
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`, without its templates: encoding adds no specials and parses none.
+
+    The library would find the names of specials in the text, some of them even when told not to
+    (a Unigram lattice contains them). So it is given a copy in which they have names no text has.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        data: bytes,
+        specials: Specials,
+        lossy_because: str | None = None,
+        extra: dict[str, bytes] | None = None,
+    ):
+        self._data = data
+        self._extra = extra or {}
+        description = json.loads(data)
+        self._rust = _engine(description, specials)
+        self._model = description["model"]
+        self._decoder = json.dumps(description.get("decoder"))
+        ids = [*self._rust.get_vocab(with_added_tokens=True).values(), *specials.ids.values()]
+        super().__init__(kind, max(ids) + 1, specials, lossy_because or "")
+        if lossy_because is None:
+            self.lossy_because = first_loss(self)
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        encodings = self._rust.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def _table(self) -> list[bytes]:
+        table = [b""] * self.vocab_size
+        vocabulary = self._rust.get_vocab(with_added_tokens=True)
+        names = {id: name for name, id in vocabulary.items()}
+        if '"ByteLevel"' in self._decoder:
+            values = _byte_values()
+            for id, name in names.items():
+                try:
+                    table[id] = bytes([values[c] for c in name])
+                except KeyError:  # an added token: plain text, not byte by byte
+                    table[id] = name.encode()
+            return table
+        suffix = self._model.get("end_of_word_suffix")
+        if suffix:
+            for id, name in names.items():
+                table[id] = re.sub(re.escape(suffix) + "$", " ", name).encode()
+            return table
+        # Any other decoder is asked what the token adds after another one.
+        anchor, before = self._anchor
+        ids = sorted(set(names) - set(self.special_ids.values()))
+        for id, text in zip(
+            ids, self._rust.decode_batch([[anchor, id] for id in ids]), strict=True
+        ):
+            table[id] = text.removeprefix(before).encode()
+            if self._model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", names[id]):
+                table[id] = bytes([int(names[id][3:5], 16)])
+        return table
+
+    @functools.cached_property
+    def _anchor(self) -> tuple[int, str]:
+        """A token that reads as a plain word at the start of a text, and that word."""
+        for id in sorted(self._rust.get_vocab(with_added_tokens=True).values()):
+            text = self._rust.decode([id]) if id not in self.special_ids.values() else ""
+            if re.fullmatch("[A-Za-z]+", text):
+                return id, text
+        return 0, self._rust.decode([0])
+
+    @functools.cached_property
+    def drops_first_space(self) -> bool:
+        """Whether a word's space is left out where the word begins the text."""
+        if '"ByteLevel"' in self._decoder or self._model.get("end_of_word_suffix"):
+            return False
+        for id, data in enumerate(self._bytes):
+            if re.fullmatch(rb" [A-Za-z]+", data):
+                return not self._rust.decode([id]).startswith(" ")
+        return False
+
+    def model_files(self) -> dict[str, bytes]:
+        """`tokenizer.json`, as the Hugging Face libraries read it."""
+        return {"tokenizer.json": self._data}
+
+    def extra_files(self) -> dict[str, bytes]:
+        """`tokenizer_config.json` and the like: those it came with, or a minimal one."""
+        if self._extra:
+            return self._extra
+        names = {id: name for name, id in self.special_ids.items()}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        for role in ("eos", "bos", "pad", "unk"):
+            id = getattr(self, f"{role}_id")
+            if id is not None:
+                config[f"{role}_token"] = names[id]
+        config["clean_up_tokenization_spaces"] = False
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        return {"tokenizer_config.json": text.encode()}
+
+    @property
+    def rust(self) -> tokenizers.Tokenizer:
+        """The library's tokenizer, with specials renamed."""
+        return self._rust
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The `model` section of tokenizer.json: type, vocabulary, merges."""
+        return self._model
+
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether it merges bytes, as GPT-2's does."""
+        return self._model.get("type") == "BPE" and '"ByteLevel"' in self._decoder
+
+    @classmethod
+    def from_files(cls, files: dict[str, bytes], specials: Specials, info: dict[str, Any]):
+        """The tokenizer that `files()` describes."""
+        extra = {n: d for n, d in files.items() if n not in ("tokenizer.json", "lm_tokenizer.json")}
+        return cls(
+            info["kind"], files["tokenizer.json"], specials, info["lossy_because"] or "", extra
+        )
+
+    @classmethod
+    def from_json(cls, data: bytes, beside: dict[str, bytes], config: TokenizerConfig):
+        """A tokenizer from the bytes of a `tokenizer.json` and the small files beside it.
+
+        A vocabulary without an end-of-text token gets one, after its last id.
+
+        Raises:
+          ConfigError: a file is damaged, or `config.eos_token` is not in the vocabulary.
+        """
+        try:
+            description = json.loads(data)
+            engine = tokenizers.Tokenizer.from_str(data.decode())
+            vocabulary = engine.get_vocab(with_added_tokens=True)
+            named = _named_roles(beside)
+        except Exception as error:  # JSON, UTF-8, and whatever the library finds wrong
+            reason = (str(error).splitlines() or [repr(error)])[0]
+            raise ConfigError(f"not a tokenizer.json that can be read: {reason}") from None
+        added = {t["content"]: t for t in description.get("added_tokens") or []}
+        ids = {name: vocabulary[name] for name, token in added.items() if token["special"]}
+        if config.eos_token:
+            if config.eos_token not in vocabulary:
+                raise ConfigError(f"eos_token={config.eos_token!r} is not in its vocabulary")
+            named["eos"] = config.eos_token
+        unk = description["model"].get("unk_token")
+        if isinstance(unk, str):
+            named.setdefault("unk", unk)
+        unk_id = description["model"].get("unk_id")
+        if isinstance(unk_id, int):
+            named["unk"] = description["model"]["vocab"][unk_id][0]
+        role_ids = {}
+        for role, usual in _USUAL.items():
+            names = [named[role]] if role in named else list(usual)
+            for name in names:
+                # A role played by an ordinary word, such as padding with "!", makes no special.
+                if name in ids or (name in vocabulary and (name in added or name[0] in "<[")):
+                    role_ids[role] = ids[name] = vocabulary[name]
+                    break
+        if "eos" not in role_ids:
+            name = END_OF_TEXT if END_OF_TEXT not in vocabulary else "<|end of text|>"
+            role_ids["eos"] = ids[name] = max(vocabulary.values()) + 1
+        role_ids.pop("mask", None)
+        return cls("huggingface", data, Specials(ids, **role_ids), extra=beside)
+
+
+def _named_roles(beside: dict[str, bytes]) -> dict[str, str]:
+    """The names of specials by role, from tokenizer_config.json and special_tokens_map.json."""
+    named: dict[str, str] = {}
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        config = json.loads(beside[file]) if file in beside else {}
+        for role, keys in _ROLES.items():
+            for key in keys:
+                token = config.get(key)
+                token = token.get("content") if isinstance(token, dict) else token
+                if token and role not in named:
+                    named[role] = str(token)
+    return named
+
+
+def _engine(description: dict[str, Any], specials: Specials) -> tokenizers.Tokenizer:
+    """The library's tokenizer in which no text contains the name of a special."""
+    hidden = {name: f"\0\ufdd0{id}\ufdd1\0" for name, id in specials.ids.items()}
+    model = dict(description["model"])
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = {hidden.get(name, name): id for name, id in model["vocab"].items()}
+    else:
+        model["vocab"] = [[hidden.get(name, name), score] for name, score in model["vocab"]]
+    if model.get("unk_token") in hidden:
+        model["unk_token"] = hidden[model["unk_token"]]
+    added = [
+        {**token, "content": hidden[token["content"]], "normalized": False, "special": True}
+        if token["content"] in hidden
+        else token
+        for token in description.get("added_tokens") or []
+    ]
+    engine = tokenizers.Tokenizer.from_str(
+        json.dumps({**description, "model": model, "added_tokens": added})
+    )
+    engine.encode_special_tokens = True
+    engine.no_truncation()
+    engine.no_padding()
+    return engine
+
+
+@functools.cache
+def _byte_values() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes → the bytes.
+
+    Printable Latin-1 characters stand for themselves; the others are numbered from U+0100 on.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def byte_string(name: str) -> bytes:
+    """The bytes that a byte-level vocabulary entry stands for."""
+    return bytes(_byte_values()[c] for c in name)

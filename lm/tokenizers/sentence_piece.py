@@ -1,0 +1,211 @@
+"""SentencePiece, made lossless.
+
+SentencePiece (Kudo and Richardson 2018, arXiv:1808.06226) by default normalises, trims and
+collapses white space. Trained here it does none of that, and characters outside its vocabulary fall
+back to their UTF-8 bytes. One loss remains by design: a space is written as "▁" inside the model,
+so a "▁" in the text would come back as a space. Such characters are cut out of the text before
+encoding and written as their bytes, which decode to themselves.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from lm.config import ConfigError
+from lm.tokenizers.base import Specials, Tokenizer, first_loss
+from lm.tokenizers.config import END_OF_TEXT, TokenizerConfig
+
+SPACE = "▁"
+_MARKERS = re.compile(f"{SPACE}+")
+_THREADS = 2
+_MODEL_TYPES = {"sentencepiece_unigram": "unigram", "sentencepiece_bpe": "bpe"}
+
+# The trainer skips sentences with NUL or its own markers, and reads a tab as a boundary.
+_RESERVED = re.compile("[\0\t▁\u2585\u2047]+")
+_CHUNK = 4000  # characters in one training "sentence"; a cut word in 4,000 characters is no loss
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model, trained here or by others."""
+
+    def __init__(
+        self, kind: str, data: bytes, specials: Specials, lossy_because: str | None = None
+    ):
+        self._data = data
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        size = self._processor.get_piece_size()
+        super().__init__(kind, max(size, *(i + 1 for i in specials.ids.values())), specials)
+        first = self._processor.encode("a", out_type=str)[0]
+        self.drops_first_space = first.startswith(SPACE)
+        marker = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode()]
+        # Cutting the text is only safe where nothing is added at the start of each part.
+        cuts = not self.drops_first_space and all(self._processor.is_byte(id) for id in marker)
+        self._marker = np.array(marker, np.int32) if cuts else None
+        self.lossy_because = first_loss(self) if lossy_because is None else lossy_because
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        if self._marker is None:
+            return self._encode_parts(texts)
+        # Each text as what lies between runs of "▁", and the lengths of the runs.
+        parts = [_MARKERS.split(text) for text in texts]
+        arrays = iter(self._encode_parts(list(itertools.chain.from_iterable(parts))))
+        result = []
+        for text, part in zip(texts, parts, strict=True):
+            pieces = [next(arrays)]
+            for run in _MARKERS.findall(text):
+                pieces += [np.tile(self._marker, len(run)), next(arrays)]
+            result.append(np.concatenate(pieces) if len(part) > 1 else pieces[0])
+        return result
+
+    def _encode_parts(self, texts: list[str]) -> list[np.ndarray]:
+        batch = self._processor.encode(texts, out_type=int, num_threads=_THREADS)
+        return [np.array(ids, np.int32) for ids in batch]
+
+    def _table(self) -> list[bytes]:
+        processor, table = self._processor, [b""] * self.vocab_size
+        for id in range(processor.get_piece_size()):
+            piece = processor.id_to_piece(id)
+            if processor.is_byte(id):
+                table[id] = bytes([int(piece[3:5], 16)])
+            elif not (processor.is_control(id) or processor.is_unknown(id)):
+                table[id] = piece.replace(SPACE, " ").encode()
+        return table
+
+    def model_files(self) -> dict[str, bytes]:
+        """`tokenizer.model`, as the SentencePiece library reads it."""
+        return {"tokenizer.model": self._data}
+
+    @property
+    def processor(self) -> sentencepiece.SentencePieceProcessor:
+        """The library's tokenizer."""
+        return self._processor
+
+    @classmethod
+    def from_files(cls, files: dict[str, bytes], specials: Specials, info: dict[str, Any]):
+        """The tokenizer that `files()` describes."""
+        return cls(info["kind"], files["tokenizer.model"], specials, info["lossy_because"])
+
+    @classmethod
+    def from_model(cls, data: bytes, config: TokenizerConfig):
+        """A tokenizer from the bytes of any SentencePiece model.
+
+        A vocabulary without an end-of-text token gets one, after its last id.
+        """
+        try:
+            processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except Exception as error:
+            raise ConfigError(f"not a SentencePiece model: {_reason(error)}") from None
+        size = processor.get_piece_size()
+        ids = {
+            processor.id_to_piece(id): id
+            for id in range(size)
+            if processor.is_control(id) or processor.is_unknown(id)
+        }
+        eos = processor.eos_id()
+        if config.eos_token:
+            if config.eos_token not in ids:
+                known = ", ".join(map(repr, ids))
+                raise ConfigError(f"eos_token={config.eos_token!r} is not one of {known}")
+            eos = ids[config.eos_token]
+        elif eos < 0:
+            eos = ids[END_OF_TEXT] = ids.get(END_OF_TEXT, size)
+        bos, pad = processor.bos_id(), processor.pad_id()
+        specials = Specials(
+            ids,
+            eos,
+            bos if bos >= 0 else None,
+            pad if pad >= 0 else None,
+            processor.unk_id(),
+        )
+        kind = "sentencepiece_unigram" if _is_unigram(processor) else "sentencepiece_bpe"
+        return cls(kind, data, specials)
+
+
+def train_sentencepiece(
+    config: TokenizerConfig, texts: Iterable[str], prefix: str
+) -> SentencePieceTokenizer:
+    """A lossless SentencePiece model: unknown, end-of-text and other specials first, then bytes.
+
+    Raises:
+      ConfigError: the corpus supports no vocabulary of that size.
+    """
+    eos, *others = config.specials
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type=_MODEL_TYPES[config.kind],
+            vocab_size=config.vocab_size,
+            character_coverage=config.character_coverage,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=8 * _CHUNK,  # in bytes; longer ones would be skipped
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            eos_piece=eos,
+            control_symbols=others,
+            num_threads=1,  # partial sums, and so the model, depend on the number of threads
+            minloglevel=3,
+        )
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(_explain(config, str(error), prefix)) from None
+    data = model.getvalue()
+    loaded = SentencePieceTokenizer.from_model(data, config)
+    pads = [loaded.special_ids.get(name) for name in ("<|pad|>", "<pad>", "[PAD]")]
+    pad = next((id for id in pads if id is not None), None)
+    specials = Specials(loaded.special_ids, loaded.eos_id, pad=pad, unk=loaded.unk_id)
+    return SentencePieceTokenizer(config.kind, data, specials, "")
+
+
+def _sentences(texts: Iterable[str]) -> Iterable[str]:
+    for text in texts:
+        for part in _RESERVED.split(text):
+            for start in range(0, len(part), _CHUNK):
+                yield part[start : start + _CHUNK]
+
+
+def _explain(config: TokenizerConfig, message: str, prefix: str) -> str:
+    """The trainer's complaint as a mistake in the config, with the remedy."""
+    field = f"{prefix}.vocab_size={config.vocab_size!r}"
+    too_large = re.search(r"value <= (\d+)", message)
+    if too_large:
+        return (
+            f"{field} is too large for this corpus and kind {config.kind!r}: set it to at most "
+            f"{too_large[1]}, or train on more or more varied text"
+        )
+    too_small = re.search(r"required_chars\. \d+ vs (\d+)", message)
+    if too_small:
+        return (
+            f"{field} is too small for kind {config.kind!r}: the bytes and the characters of this "
+            f"corpus need at least {too_small[1]}; or lower {prefix}.character_coverage"
+        )
+    if "sentences_.empty()" in message:
+        return f"{prefix}: the corpus has no text to train on"
+    return f"{field}, kind {config.kind!r}: the SentencePiece trainer says {message!r}"
+
+
+def _is_unigram(processor: sentencepiece.SentencePieceProcessor) -> bool:
+    """BPE models score their pieces 0, −1, −2, …; unigram models by log probability."""
+    scores = [
+        processor.get_score(id)
+        for id in range(processor.get_piece_size())
+        if not (processor.is_control(id) or processor.is_unknown(id) or processor.is_byte(id))
+    ]
+    return any(score != int(score) for score in scores)
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [repr(error)])[0]

@@ -1,0 +1,343 @@
+import collections
+import dataclasses
+import json
+
+import grain
+import numpy as np
+import pytest
+from bytes_tokenizer import SeparateBosTokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lm.config import ConfigError
+from lm.data import evaluation_batches, prefetch_to_device, train_batches
+from lm.data.cache import TokenizedCorpus
+from lm.data.config import DataConfig
+from lm.data.packing import best_fit_decreasing, rows_of
+
+EOS, BOS = SeparateBosTokenizer.eos_id, SeparateBosTokenizer.bos_id
+
+
+def corpus_of(lengths, end_of_text=True, first=0):
+    """A corpus in which every token occurs once, so that tokens can be counted and located."""
+    pieces, token = [], first
+    for length in lengths:
+        ids = np.arange(token, token + length)
+        token += length
+        # End-of-text is made distinct too, by the document it ends.
+        pieces.append(np.append(ids, 1_000_000 + len(pieces)) if end_of_text else ids)
+    offsets = np.cumsum([0] + [len(piece) for piece in pieces])
+    return TokenizedCorpus(
+        tokens=np.concatenate(pieces).astype(np.uint32) if pieces else np.zeros(0, np.uint32),
+        offsets=offsets.astype(np.int64),
+        num_bytes=int(sum(lengths)),
+        first_token_bytes=1,
+        bos_id=BOS,
+        eos_id=EOS,
+        end_of_text=end_of_text,
+        vocab_size=70_000,
+        name="test",
+        key=f"test-{list(lengths)}-{end_of_text}-{first}",
+    )
+
+
+CORPUS = corpus_of([5, 1, 40, 17, 3, 90, 8, 8, 2, 31])
+CONFIG = DataConfig(batch_size=4, block_size=16, validation_fraction=0.0)
+PACKINGS = ("concat", "best_fit", "none")
+
+
+def epoch(config, corpora, seed=0, **hosts):
+    iterator = train_batches(dataclasses.replace(config, epochs=1), corpora, seed=seed, **hosts)
+    return list(iterator)
+
+
+def stacked(batches):
+    return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+
+
+def targets_of(batches):
+    batch = stacked(batches)
+    return batch["targets"][batch["weights"] > 0]
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others):
+        assert batch.keys() == other.keys()
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name])
+
+
+def check_rows(batch, corpus, plain_stream=False):
+    """The contract, row by row, against the corpus itself."""
+    place = {int(token): p for p, token in enumerate(corpus.tokens)}
+    document = np.repeat(np.arange(corpus.num_documents), np.diff(corpus.offsets))
+    assert {name: array.dtype for name, array in batch.items()} == {
+        "inputs": np.int32,
+        "targets": np.int32,
+        "weights": np.float32,
+        "segment_ids": np.int32,
+        "positions": np.int32,
+    }
+    for row in range(len(batch["inputs"])):
+        inputs, targets, weights, segments, positions = (
+            batch[name][row]
+            for name in ("inputs", "targets", "weights", "segment_ids", "positions")
+        )
+        used = int((weights > 0).sum())
+        assert set(weights[:used]) <= {1.0} and not weights[used:].any()
+        assert (segments[:used] > 0).all() and not segments[used:].any()
+        assert list(dict.fromkeys(segments[:used])) == list(range(1, segments.max() + 1))
+        for segment in range(1, segments.max() + 1):
+            (columns,) = np.nonzero(segments == segment)
+            assert (np.diff(columns) == 1).all()
+            np.testing.assert_array_equal(positions[columns], np.arange(len(columns)))
+            places = np.array([place[int(t)] for t in targets[columns]])
+            assert (np.diff(places) == 1).all()
+            if not plain_stream:
+                assert len(set(document[places])) == 1, "a segment holds one document only"
+            starts = places[0] in corpus.offsets and not plain_stream
+            expected = BOS if starts else corpus.tokens[places[0] - 1]
+            assert inputs[columns[0]] == expected
+            # Shifted by one: what a target is, the next input is.
+            np.testing.assert_array_equal(inputs[columns[1:]], targets[columns[:-1]])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 60), min_size=1, max_size=25),
+    block_size=st.integers(1, 20),
+    packing=st.sampled_from(PACKINGS),
+    end_of_text=st.booleans(),
+    random_offset=st.booleans(),
+    batch_size=st.integers(1, 5),
+    seed=st.integers(0, 3),
+)
+def test_every_token_is_a_target_exactly_once_an_epoch(
+    lengths, block_size, packing, end_of_text, random_offset, batch_size, seed
+):
+    corpus = corpus_of(lengths, end_of_text)
+    plain_stream = packing == "concat" and not end_of_text
+    if corpus.num_tokens - plain_stream < block_size:
+        return
+    config = DataConfig(
+        batch_size=batch_size,
+        block_size=block_size,
+        packing=packing,
+        end_of_text=end_of_text,
+        random_offset=random_offset,
+        epochs=2,
+        prefetch=0,
+    )
+    iterator = train_batches(config, corpus, seed=seed)
+    batches = list(iterator)
+    batch = stacked(batches)
+    check_rows(batch, corpus, plain_stream)
+    counts = collections.Counter(targets_of(batches).tolist())
+    expected = corpus.tokens[1:] if plain_stream else corpus.tokens
+    assert counts == {int(token): 2 for token in expected}
+    rows = iterator.rows[0].num_rows
+    assert len(batches) == iterator.num_batches == -(-2 * rows // batch_size)
+    empty = (batch["weights"].sum(axis=1) == 0).sum()
+    assert empty == len(batches) * batch_size - 2 * rows, "only rows that fill up are empty"
+    if iterator.single_segment:
+        assert batch["segment_ids"].max() == 1
+
+
+def test_a_plain_stream_is_the_textbook_window():
+    corpus = corpus_of([30, 35], end_of_text=False)
+    config = dataclasses.replace(
+        CONFIG, block_size=8, end_of_text=False, shuffle=False, random_offset=False
+    )
+    batch = stacked(epoch(config, corpus))
+    for i in range(8):
+        np.testing.assert_array_equal(batch["inputs"][i], corpus.tokens[i * 8 : i * 8 + 8])
+        np.testing.assert_array_equal(batch["targets"][i], corpus.tokens[i * 8 + 1 : i * 8 + 9])
+    assert batch["weights"].all() and batch["segment_ids"].max() == 1
+
+
+def test_random_offsets_move_the_windows_between_epochs():
+    corpus = corpus_of([1000])
+    config = dataclasses.replace(CONFIG, shuffle=False, epochs=None)
+    rows = rows_of(corpus, config, seed=5)
+    starts = {int(rows.pieces(np.array([1]), np.array([epoch]))[1][0]) for epoch in range(40)}
+    assert len(starts) >= 6
+    still = rows_of(corpus, dataclasses.replace(config, random_offset=False), seed=5)
+    assert still.pieces(np.array([1]), np.array([3]))[1][0] == 16
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_the_number_of_hosts_does_not_change_the_batches(packing, hosts):
+    config = dataclasses.replace(CONFIG, packing=packing, epochs=3)
+    alone = list(train_batches(config, CORPUS, seed=1))
+    shares = [
+        list(train_batches(config, CORPUS, seed=1, process_index=p, process_count=hosts))
+        for p in range(hosts)
+    ]
+    together = [stacked(parts) for parts in zip(*shares)]
+    assert_same(alone, together)
+    alone = list(evaluation_batches(config, CORPUS))
+    shares = [
+        list(evaluation_batches(config, CORPUS, process_index=p, process_count=hosts))
+        for p in range(hosts)
+    ]
+    assert_same(alone, [stacked(parts) for parts in zip(*shares)])
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(ConfigError, match=r"data\.batch_size=4 is not divisible by the 3 proc"):
+        train_batches(CONFIG, CORPUS, seed=0, process_count=3)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("stop", [0, 1, 7, 23])
+def test_resuming_is_bitwise_even_mid_epoch_and_on_other_hosts(packing, stop):
+    config = dataclasses.replace(CONFIG, packing=packing)
+    uninterrupted = train_batches(config, CORPUS, seed=3)
+    expected = [next(uninterrupted) for _ in range(stop + 10)][stop:]
+    first = train_batches(config, CORPUS, seed=3)
+    for _ in range(stop):
+        next(first)
+    state = json.loads(json.dumps(first.get_state()))
+    assert len(json.dumps(state)) < 1000
+    resumed = train_batches(dataclasses.replace(config, prefetch=0), CORPUS, seed=3)
+    next(resumed)
+    resumed.set_state(state)
+    assert resumed.position() == uninterrupted.position(stop)
+    assert_same([next(resumed) for _ in range(10)], expected)
+    assert_same([first.batch(stop)], expected[:1])
+    share = train_batches(config, CORPUS, seed=3, process_index=1, process_count=2)
+    share.set_state(state)
+    assert_same([next(share)], [{name: array[2:] for name, array in expected[0].items()}])
+
+
+def test_a_state_from_other_data_is_refused():
+    state = train_batches(CONFIG, CORPUS, seed=0).get_state()
+    with pytest.raises(ConfigError, match=r"data\.batch_size=8 but .* trained with 4"):
+        train_batches(dataclasses.replace(CONFIG, batch_size=8), CORPUS, seed=0).set_state(state)
+    with pytest.raises(ConfigError, match=r"^seed=1 but"):
+        train_batches(CONFIG, CORPUS, seed=1).set_state(state)
+    with pytest.raises(ConfigError, match=r"data\.path: the text or the tokenizer"):
+        train_batches(CONFIG, corpus_of([100]), seed=0).set_state(state)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_epochs_are_shuffled_differently_and_seeds_too(packing):
+    config = dataclasses.replace(CONFIG, packing=packing, random_offset=False, epochs=2)
+    corpus = corpus_of([30] * 50)
+
+    def order(seed):
+        return targets_of(list(train_batches(config, corpus, seed=seed)))
+
+    once = order(0)
+    first, second = np.split(once, 2)
+    assert sorted(first) == sorted(second) and list(first) != list(second)
+    assert list(once) != list(order(1))
+    np.testing.assert_array_equal(once, order(0))
+    # An epoch of one seed is not an epoch of the next.
+    assert list(second) != list(np.split(order(1), 2)[0])
+
+
+def test_mixtures_keep_their_shares_and_visit_every_row():
+    big, small = corpus_of([2000]), corpus_of([300], first=10_000)
+    config = dataclasses.replace(CONFIG, weights=(3.0, 1.0), batch_size=8, random_offset=False)
+    iterator = train_batches(config, (big, small), seed=0)
+    batches = [next(iterator) for _ in range(40)]
+    is_small = (stacked(batches)["targets"][:, 0] >= 10_000) & (
+        stacked(batches)["targets"][:, 0] != 1_000_000
+    )
+    assert is_small.mean() == pytest.approx(0.25, abs=0.01)
+    for batch in batches:
+        assert (batch["targets"][:, 0] >= 10_000).sum() in (1, 2, 3), "mixed within every batch"
+    small_rows = stacked(batches)["inputs"][is_small][:38]
+    assert len(set(small_rows[:19, 0].tolist())) == 19, "an epoch of the small corpus"
+    # Without weights an epoch is every row of every corpus, once.
+    everything = targets_of(epoch(dataclasses.replace(config, weights=()), (big, small)))
+    expected = np.concatenate([big.tokens, small.tokens])
+    assert sorted(everything.tolist()) == sorted(expected.tolist())
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("end_of_text", [True, False])
+def test_evaluation_covers_the_split_in_order_and_counts_its_bytes(packing, end_of_text):
+    corpora = [corpus_of([50, 3, 20], end_of_text), corpus_of([7, 41], end_of_text, first=5000)]
+    config = dataclasses.replace(CONFIG, packing=packing, end_of_text=end_of_text)
+    batches = evaluation_batches(config, corpora)
+    seen = targets_of(list(batches))
+    plain_stream = packing == "concat" and not end_of_text
+    expected = np.concatenate([c.tokens[1:] if plain_stream else c.tokens for c in corpora])
+    if packing == "best_fit":
+        seen, expected = np.sort(seen), np.sort(expected)
+    np.testing.assert_array_equal(seen, expected)
+    assert len(seen) == batches.num_targets and len(list(batches)) == len(batches)
+    # Every id below a million stands for one byte here, end-of-text for none.
+    assert batches.num_bytes == (seen < 1_000_000).sum()
+    assert {b["inputs"].shape for b in batches} == {(4, 16)}
+
+
+def test_a_corpus_shorter_than_a_block_is_named():
+    with pytest.raises(ConfigError, match=r"data\.block_size=16 .*test.* 6 tokens"):
+        train_batches(CONFIG, corpus_of([5]), seed=0)
+    with pytest.raises(ConfigError, match="no tokens"):
+        train_batches(CONFIG, corpus_of([]), seed=0)
+    assert len(list(evaluation_batches(CONFIG, corpus_of([5])))) == 1
+
+
+def test_position_tells_where_a_batch_lies():
+    iterator = train_batches(CONFIG, CORPUS, seed=0)
+    rows = iterator.rows[0].num_rows
+    assert iterator.position(0) == (0, 0)
+    assert iterator.position(rows) == (4, 0)
+    assert iterator.batches_per_epoch == -(-rows // 4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60), size=st.integers(30, 40))
+def test_best_fit_decreasing_is_what_its_name_says(lengths, size):
+    rows = best_fit_decreasing(np.array(lengths), size)
+    spaces = []
+    for length in sorted(lengths, reverse=True):  # one item at a time
+        fitting = [(space, i) for i, space in enumerate(spaces) if space >= length]
+        if fitting:
+            spaces[min(fitting)[1]] -= length
+        else:
+            spaces.append(size - length)
+    used = np.bincount(rows, weights=lengths)
+    assert sorted(size - used) == sorted(spaces)
+    first = [list(rows).index(row) for row in range(len(used))]
+    assert first == sorted(first), "rows come in the order of the corpus"
+
+
+def test_planned_packing_is_at_least_as_dense_as_packing_while_reading():
+    lengths = np.random.default_rng(0).integers(1, 200, 2000)
+    ours = best_fit_decreasing(lengths, 256).max() + 1
+    documents = grain.MapDataset.source(
+        [{"x": np.ones(length, np.int32)} for length in lengths]
+    ).to_iter_dataset()
+    packed = grain.experimental.BestFitPackIterDataset(
+        documents, length_struct={"x": 256}, num_packing_bins=32
+    )
+    assert ours <= sum(1 for _ in packed)
+    assert ours <= 1.02 * lengths.sum() / 256 + 1
+
+
+def test_prefetching_to_the_device_reports_what_was_consumed():
+    plain = train_batches(CONFIG, CORPUS, seed=2)
+    expected = [next(plain)["targets"] for _ in range(12)]
+    sent = []
+
+    def put(batch):
+        sent.append(batch)
+        return batch["targets"]
+
+    ahead = prefetch_to_device(train_batches(CONFIG, CORPUS, seed=2), put, depth=3)
+    np.testing.assert_array_equal([next(ahead) for _ in range(4)], expected[:4])
+    assert len(sent) == 7
+    state = ahead.get_state()
+    assert state["batch"] == 4
+    np.testing.assert_array_equal([next(ahead) for _ in range(4)], expected[4:8])
+    ahead.set_state(state)
+    np.testing.assert_array_equal([next(ahead) for _ in range(8)], expected[4:])
+    finite = train_batches(dataclasses.replace(CONFIG, epochs=1), CORPUS, seed=2)
+    assert len(list(prefetch_to_device(finite, put))) == finite.num_batches

@@ -1,0 +1,230 @@
+"""Saving, reloading, and opening what others wrote."""
+
+import io
+import json
+import pickle
+
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from trained_tokenizers import corpus, trained
+
+from lm.config import ConfigError
+from lm.tokenizers import TokenizerConfig, load, train
+from lm.tokenizers.base import DESCRIPTION, PROBES
+
+
+def assert_same(a, b):
+    assert (a.fingerprint, a.files(), a.kind) == (b.fingerprint, b.files(), b.kind)
+    assert (a.eos_id, a.bos_id, a.pad_id, a.unk_id) == (b.eos_id, b.bos_id, b.pad_id, b.unk_id)
+    assert (a.vocab_size, a.lossless) == (b.vocab_size, b.lossless)
+    for text in (*PROBES, *corpus()[:20]):
+        assert a.encode(text) == b.encode(text)
+    assert [a.token_bytes(i) for i in range(a.vocab_size)] == [
+        b.token_bytes(i) for i in range(b.vocab_size)
+    ]
+
+
+def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert_same(load(tmp_path), tokenizer)
+    load(tmp_path).save(tmp_path / "again")
+    for file in tmp_path.glob("*.*"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_pickled_is_the_same(tokenizer):
+    assert_same(pickle.loads(pickle.dumps(tokenizer)), tokenizer)
+
+
+def test_a_path_is_read_instead_of_training(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert_same(train(TokenizerConfig(path=str(tmp_path)), iter(())), tokenizer)
+
+
+def test_bpe_opens_in_hugging_faces_library_with_the_same_ids(tmp_path):
+    ours = trained("bpe")
+    ours.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in (*PROBES, *corpus()[:20]):
+        assert theirs.encode(text).ids == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
+    assert theirs.encode("<|endoftext|>").ids == [ours.eos_id]
+
+
+def test_a_hugging_face_directory_opens(tmp_path):
+    ours = trained("bpe")
+    (tmp_path / "tokenizer.json").write_bytes(ours.model_files()["tokenizer.json"])
+    plain = load(tmp_path)
+    assert plain.kind == "huggingface" and plain.lossless
+    assert plain.eos_id == ours.eos_id
+    assert plain.encode(corpus()[0]) == ours.encode(corpus()[0])
+    plain.save(tmp_path / "saved")
+    assert_same(load(tmp_path / "saved"), plain)
+
+
+def test_roles_come_from_the_files_beside_tokenizer_json(tmp_path):
+    rust = tokenizers.Tokenizer.from_str(trained("bpe").model_files()["tokenizer.json"].decode())
+    rust.add_special_tokens(["<a>", "<b>", "<c>"])
+    rust.add_tokens(["<think>"])  # an added token that is text, not a special
+    rust.enable_truncation(3)
+    rust.enable_padding()
+    rust.save(str(tmp_path / "tokenizer.json"))
+    roles = {"eos_token": {"content": "<a>"}, "pad_token": "<c>", "chat_template": "{{x}}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(roles))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<b>"}))
+    found = load(tmp_path)
+    ids = [rust.token_to_id(name) for name in ("<a>", "<b>", "<c>")]
+    assert [found.eos_id, found.bos_id, found.pad_id] == ids
+    text = "<a> <think> <|endoftext|> one two three four"
+    assert found.decode(found.encode(text)) == text
+    assert not set(found.encode(text)) & set(found.special_ids.values())
+    assert rust.token_to_id("<think>") in found.encode(text)
+    found.save(tmp_path / "saved")
+    assert_same(load(tmp_path / "saved"), found)
+    kept = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert kept["chat_template"] == "{{x}}"
+
+
+def unigram_json(directory):
+    """As T5's: normalised, a space in front, specials inside the lattice."""
+    rust = tokenizers.Tokenizer(models.Unigram())
+    rust.normalizer = normalizers.NFKC()
+    rust.pre_tokenizer = pre_tokenizers.Metaspace()
+    rust.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200,
+        special_tokens=["<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    rust.train_from_iterator(corpus(), trainer)
+    rust.save(str(directory / "tokenizer.json"))
+    return rust
+
+
+def test_a_unigram_lattice_does_not_contain_the_names_of_specials(tmp_path):
+    rust = unigram_json(tmp_path)
+    tokenizer = load(tmp_path)
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2)
+    assert rust.encode("the cat</s>").ids[-1] == 1
+    assert 1 not in tokenizer.encode("the cat</s>") and 0 not in tokenizer.encode("<pad>")
+    assert not tokenizer.lossless and tokenizer.lossy_because
+
+
+def test_other_decoders_give_the_librarys_text(tmp_path):
+    rust = unigram_json(tmp_path)
+    tokenizer = load(tmp_path)
+    wordpiece = trained("wordpiece")
+    library = tokenizers.Tokenizer.from_str(wordpiece.model_files()["tokenizer.json"].decode())
+    for text in corpus()[:50]:
+        assert tokenizer.encode(text) == rust.encode(text).ids
+        assert tokenizer.decode(tokenizer.encode(text)) == rust.decode(rust.encode(text).ids)
+        ids = wordpiece.encode(text)
+        assert library.encode(text).ids == ids
+        assert wordpiece.decode(ids) == library.decode(ids)
+
+
+def test_a_vocabulary_without_end_of_text_gets_one_after_its_last_id(tmp_path):
+    rust = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "cat": 1}, unk_token="[UNK]"))
+    rust.pre_tokenizer = pre_tokenizers.Whitespace()
+    rust.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.vocab_size, tokenizer.unk_id) == (2, 3, 0)
+    tokenizer.save(tmp_path / "saved")
+    assert_same(load(tmp_path / "saved"), tokenizer)
+
+
+def test_a_sentencepiece_model_of_others_opens(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(  # the library's defaults: NFKC, a space in front
+        sentence_iterator=iter(corpus()),
+        model_writer=model,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=3,
+        hard_vocab_limit=False,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = load(tmp_path)
+    library = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    assert tokenizer.kind == "sentencepiece_bpe" and not tokenizer.lossless
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (library.bos_id(), library.eos_id())
+    for text in ("the cat sat", "Mia 🙂 ran.", ""):
+        ids = tokenizer.encode(text)
+        assert ids == library.encode(text)
+        assert tokenizer.decode(ids) == library.decode(ids)
+    tokenizer.save(tmp_path / "saved")
+    assert_same(load(tmp_path / "saved"), tokenizer)
+
+
+def test_rank_files_load_and_follow_the_merges_of_the_bpe_they_came_from(tmp_path):
+    bpe, ranks = trained("bpe"), trained("tiktoken")
+    ranks.save(tmp_path)
+    (tmp_path / DESCRIPTION).unlink()
+    again = load(tmp_path)  # only the rank file
+    assert again.fingerprint == ranks.fingerprint
+    same = sum(again.encode(text) == bpe.encode(text) for text in corpus())
+    assert same > 0.95 * len(corpus())
+    assert again.eos_id == bpe.eos_id
+
+
+def truncate(directory, name):
+    data = (directory / name).read_bytes()
+    (directory / name).write_bytes(data[: len(data) // 2])
+
+
+def test_damaged_files_are_named_not_traced(tokenizer, tmp_path):
+    for name in tokenizer.files():
+        if name == "tokenizer_config.json":
+            continue
+        directory = tmp_path / name
+        tokenizer.save(directory)
+        truncate(directory, name)
+        with pytest.raises(ConfigError, match=r"damaged|rank file|missing") as caught:
+            load(directory)
+        assert "\n" not in str(caught.value)
+        tokenizer.save(directory)
+        (directory / name).unlink()
+        with pytest.raises(ConfigError, match="missing") if name != DESCRIPTION else never():
+            load(directory)
+
+
+class never:
+    """A directory without its description may still open as someone else's."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        return kind is not None and issubclass(kind, ConfigError)
+
+
+def test_a_changed_file_is_noticed(tmp_path):
+    trained("char").save(tmp_path)
+    file = tmp_path / "characters.json"
+    file.write_text(file.read_text().replace("a", "q"))
+    with pytest.raises(ConfigError, match="changed or damaged: its fingerprint"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "x.tiktoken", "corpus.txt"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff\xfe\0garbage", b"some text\nof a corpus"])
+def test_files_that_are_no_tokenizer_are_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"tokenizer\.path=") as caught:
+        load(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="holds no tokenizer"):
+        load(tmp_path)
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write a tokenizer into"):
+        trained("byte").save(tmp_path / "file" / "below")

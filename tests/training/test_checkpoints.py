@@ -1,0 +1,336 @@
+import json
+import logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from lm.config import ConfigError
+from lm.training import checkpoints
+from lm.training.checkpoints import CheckpointConfig, Checkpointer, CheckpointError
+
+
+def make_state(seed=0, optimizer=None, width=8):
+    """A training state with every kind of leaf: NaN, -0.0, bfloat16, integers, key data."""
+    key = jax.random.key(seed)
+    params = {
+        "embed": jax.random.normal(key, (16, width)),
+        "layers.attention.query": jax.random.normal(jax.random.fold_in(key, 1), (2, width, 2, 4)),
+        "layers.norm.gain": jnp.array([[0.0, -0.0, jnp.nan, 1e-40] * (width // 4)] * 2),
+        "half": jax.random.normal(jax.random.fold_in(key, 2), (4,), jnp.bfloat16),
+    }
+    optimizer = optimizer or optax.adamw(1e-3)
+    return {
+        "params": params,
+        "optimizer": optimizer.init(params),
+        "step": jnp.int32(seed),
+        "key": jax.random.key_data(key),
+    }
+
+
+def abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def assert_same_bits(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def largest_file(directory):
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+OPTIMIZERS = {
+    "adamw": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
+    "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=4),
+    "masked": optax.contrib.muon(1e-3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_restored_is_saved_to_the_bit(tmp_path, name):
+    state = make_state(optimizer=OPTIMIZERS[name])
+    extra = {"data": {"next_index": 17, "epochs": [0, 1]}, "note": "é"}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(3, state, extra, wait=True)
+        step, restored, got = checkpointer.restore_latest(abstract(state))
+    assert step == 3 and got == extra
+    assert_same_bits(restored, state)
+
+
+def test_restores_onto_other_shardings(tmp_path):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    values = jnp.arange(64.0).reshape(8, 8)
+    saved = {"w": jax.device_put(values, NamedSharding(mesh, PartitionSpec("a", "b")))}
+    layouts = [PartitionSpec(), PartitionSpec("b", None), PartitionSpec(None, ("a", "b"))]
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, saved, wait=True)
+        for layout in layouts:
+            sharding = NamedSharding(mesh, layout)
+            target = {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=sharding)}
+            _, state, _ = checkpointer.restore(1, target)
+            assert state["w"].sharding == sharding
+            np.testing.assert_array_equal(state["w"], values)
+
+
+def test_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    advance = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    state = {"w": jnp.zeros((512, 512))}
+    with Checkpointer(tmp_path, CheckpointConfig(keep=9)) as checkpointer:
+        for step in range(5):
+            checkpointer.save(step, state)
+            for _ in range(3):
+                state = advance(state)
+        checkpointer.wait()
+        for step in range(5):
+            _, restored, _ = checkpointer.restore(step, abstract(state))
+            np.testing.assert_array_equal(restored["w"], 3.0 * step)
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+    state = make_state()
+    losses = {10: 3.0, 20: 1.0, 30: float("nan"), 40: 2.0, 50: 2.5}
+    with Checkpointer(tmp_path, CheckpointConfig(keep=2)) as checkpointer:
+        for step, loss in losses.items():
+            checkpointer.save(step, state, metrics={"eval_loss": loss}, wait=True)
+        assert checkpointer.steps() == [20, 40, 50]
+        assert checkpointer.best() == 20 and checkpointer.latest() == 50
+        checkpointer.discard_after(40)
+        assert checkpointer.steps() == [20, 40]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000020", "00000040"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    old, new = make_state(1), make_state(2)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(5, old, {"n": 1})
+        checkpointer.save(5, new, {"n": 2}, wait=True)
+        restored = checkpointer.restore_latest(abstract(new))
+        assert restored.extra == {"n": 2} and checkpointer.steps() == [5]
+        assert_same_bits(restored.state, new)
+
+
+def truncate(checkpoint):
+    with largest_file(checkpoint).open("r+b") as file:
+        file.truncate(100)
+
+
+def flip_one_bit(checkpoint):
+    path = largest_file(checkpoint)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def lose_a_file(checkpoint):
+    largest_file(checkpoint).unlink()
+
+
+def truncate_manifest(checkpoint):
+    (checkpoint / "manifest.json").write_text('{"step": 2, "fi')
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_one_bit, lose_a_file, truncate_manifest])
+def test_damaged_newest_is_named_and_the_one_before_used(tmp_path, caplog, harm):
+    first, second = make_state(1), make_state(2)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, first)
+        checkpointer.save(2, second, wait=True)
+        harm(tmp_path / "00000002")
+        restored = checkpointer.restore_latest(abstract(first))
+        assert restored.step == 1
+        assert_same_bits(restored.state, first)
+        (warning,) = warnings_of(caplog)
+        assert "00000002 is damaged" in warning and "\n" not in warning
+        with pytest.raises(CheckpointError, match="00000002 is damaged"):
+            checkpointer.restore(2, abstract(first))
+        step, _ = checkpoints.restore_parameters(tmp_path)
+        assert step == 1
+        checkpointer.save(2, second, wait=True)  # the run comes by again and mends it
+        assert checkpointer.restore_latest(abstract(second)).step == 2
+
+
+def test_nothing_saved_is_none(tmp_path):
+    with Checkpointer(tmp_path / "a" / "b") as checkpointer:
+        assert checkpointer.restore_latest(abstract(make_state())) is None
+        assert checkpointer.steps() == [] and checkpointer.latest() is None
+        assert checkpointer.best() is None
+        with pytest.raises(CheckpointError, match="no checkpoint of step 7"):
+            checkpointer.restore(7, abstract(make_state()))
+
+
+def test_parameters_alone(tmp_path):
+    states = {1: make_state(1), 2: make_state(2), 3: make_state(3)}
+    with Checkpointer(tmp_path, CheckpointConfig(keep=3)) as checkpointer:
+        for step, loss in {1: 2.0, 2: 1.0, 3: 1.5}.items():
+            checkpointer.save(step, states[step], metrics={"eval_loss": loss})
+    for asked, step in {None: 3, "latest": 3, "best": 2, 1: 1}.items():
+        got, params = checkpoints.restore_parameters(tmp_path, asked)
+        assert got == step
+        assert_same_bits(params, states[step]["params"])
+    target = {"half": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=states[1]["step"].sharding)}
+    _, some = checkpoints.restore_parameters(tmp_path, 1, target)
+    assert some["half"].dtype == jnp.float32 and list(some) == ["half"]
+    np.testing.assert_array_equal(some["half"], states[1]["params"]["half"].astype(jnp.float32))
+    for asked, message in {"newest": "'latest' or 'best'", 9: "no checkpoint of step 9"}.items():
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.restore_parameters(tmp_path, asked)
+    with pytest.raises(CheckpointError, match="no intact checkpoint"):
+        checkpoints.restore_parameters(tmp_path / "missing")
+
+
+def test_another_configuration_is_refused_by_name(tmp_path):
+    state = make_state()
+    cases = {
+        r"params/embed is float32\[16, 8\] there and float32\[16, 12\] here": make_state(width=12),
+        "optimizer/0/count is only in the checkpoint": make_state(optimizer=optax.sgd(1e-3)),
+        "params/half is bfloat16": {
+            **state,
+            "params": {**state["params"], "half": jnp.zeros((4,))},
+        },
+    }
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, wait=True)
+        for message, other in cases.items():
+            with pytest.raises(CheckpointError, match=message) as error:
+                checkpointer.restore_latest(abstract(other))
+            assert "\n" not in str(error.value)
+    wider = {"embed": jax.ShapeDtypeStruct((16, 12), jnp.float32)}
+    with pytest.raises(CheckpointError, match="another configuration"):
+        checkpoints.restore_parameters(tmp_path, abstract=wider)
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(CheckpointError, match="checkpoints cannot be written here") as error:
+        Checkpointer(tmp_path / "checkpoints")
+    assert str(tmp_path) in str(error.value) and "--workdir" in str(error.value)
+
+
+def test_directory_lost_during_the_run_is_reported(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "c")
+    (tmp_path / "c").rmdir()
+    (tmp_path / "c").write_text("in the way")
+    with pytest.raises(CheckpointError, match="step 1 could not be saved"):
+        checkpointer.save(1, make_state(), wait=True)
+    checkpointer.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    if os.geteuid() != 0 or sys.platform != "linux":
+        pytest.skip("mounting a small disk needs root on Linux")
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", tmp_path], check=False
+    )
+    if mount.returncode:
+        pytest.skip("this machine does not allow mounts")
+    yield tmp_path
+    subprocess.run(["umount", "-l", tmp_path], check=True)
+
+
+def test_full_disk_is_an_error_and_harms_nothing(small_disk):
+    small, large = {"w": jnp.arange(1000.0)}, {"w": jnp.ones((1024, 1024))}
+    checkpointer = Checkpointer(small_disk / "run")
+    checkpointer.save(1, small)
+    checkpointer.save(2, large)  # fails on the writing thread
+    with pytest.raises(CheckpointError, match="no space left on the disk") as error:
+        checkpointer.save(3, small)
+    message = str(error.value)
+    assert str(small_disk / "run") in message and "\n" not in message
+    assert "step 2" in message and "the checkpoint of step 1 is untouched" in message
+    restored = checkpointer.restore_latest(abstract(small))
+    assert restored.step == 1
+    assert_same_bits(restored.state, small)
+    assert [p.name for p in (small_disk / "run").iterdir()] == ["00000001"]
+    checkpointer.save(4, small, wait=True)  # nothing of the failed save is in the way
+    checkpointer.close()
+
+
+def test_full_disk_at_the_manifest(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    state = make_state()
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, state, wait=True)
+    monkeypatch.setattr(checkpoints, "_write_manifest", full)
+    checkpointer.save(2, state)
+    with pytest.raises(CheckpointError, match="no space left"):
+        checkpointer.wait()
+    checkpointer.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["00000001"]
+
+
+KILLED = """
+    import sys, jax.numpy as jnp
+    from lm.training.checkpoints import Checkpointer
+    checkpointer = Checkpointer(sys.argv[1])
+    step = 0
+    while True:
+        step += 1
+        checkpointer.save(step, {"w": jnp.full((256, 1024), float(step))}, {"step": step})
+        print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_save_never_looks_complete(tmp_path, caplog):
+    target = {"w": jnp.zeros((256, 1024))}
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)]
+    root = pathlib.Path(checkpoints.__file__).parents[2]
+    for steps in (3, 4):  # killed right after a save returned, so in the middle of its writing
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
+        while int(process.stdout.readline()) < steps:
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        with Checkpointer(tmp_path) as checkpointer:
+            for step in checkpointer.steps():
+                assert checkpoints.damage(tmp_path / f"{step:08d}") is None
+            restored = checkpointer.restore_latest(abstract(target))
+            assert restored.extra == {"step": restored.step} and restored.step >= steps - 2
+            np.testing.assert_array_equal(restored.state["w"], float(restored.step))
+        assert all(path.name.isdigit() for path in tmp_path.iterdir())
+    assert not warnings_of(caplog)
+
+
+def test_manifest_says_what_the_checkpoint_holds(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(7, make_state(), metrics={"eval_loss": 1.5, "loss": 1.4}, wait=True)
+    manifest = json.loads((tmp_path / "00000007" / "manifest.json").read_text())
+    files = {p for p in (tmp_path / "00000007").rglob("*") if p.is_file()}
+    assert manifest["step"] == 7 and manifest["metrics"] == {"eval_loss": 1.5, "loss": 1.4}
+    assert len(manifest["files"]) == len(files) - 1 <= 10
+
+
+def test_due_at_multiples_whatever_the_stride():
+    config = CheckpointConfig(every=10)
+    assert [s for s in range(1, 31) if config.due(s)] == [10, 20, 30]
+    assert [s for s in range(4, 41, 4) if config.due(s, stride=4)] == [12, 20, 32, 40]
+    assert not CheckpointConfig(every=0).due(10)
+
+
+@pytest.mark.parametrize("field, value", [("every", -1), ("keep", 0)])
+def test_config_names_the_field(field, value):
+    with pytest.raises(ConfigError, match=f"config.checkpoint.{field}={value}"):
+        CheckpointConfig(**{field: value}).validate()

@@ -1,0 +1,173 @@
+import io
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.config import ConfigError
+from lm.training.metrics import MetricsWriter, read_metrics
+from lm.training.plots import plot_losses
+from lm.training.progress import Progress
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_what_is_written_is_read(tmp_path):
+    with MetricsWriter(tmp_path / "run") as writer:
+        writer.write(1, {"loss": np.float32(2.5), "tokens": 768, "grad_norm": jnp.float32(0.5)})
+        writer.write(2, {"loss": 2.25, "eval_loss": 2.0})
+    records = read_metrics(tmp_path / "run")
+    assert records == read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert records == [
+        {"step": 1, "loss": 2.5, "tokens": 768, "grad_norm": 0.5},
+        {"step": 2, "loss": 2.25, "eval_loss": 2.0},
+    ]
+
+
+def test_every_line_is_json_even_when_the_loss_is_not_a_number(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": float("nan"), "grad_norm": np.float32("inf")})
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse)["loss"] is None
+    assert math.isnan(read_metrics(tmp_path)[0]["loss"])
+
+
+def test_resuming_drops_what_will_be_repeated(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        for step in range(10, 60, 10):
+            writer.write(step, {"loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 60, "lo')  # killed in the middle of a line
+    assert [r["step"] for r in read_metrics(tmp_path)] == [10, 20, 30, 40, 50]
+    with MetricsWriter(tmp_path, start_step=30) as writer:
+        writer.write(40, {"loss": 4.5})
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [
+        (10, 10.0),
+        (20, 20.0),
+        (30, 30.0),
+        (40, 4.5),
+    ]
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
+
+
+def test_tensorboard_reads_one_story(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with MetricsWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": 1.0 / step, "eval_loss": math.nan})
+    with MetricsWriter(tmp_path, start_step=1) as writer:
+        writer.write(2, {"loss": 7.0})
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 7.0)]
+
+
+def test_tensorflow_and_matplotlib_stay_out():
+    code = """
+        import sys, tempfile
+        from lm.training import metrics, plots
+        assert "matplotlib" not in sys.modules and "tensorboard" not in sys.modules
+        with metrics.MetricsWriter(tempfile.mkdtemp()) as writer:
+            writer.write(1, {"loss": 1.0})
+        assert "tensorboard" in sys.modules
+        assert not {"tensorflow", "torch"} & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT)
+
+
+def test_killed_run_keeps_every_record(tmp_path):
+    code = """
+        import os, signal, sys
+        from lm.training.metrics import MetricsWriter
+        writer = MetricsWriter(sys.argv[1])
+        for step in range(100):
+            writer.write(step, {"loss": 1.0})
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    assert subprocess.run(command, check=False, cwd=ROOT).returncode == -signal.SIGKILL
+    assert len(read_metrics(tmp_path)) == 100
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk_is_reported_once_and_training_goes_on(tmp_path, caplog):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer._file = pathlib.Path("/dev/full").open("w")  # noqa: SIM115
+    for step in range(3):
+        writer.write(step, {"loss": 1.0})
+    writer.close()
+    assert sum("metrics are being lost" in r.getMessage() for r in caplog.records) == 1
+
+
+def test_unusable_directories_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file.*choose another --workdir"):
+        MetricsWriter(tmp_path / "file")
+    with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be read|nothing cannot be read"):
+        read_metrics(tmp_path / "nothing")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_plain_lines_have_one_format():
+    file, now = io.StringIO(), iter([0.0, 10.0, 20.0])
+    with Progress(2000, file=file, clock=lambda: next(now)) as progress:
+        progress.update(100, {"loss": 2.5})
+        metrics = {"tokens_per_second": 52_123, "mfu": 0.4126, "data_wait": 0.002, "other": 1}
+        progress.update(200, {"loss": np.float32(1.5), "eval_loss": 1.75, **metrics})
+        progress.print("evaluated [all] of it")
+        progress.update(2000, {"loss": math.nan})
+    assert file.getvalue().splitlines() == [
+        "step  100/2000  loss 2.5000",
+        "step  200/2000  loss 1.5000  eval 1.7500  52.1k tokens/s  mfu 41.3%  data 0.2%"
+        "  0:03:00 left",
+        "evaluated [all] of it",
+        "step 2000/2000  loss nan",
+    ]
+
+
+def test_terminal_gets_a_bar_and_the_text_above_it(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    file = Terminal()
+    with Progress(10, file=file) as progress:
+        progress.update(5, {"loss": 1.25, "tokens_per_second": 900})
+        progress.print("text [bold]as it is[/bold]")
+        progress.update(10, {"loss": 1.125})
+    shown = file.getvalue()
+    assert "text [bold]as it is[/bold]" in shown and "━" in shown
+    assert "step 10/10  loss 1.1250  900 tokens/s" in shown
+
+
+def test_loss_is_plotted(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in range(1, 200):
+            loss = math.nan if step == 50 else 2 + 2 / step
+            writer.write(step, {"loss": loss, "tokens": 100 * step})
+            if step % 50 == 0:
+                writer.write(step, {"eval_loss": 2.1 + 2 / step})
+    assert plot_losses(tmp_path) == tmp_path / "loss.png"
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_nothing_to_plot_is_an_error(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        writer.write(1, {"loss": math.nan})
+    with pytest.raises(ConfigError, match="no finite loss to plot"):
+        plot_losses(tmp_path)
