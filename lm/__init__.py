@@ -1,1 +1,30 @@
 """lm: one readable repository for the whole life of a language model."""
+
+from __future__ import annotations
+
+import os
+import typing
+
+if typing.TYPE_CHECKING:
+    from lm.run import Run
+
+__all__ = ["load"]
+
+
+def load(directory: str | os.PathLike[str], step: int | str | None = None) -> Run:
+    """Opens a run directory: its config, tokenizer, parameters and metrics.
+
+        run = lm.load("runs/quickstart")
+        logits_BTV = run.model(tokens_BT)
+        print(run.generate("The cat sat on the", max_new_tokens=20))
+
+    Args:
+      directory: what a training job wrote.
+      step: which checkpoint: a step, "best" (the lowest evaluation loss), or the latest.
+
+    Raises:
+      ConfigError: not a run directory, no such checkpoint, or one that its tokenizer does not fit.
+    """
+    from lm.run import Run  # JAX is imported when it is needed
+
+    return Run.load(directory, step)

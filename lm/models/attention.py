@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from lm.models.build import declare
 from lm.models.config import ModelConfig
@@ -110,6 +111,9 @@ class Attention(nnx.Module):
         query_BTHC = tap("query", constrain(query_BTHC, "batch", "length", "heads", None))
         key_BTKC = tap("key", constrain(key_BTKC, "batch", "length", "kv_heads", None))
         value_BTKC = tap("value", constrain(value_BTKC, "batch", "length", "kv_heads", None))
+        query_BTHC = checkpoint_name(query_BTHC, "query")
+        key_BTKC = checkpoint_name(key_BTKC, "key")
+        value_BTKC = checkpoint_name(value_BTKC, "value")
         key_BSKC, value_BSKC = key_BTKC, value_BTKC
         if cache is not None:
             cache = tuple(

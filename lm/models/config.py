@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from lm.config import check, check_choice
 
@@ -41,7 +42,7 @@ class ModelConfig:
     initializer_std: float = 0.02
     compute_dtype: str = "auto"  # auto: bfloat16 where the platform is fast at it
     attention: str = "auto"  # auto | xla | cudnn
-    remat: str = "none"  # none | projections | dots | full: how much is recomputed backwards
+    remat: str = "none"  # none | dots | projections | full: how much is recomputed backwards
     scan_layers: bool | None = None  # None: scan, unless few enough layers make unrolling cheap
 
     def validate(self, prefix: str = "config.model") -> None:
@@ -81,7 +82,8 @@ class ModelConfig:
         check(
             self.num_heads % self.kv_heads == 0,
             f"{prefix}.num_heads={self.num_heads} is not divisible by "
-            f"{prefix}.num_kv_heads={self.kv_heads}",
+            f"{prefix}.num_kv_heads={self.kv_heads}: use "
+            f"num_kv_heads={math.gcd(self.num_heads, self.kv_heads)}",
         )
         check(
             self.positions != "rotary" or self.head_width % 2 == 0,

@@ -16,6 +16,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 @functools.cache
@@ -49,9 +50,15 @@ def contract(spec: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = No
       dtype: of the result; x's own unless given.
 
     Returns:
-      The product in `dtype`.
+      The product in `dtype`. To remat policies its name is `product`, or `batched_product` where
+      the operands share a dimension with the output, as attention's do.
     """
-    return _contract(spec, jnp.dtype(dtype or x.dtype), x, w)
+    operands, out = spec.split("->")
+    first, second = operands.split(",")
+    batched = set(first) & set(second) & set(out)
+    product = _contract(spec, jnp.dtype(dtype or x.dtype), x, w)
+    # A policy cannot see the dot inside a custom derivative, but it sees the name of its result.
+    return checkpoint_name(product, "batched_product" if batched else "product")
 
 
 def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -60,7 +60,7 @@ class Embedding(nnx.Module):
         initializer = jax.nn.initializers.normal(config.initializer_std)
         self.tokens = declare((V, D), ("vocab", "embed"), initializer)
         if config.positions == "learned":
-            self.positions = declare((config.max_length, D), (None, "embed"), initializer)
+            self.positions = declare((config.max_length, D), ("length", "embed"), initializer)
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The residual stream before the first block, float32."""
@@ -229,7 +229,8 @@ class Transformer(nnx.Module):
     @property
     def _scanned(self) -> bool:
         if self.config.scan_layers is None:
-            return self.config.num_layers > UNROLLED_LAYERS
+            # Unrolled on the CPU, XLA merges the recomputation with what it was to replace.
+            return self.config.num_layers > UNROLLED_LAYERS or self.config.remat != "none"
         return self.config.scan_layers
 
     def _scan(self, x_BTD, context, cache, keys):
@@ -264,10 +265,9 @@ class Transformer(nnx.Module):
             key = None if keys is None else keys[index]
             scope = within(tap, f"blocks.{index}")
             if cache is None:
-                body = rematerialized(
-                    lambda b, x, k: b(x, context, key=k, tap=scope)[0],  # noqa: B023
-                    self.config,
-                )
+                # A value read inside `jax.checkpoint` could not leave it.
+                body = lambda b, x, k: b(x, context, key=k, tap=scope)[0]  # noqa: B023, E731
+                body = rematerialized(body, self.config) if tap is no_tap else body
                 x_BTD = body(block, x_BTD, key)
             else:
                 layer = (cache.keys_LBSKC[index], cache.values_LBSKC[index])
@@ -283,7 +283,7 @@ def rematerialized(body, config: ModelConfig):
     policies = jax.checkpoint_policies
     policy = {
         "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "projections": policies.save_only_these_names("query", "key", "value"),
+        "dots": policies.save_only_these_names("product"),
+        "projections": policies.save_only_these_names("query", "key", "value", "attention_output"),
     }[config.remat]
     return jax.checkpoint(body, policy=policy)

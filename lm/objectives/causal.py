@@ -34,12 +34,17 @@ def causal(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Summed next-token loss of a batch (see `lm.data` for its fields).
 
+    A batch whose rows are one document each may leave out `positions` and `segment_ids`.
+
     Returns:
       The summed loss to differentiate, and summed metrics: `nats` (cross-entropy without
-      regularisers), `weight` (target tokens) and `correct` is left to evaluation.
+      regularisers) and `weight` (target tokens).
     """
     x_BTD = model.hidden(
-        batch["inputs"], batch["positions"], batch["segment_ids"], dropout_key=dropout_key
+        batch["inputs"],
+        batch.get("positions"),
+        batch.get("segment_ids"),
+        dropout_key=dropout_key,
     )
     loss, nats = linear_cross_entropy(
         x_BTD,

@@ -14,6 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lm.config import ConfigError
 from lm.models.numerics import contract
 from lm.parallel.sharding import constrain
 
@@ -46,17 +47,26 @@ def linear_cross_entropy(
       chunk: positions a chunk; 0 chooses.
 
     Returns:
-      (loss, nats): scalars, float32. `nats` is Σ w·(-log p(target)); `loss` adds the z-loss.
+      (loss, nats): scalars, float32. `nats` is Σ w·(-log p(target)); `loss` adds the z-loss. Only
+      `loss` has a gradient, and only with respect to hidden states and head.
+
+    Raises:
+      ConfigError: `chunk` does not divide the sequence length.
     """
     batch, length, _ = x_BTD.shape
     chunk = chunk or chunk_length(batch, length, head_VD.shape[0])
     if length % chunk:
-        raise ValueError(f"chunk={chunk} does not divide the sequence length {length}")
+        divisors = [n for n in range(1, length + 1) if length % n == 0]
+        closest = min(divisors, key=lambda n: abs(n - chunk))
+        raise ConfigError(
+            f"config.objective.chunk={chunk} does not divide the sequence length {length}: "
+            f"use {closest}, or 0 to choose it"
+        )
     return _summed(float(z_loss), chunk, x_BTD, head_VD, targets_BT, weights_BT)
 
 
 def _chunk_loss(z_loss, x, head, targets, weights):
-    """(loss, nats, logits, log_z, chosen) of one chunk."""
+    """(loss, nats, logits, log_z) of one chunk."""
     logits = contract("btd,vd->btv", x, head, jnp.float32)
     logits = constrain(logits, "batch", "length", "vocab")
     log_z = jax.nn.logsumexp(logits, -1)
@@ -111,9 +121,9 @@ def _summed_forward(z_loss, chunk, x_BTD, head_VD, targets_BT, weights_BT):
 
 
 def _summed_backward(z_loss, chunk, saved, gradient):
-    dx, dhead = saved
     scale, _ = gradient  # nats are reported, never differentiated
-    return dx * scale.astype(dx.dtype), dhead * scale.astype(dhead.dtype), None, None
+    dx, dhead = ((array * scale).astype(array.dtype) for array in saved)  # scale is float32
+    return dx, dhead, None, None
 
 
 _summed.defvjp(_summed_forward, _summed_backward)

@@ -33,8 +33,3 @@ class ParamSpec:
     def size(self) -> int:
         """How many numbers the parameter holds."""
         return math.prod(self.shape)
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether one layer of it has two or more dimensions (gains and biases do not)."""
-        return len([axis for axis in self.axes if axis != "layers"]) >= 2

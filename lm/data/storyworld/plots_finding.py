@@ -336,8 +336,8 @@ def broken_cup(t: Teller) -> None:
             f"kicked {t.n(toy)} too hard",
         )
     )
-    if toy.noun == "drum":
-        act = f"danced around with {t.n(toy)}"
+    if toy.noun != "ball":
+        act = f"{t.either('danced around', 'ran too fast')} with {t.n(toy)}"
     throw = t.say(f"{t.s(hero)} {act}.")
     end = t.either("and broke", "and broke in two", "and broke with a crash")
     broke = t.say(f"{t.n(cup)} fell to the floor {end}.", (cup, "is", "broken"))

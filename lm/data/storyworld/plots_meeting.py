@@ -114,7 +114,7 @@ def new_friend(t: Teller) -> None:
         t.say(f"{t.n(hero)} was shy and did not say a word.", (hero, IS, "shy"))
     if t.chance(0.5):
         t.say(
-            f'"Hello, {friend.my} name is {t.n(friend)}," said {t.n(friend)}.'
+            f'"Hello, {friend.my} name is {t.call(friend)}," said {t.n(friend)}.'
             if friend.the == friend.name
             else f'"Hello," said {t.n(friend)}.'
         )
@@ -189,10 +189,13 @@ def animal_day(t: Teller) -> None:
         tired = t.say(f"soon {t.n(both)} were tired.", (both, FEELS, "tired"))
         t.because(played, tired, f"Why were {both.the} tired?", f"{both.the} played")
     elif roll < 0.7:
-        food = "berries" if first.animal.food == "flies" else first.animal.food
+        food = first.animal.food if first.animal.food in _SHARED else "berries"
         t.say(f"{t.n(first)} found some {food}.", (first, HAS, food))
         t.say(f"{t.s(first)} shared the {food} with {t.n(second)}.", (first, "shared", food))
     ending(t, first, second, both)
+
+
+_SHARED = ("milk", "bread", "cheese", "nuts", "honey", "apples", "carrots", "seeds")
 
 
 def _after_its_kind(t: Teller, beside: Entity | None, awake: bool = False) -> Entity:
@@ -424,7 +427,7 @@ def sick_friend(t: Teller) -> None:
                 f"{t.s(hero)} told {t.n(friend)} a story about {article(t.pick(_TALES))}.",
                 (hero, "told", "story"),
             )
-    call = f", {t.n(hero)}" if hero.the == hero.name else ""
+    call = f", {t.call(hero)}" if hero.the == hero.name else ""
     glad = t.say(
         f'"Now {friend.I} feel better{call}," said {t.n(friend)}.', (friend, FEELS, "better")
     )

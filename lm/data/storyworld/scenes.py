@@ -138,14 +138,14 @@ def arrive(t: Teller, friend: Entity, hero: Entity, place: lx.Place) -> int:
 
 def ask_why(t: Teller, friend: Entity, hero: Entity, feeling: str = "sad") -> int:
     """The friend asks why the hero feels so."""
-    call = f", {t.n(hero)}" if hero.the == hero.name and t.chance(0.4) else ""
+    call = f", {t.call(hero)}" if hero.the == hero.name and t.chance(0.4) else ""
     return t.say(f'"Why are {hero.you} {feeling}{call}?" asked {t.n(friend)}.')
 
 
 def thank(t: Teller, hero: Entity, friend: Entity) -> int:
     """The hero thanks the friend."""
     roll = t.random()
-    call = f", {t.n(friend)}" if friend.the == friend.name and t.chance(0.5) else ""
+    call = f", {t.call(friend)}" if friend.the == friend.name and t.chance(0.5) else ""
     if roll < 0.4:
         return t.say(f'"Thank {friend.you}{call}!" said {t.n(hero)}.')
     if roll < 0.7:

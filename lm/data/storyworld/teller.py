@@ -265,6 +265,11 @@ class Teller:
             return "the " + entity.noun
         return entity.the
 
+    def call(self, entity: Entity) -> str:
+        """The name itself, as in an address: 'Thank you, Rex!'."""
+        self.mention(entity)
+        return entity.the
+
     def a(self, entity: Entity) -> str:
         """The entity introduced: 'a little dog named Rex', 'a red ball'."""
         self.mention(entity)

@@ -1,0 +1,29 @@
+"""Continues a prompt with a trained model.
+
+    python main.py --config=configs/generate.py --config.prompt="The cat sat on the"
+
+    # the likeliest continuation; another model; several samples; a prompt from a pipe
+    python main.py --config=configs/generate.py --config.prompt="The cat" --config.temperature=0
+    python main.py --config=configs/generate.py --config.init_from=runs/NAME
+    python main.py --config=configs/generate.py --config.num_samples=4 --config.seed=1
+    echo "Once upon a time" | python main.py --config=configs/generate.py --config.prompt=-
+
+The text goes to standard output as it is drawn; the time to the first token, the time between
+tokens and the tokens per second follow on standard error. An empty prompt starts a new document.
+"""
+
+from lm import config
+from lm.jobs.generate import GenerateJob
+
+
+def get_config():
+    c = config.defaults(GenerateJob)
+    c.init_from = "runs/quickstart"
+    c.prompt = ""
+    c.prompt_file = ""
+    c.max_new_tokens = 200
+    c.temperature = 0.8  # 0: greedy
+    c.top_k = None
+    c.top_p = 0.95
+    c.num_samples = 1
+    return c

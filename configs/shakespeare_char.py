@@ -1,0 +1,50 @@
+"""Characters of Shakespeare, with the settings that nanoGPT uses on a CPU.
+
+    python main.py --config=configs/shakespeare_char.py --config.data.path=PATH/tinyshakespeare.txt
+
+4 layers, 4 heads, width 128, blocks of 64 characters, batches of 12, 2,000 steps.
+"""
+
+from lm.config import defaults
+from lm.jobs.train import TrainJob
+
+
+def get_config():
+    config = defaults(TrainJob)
+
+    config.tokenizer.kind = "char"
+    config.data.path = "tinyshakespeare.txt"
+    config.data.split = "position"
+    config.data.validation_fraction = 0.1
+    config.data.end_of_text = False
+    config.data.random_offset = True
+    config.data.block_size = 64
+    config.data.batch_size = 12
+
+    config.model.num_layers = 4
+    config.model.num_heads = 4
+    config.model.width = 128
+    config.model.positions = "learned"
+    config.model.norm = "layernorm"
+    config.model.activation = "gelu"
+    config.model.bias = False
+    config.model.dropout = 0.0
+
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.final_fraction = 0.1
+    config.optimizer.warmup_steps = 100
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.99
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.clip_norm = 1.0
+
+    config.train.steps = 2000
+    config.train.log_every = 100
+    config.train.eval_every = 500
+    config.train.eval_batch_size = 64
+    config.checkpoint.every = 1000
+
+    config.prompt = "ROMEO:"
+    config.sample.max_new_tokens = 200
+    config.sample.temperature = 0.8
+    return config

@@ -1,0 +1,92 @@
+"""Logits to the next token: greedy, temperature, top-k and nucleus sampling.
+
+The filters work on `Candidates`: the tokens that may still be drawn, likeliest first. Ranking once
+serves both filters, and after top-k the rest is done on k numbers instead of the vocabulary. Among
+equal logits the token with the lower id ranks first, so that top-k keeps exactly k.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm.inference.config import SamplingConfig
+
+
+class Candidates(NamedTuple):
+    """Tokens that may be drawn: their logits (-inf rules one out) and ids, likeliest first."""
+
+    logits_BN: jax.Array
+    ids_BN: jax.Array
+
+
+def top_k(logits_BV: jax.Array, k: int) -> Candidates:
+    """The k likeliest tokens (Fan et al. 2018); all of them where the vocabulary has fewer."""
+    return Candidates(*jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1])))
+
+
+def ranked(logits_BV: jax.Array) -> Candidates:
+    """Every token, likeliest first."""
+    ids_BV = jnp.broadcast_to(jnp.arange(logits_BV.shape[-1]), logits_BV.shape)
+    negated, ids_BV = jax.lax.sort((-logits_BV, ids_BV), is_stable=True, num_keys=1)
+    return Candidates(-negated, ids_BV)
+
+
+def top_p(candidates: Candidates, p: float) -> Candidates:
+    """The nucleus: the fewest tokens whose probabilities sum to at least p (Holtzman et al. 2020).
+
+    The probabilities are those among `candidates`. The likeliest token always stays.
+    """
+    probabilities_BN = jax.nn.softmax(candidates.logits_BN, -1)
+    before_BN = jnp.cumsum(probabilities_BN, -1) - probabilities_BN
+    keep_BN = (before_BN < p).at[:, 0].set(True)
+    return Candidates(jnp.where(keep_BN, candidates.logits_BN, -jnp.inf), candidates.ids_BN)
+
+
+def candidates(logits_BV: jax.Array, config: SamplingConfig) -> Candidates:
+    """What `config` allows to be drawn, and with which logits; `temperature` must not be 0.
+
+    Without filters the tokens are in the order of their ids: nothing needs their ranks.
+    """
+    logits_BV = logits_BV.astype(jnp.float32) / config.temperature
+    nucleus = config.top_p is not None and config.top_p < 1
+    if config.top_k is not None:
+        allowed = top_k(logits_BV, config.top_k)
+    elif nucleus:
+        allowed = ranked(logits_BV)
+    else:
+        ids_BV = jnp.broadcast_to(jnp.arange(logits_BV.shape[-1]), logits_BV.shape)
+        return Candidates(logits_BV, ids_BV)
+    return top_p(allowed, config.top_p) if nucleus else allowed
+
+
+def greedy(logits_BV: jax.Array) -> jax.Array:
+    """The likeliest token of each row; the lowest id among equals."""
+    return jnp.argmax(logits_BV, -1).astype(jnp.int32)
+
+
+def sample(logits_BV: jax.Array, keys_B: jax.Array, config: SamplingConfig) -> jax.Array:
+    """One token for every row, int32 [B].
+
+    Args:
+      logits_BV: the model's, of any float dtype.
+      keys_B: a random key for every row; a row's token depends on its own key and logits alone.
+      config: static under jit.
+    """
+    if config.greedy:
+        return greedy(logits_BV)
+    allowed = candidates(logits_BV, config)
+    chosen_B = jax.vmap(jax.random.categorical)(keys_B, allowed.logits_BN)
+    return jnp.take_along_axis(allowed.ids_BN, chosen_B[:, None], 1)[:, 0].astype(jnp.int32)
+
+
+def probabilities(logits_BV: jax.Array, config: SamplingConfig) -> jax.Array:
+    """The distribution [B, V] that `sample` draws from, float32."""
+    if config.greedy:
+        return jax.nn.one_hot(greedy(logits_BV), logits_BV.shape[-1])
+    allowed = candidates(logits_BV, config)
+    rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+    zeros_BV = jnp.zeros(logits_BV.shape, jnp.float32)
+    return zeros_BV.at[rows_B1, allowed.ids_BN].set(jax.nn.softmax(allowed.logits_BN, -1))

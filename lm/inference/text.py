@@ -1,0 +1,120 @@
+"""Prompts as text, continuations as text that appears piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lm.config import check
+from lm.inference.config import SamplingConfig
+from lm.inference.generate import CHUNK, NOTHING, Generator, Timing
+from lm.tokenizers import Tokenizer
+
+
+class TextGenerator:
+    """A `Generator` that reads and writes text.
+
+    Args:
+      generator: the model.
+      tokenizer: the one the model was trained with.
+      begins: whether documents began with the begin-of-text token in training, so prompts do too.
+    """
+
+    def __init__(self, generator: Generator, tokenizer: Tokenizer, begins: bool = True):
+        self.generator, self.tokenizer, self.begins = generator, tokenizer, begins
+
+    def encode(self, prompt: str) -> list[int]:
+        """The tokens the model reads: begin-of-text where documents had it, then the prompt's.
+
+        A model trained on one stream without separators starts an empty prompt from a line break.
+
+        Raises:
+          ConfigError: nothing to start from.
+        """
+        ids = self.tokenizer.encode(prompt)
+        if self.begins:
+            return [self.tokenizer.bos_id, *ids]
+        if not ids:
+            newline = self.tokenizer.encode("\n")
+            ids = newline if newline != [self.tokenizer.unk_id] else []
+        check(
+            bool(ids),
+            f"prompt={prompt!r} has no tokens, and the model was trained without separators "
+            "between documents (config.data.end_of_text=False): give it a prompt to start from",
+        )
+        return ids
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        sampling: SamplingConfig,
+        seed: int = 0,
+        chunk: int = CHUNK,
+    ) -> TextGeneration:
+        """Continues every prompt; iterate over the result. See `Generator.generate`."""
+        return TextGeneration(self, prompts, sampling, seed, chunk)
+
+
+class TextGeneration:
+    """One call of `TextGenerator.generate`: iterates over `(row, text)` as the text comes.
+
+    `text` is what row `row` has gained; the joined texts of a row are its continuation, without
+    its prompt. When the iteration is over, `timing` and `ended` are complete.
+
+    Attributes:
+      notices: what the reader should know, one line each.
+      ended: for each row, whether it came to end-of-text.
+      timing: see `Timing`.
+    """
+
+    def __init__(
+        self,
+        owner: TextGenerator,
+        prompts: Sequence[str],
+        sampling: SamplingConfig,
+        seed: int,
+        chunk: int,
+    ):
+        self._tokenizer, self._samples = owner.tokenizer, sampling.num_samples
+        self._prompts = [owner.encode(prompt) for prompt in prompts]
+        self._tokens = owner.generator.generate(self._prompts, sampling, seed, chunk)
+        self.notices = _notices(owner, self._prompts, sampling)
+        self.ended = [False] * (len(prompts) * self._samples)
+
+    @property
+    def timing(self) -> Timing:
+        """How long it took."""
+        return self._tokens.timing
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        streams = [self._tokenizer.decode_stream() for _ in self.ended]
+        for row, stream in enumerate(streams):
+            # What a token adds to the text may depend on whether it is the first.
+            for id in self._prompts[row // self._samples]:
+                stream.push(id)
+        for tokens_BN in self._tokens:
+            for row, ids in enumerate(tokens_BN.tolist()):
+                ids = [id for id in ids if id != NOTHING]
+                self.ended[row] |= self._tokenizer.eos_id in ids
+                text = "".join(map(streams[row].push, ids))
+                if text:
+                    yield row, text
+        for row, stream in enumerate(streams):
+            if text := stream.flush():
+                yield row, text
+
+
+def _notices(owner: TextGenerator, prompts: list[list[int]], sampling: SamplingConfig) -> list[str]:
+    notices = []
+    unknown = sum(ids.count(owner.tokenizer.unk_id) for ids in prompts)
+    if unknown:
+        notices.append(
+            f"{unknown} token{'s' * (unknown > 1)} of the prompt are unknown to the tokenizer"
+        )
+    longest = max(map(len, prompts))
+    room = owner.generator.room(longest)
+    if room < sampling.max_new_tokens:
+        notices.append(
+            f"max_new_tokens={sampling.max_new_tokens} cut to {room}: after a prompt of {longest} "
+            f"tokens, that fills the model's context of {owner.generator.context}"
+        )
+    return notices

@@ -1,0 +1,108 @@
+"""Continues a prompt with a trained model, printing as it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+
+import ml_collections
+
+import lm
+from lm.config import ConfigError, check, view
+from lm.inference import SamplingConfig, TextGeneration
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateJob(SamplingConfig):
+    """What to continue, with which model; how to draw is inherited."""
+
+    job: str = "generate"
+    seed: int = 0  # of the random draws: the same seed, the same text
+    init_from: str = ""  # the directory of a training run
+    prompt: str = ""  # "-" reads it from standard input
+    prompt_file: str = ""  # read it from this file instead; "-" is standard input
+
+    def validate(self, prefix: str = "config") -> None:
+        """Raises `ConfigError` naming the first field that makes no sense."""
+        check(bool(self.init_from), f"{prefix}.init_from='' must name the directory of a run")
+        check(
+            not (self.prompt and self.prompt_file),
+            f"{prefix}.prompt_file={self.prompt_file!r} must be empty when {prefix}.prompt is set",
+        )
+        super().validate(prefix)
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
+    """Prints what a `GenerateJob` asks for; notices and timing go to standard error.
+
+    Returns:
+      The texts, prompt included, one for each sample. Nothing is written to `workdir`.
+
+    Raises:
+      ConfigError: no such run, a prompt that cannot be read or is longer than the model's context.
+    """
+    job = view(GenerateJob, config)
+    prompt = _read_prompt(job)
+    loaded = lm.load(job.init_from)
+    stream = loaded.text_generator.generate([prompt], job, job.seed)
+    for notice in stream.notices:
+        print(f"note: {notice}", file=sys.stderr)
+    texts = _print(stream, prompt, job.num_samples)
+    where = f"{loaded.directory} at step {loaded.step:,}"
+    print(f"{where} · {stream.timing}", file=sys.stderr)
+    return texts
+
+
+def _read_prompt(job: GenerateJob) -> str:
+    """The prompt; without the last line break of a file, which editors and shells add."""
+    if job.prompt != "-" and not job.prompt_file:
+        return job.prompt
+    field = "prompt" if job.prompt else "prompt_file"
+    file = getattr(job, field)
+    try:
+        if file == "-":
+            data = sys.stdin.buffer.read()
+        else:
+            data = pathlib.Path(file).expanduser().read_bytes()
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"config.{field}={file!r} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config.{field}={file!r} must be UTF-8 text") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _print(stream: TextGeneration, prompt: str, samples: int) -> list[str]:
+    """Prints the samples one below the other.
+
+    They are drawn together: the first appears as it comes, and each other one when those before it
+    have ended, with what it has by then.
+    """
+    texts = [prompt] * samples
+    shown = [0] * samples
+    current = 0
+
+    def show(row: int) -> None:
+        print(texts[row][shown[row] :], end="", flush=True)
+        shown[row] = len(texts[row])
+
+    def advance(row: int) -> int:
+        show(row)
+        print(f"\n--- sample {row + 2}")
+        return row + 1
+
+    if samples > 1:
+        print("--- sample 1")
+    show(current)
+    for row, text in stream:
+        texts[row] += text
+        while stream.ended[current] and row > current:
+            current = advance(current)
+        if row == current:
+            show(current)
+    while current + 1 < samples:
+        current = advance(current)
+    show(current)
+    print()
+    return texts

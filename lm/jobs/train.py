@@ -1,0 +1,337 @@
+"""Pre-training: text to a trained model that writes.
+
+One linear story: config, tokenizer, data, mesh, model, state, step, loop, samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+import time
+from typing import Any
+
+import jax
+import ml_collections
+from rich.console import Console
+
+from lm import tokenizers
+from lm.config import ConfigError, check, to_dict, view
+from lm.data import DataConfig, documents, evaluation_batches, prepare, train_batches
+from lm.inference.config import SamplingConfig
+from lm.models import ModelConfig, Transformer, param_specs
+from lm.objectives import ObjectiveConfig
+from lm.parallel.host_memory import keep_buffers
+from lm.parallel.mesh import MeshConfig, batch_sharding, batch_ways, make_mesh
+from lm.tokenizers import TokenizerConfig
+from lm.training import flops
+from lm.training.checkpoints import CheckpointConfig, Checkpointer, restore_parameters
+from lm.training.config import TrainConfig, dispatch_steps
+from lm.training.evaluate import evaluate
+from lm.training.loop import Loop
+from lm.training.metrics import MetricsWriter
+from lm.training.optimizer import OptimizerConfig, make_optimizer
+from lm.training.plots import plot_losses
+from lm.training.progress import Progress
+from lm.training.report import describe_run
+from lm.training.state import abstract_state, create_state
+from lm.training.step import make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainJob:
+    """Everything about one training run."""
+
+    job: str = "train"
+    seed: int = 0  # of the parameters, the data order, dropout and the samples
+    init_from: str = ""  # start from the parameters and tokenizer of this run directory
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    prompt: str | tuple[str, ...] = ()  # what to continue in samples.txt when training ends
+    sample: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+
+    def validate(self, prefix: str = "config") -> None:
+        """Raises ConfigError where sections contradict each other."""
+        longest = self.model.max_length
+        check(
+            not longest or self.data.block_size <= longest,
+            f"{prefix}.data.block_size={self.data.block_size} is longer than "
+            f"{prefix}.model.max_length={longest}",
+        )
+
+
+# What may differ between a run directory and the config that goes on with it.
+FREE_SECTIONS = ("train", "checkpoint", "mesh", "prompt", "sample", "init_from")
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
+    """Trains as `config` says, or goes on where `workdir` left off.
+
+    Returns:
+      The last evaluation: `eval_loss`, `eval_bits_per_byte`.
+    """
+    console = Console(soft_wrap=False, highlight=False)
+    job = view(TrainJob, config)
+    directory = pathlib.Path(workdir)
+    _prepare_process(job)
+    mesh = make_mesh(job.mesh)
+    shares = job.train.accumulation * batch_ways(mesh)
+    check(
+        job.data.batch_size % shares == 0,
+        f"config.data.batch_size={job.data.batch_size} must be a multiple of {shares}: "
+        f"{batch_ways(mesh)} device(s) that share it × train.accumulation={job.train.accumulation}",
+    )
+
+    tokenizer = _tokenizer(job, directory)
+    console.print(
+        f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens"
+        + ("" if tokenizer.lossless else " (does not reproduce every text exactly)")
+    )
+    model_config = resolve_model(job, tokenizer)
+    resolved = dataclasses.replace(job, model=model_config)
+    _claim(directory, resolved, tokenizer)
+
+    train_corpora, validation_corpora = prepare(job.data, tokenizer, job.seed, console.print)
+    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    batches = train_batches(job.data, train_corpora, seed=job.seed, **hosts)
+    tokens = sum(corpus.num_tokens for corpus in train_corpora)
+    console.print(
+        f"data: {tokens:,} training tokens, {batches.batches_per_epoch:,} steps an epoch, "
+        f"{batches.padding_fraction:.1%} padding"
+    )
+
+    skeleton = Transformer(model_config)
+    specs = param_specs(skeleton)
+    optimizer = make_optimizer(job.optimizer, job.train.steps, specs)
+    with jax.set_mesh(mesh):
+        abstract = abstract_state(specs, optimizer, mesh)
+        describe_run(
+            console,
+            model_config=model_config,
+            specs=specs,
+            mesh=mesh,
+            block_size=job.data.block_size,
+            batch_size=job.data.batch_size // job.train.accumulation,
+            optimizer_state=abstract["optimizer"],
+        )
+        with Checkpointer(directory / "checkpoints", job.checkpoint) as checkpointer:
+            found = checkpointer.restore_latest(abstract)
+            if found is None:
+                start, extra = 0, {}
+                params = _initial_parameters(job, abstract["params"])
+                state = create_state(specs, optimizer, abstract, job.seed, params)
+            else:
+                start, state, extra = found
+                batches.set_state(extra["data"])
+                console.print(f"resuming at step {start}")
+            results = _train(
+                resolved, mesh, skeleton, optimizer, abstract, state, start, extra,
+                batches, validation_corpora, checkpointer, directory, console,
+            )  # fmt: skip
+    if jax.process_index() == 0:
+        _finish(resolved, directory, console)
+    return results
+
+
+def _train(
+    job, mesh, skeleton, optimizer, abstract, state, start, extra,
+    batches, validation_corpora, checkpointer, directory, console,
+):  # fmt: skip
+    """Compiles the step and runs the loop; the last evaluation."""
+    flops_per_token = flops.training_flops_per_token(job.model, job.data.block_size)
+    peak = flops.total_peak_flops(job.model.compute_dtype)
+    tokens_per_step = job.data.batch_size * job.data.block_size
+    cadences = (job.train.steps, job.train.log_every, job.train.eval_every, job.checkpoint.every)
+    stride = dispatch_steps(
+        job.train.steps_per_dispatch, cadences, flops_per_token * tokens_per_step, peak
+    )
+
+    def put(batch, leading=1):
+        if batches.single_segment:
+            batch = {k: v for k, v in batch.items() if k not in ("segment_ids", "positions")}
+        sharding = batch_sharding(mesh, leading)
+        if jax.process_count() == 1:
+            return jax.device_put(batch, sharding)
+        return jax.tree.map(
+            functools.partial(jax.make_array_from_process_local_data, sharding), batch
+        )
+
+    step_fn = make_train_step(skeleton, job.objective, optimizer, job.train, job.seed)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
+    evaluator = None
+    if validation_corpora:
+        data = dataclasses.replace(
+            job.data, batch_size=job.train.eval_batch_size or job.data.batch_size
+        )
+        validation = evaluation_batches(
+            data,
+            validation_corpora,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        eval_step = jax.jit(make_eval_step(skeleton))
+
+        def evaluator(state):
+            put_one = functools.partial(put, leading=0)
+            return evaluate(eval_step, state["params"], validation, put_one)
+
+    began = time.perf_counter()
+    with (
+        MetricsWriter(directory, start) as writer,
+        Progress(job.train.steps, start) as progress,
+    ):
+        loop = Loop(
+            job.train,
+            stride=stride,
+            step_fn=step_fn,
+            batches=batches,
+            put=put,
+            evaluate=evaluator,
+            checkpointer=checkpointer,
+            checkpoint_every=job.checkpoint.every,
+            abstract_state=abstract,
+            writer=writer,
+            progress=progress,
+            flops_per_token=flops_per_token,
+            peak=peak,
+            workdir=directory,
+        )
+        _, step = loop.run(state, start, extra)
+    if step > start:
+        console.print(f"trained {step - start} steps in {time.perf_counter() - began:.1f} s")
+    return loop.last_eval
+
+
+def _prepare_process(job: TrainJob) -> None:
+    """Settings of this process that must come before the first array."""
+    if jax.default_backend() == "cpu":
+        keep_buffers()
+    if job.train.compilation_cache:
+        path = os.path.expanduser(job.train.compilation_cache)
+        jax.config.update("jax_compilation_cache_dir", path)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _tokenizer(job: TrainJob, directory: pathlib.Path):
+    """The run's tokenizer: its own if it has one, else `init_from`'s, else trained and saved."""
+    saved = directory / "tokenizer"
+    if saved.exists():
+        return tokenizers.load(saved)
+    if job.init_from:
+        source = pathlib.Path(job.init_from) / "tokenizer"
+        check(source.exists(), f"config.init_from={job.init_from!r} has no tokenizer/ in it")
+        return tokenizers.load(source)
+    return tokenizers.train(job.tokenizer, documents(job.data, "train", job.seed))
+
+
+def resolve_model(job: TrainJob, tokenizer) -> ModelConfig:
+    """The model section with `vocab_size` and `max_length` filled in.
+
+    Raises:
+      ConfigError: the vocabulary is smaller than the tokenizer's.
+    """
+    vocab_size = job.model.vocab_size or tokenizer.vocab_size
+    check(
+        vocab_size >= tokenizer.vocab_size,
+        f"config.model.vocab_size={vocab_size} is smaller than the tokenizer's "
+        f"{tokenizer.vocab_size}: raise it, or set it to 0",
+    )
+    return dataclasses.replace(
+        job.model, vocab_size=vocab_size, max_length=job.model.max_length or job.data.block_size
+    )
+
+
+def _claim(directory: pathlib.Path, job: TrainJob, tokenizer) -> None:
+    """Writes config.json and the tokenizer into a new run directory, or checks those of an old one.
+
+    Raises:
+      ConfigError: the directory holds a run of another config, or cannot be written.
+    """
+    wanted = json.loads(json.dumps(to_dict(job)))
+    wanted["tokenizer_fingerprint"] = tokenizer.fingerprint
+    path = directory / "config.json"
+    if path.exists():
+        difference = _difference(json.loads(path.read_text()), wanted)
+        if difference:
+            field, old, new = difference
+            raise ConfigError(
+                f"--workdir={directory} holds a run with config.{field}={old!r}, and this config "
+                f"says {new!r}: choose another --workdir, or set the field back"
+            )
+    if jax.process_index() != 0:
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / "tokenizer").exists():
+            scratch = directory / f".tokenizer.{os.getpid()}"
+            tokenizer.save(scratch)
+            try:
+                scratch.rename(directory / "tokenizer")
+            except OSError:  # another process was first
+                shutil.rmtree(scratch)
+        scratch = directory / f".config.{os.getpid()}"
+        scratch.write_text(json.dumps(wanted, indent=2) + "\n")
+        scratch.rename(path)
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={directory} cannot be written: {error.strerror or error}"
+        ) from error
+
+
+def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first field in which two configs differ, outside the sections that may."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in new:
+            if not path and name in FREE_SECTIONS:
+                continue
+            if name in old:
+                found = _difference(old[name], new[name], f"{path}.{name}" if path else name)
+                if found:
+                    return found
+        return None
+    return None if old == new else (path, old, new)
+
+
+def _initial_parameters(job: TrainJob, abstract: dict[str, Any]) -> dict[str, jax.Array] | None:
+    """The parameters of `init_from`, if it is set."""
+    if not job.init_from:
+        return None
+    return restore_parameters(pathlib.Path(job.init_from) / "checkpoints", abstract=abstract)[1]
+
+
+def _finish(job: TrainJob, directory: pathlib.Path, console: Console) -> None:
+    """Draws loss.png, and writes and prints samples.txt."""
+    import lm
+
+    if job.train.log_every or job.train.eval_every:
+        console.print(f"loss curve: {plot_losses(directory)}")
+    prompts = (job.prompt,) if isinstance(job.prompt, str) else job.prompt
+    if not prompts:
+        return
+    trained = lm.load(str(directory))
+    lines = []
+    for prompt in prompts:
+        texts = trained.generate(
+            prompt,
+            max_new_tokens=job.sample.max_new_tokens,
+            temperature=job.sample.temperature,
+            top_k=job.sample.top_k,
+            top_p=job.sample.top_p,
+            num_samples=job.sample.num_samples,
+            seed=job.seed,
+        )
+        lines += [texts] if isinstance(texts, str) else texts
+    text = "\n\n".join(line.strip() for line in lines) + "\n"
+    (directory / "samples.txt").write_text(text)
+    console.print("samples:")
+    console.print(text, markup=False)

@@ -1,0 +1,328 @@
+"""What a step costs: FLOPs, the peak they are measured against, and memory.
+
+FLOPs of a token, the one definition behind every MFU this project reports:
+
+    forward   2 × (every parameter that multiplies) + 4·H·C·(T+1)/2 for each layer
+    training  3 × forward
+
+A parameter that multiplies is one of a projection or of the output head, tied or not. Embedding
+look-ups, gains and biases do not multiply; softmax, norms and what a remat policy recomputes are
+not counted. The second term is the attention scores and the mixing of values, 2·H·C each for every
+key a query sees; under the causal mask it sees (T+1)/2 of T keys on average, and only those count.
+(Chowdhery et al. 2022, appendix B, has the same sum with all T keys.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lm.models import ModelConfig, bind, param_specs
+from lm.models.numerics import compute_dtype
+from lm.models.transformer import Block, Context, rematerialized
+from lm.objectives.cross_entropy import chunk_length
+from lm.parallel.mesh import batch_ways
+from lm.parallel.params import ParamSpec
+from lm.parallel.sharding import parameter_shardings
+
+# ---- FLOPs -----------------------------------------------------------------------------------
+
+
+def multiplying_parameters(config: ModelConfig) -> int:
+    """Parameters that multiply the residual stream of a token: projections and output head."""
+    D, F, H, K, C = (
+        config.width,
+        config.feed_forward,
+        config.num_heads,
+        config.kv_heads,
+        config.head_width,
+    )
+    attention = 2 * D * H * C + 2 * D * K * C
+    mlp = (3 if config.gated else 2) * D * F
+    return config.num_layers * (attention + mlp) + config.vocab_size * D
+
+
+def forward_flops_per_token(config: ModelConfig, block_size: int) -> float:
+    """FLOPs of the forward pass for each token of a sequence of `block_size`."""
+    heads = config.num_heads * config.head_width
+    attention = config.num_layers * 4 * heads * (block_size + 1) / 2
+    return 2 * multiplying_parameters(config) + attention
+
+
+def training_flops_per_token(config: ModelConfig, block_size: int) -> float:
+    """FLOPs of forward and backward passes for each token: both operands of every product get a
+    gradient, each of which is a product of the same size."""
+    return 3 * forward_flops_per_token(config, block_size)
+
+
+# ---- Peak ------------------------------------------------------------------------------------
+
+
+class Peak(NamedTuple):
+    """What one device can do at best."""
+
+    flops: float  # a second
+    source: str  # "published" or "measured"
+
+
+class _Chip(NamedTuple):
+    kind: str  # what `device_kind` contains, lower case
+    sixteen_bit: float  # teraFLOPs a second, dense, bfloat16 (float16 before Ampere)
+    thirty_two_bit: float  # of float32 products at JAX's default precision
+
+
+# The first entry contained in `device_kind` counts, so longer names come first. GPU data sheets
+# often print the rate with 2:4 sparsity; these are the dense rates, with float32 accumulation.
+# float32 products run by default as one bfloat16 pass on TPUs and as TF32 on GPUs since Ampere.
+_CHIPS = (
+    # cloud.google.com/tpu/docs/v2 … /tpu7x, "Peak compute per chip". A device of v2, v3 and 7x is
+    # one of the chip's two cores; every other device is a whole chip.
+    _Chip("tpu v2", 45 / 2, 45 / 2),
+    _Chip("tpu v3", 123 / 2, 123 / 2),
+    _Chip("tpu v4 lite", 138, 138),
+    _Chip("tpu v4", 275, 275),
+    _Chip("tpu v5 lite", 197, 197),
+    _Chip("tpu v5e", 197, 197),
+    _Chip("tpu v5", 459, 459),  # v5p
+    _Chip("tpu v6", 918, 918),  # v6e
+    _Chip("tpu7x", 2307 / 2, 2307 / 2),
+    # nvidia.com data sheets: Blackwell (HGX B200, GB200 NVL72), H200, H100, A100, V100.
+    _Chip("gb200", 2500, 1250),
+    _Chip("b200", 2250, 1125),
+    _Chip("h200 nvl", 835.5, 417.5),
+    _Chip("h200", 989.4, 494.7),
+    _Chip("gh200", 989.4, 494.7),
+    _Chip("h100 pcie", 756.5, 378),
+    _Chip("h100 nvl", 835.5, 417.5),
+    _Chip("h100", 989.4, 494.7),
+    _Chip("a100", 312, 156),
+    _Chip("v100-pcie", 112, 14),
+    _Chip("v100", 125, 15.7),
+    _Chip("l40s", 362, 183),
+    _Chip("l4", 121, 60),
+    _Chip("a10g", 70, 35),
+    _Chip("a10", 125, 62.5),
+    _Chip("t4", 65, 8.1),
+    # NVIDIA's architecture papers: Ada (appendix A) and Ampere GA102 (table 3).
+    _Chip("rtx 4090", 165.2, 82.6),
+    _Chip("rtx 3090", 71, 35.6),
+)
+
+
+def published_peak(device_kind: str, dtype: Any) -> float | None:
+    """FLOPs a second of a device of this kind by its maker's data sheet; None if not listed."""
+    words = f"{device_kind.lower()} "
+    for chip in _CHIPS:
+        start = words.find(chip.kind)
+        # "l4" is no "l40", and "a10" no "a100".
+        if start >= 0 and not (chip.kind[-1].isdigit() and words[start + len(chip.kind)].isalnum()):
+            teraflops = chip.thirty_two_bit if jnp.dtype(dtype).itemsize > 2 else chip.sixteen_bit
+            return teraflops * 1e12
+    return None
+
+
+def peak_flops(device: jax.Device | None = None, dtype: Any = "float32") -> Peak:
+    """The most FLOPs a second that products in `dtype` reach on `device` (the first by default).
+
+    Accelerators have a published figure. For the CPU, and for a chip that is not in the table, it
+    is measured: the fastest of several square products, in less than 0.3 s. Devices that share one
+    CPU share its peak.
+    """
+    device = jax.local_devices()[0] if device is None else device
+    flops = published_peak(device.device_kind, dtype)
+    if flops is not None:
+        return Peak(flops, "published")
+    shared = jax.local_device_count("cpu") if device.platform == "cpu" else 1
+    return Peak(_measured_peak(device, jnp.dtype(dtype)) / shared, "measured")
+
+
+def total_peak_flops(dtype: str = "auto") -> float:
+    """FLOPs a second of all devices of all processes together, in model.compute_dtype `dtype`."""
+    return peak_flops(None, compute_dtype(dtype)).flops * jax.device_count()
+
+
+@functools.cache
+def _measured_peak(device: jax.Device, dtype: jnp.dtype, size: int = 1024) -> float:
+    x = jax.device_put(np.full((size, size), 0.5, dtype), device)
+
+    @jax.jit
+    def product(x):
+        return jax.lax.dot(x, x, preferred_element_type=jnp.float32)
+
+    # A mesh of its own, for the caller may have set one over more devices.
+    with jax.set_mesh(Mesh(np.array([device]), ("all",))):
+        jax.block_until_ready(product(x))
+        best, deadline = math.inf, time.perf_counter() + 0.12
+        while time.perf_counter() < deadline:
+            start = time.perf_counter()
+            jax.block_until_ready(product(x))
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+# ---- Parameters ------------------------------------------------------------------------------
+
+
+class ParameterRow(NamedTuple):
+    """One line of the parameter table."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    mesh_axes: tuple[tuple[str, ...], ...]  # the mesh axes that split each dimension
+    count: int
+    bytes: int  # on all devices together, each value counted once
+
+
+def parameter_table(specs: Mapping[str, ParamSpec], mesh, dtype: Any = "float32"):
+    """A `ParameterRow` for each parameter, in the model's order."""
+    itemsize = jnp.dtype(dtype).itemsize
+    rows = []
+    for name, sharding in parameter_shardings(specs, mesh).items():
+        spec = specs[name]
+        entries = (*sharding.spec, *(None,) * len(spec.shape))[: len(spec.shape)]
+        split = tuple((e,) if isinstance(e, str) else tuple(e or ()) for e in entries)
+        rows.append(
+            ParameterRow(name, spec.shape, spec.axes, split, spec.size, spec.size * itemsize)
+        )
+    return rows
+
+
+# ---- Memory ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes that training is expected to hold on one device."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+
+def expected_memory(
+    config: ModelConfig,
+    specs: Mapping[str, ParamSpec],
+    mesh,
+    *,
+    block_size: int,
+    batch_size: int,
+    optimizer_state: Any = None,
+    accumulation: int = 1,
+    chunk: int = 0,
+) -> Memory:
+    """The memory of a training step on one device, from shapes alone.
+
+    parameters   float32, as sharded
+    gradients    the same again, twice with accumulation (the sum, and what is added to it)
+    optimizer    its state's arrays, each sharded as the state says, or as the parameter it is of
+    activations  layers × rows × what the backward pass of one block keeps for a row (counted by
+                 `kept_by_block` on the block that runs, remat policy and all), and where a policy
+                 recomputes, one block without it
+    logits       one chunk of float32 logits and their gradient, and the head's gradient
+
+    A plan, not a promise: XLA reuses and fuses, mostly to less, and the CPU, which computes the
+    elementwise part of bfloat16 in float32, keeps more of it than this.
+
+    Args:
+      config: with vocab_size and max_length set.
+      specs: the model's parameters.
+      mesh: over which they are sharded.
+      block_size: tokens a sequence.
+      batch_size: sequences whose gradient is taken at once, over all devices.
+      optimizer_state: abstract state, e.g. `jax.eval_shape(optimizer.init, abstract_params)`.
+      accumulation: how many such batches make a step.
+      chunk: objective.chunk.
+    """
+    shardings = parameter_shardings(specs, mesh)
+    parameters = sum(
+        4 * math.prod(shardings[name].shard_shape(spec.shape)) for name, spec in specs.items()
+    )
+    rows_here = -(-batch_size // batch_ways(mesh))
+    kept = kept_by_block(local_config(config, mesh), block_size)
+    activations = config.num_layers * kept
+    if config.remat != "none":
+        whole = dataclasses.replace(config, remat="none")
+        activations += kept_by_block(local_config(whole, mesh), block_size)
+    vocab_here = _split(config.vocab_size, mesh)
+    chunk = chunk or chunk_length(batch_size, block_size, config.vocab_size)
+    return Memory(
+        parameters=parameters,
+        gradients=parameters * (2 if accumulation > 1 else 1),
+        optimizer=_state_bytes(optimizer_state, specs, shardings),
+        activations=rows_here * activations,
+        logits=4 * vocab_here * (2 * rows_here * chunk + config.width),
+    )
+
+
+def _split(size: int, mesh) -> int:
+    """A dimension's share of the `tensor` axis, which is left out where it does not divide."""
+    ways = mesh.shape.get("tensor", 1)
+    return size if size % ways else size // ways
+
+
+def local_config(config: ModelConfig, mesh) -> ModelConfig:
+    """The model whose whole block has the shapes that one device of `mesh` holds of a block."""
+    return dataclasses.replace(
+        config,
+        num_heads=_split(config.num_heads, mesh),
+        # A key/value head that is not split is still read by the query heads of one device only.
+        num_kv_heads=math.gcd(_split(config.kv_heads, mesh), _split(config.num_heads, mesh)),
+        head_dim=config.head_width,
+        mlp_width=_split(config.feed_forward, mesh),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def kept_by_block(config: ModelConfig, length: int) -> int:
+    """Bytes that the backward pass of one block keeps for one row of `length` tokens.
+
+    Counted, not estimated: the block is differentiated on abstract values, and what its backward
+    pass closes over is added up, without parameters, mask and rotary angles, which all rows or
+    layers share.
+    """
+    block = Block(config)
+    abstract = jax.ShapeDtypeStruct
+    params = {name: abstract(s.shape, jnp.float32) for name, s in param_specs(block).items()}
+    x_BTD = abstract((1, length, config.width), compute_dtype(config.compute_dtype))
+    half = abstract((1, length, 1, config.head_width // 2), jnp.float32)
+    rotary = (half, half) if config.positions == "rotary" else None
+    context = Context(abstract((1, length, length), bool), rotary, 0)
+    key = jax.random.key(0) if config.dropout else None
+
+    def backward(x_BTD, params, context):
+        body = rematerialized(lambda b, x: b(x, context, key=key)[0], config)
+        return jax.vjp(lambda p, x: body(bind(block, p), x), params, x_BTD)[1]
+
+    jaxpr = jax.make_jaxpr(backward)(x_BTD, params, context).jaxpr
+    shared = set(map(id, jaxpr.invars[1:]))
+    kept = {id(value): value.aval for value in jaxpr.outvars if id(value) not in shared}
+    return sum(aval.size * aval.dtype.itemsize for aval in kept.values())
+
+
+def _state_bytes(state: Any, specs: Mapping[str, ParamSpec], shardings) -> int:
+    total = 0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+        name = next((key.key for key in reversed(path) if hasattr(key, "key")), None)
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is None and name in specs and specs[name].shape == leaf.shape:
+            sharding = shardings[name]
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total

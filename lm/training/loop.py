@@ -1,0 +1,264 @@
+"""The training loop: dispatch step n, then read what step n−1 measured.
+
+The host never waits for the device except where it must have the state in hand: evaluations,
+checkpoints, the end. Dispatches lie on a fixed grid of steps, so a resumed run makes exactly the
+calls that an uninterrupted one would, and its parameters are bitwise the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm.data.batches import BatchIterator
+from lm.data.prefetch import prefetch_to_device
+from lm.training.checkpoints import Checkpointer
+from lm.training.config import TrainConfig
+from lm.training.metrics import MetricsWriter
+from lm.training.progress import Progress
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on: one line that says at which step, on which data, and why."""
+
+
+class Stack:
+    """Groups of `count` consecutive batches stacked on a leading axis, with their position."""
+
+    def __init__(self, batches: BatchIterator, count: int):
+        self._batches, self._count = batches, count
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        group = [next(self._batches) for _ in range(self._count)]
+        return {name: np.stack([batch[name] for batch in group]) for name in group[0]}
+
+    def get_state(self) -> dict[str, Any]:
+        """The position of the underlying batches."""
+        return self._batches.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Moves the underlying batches."""
+        self._batches.set_state(state)
+
+
+@contextlib.contextmanager
+def termination_flag() -> Iterator[list[int]]:
+    """A list that SIGTERM fills, so that the loop can save and leave in good order."""
+    received: list[int] = []
+    previous = None
+    try:
+        previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    except ValueError:
+        pass  # not the main thread, as in some notebooks: nobody will send us the signal
+    try:
+        yield received
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+class Loop:
+    """One run's training loop; see `run`.
+
+    Args:
+      config: the `train` section.
+      stride: optimizer steps a dispatch; divides every cadence.
+      step_fn: (state, batches [stride, B, T]) → (state, metrics [stride]), compiled.
+      batches: the training batches, at the position of `state`.
+      put: host arrays → device arrays.
+      evaluate: state → evaluation metrics, or None where there is nothing to evaluate on.
+      checkpointer: where the state is saved.
+      abstract_state: shapes and shardings of the state, to restore into.
+      writer: where metrics go.
+      progress: where they are shown.
+      flops_per_token: training FLOPs a token.
+      peak: FLOPs a second of all devices.
+      workdir: for the profile.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        stride: int,
+        step_fn: Callable[[Any, Any], tuple[Any, Any]],
+        batches: BatchIterator,
+        put: Callable[[Any], Any],
+        evaluate: Callable[[Any], dict[str, float]] | None,
+        checkpointer: Checkpointer,
+        checkpoint_every: int,
+        abstract_state: Any,
+        writer: MetricsWriter,
+        progress: Progress,
+        flops_per_token: float,
+        peak: float,
+        workdir: pathlib.Path,
+    ):
+        self.config, self.stride, self.step_fn = config, stride, step_fn
+        self.batches, self.put, self.evaluate = batches, put, evaluate
+        self.checkpointer, self.checkpoint_every = checkpointer, checkpoint_every
+        self.abstract_state, self.writer, self.progress = abstract_state, writer, progress
+        self.flops_per_token, self.peak, self.workdir = flops_per_token, peak, workdir
+        self.spikes = 0
+        self.tokens = 0.0
+        self.last_eval: dict[str, float] = {}
+        self._saved = -1
+        self._reset_interval()
+
+    def run(self, state: Any, start: int, extra: dict[str, Any]) -> tuple[Any, int]:
+        """Trains from step `start` to the last one, or until SIGTERM.
+
+        Args:
+          state: the training state after `start` steps.
+          start: steps already done.
+          extra: what the checkpoint of that step held beside the state.
+
+        Returns:
+          The final state and the steps done.
+
+        Raises:
+          TrainingStopped: the loss diverged and the config says stop, or too often.
+        """
+        config, step = self.config, start
+        self.tokens, self.spikes = extra.get("tokens", 0.0), extra.get("spikes", 0)
+        stacked = prefetch_to_device(Stack(self.batches, self.stride), self.put)
+        pending = None
+        self._saved = start if start else -1
+        self._reset_interval()
+        with termination_flag() as terminated:
+            while step < config.steps and not terminated:
+                self._profile(step)
+                waited = time.perf_counter()
+                batch = next(stacked)
+                self._waited += time.perf_counter() - waited
+                data_state = stacked.get_state()
+                state, metrics = self.step_fn(state, batch)
+                step += self.stride
+                rollback = False
+                if pending is not None:
+                    rollback = self._read(*pending)
+                pending = (step, metrics)
+                evaluating = self._due(step, config.eval_every) or step == config.steps
+                saving = self._due(step, self.checkpoint_every)
+                if evaluating or saving or step == config.steps:
+                    rollback |= self._read(*pending)
+                    pending = None
+                if rollback:
+                    state, step, pending = self._roll_back(stacked, step), self._restored, None
+                    continue
+                results = {}
+                if evaluating and self.evaluate is not None:
+                    results = self._evaluate(state, step)
+                if saving:
+                    self._save(state, step, data_state, results)
+            if pending is not None and self._read(*pending):
+                state, step = self._roll_back(stacked, step), self._restored
+            elif step != self._saved and step > start:
+                self._save(state, step, stacked.get_state(), self.last_eval, wait=True)
+            if terminated:
+                self.progress.print(f"SIGTERM: saved at step {step}; the same command goes on there")
+        self.checkpointer.wait()
+        self._profile(config.profile_start + config.profile_steps)
+        return state, step
+
+    @staticmethod
+    def _due(step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _reset_interval(self) -> None:
+        self._started, self._waited, self._paused = time.perf_counter(), 0.0, 0.0
+        self._nats = self._weight = 0.0
+
+    def _read(self, step: int, metrics: Any) -> bool:
+        """Waits for one dispatch's metrics and reports them; whether to roll back."""
+        values = {name: np.asarray(value) for name, value in metrics.items()}
+        good = values["skipped"] == 0
+        self._nats += float(np.sum(values["nats"], where=good))
+        self._weight += float(np.sum(values["weight"], where=good))
+        self.tokens += float(values["weight"].sum())
+        rollback = False
+        for index in np.flatnonzero(~good):
+            rollback |= self._spike(step - self.stride + int(index), values, int(index))
+        if self._due(step, self.config.log_every) and self._weight:
+            elapsed = max(1e-9, time.perf_counter() - self._started - self._paused)
+            rate = self._weight / elapsed
+            record = {
+                "loss": self._nats / self._weight,
+                "grad_norm": float(values["grad_norm"][-1]),
+                "tokens": self.tokens,
+                "tokens_per_second": rate,
+                "mfu": rate * self.flops_per_token / self.peak,
+                "data_wait": self._waited / elapsed,
+            }
+            self.writer.write(step, record)
+            self.progress.update(step, record)
+            self._reset_interval()
+        return rollback
+
+    def _spike(self, step: int, values: dict[str, np.ndarray], index: int) -> bool:
+        """Reports one bad step; whether to roll back."""
+        self.spikes += 1
+        loss = float(values["nats"][index] / max(1.0, values["weight"][index]))
+        epoch, row = self.batches.position(step)
+        where = f"step {step + 1}, data epoch {epoch} row {row}"
+        what = f"loss {loss:.4g}, gradient norm {float(values['grad_norm'][index]):.4g}"
+        action = self.config.on_spike
+        self.writer.write(step + 1, {"spike_loss": loss, "spikes": self.spikes})
+        if action == "stop" or self.spikes > self.config.max_spikes:
+            reason = "" if action == "stop" else f" (more than {self.config.max_spikes} spikes)"
+            raise TrainingStopped(
+                f"{where}: {what}; stopped{reason}, the last checkpoint is intact: lower "
+                "optimizer.learning_rate, raise warmup_steps, or set train.on_spike='skip'"
+            )
+        done = "update skipped" if action == "skip" else "rolling back, leaving this data out"
+        self.progress.print(f"{where}: {what}; {done}")
+        return action == "rollback"
+
+    def _roll_back(self, stacked, step: int) -> Any:
+        """The last checkpoint's state; the data goes on after the bad batch."""
+        found = self.checkpointer.restore_latest(self.abstract_state)
+        if found is None:
+            raise TrainingStopped(
+                f"step {step}: nothing to roll back to yet: lower checkpoint.every, or set "
+                "train.on_spike='skip'"
+            )
+        self._restored = found.step
+        self.progress.print(f"rolled back to step {found.step}; the data goes on from here")
+        self._reset_interval()
+        return found.state
+
+    def _evaluate(self, state: Any, step: int) -> dict[str, float]:
+        paused = time.perf_counter()
+        results = self.evaluate(state)
+        self.last_eval = results
+        self.writer.write(step, results)
+        self.progress.update(step, results)
+        self._paused += time.perf_counter() - paused
+        return results
+
+    def _save(self, state, step, data_state, results, wait: bool = False) -> None:
+        paused = time.perf_counter()
+        extra = {"data": data_state, "tokens": self.tokens, "spikes": self.spikes}
+        self.checkpointer.save(step, state, extra, results, wait=wait)
+        self._saved = step
+        self._paused += time.perf_counter() - paused
+
+    def _profile(self, step: int) -> None:
+        """Starts and stops the profiler at the edges of its window."""
+        config = self.config
+        if not config.profile_steps:
+            return
+        first = config.profile_start - config.profile_start % self.stride
+        if step == first:
+            jax.profiler.start_trace(str(self.workdir / "profile"))
+            self._profiling = True
+        elif step >= first + config.profile_steps and getattr(self, "_profiling", False):
+            jax.profiler.stop_trace()
+            self._profiling = False

@@ -1,0 +1,181 @@
+"""What a run is about to do: devices, mesh, parameters, FLOPs and memory, printed at the start."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lm.models import ModelConfig, count
+from lm.models.numerics import compute_dtype
+from lm.parallel.mesh import describe
+from lm.parallel.params import ParamSpec
+from lm.training import flops
+
+WIDE = 100  # columns from which the table names the logical axes too
+
+
+def describe_run(
+    console: Console,
+    *,
+    model_config: ModelConfig,
+    specs: Mapping[str, ParamSpec],
+    mesh: jax.sharding.Mesh,
+    block_size: int,
+    batch_size: int,
+    optimizer_state: Any = None,
+    accumulation: int = 1,
+    chunk: int = 0,
+) -> None:
+    """Prints the start-up report.
+
+    Args:
+      console: where to; the table fits its width.
+      model_config: with vocab_size and max_length set.
+      specs: the model's parameters.
+      mesh: over which they are sharded.
+      block_size: tokens a sequence.
+      batch_size: sequences whose gradient is taken at once, over all devices.
+      optimizer_state: its abstract state, for the memory.
+      accumulation: how many such batches make a step.
+      chunk: objective.chunk.
+    """
+    dtype = compute_dtype(model_config.compute_dtype)
+    peak = flops.peak_flops(mesh.devices.flat[0], dtype)
+    memory = flops.expected_memory(
+        model_config,
+        specs,
+        mesh,
+        block_size=block_size,
+        batch_size=batch_size,
+        optimizer_state=optimizer_state,
+        accumulation=accumulation,
+        chunk=chunk,
+    )
+    per_token = flops.training_flops_per_token(model_config, block_size)
+    tokens = batch_size * accumulation * block_size
+    seconds = per_token * tokens / (peak.flops * mesh.size)
+
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold cyan", no_wrap=True)
+    facts.add_column()
+    facts.add_row("devices", _devices(mesh))
+    facts.add_row("mesh", describe(mesh))
+    facts.add_row("model", _model(model_config, dtype.name))
+    console.print(facts)
+    console.print(_parameters(specs, mesh, console.width))
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold cyan", no_wrap=True)
+    facts.add_column()
+    facts.add_row("compute", f"{_si(per_token)}FLOPs a token × {tokens:,} tokens a step")
+    facts.add_row(
+        "peak",
+        f"{_si(peak.flops * mesh.size)}FLOPs a second in {dtype.name} ({peak.source}): "
+        f"at best {_seconds(seconds)} a step",
+    )
+    facts.add_row("memory", _memory(memory, mesh))
+    console.print(facts)
+
+
+def _devices(mesh) -> str:
+    kinds = Counter((device.device_kind, device.platform) for device in mesh.devices.flat)
+    names = [
+        f"{number} × {kind}" + (f" ({platform})" if platform.lower() not in kind.lower() else "")
+        for (kind, platform), number in kinds.items()
+    ]
+    processes = jax.process_count()
+    return f"{', '.join(names)} in {processes} process{'es' if processes > 1 else ''}"
+
+
+def _model(config: ModelConfig, dtype: str) -> str:
+    heads = f"{config.num_heads} heads"
+    if config.kv_heads != config.num_heads:
+        heads += f" over {config.kv_heads}"
+    head = "tied" if config.tie_embeddings else "untied"
+    return (
+        f"{config.num_layers} layers, width {config.width}, {heads} of {config.head_width}, "
+        f"{config.activation} {config.feed_forward:,}, {config.norm_position}-{config.norm}, "
+        f"{config.positions} positions, {head} head, computed in {dtype}"
+    )
+
+
+def _parameters(specs: Mapping[str, ParamSpec], mesh, width: int) -> Table:
+    """Name, shape (768/fsdp: split over that mesh axis), logical axes if wide, count, bytes."""
+    rows = flops.parameter_table(specs, mesh)
+    wide = width >= WIDE
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold cyan", show_edge=False)
+    table.add_column("parameter", no_wrap=True)
+    table.add_column("shape", no_wrap=wide, overflow="fold")
+    if wide:
+        table.add_column("axes", style="dim", no_wrap=True)
+    table.add_column("count", justify="right", no_wrap=True, min_width=len(f"{count(specs):,}"))
+    table.add_column("bytes", justify="right", no_wrap=True, min_width=len("1023.9 MiB") - 1)
+    for row in rows:
+        shape = Text(" × " if wide else "×").join(
+            Text.assemble(str(size), ("/" + "·".join(axes), "yellow") if axes else "")
+            for size, axes in zip(row.shape, row.mesh_axes)
+        )
+        axes = [" ".join(axis or "–" for axis in row.axes)] if wide else []
+        table.add_row(row.name, shape, *axes, f"{row.count:,}", binary(row.bytes))
+    total = (f"{count(specs):,}", binary(sum(row.bytes for row in rows)))
+    table.add_row("total", *[""] * (1 + wide), *total, style="bold")
+    return table
+
+
+def _memory(memory: flops.Memory, mesh) -> Text:
+    parts = [
+        f"{binary(memory.parameters)} parameters",
+        f"{binary(memory.gradients)} gradients",
+        f"{binary(memory.optimizer)} optimizer",
+        f"{binary(memory.activations)} activations",
+        f"{binary(memory.logits)} logits",
+    ]
+    each = " on each device" if mesh.size > 1 else ""
+    text = Text(f"about {binary(memory.total)}{each}: {' + '.join(parts)}")
+    limit = _device_memory(mesh)
+    if limit and memory.total > limit:
+        text.append(
+            f"\nmore than the {binary(limit)} available: lower data.batch_size, or raise "
+            "train.accumulation, model.remat or mesh.fsdp",
+            style="bold red",
+        )
+    return text
+
+
+def _device_memory(mesh) -> int | None:
+    """Bytes one device of this process has, where that is known."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    if "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
+def binary(size: float) -> str:
+    """Bytes as text: `512 B`, `1.5 KiB`, `474.7 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1023.95:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def _si(value: float) -> str:
+    """A number with its decimal prefix, to put before a unit: `2.4 M`."""
+    for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * scale:
+            return f"{value / scale:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+def _seconds(value: float) -> str:
+    if value >= 100:
+        return f"{value:.0f} s"
+    return f"{value:.2g} s" if value >= 1 else f"{1000 * value:.2g} ms"

@@ -1,0 +1,65 @@
+"""The one entry point: python main.py --config=configs/NAME.py [--workdir=DIR] [--config.FIELD=…]
+
+Flags become a config, the config's `job` names a function, and that function gets the config and
+the run directory. Mistakes a user can mend end in one line and exit code 2.
+"""
+
+import importlib
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from lm.config import ConfigError, check_choice, nearest
+
+JOBS = {
+    "train": "lm.jobs.train",  # text → a trained model that writes
+    "generate": "lm.jobs.generate",  # a run directory and a prompt → text
+    "tokenizer": "lm.jobs.tokenizer",  # compare tokenizers; see how one builds a word
+}
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/quickstart.py", "What to run.", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; runs/<config name> by default.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the job that the config names."""
+    if argv[1:]:
+        raise ConfigError(f"argument {argv[1]!r} is not a flag: write --config.FIELD=VALUE")
+    config = _CONFIG.value
+    check_choice("config.job", config.job, JOBS)
+    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    workdir = _WORKDIR.value or f"runs/{name}"
+    importlib.import_module(JOBS[config.job]).run(config, workdir)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with its complaints as one line that names the nearest field or file."""
+    try:
+        return flags.FLAGS(argv)
+    except FileNotFoundError as error:
+        path = pathlib.Path(error.filename or str(error))
+        there = [str(p) for p in sorted(path.parent.glob("*.py"))]
+        raise ConfigError(f"--config={path} does not exist{nearest(str(path), there)}") from None
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise ConfigError(" ".join(str(text).split())) from None
+
+
+def guarded(function, *args):
+    """`function(*args)`; a ConfigError is printed as one line and exits with code 2."""
+    try:
+        return function(*args)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)
+    app.run(
+        lambda argv: guarded(main, argv), flags_parser=lambda argv: guarded(parse_flags, argv)
+    )
