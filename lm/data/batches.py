@@ -29,6 +29,7 @@ from lm.data.packing import Rows, rows_of
 
 Batch = dict[str, np.ndarray]
 _EMPTY_ROW = -1
+_ENDLESS = 2**50  # rows; Grain's own endless repeat overflows where a batch is one row
 
 
 def empty_batch(num_rows: int, block_size: int) -> Batch:
@@ -169,7 +170,7 @@ class BatchIterator(Iterator[Batch]):
             parts = [_RowNumbers(0, gather.total, gather.total)]
         if config.shuffle:
             parts = [part.shuffle(_seed(seed, i, _SHUFFLE)) for i, part in enumerate(parts)]
-        parts = [part.repeat(None) for part in parts]
+        parts = [part.repeat(_ENDLESS // len(part)) for part in parts]
         numbers = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, config.weights)
         if config.epochs is not None:
             numbers = _Limit(numbers, config.epochs * gather.total, config.batch_size)

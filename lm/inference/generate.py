@@ -32,6 +32,7 @@ from lm.models.transformer import Cache
 from lm.parallel.params import ParamSpec
 
 CHUNK = 8  # tokens a row draws in one dispatch: what a reader sees appear at once
+UNROLLED_LAYERS = 24  # up to here the time to compile them one by one is bearable
 NOTHING = -1  # in place of a token, in a row that has ended
 
 
@@ -98,10 +99,15 @@ class Generator:
         end_of_text: int,
         vocab_size: int | None = None,
     ):
-        self.model = model
+        self.model = model = for_decoding(model)
         self.end_of_text = end_of_text
         self.vocab_size = vocab_size or model.config.vocab_size
         self.params = in_compute_dtype(model, params)
+        if not model.config.scan_layers:
+            self.params = {
+                name: tuple(array) if "layers" in spec.axes else array
+                for (name, spec), array in zip(param_specs(model).items(), self.params.values())
+            }
         self._programs: dict[tuple, tuple[jax.stages.Compiled, Any]] = {}
 
     @property
@@ -267,7 +273,7 @@ def prefill(settings: Settings, params, tokens_PT, positions_PT, limits_P, seed)
     Returns:
       The `State`, the tokens [B, 1] with B = P · num_samples, and whether every row has ended.
     """
-    model = bind(settings.model, params)
+    model = _bind(settings.model, params)
     P, samples = tokens_PT.shape[0], settings.sampling.num_samples
     cache = Cache.empty(model.config, P, settings.length)
     x_PTD, cache = model.extend(tokens_PT, positions_PT, cache)
@@ -280,13 +286,11 @@ def prefill(settings: Settings, params, tokens_PT, positions_PT, limits_P, seed)
     def spread(x, axis=0):
         return jnp.repeat(x, samples, axis)
 
+    keys, values = spread(cache.keys_LBSKC, 1), spread(cache.values_LBSKC, 1)
+    if not model.config.scan_layers:
+        keys, values = tuple(keys), tuple(values)
     state = State(
-        cache=Cache(
-            spread(cache.keys_LBSKC, 1),
-            spread(cache.values_LBSKC, 1),
-            spread(cache.positions_BS),
-            cache.slot,
-        ),
+        cache=Cache(keys, values, spread(cache.positions_BS), cache.slot),
         token_B=jnp.zeros(P * samples, jnp.int32),
         position_B=spread(positions_PT[:, -1]),
         done_B=jnp.zeros(P * samples, bool),
@@ -304,7 +308,7 @@ def decode(settings: Settings, params, state: State):
     Returns:
       The `State`, the tokens [B, chunk] (`NOTHING` after a row's end), whether every row has ended.
     """
-    model = bind(settings.model, params)
+    model = _bind(settings.model, params)
     drawn_BN = jnp.full((len(state.token_B), settings.chunk), NOTHING, jnp.int32)
 
     def unfinished(carry):
@@ -340,6 +344,37 @@ def _draw(settings: Settings, model: Transformer, state: State, x_B1D, cache: Ca
         done_B=state.done_B | (token_B == settings.stop) | (count >= state.limit_B),
         count=count,
     )
+
+
+def for_decoding(model: Transformer) -> Transformer:
+    """The same skeleton, set up for reading all its weights for every token.
+
+    On the CPU that means float32 unless the config names a dtype: a product with few rows spends
+    its time reading weights, and widening bfloat16 ones takes longer than reading twice the bytes.
+    Layers are unrolled, unless they are many: a loop over stacked layers would copy the weights of
+    each before using them.
+    """
+    config = model.config
+    dtype = config.compute_dtype
+    if dtype == "auto" and jax.default_backend() == "cpu":
+        dtype = "float32"
+    scan = config.num_layers > UNROLLED_LAYERS
+    return Transformer(dataclasses.replace(config, compute_dtype=dtype, scan_layers=scan))
+
+
+class _Layers:
+    """One array a layer, indexed as if they were stacked; a single leaf to `jax.tree.map`."""
+
+    def __init__(self, arrays: tuple[jax.Array, ...]):
+        self._arrays = arrays
+
+    def __getitem__(self, index: int) -> jax.Array:
+        return self._arrays[index]
+
+
+def _bind(model: Transformer, params) -> Transformer:
+    layers = {name: _Layers(x) if isinstance(x, tuple) else x for name, x in params.items()}
+    return bind(model, layers)
 
 
 def in_compute_dtype(model: Transformer, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -10,11 +10,9 @@ from jax.ad_checkpoint import checkpoint_name
 from lm.models.build import declare
 from lm.models.config import ModelConfig
 from lm.models.layers import dropout, rotate, weight_initializer
-from lm.models.numerics import contract
+from lm.models.numerics import contract, masked_softmax
 from lm.models.taps import Tap, no_tap
 from lm.parallel.sharding import constrain
-
-MASKED = -1e30  # finite, so that a row with nothing to see gives a uniform mean and not NaN
 
 
 def causal_mask(
@@ -58,9 +56,8 @@ def attend(
     query_BTKGC = (query_BTHC * C**-0.5).reshape(B, T, K, H // K, C)
     scores = contract("btkgc,bskc->bkgts", query_BTKGC, key_BSKC, jnp.float32)
     scores_BHTS = tap("scores", scores.reshape(B, H, T, -1))
-    scores_BHTS = jnp.where(mask_BTS[:, None], scores_BHTS, MASKED)
-    pattern_BHTS = tap("pattern", jax.nn.softmax(scores_BHTS, -1))
-    pattern_BHTS = dropout(pattern_BHTS.astype(query_BTHC.dtype), dropout_rate, dropout_key)
+    pattern_BHTS = masked_softmax(scores_BHTS, mask_BTS[:, None], query_BTHC.dtype)
+    pattern_BHTS = dropout(tap("pattern", pattern_BHTS), dropout_rate, dropout_key)
     pattern = pattern_BHTS.reshape(B, K, H // K, T, -1)
     return contract("bkgts,bskc->btkgc", pattern, value_BSKC).reshape(B, T, H, C)
 

@@ -11,8 +11,8 @@ from flax import nnx
 
 from lm.models.build import declare
 from lm.models.config import ModelConfig
-from lm.models.numerics import contract
-from lm.models.taps import Tap
+from lm.models.numerics import cheap, contract
+from lm.models.taps import Tap, no_tap
 from lm.parallel.sharding import constrain
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -57,14 +57,19 @@ class Norm(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, tap: Tap) -> jax.Array:
         """The normalised residual stream, in its own dtype."""
-        x = x_BTD.astype(jnp.float32)
-        if self.kind == "layernorm":
-            x = x - x.mean(-1, keepdims=True)
-        inverse_scale = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
-        x = x * tap("inverse_scale", inverse_scale) * self.scale[...]
-        if hasattr(self, "bias"):
-            x = x + self.bias[...]
-        return x.astype(x_BTD.dtype)
+
+
+        def normalize(x_BTD, scale, bias):
+            x = x_BTD.astype(jnp.float32)
+            if self.kind == "layernorm":
+                x = x - x.mean(-1, keepdims=True)
+            inverse_scale = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
+            x = x * tap("inverse_scale", inverse_scale) * scale
+            return (x if bias is None else x + bias).astype(x_BTD.dtype)
+
+        if tap is no_tap:  # a tap would carry values out of what is recomputed
+            normalize = cheap(normalize)
+        return normalize(x_BTD, self.scale[...], self.bias[...] if hasattr(self, "bias") else None)
 
 
 class MLP(nnx.Module):
@@ -91,9 +96,9 @@ class MLP(nnx.Module):
         hidden_BTF = tap("up", hidden_BTF)
         if hasattr(self, "gate"):
             gate_BTF = tap("gate", contract("btd,df->btf", x_BTD, self.gate[...]))
-            hidden_BTF = nonlinearity(gate_BTF) * hidden_BTF
+            hidden_BTF = cheap(lambda g, h: nonlinearity(g) * h)(gate_BTF, hidden_BTF)
         else:
-            hidden_BTF = nonlinearity(hidden_BTF)
+            hidden_BTF = cheap(nonlinearity)(hidden_BTF)
         hidden_BTF = tap("hidden", constrain(hidden_BTF, "batch", "length", "mlp"))
         out_BTD = contract("btf,fd->btd", hidden_BTF, self.down[...])
         if hasattr(self, "down_bias"):

@@ -7,6 +7,9 @@ bfloat16 product with a float32 result would not (it widens the incoming gradien
 On the CPU, XLA fuses the cheap operations that produce an operand into the copy that feeds the
 product and then recomputes them with strided access. A barrier around the operands that the
 backward pass reads keeps each product alone with finished arrays.
+
+What the backward pass needs of the cheap operations it recomputes (`cheap`) rather than reads back:
+under a scan over layers every saved array is copied into a stack of them and out again.
 """
 
 from __future__ import annotations
@@ -91,3 +94,31 @@ def _contract_backward(spec, dtype, saved, gradient):
 
 
 _contract.defvjp(_contract_forward, _contract_backward)
+
+
+def cheap(function):
+    """`function`, whose backward pass starts from its inputs and recomputes what lies between."""
+    return jax.checkpoint(function, prevent_cse=False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def masked_softmax(scores: jax.Array, mask: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Softmax over the last axis of float32 `scores` where `mask` holds, rounded to `dtype`.
+
+    The backward pass reads the rounded result alone, half the size of the scores or less. A row
+    that may see nothing gives a uniform mean and not NaN.
+    """
+    return jax.nn.softmax(jnp.where(mask, scores, -1e30), -1).astype(dtype)
+
+
+def _softmax_forward(scores, mask, dtype):
+    pattern = masked_softmax(scores, mask, dtype)
+    return pattern, pattern
+
+
+def _softmax_backward(dtype, pattern, gradient):
+    p, g = pattern.astype(jnp.float32), gradient.astype(jnp.float32)
+    return p * (g - jnp.sum(p * g, -1, keepdims=True)), None
+
+
+masked_softmax.defvjp(_softmax_forward, _softmax_backward)

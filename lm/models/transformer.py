@@ -35,7 +35,8 @@ class Cache:
     """Keys and values of the tokens so far, and where each slot's token stands.
 
     Rows of different lengths share their slots: a row's unused slots have position -1 and are
-    never seen.
+    never seen. For layers that are not scanned, keys and values may be tuples of one array a layer:
+    a loop writes those in place, where it would copy slices of a stacked array.
     """
 
     keys_LBSKC: jax.Array
@@ -152,9 +153,7 @@ class Transformer(nnx.Module):
           dropout_key: turns dropout on.
           tap: reads or replaces named activations (`lm.models.taps`).
         """
-        x_BTD = self.hidden(
-            tokens_BT, positions_BT, segments_BT, dropout_key=dropout_key, tap=tap
-        )
+        x_BTD = self.hidden(tokens_BT, positions_BT, segments_BT, dropout_key=dropout_key, tap=tap)
         return self.unembed(x_BTD, tap=tap)
 
     def hidden(
@@ -244,18 +243,24 @@ class Transformer(nnx.Module):
 
         # The whole cache is carried and written in place; scanning over it would copy it.
         def step(carry, layer):
-            x, keys_LBSKC, values_LBSKC = carry
+            x, caches_LBSKC = carry
             block, index = layer
-            x, (k, v) = block(x, context, (keys_LBSKC[index], values_LBSKC[index]))
-            keys_LBSKC = jax.lax.dynamic_update_index_in_dim(keys_LBSKC, k, index, 0)
-            values_LBSKC = jax.lax.dynamic_update_index_in_dim(values_LBSKC, v, index, 0)
-            return (x, keys_LBSKC, values_LBSKC), None
+            x, updated_BSKC = block(x, context, tuple(cache[index] for cache in caches_LBSKC))
+            new_BTKC = (
+                jax.lax.dynamic_slice_in_dim(u, context.slot, x.shape[1], 1) for u in updated_BSKC
+            )
+            start = (index, 0, context.slot, 0, 0)
+            caches_LBSKC = tuple(
+                jax.lax.dynamic_update_slice(cache, new[None], start)
+                for cache, new in zip(caches_LBSKC, new_BTKC)
+            )
+            return (x, caches_LBSKC), None
 
-        carry = (x_BTD, cache.keys_LBSKC, cache.values_LBSKC)
-        (x_BTD, *caches), _ = jax.lax.scan(
+        carry = (x_BTD, (cache.keys_LBSKC, cache.values_LBSKC))
+        (x_BTD, caches), _ = jax.lax.scan(
             step, carry, (self.blocks, jnp.arange(self.config.num_layers))
         )
-        return x_BTD, tuple(caches)
+        return x_BTD, caches
 
     def _unroll(self, x_BTD, context, cache, keys, tap):
         """The same blocks one by one: for taps, and for a few layers without the loop's copies."""
@@ -273,7 +278,10 @@ class Transformer(nnx.Module):
                 layer = (cache.keys_LBSKC[index], cache.values_LBSKC[index])
                 x_BTD, layer = block(x_BTD, context, layer, tap=scope)
                 caches.append(layer)
-        return x_BTD, tuple(map(jnp.stack, zip(*caches))) if caches else None
+        if cache is None:
+            return x_BTD, None
+        join = tuple if isinstance(cache.keys_LBSKC, tuple) else jnp.stack
+        return x_BTD, tuple(map(join, zip(*caches)))
 
 
 def rematerialized(body, config: ModelConfig):

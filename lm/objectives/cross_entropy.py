@@ -18,7 +18,7 @@ from lm.config import ConfigError
 from lm.models.numerics import contract
 from lm.parallel.sharding import constrain
 
-CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB of float32
+CHUNK_ELEMENTS = 2**25  # logits held at once: 128 MiB of float32
 
 
 def chunk_length(batch: int, length: int, vocab: int, limit: int = CHUNK_ELEMENTS) -> int:

@@ -32,7 +32,7 @@ def tiny_model(seed=0, **fields):
 def write_tiny_run(directory, end_of_text=True, steps=(3,), tokenizer=None, **fields):
     """Writes a run whose checkpoints are those of `steps`; returns its tokenizer."""
     tokenizer = tokenizer or train(TokenizerConfig(kind="byte"), [])
-    fields = {"vocab_size": tokenizer.vocab_size, **fields}
+    fields = {"vocab_size": tokenizer.vocab_size, "num_layers": 1, **fields}
     tokenizer.save(directory / "tokenizer")
     for step in steps:
         model, params = tiny_model(seed=step, **fields)

@@ -1,0 +1,165 @@
+"""Generation: what one compiled loop draws is what a plain loop would, row by row."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import tiny_model
+
+from lm.config import ConfigError
+from lm.inference import Generator, SamplingConfig
+from lm.inference.generate import NOTHING, in_compute_dtype, padded
+from lm.models import bind
+
+NO_END = -2  # no token has this id
+PROMPTS = [[5, 6, 7], [9], [3, 1, 4, 1, 5, 9, 2, 6, 5]]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_model(vocab_size=61)
+
+
+@pytest.fixture(scope="module")
+def generator(tiny):
+    return Generator(*tiny, end_of_text=NO_END)
+
+
+def rows(generation):
+    """Each row's tokens."""
+    drawn_BN = np.concatenate(list(generation), 1)
+    return [[t for t in row if t != NOTHING] for row in drawn_BN.tolist()]
+
+
+def naive(tiny, ids, new):
+    """Greedy decoding by a full forward pass over all tokens for every new one."""
+    bound, ids = jax.jit(bind(*tiny)), list(ids)
+    for _ in range(new):
+        row = jnp.array([ids + [0] * (32 - len(ids))])
+        ids.append(int(bound(row)[0, len(ids) - 1].argmax()))
+    return ids[-new:]
+
+
+def test_greedy_equals_a_plain_loop_over_full_forward_passes(tiny, generator):
+    drawn = rows(generator.generate(PROMPTS, SamplingConfig(temperature=0, max_new_tokens=11)))
+    assert drawn == [naive(tiny, ids, 11) for ids in PROMPTS]
+
+
+def test_many_layers_are_scanned_and_draw_the_same(tiny, generator, monkeypatch):
+    monkeypatch.setattr("lm.inference.generate.UNROLLED_LAYERS", 1)
+    scanned = Generator(*tiny, end_of_text=NO_END)
+    assert scanned.model.config.scan_layers and not generator.model.config.scan_layers
+    sampling = SamplingConfig(temperature=0, max_new_tokens=11)
+    expected = rows(generator.generate(PROMPTS, sampling))
+    assert rows(scanned.generate(PROMPTS, sampling)) == expected
+
+
+@pytest.mark.parametrize("chunk", [3, 40])
+def test_the_chunk_size_does_not_change_the_tokens(generator, chunk):
+    sampling = SamplingConfig(top_k=20, max_new_tokens=12, num_samples=2)
+    expected = rows(generator.generate(PROMPTS, sampling, seed=3))
+    assert rows(generator.generate(PROMPTS, sampling, seed=3, chunk=chunk)) == expected
+
+
+def test_a_sample_does_not_depend_on_its_companions(generator):
+    sampling = SamplingConfig(max_new_tokens=12, num_samples=3)
+    together = rows(generator.generate(PROMPTS, sampling, seed=7))
+    first_alone = rows(generator.generate(PROMPTS[:1], sampling, seed=7))
+    assert together[:3] == first_alone
+    # Nor on how many samples there are, or on what the other prompts say.
+    one_each = SamplingConfig(max_new_tokens=12)
+    others = [[8] * 20, PROMPTS[1], [2]]
+    assert rows(generator.generate(others, one_each, seed=7))[1] == together[3]
+
+
+def test_samples_differ_and_follow_the_seed(generator):
+    sampling = SamplingConfig(max_new_tokens=12, num_samples=2)
+    first, second = rows(generator.generate(PROMPTS[:1], sampling, seed=1))
+    assert first != second
+    assert rows(generator.generate(PROMPTS[:1], sampling, seed=1)) == [first, second]
+    assert rows(generator.generate(PROMPTS[:1], sampling, seed=2))[0] != first
+
+
+def test_a_row_stops_at_end_of_text_and_the_others_go_on(tiny, generator):
+    sampling = SamplingConfig(temperature=0, max_new_tokens=20)
+    free = rows(generator.generate(PROMPTS, sampling))
+    end = free[0][4]
+    expected = [row[: row.index(end) + 1] if end in row else row for row in free]
+    assert len(expected[0]) <= 5
+    stopping = Generator(*tiny, end_of_text=end)
+    assert rows(stopping.generate(PROMPTS, sampling)) == expected
+    ignoring = SamplingConfig(temperature=0, max_new_tokens=20, stop_at_end_of_text=False)
+    assert rows(stopping.generate(PROMPTS, ignoring)) == free
+
+
+def test_nothing_runs_once_every_row_has_ended(tiny, generator):
+    sampling = SamplingConfig(temperature=0, max_new_tokens=24)
+    end = rows(generator.generate(PROMPTS[:1], sampling))[0][0]
+    generation = Generator(*tiny, end_of_text=end).generate(PROMPTS[:1], sampling)
+    assert [chunk.tolist() for chunk in generation] == [[[end]]]
+    assert generation.timing.tokens == 1
+
+
+def test_the_context_bounds_each_row_by_its_own_prompt(generator):
+    # The last token drawn needs no position, so 32 tokens of context hold 30 and give 3.
+    long, short = [1] * 30, [2] * 5
+    drawn = rows(generator.generate([long, short], SamplingConfig(max_new_tokens=20)))
+    assert [len(row) for row in drawn] == [3, 20]
+    assert len(rows(generator.generate([[1] * 32], SamplingConfig()))[0]) == 1
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn(tiny):
+    generator = Generator(*tiny, end_of_text=NO_END, vocab_size=4)
+    drawn = rows(generator.generate(PROMPTS, SamplingConfig(temperature=3.0, max_new_tokens=20)))
+    assert {id for row in drawn for id in row} == {0, 1, 2, 3}
+
+
+def test_timing_counts_every_token(generator):
+    generation = generator.generate(PROMPTS, SamplingConfig(max_new_tokens=10))
+    rows(generation)
+    timing = generation.timing
+    assert timing.tokens == 30 and len(timing.token_seconds) == 9
+    assert 0 < timing.first_token_seconds < timing.seconds
+    assert timing.first_token_seconds + sum(timing.token_seconds) == pytest.approx(timing.seconds)
+    again = generator.generate(PROMPTS, SamplingConfig(max_new_tokens=10))
+    rows(again)
+    assert again.timing.compile_seconds == 0
+
+
+def test_prompts_of_similar_lengths_share_shapes():
+    for length, bucket in [(1, 8), (8, 8), (9, 16), (33, 64), (65, 128), (200, 256), (250, 255)]:
+        tokens_PT, positions_PT = padded([list(range(length))], context=255)
+        assert tokens_PT.shape == (1, bucket if bucket < 256 else 255)
+        assert positions_PT[0, -length:].tolist() == list(range(length))
+        assert (positions_PT[0, :-length] == -1).all()
+
+
+def test_casting_once_changes_no_logit():
+    model, params = tiny_model(compute_dtype="bfloat16", bias=True, tie_embeddings=False)
+    tokens_BT = jnp.array([[1, 2, 3, 4]])
+    cast = in_compute_dtype(model, params)
+    assert cast["blocks.mlp.up"].dtype == jnp.bfloat16
+    assert cast["final_norm.scale"].dtype == jnp.float32
+    np.testing.assert_array_equal(bind(model, cast)(tokens_BT), bind(model, params)(tokens_BT))
+
+
+@pytest.mark.parametrize(
+    "prompt, words",
+    [
+        ([], "at least one token"),
+        ([1] * 33, "33 tokens long.*context is 32.*by 1"),
+        ([61], "0 … 60"),
+    ],
+)
+def test_impossible_prompts_are_refused(generator, prompt, words):
+    with pytest.raises(ConfigError, match=words):
+        generator.generate([prompt], SamplingConfig())
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5), ("max_new_tokens", 0)],
+)
+def test_impossible_settings_are_named(field, value):
+    with pytest.raises(ConfigError, match=rf"config\.{field}={value}"):
+        SamplingConfig(**{field: value}).validate()

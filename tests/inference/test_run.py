@@ -1,0 +1,213 @@
+"""`lm.load` and the generate job: a run directory is all they need."""
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny_run import write_tiny_run
+
+import lm
+from lm.config import ConfigError, defaults
+from lm.jobs.generate import GenerateJob
+from lm.jobs.generate import run as generate_job
+from lm.models import bind
+from lm.tokenizers import TokenizerConfig, train
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    path.mkdir()
+    write_tiny_run(path, steps=(3, 5))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(directory):
+    return lm.load(directory)
+
+
+def test_importing_lm_does_not_import_jax():
+    code = "import sys, lm; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_run_holds_what_its_directory_says(run, directory):
+    assert run.step == 5
+    assert run.config == json.loads((directory / "config.json").read_text())
+    assert run.tokenizer.kind == "byte"
+    assert [record["loss"] for record in run.metrics] == [5.0, 4.0]
+    assert lm.load(directory, step=3).step == 3
+
+
+def test_the_model_takes_lists_and_gives_the_logits_of_its_parameters(run):
+    tokens = [run.encode("cat"), run.encode("dog")]
+    assert tokens[0] == [256, *b"cat"]
+    logits_BTV = run.model(tokens)
+    assert logits_BTV.shape == (2, 4, 257)
+    expected = bind(run.skeleton, run.params)(np.array(tokens))
+    np.testing.assert_allclose(logits_BTV, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "tokens, words",
+    [
+        ([[1, 2], [3]], "different lengths"),
+        ([1, 2], "must be rows"),
+        ([[257]], "0 … 256"),
+        ([[0] * 33], "context is 32"),
+    ],
+)
+def test_the_model_refuses_impossible_tokens(run, tokens, words):
+    with pytest.raises(ConfigError, match=words):
+        run.model(tokens)
+
+
+def test_text_is_the_prompt_and_the_decoded_continuation(run):
+    text = run.generate("The cat", max_new_tokens=12, temperature=0)
+    assert text.startswith("The cat") and text == run.generate(
+        "The cat", max_new_tokens=12, temperature=0, seed=9
+    )
+    prompt = run.encode("The cat")
+    drawn = np.concatenate(
+        list(run.text_generator.generator.generate([prompt], sampling(temperature=0.0))), 1
+    )
+    assert text == run.tokenizer.decode(prompt + [id for id in drawn[0].tolist() if id >= 0])
+
+
+def sampling(**settings):
+    from lm.inference import SamplingConfig
+
+    return SamplingConfig(max_new_tokens=12, **settings)
+
+
+def test_lists_of_prompts_and_samples(run):
+    texts = run.generate(["a", "bc"], max_new_tokens=4, num_samples=2)
+    assert [text[0] for text in texts] == ["a", "a", "b", "b"]
+    assert run.generate([]) == []
+    assert isinstance(run.generate(max_new_tokens=4), str)
+    assert len(run.generate("a", max_new_tokens=4, num_samples=3)) == 3
+
+
+@pytest.mark.parametrize("chunk", [1, 64])
+def test_streamed_text_joins_to_what_decoding_all_tokens_gives(run, chunk):
+    # Random bytes: unfinished and invalid characters of every kind.
+    prompts = ["héllo 🙂", ""]
+    settings = sampling(temperature=2.0, num_samples=4)
+    stream = run.text_generator.generate(prompts, settings, seed=1, chunk=chunk)
+    texts = [""] * 8
+    for row, text in stream:
+        assert text
+        texts[row] += text
+    ids = [run.encode(prompt) for prompt in prompts]
+    drawn = np.concatenate(list(run.text_generator.generator.generate(ids, settings, seed=1)), 1)
+    for row, tokens in enumerate(drawn.tolist()):
+        tokens = [token for token in tokens if token >= 0]
+        whole = run.tokenizer.decode(ids[row // 4] + tokens)
+        assert prompts[row // 4] + texts[row] == whole
+
+
+def test_a_context_that_is_too_short_is_said(run):
+    with pytest.warns(UserWarning, match="max_new_tokens=50 cut to 28"):
+        run.generate("1234", max_new_tokens=50)
+
+
+def test_a_model_of_one_stream_starts_from_the_prompt_or_a_line_break(tmp_path):
+    write_tiny_run(tmp_path, end_of_text=False)
+    run = lm.load(tmp_path)
+    assert run.encode("cat") == list(b"cat")
+    assert run.encode("") == [10]
+    characters = train(TokenizerConfig(kind="char", vocab_size=20), ["the cat"])
+    (tmp_path / "other").mkdir()
+    write_tiny_run(tmp_path / "other", end_of_text=False, tokenizer=characters)
+    with pytest.raises(ConfigError, match="prompt='' has no tokens"):
+        lm.load(tmp_path / "other").encode("")
+
+
+def test_directories_that_are_not_runs_are_told_apart(directory, tmp_path):
+    cases = [
+        (directory.parent / "tinny", "does not exist .did you mean 'tiny'"),
+        (directory / "config.json", "is a file"),
+        (tmp_path, "no config.json, no tokenizer"),
+    ]
+    for path, words in cases:
+        with pytest.raises(ConfigError, match=words):
+            lm.load(path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ConfigError, match="Hugging Face model"):
+        lm.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        lm.load(tmp_path)
+
+
+def test_a_run_without_a_checkpoint_says_so(tmp_path):
+    write_tiny_run(tmp_path, steps=())
+    with pytest.raises(ConfigError, match="no checkpoint yet"):
+        lm.load(tmp_path)
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    write_tiny_run(tmp_path)
+    train(TokenizerConfig(kind="char", vocab_size=20), ["the cat"]).save(tmp_path / "tokenizer")
+    with pytest.raises(ConfigError, match="not the tokenizer the model was trained with"):
+        lm.load(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    write_tiny_run(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model"]["width"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError):
+        lm.load(tmp_path)
+
+
+def job(directory, **fields):
+    config = defaults(GenerateJob)
+    config.update({"init_from": str(directory), "max_new_tokens": 6, **fields})
+    return config
+
+
+def test_the_job_prints_the_texts_it_returns(directory, capsys, run):
+    texts = generate_job(job(directory, prompt="The cat"), "unused")
+    printed = capsys.readouterr()
+    assert printed.out == texts[0] + "\n"
+    assert texts[0] == run.generate("The cat", max_new_tokens=6)
+    for word in ("first after", "one every", "tokens/s", "step 5"):
+        assert word in printed.err
+
+
+def test_the_job_prints_samples_one_below_the_other(directory, capsys):
+    texts = generate_job(job(directory, prompt="ab", num_samples=3), "unused")
+    blocks = [f"--- sample {i + 1}\n{text}\n" for i, text in enumerate(texts)]
+    assert capsys.readouterr().out == "".join(blocks)
+
+
+def test_the_job_reads_prompts_from_files_and_pipes(directory, tmp_path, monkeypatch):
+    expected = generate_job(job(directory, prompt="The cat"), "unused")
+    (tmp_path / "prompt.txt").write_text("The cat\n")
+    from_file = job(directory, prompt_file=str(tmp_path / "prompt.txt"))
+    assert generate_job(from_file, "unused") == expected
+    for field in ("prompt", "prompt_file"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The cat\n")))
+        assert generate_job(job(directory, **{field: "-"}), "unused") == expected
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"init_from": ""}, "config.init_from=''"),
+        ({"prompt": "a", "prompt_file": "b"}, "config.prompt_file='b' must be empty"),
+        ({"prompt_file": "/nowhere"}, "config.prompt_file='/nowhere' cannot be read"),
+        ({"prompt": "x" * 40}, "prompt is 41 tokens long, but the model's context is 32"),
+        ({"temperature": -0.5}, "config.temperature=-0.5"),
+    ],
+)
+def test_the_job_names_what_is_wrong(directory, fields, words):
+    with pytest.raises(ConfigError) as error:
+        generate_job(job(directory, **fields), "unused")
+    assert words in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,135 @@
+"""Configs become typed views, and every mistake says how to mend it."""
+
+import dataclasses
+
+import ml_collections
+import pytest
+
+from lm.config import ConfigError, check_choice, defaults, nearest, to_dict, view
+from lm.models import ModelConfig
+from lm.objectives import ObjectiveConfig
+from lm.parallel.mesh import MeshConfig
+from lm.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    size: int = 3
+    rate: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    name: str = "plain"
+    on: bool = True
+    limit: int | None = None
+    paths: tuple[str, ...] = ()
+    either: str | tuple[str, ...] = "one"
+    table: dict = dataclasses.field(default_factory=dict)
+    inner: Inner = Inner()
+
+    def validate(self, prefix):
+        check_choice(f"{prefix}.name", self.name, ("plain", "fancy"))
+
+
+@pytest.mark.parametrize(
+    "section", [Section, ModelConfig, MeshConfig, ObjectiveConfig, OptimizerConfig]
+)
+def test_view_undoes_defaults(section):
+    config = defaults(section)
+    assert view(section, config) == section()
+    assert view(section, to_dict(view(section, config))) == section()  # through plain dictionaries
+
+
+def test_values_set_in_a_config_arrive_with_the_declared_type():
+    config = defaults(Section)
+    config.limit = 7
+    config.either = ["a", "b"]
+    config.paths = ("x",)
+    config.inner.rate = 2
+    result = view(Section, config)
+    assert (result.limit, result.either, result.paths) == (7, ("a", "b"), ("x",))
+    assert result.inner.rate == 2.0 and isinstance(result.inner.rate, float)
+    assert view(Section, dict(paths="alone")).paths == ("alone",)
+
+
+def test_fields_left_out_keep_their_defaults():
+    assert view(Section, {"inner": {"size": 9}}) == Section(inner=Inner(size=9))
+
+
+def test_views_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        view(Section, {}).name = "fancy"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"nmae": "x"}, "config.nmae is not a known field (did you mean 'name'?)"),
+        ({"inner": {"sise": 1}}, "config.inner.sise is not a known field (did you mean 'size'?)"),
+        ({"zzz": 1}, "config.zzz is not a known field"),
+        ({"inner": 3}, "config.inner=3 must be a section of fields"),
+        ({"inner": {"size": "3"}}, "config.inner.size='3' must be int, not str"),
+        ({"inner": {"size": 1.5}}, "config.inner.size=1.5 must be int, not float"),
+        ({"inner": {"size": True}}, "config.inner.size=True must be int, not bool"),
+        ({"inner": {"rate": True}}, "config.inner.rate=True must be float, not bool"),
+        ({"on": 1}, "config.on=1 must be bool, not int"),
+        ({"paths": ["a", 2]}, "config.paths[1]=2 must be str, not int"),
+        ({"limit": "many"}, "config.limit='many' must be int | nothing, not str"),
+        (
+            {"name": "fanzy"},
+            "config.name='fanzy' is not one of 'plain', 'fancy' (did you mean 'fancy'?)",
+        ),
+    ],
+)
+def test_mistakes_name_the_field_the_value_and_the_remedy(config, message):
+    with pytest.raises(ConfigError) as error:
+        view(Section, config)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(num_heads=5), "config.model.width=128 is not divisible by config.model.num_heads=5"),
+        (dict(num_heads=5), "use num_heads=4"),
+        (dict(num_heads=8, num_kv_heads=6), "config.model.num_kv_heads=6: use num_kv_heads=2"),
+        (dict(num_layers=0), "config.model.num_layers=0 must be at least 1"),
+        (dict(vocab_size=-1), "config.model.vocab_size=-1 must be positive, or 0"),
+        (dict(mlp_width=0), "config.model.mlp_width=0 must be at least 1, or None"),
+        (dict(dropout=1.0), "config.model.dropout=1.0 must be in [0, 1)"),
+        (dict(head_dim=7), "config.model.head_dim=7 must be even"),
+        (dict(positions="rotery"), "config.model.positions='rotery' is not one of"),
+        (dict(positions="rotery"), "(did you mean 'rotary'?)"),
+        (dict(norm="layer_norm"), "(did you mean 'layernorm'?)"),
+        (dict(norm_position="past"), "(did you mean 'post'?)"),
+        (dict(activation="swigloo"), "(did you mean 'swiglu'?)"),
+        (dict(initializer="gpt-2"), "(did you mean 'gpt2'?)"),
+        (dict(compute_dtype="bf16"), "(did you mean 'bfloat16'?)"),
+        (dict(attention="cuddn"), "(did you mean 'cudnn'?)"),
+        (dict(remat="dot"), "(did you mean 'dots'?)"),
+    ],
+)
+def test_impossible_models_are_refused_in_one_line(fields, message):
+    with pytest.raises(ConfigError) as error:
+        view(ModelConfig, fields, "config.model")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_default_that_is_none_can_be_set_from_the_command_line():
+    config = defaults(ModelConfig)
+    config.num_kv_heads = 2  # the flag parser assigns like this
+    assert view(ModelConfig, config).num_kv_heads == 2
+    with pytest.raises(TypeError):
+        config.num_kv_heads = "two"
+
+
+def test_nearest_is_silent_when_nothing_is_close():
+    assert nearest("adamw", ["sgd", "lion"]) == ""
+    assert nearest("adm", ["adamw", "lion"]) == " (did you mean 'adamw'?)"
+
+
+def test_to_dict_is_plain():
+    config = ml_collections.ConfigDict({"a": {"b": 1}})
+    assert to_dict(config) == {"a": {"b": 1}} and type(to_dict(config)["a"]) is dict
+    assert to_dict(Section())["inner"] == {"size": 3, "rate": 0.5}
