@@ -60,6 +60,4 @@ def guarded(function, *args):
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.WARNING)
-    app.run(
-        lambda argv: guarded(main, argv), flags_parser=lambda argv: guarded(parse_flags, argv)
-    )
+    app.run(lambda argv: guarded(main, argv), flags_parser=lambda argv: guarded(parse_flags, argv))

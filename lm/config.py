@@ -135,11 +135,12 @@ def _coerce(value: Any, hint: Any, field: str) -> Any:
     elif origin is dict or hint is dict:
         if isinstance(value, Mapping | ml_collections.ConfigDict):
             return dict(value)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+    elif isinstance(value, bool):
+        if hint is bool:
+            return value
+    elif hint is float and isinstance(value, int | float):
         return float(value)
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif hint in (str, bool) and isinstance(value, hint):
+    elif hint in (int, str) and isinstance(value, hint):
         return value
     wanted = getattr(hint, "__name__", str(hint)).replace("None", "nothing")
     raise ConfigError(f"{field}={value!r} must be {wanted}, not {type(value).__name__}")

@@ -50,7 +50,7 @@ def test_values_set_in_a_config_arrive_with_the_declared_type():
     result = view(Section, config)
     assert (result.limit, result.either, result.paths) == (7, ("a", "b"), ("x",))
     assert result.inner.rate == 2.0 and isinstance(result.inner.rate, float)
-    assert view(Section, dict(paths="alone")).paths == ("alone",)
+    assert view(Section, {"paths": "alone"}).paths == ("alone",)
 
 
 def test_fields_left_out_keep_their_defaults():
@@ -91,23 +91,23 @@ def test_mistakes_name_the_field_the_value_and_the_remedy(config, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(num_heads=5), "config.model.width=128 is not divisible by config.model.num_heads=5"),
-        (dict(num_heads=5), "use num_heads=4"),
-        (dict(num_heads=8, num_kv_heads=6), "config.model.num_kv_heads=6: use num_kv_heads=2"),
-        (dict(num_layers=0), "config.model.num_layers=0 must be at least 1"),
-        (dict(vocab_size=-1), "config.model.vocab_size=-1 must be positive, or 0"),
-        (dict(mlp_width=0), "config.model.mlp_width=0 must be at least 1, or None"),
-        (dict(dropout=1.0), "config.model.dropout=1.0 must be in [0, 1)"),
-        (dict(head_dim=7), "config.model.head_dim=7 must be even"),
-        (dict(positions="rotery"), "config.model.positions='rotery' is not one of"),
-        (dict(positions="rotery"), "(did you mean 'rotary'?)"),
-        (dict(norm="layer_norm"), "(did you mean 'layernorm'?)"),
-        (dict(norm_position="past"), "(did you mean 'post'?)"),
-        (dict(activation="swigloo"), "(did you mean 'swiglu'?)"),
-        (dict(initializer="gpt-2"), "(did you mean 'gpt2'?)"),
-        (dict(compute_dtype="bf16"), "(did you mean 'bfloat16'?)"),
-        (dict(attention="cuddn"), "(did you mean 'cudnn'?)"),
-        (dict(remat="dot"), "(did you mean 'dots'?)"),
+        ({"num_heads": 5}, "config.model.width=128 is not divisible by config.model.num_heads=5"),
+        ({"num_heads": 5}, "use num_heads=4"),
+        ({"num_heads": 8, "num_kv_heads": 6}, "config.model.num_kv_heads=6: use num_kv_heads=2"),
+        ({"num_layers": 0}, "config.model.num_layers=0 must be at least 1"),
+        ({"vocab_size": -1}, "config.model.vocab_size=-1 must be positive, or 0"),
+        ({"mlp_width": 0}, "config.model.mlp_width=0 must be at least 1, or None"),
+        ({"dropout": 1.0}, "config.model.dropout=1.0 must be in [0, 1)"),
+        ({"head_dim": 7}, "config.model.head_dim=7 must be even"),
+        ({"positions": "rotery"}, "config.model.positions='rotery' is not one of"),
+        ({"positions": "rotery"}, "(did you mean 'rotary'?)"),
+        ({"norm": "layer_norm"}, "(did you mean 'layernorm'?)"),
+        ({"norm_position": "past"}, "(did you mean 'post'?)"),
+        ({"activation": "swigloo"}, "(did you mean 'swiglu'?)"),
+        ({"initializer": "gpt-2"}, "(did you mean 'gpt2'?)"),
+        ({"compute_dtype": "bf16"}, "(did you mean 'bfloat16'?)"),
+        ({"attention": "cuddn"}, "(did you mean 'cudnn'?)"),
+        ({"remat": "dot"}, "(did you mean 'dots'?)"),
     ],
 )
 def test_impossible_models_are_refused_in_one_line(fields, message):

@@ -18,7 +18,14 @@ compiled = functools.partial(
     },
 )
 
-SIZES = dict(num_layers=2, num_heads=4, width=32, vocab_size=40, max_length=16, mlp_width=48)
+SIZES = {
+    "num_layers": 2,
+    "num_heads": 4,
+    "width": 32,
+    "vocab_size": 40,
+    "max_length": 16,
+    "mlp_width": 48,
+}
 
 
 def config(**fields) -> ModelConfig:

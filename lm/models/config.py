@@ -49,7 +49,8 @@ class ModelConfig:
         """Raises ConfigError on the first impossible field."""
         for name in ("num_layers", "num_heads", "width"):
             check(
-                getattr(self, name) >= 1, f"{prefix}.{name}={getattr(self, name)} must be at least 1"
+                getattr(self, name) >= 1,
+                f"{prefix}.{name}={getattr(self, name)} must be at least 1",
             )
         for name in ("vocab_size", "max_length"):
             check(

@@ -58,7 +58,6 @@ class Norm(nnx.Module):
     def __call__(self, x_BTD: jax.Array, tap: Tap) -> jax.Array:
         """The normalised residual stream, in its own dtype."""
 
-
         def normalize(x_BTD, scale, bias):
             x = x_BTD.astype(jnp.float32)
             if self.kind == "layernorm":

@@ -25,7 +25,6 @@ import math
 import os
 import pathlib
 import shutil
-import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -35,8 +34,8 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from lm.config import ConfigError, check
+from lm.training.manifests import MANIFEST, damage, sync_directory, write_durably, write_manifest
 
-_MANIFEST = "manifest.json"
 _EXTRA = "extra.json"
 _BEST = "eval_loss"  # the metric, recorded with a save, whose lowest value makes it the best one
 _log = logging.getLogger(__name__)
@@ -141,12 +140,12 @@ class Checkpointer:
             try:
                 writing.result()
                 if self._primary:
-                    _write(scratch / _EXTRA, extra_json)
-                    _write_manifest(scratch, step, metrics, self._config.checksums)
+                    write_durably(scratch / _EXTRA, extra_json)
+                    write_manifest(scratch, step, metrics, self._config.checksums)
                     if path.exists():
                         self._delete(step, sweep=False)
                     scratch.rename(path)
-                    _sync_directory(self._directory)
+                    sync_directory(self._directory)
                     self._sweep()
                     self._retire(step)
             except Exception as error:
@@ -313,29 +312,6 @@ def restore_parameters(
     return chosen, _load(path, {"params": abstract}, partial=True)["params"]
 
 
-def damage(path: str | os.PathLike[str], checksums: bool = True) -> str | None:
-    """Why the checkpoint at `path` cannot be trusted, in a few words, or None when it is intact.
-
-    Compares the size, and with `checksums` the CRC-32, of every file with the manifest.
-    """
-    path = pathlib.Path(path)
-    try:
-        files = json.loads((path / _MANIFEST).read_text())["files"].items()
-        for name, (size, crc) in files:
-            found = (path / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes instead of {size}"
-            if checksums and crc is not None and _crc32(path / name) != crc:
-                return f"{name} does not match its checksum"
-    except FileNotFoundError as error:
-        return f"{pathlib.Path(error.filename).relative_to(path)} is missing"
-    except OSError as error:
-        return f"{error.filename or path} cannot be read: {error.strerror or error}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{_MANIFEST} is not readable"
-    return None
-
-
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise CheckpointError(message)
@@ -422,7 +398,7 @@ def _path(directory: pathlib.Path, step: int) -> pathlib.Path:
 
 def _steps(directory: pathlib.Path) -> list[int]:
     try:
-        names = [path.name for path in directory.iterdir() if (path / _MANIFEST).exists()]
+        names = [path.name for path in directory.iterdir() if (path / MANIFEST).exists()]
     except OSError:
         return []
     return sorted(int(name) for name in names if name.isdigit())
@@ -432,7 +408,7 @@ def _best(directory: pathlib.Path) -> int | None:
     losses = {}
     for step in _steps(directory):
         try:
-            manifest = json.loads((_path(directory, step) / _MANIFEST).read_text())
+            manifest = json.loads((_path(directory, step) / MANIFEST).read_text())
             losses[step] = float(manifest["metrics"][_BEST])
         except (OSError, ValueError, KeyError, TypeError):
             continue  # no evaluation at that step, or a damaged manifest
@@ -476,42 +452,6 @@ def _from_first_process(function: Callable[[], int]) -> int:
         return function()
     value = function() if jax.process_index() == 0 else 0
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def _write_manifest(
-    path: pathlib.Path, step: int, metrics: dict[str, float], checksums: bool
-) -> None:
-    files = {}
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            crc = _crc32(file) if checksums else None
-            files[file.relative_to(path).as_posix()] = (file.stat().st_size, crc)
-    manifest = {"step": step, "metrics": metrics, "files": files}
-    _write(path / _MANIFEST, json.dumps(manifest, indent=1))
-
-
-def _crc32(path: pathlib.Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            crc = zlib.crc32(chunk, crc)
-    return crc
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """Writes and reaches the disk: a rename may not overtake what it makes visible."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: Exception) -> str:

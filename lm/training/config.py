@@ -47,7 +47,9 @@ class TrainConfig:
         check_choice(f"{prefix}.on_spike", self.on_spike, ("skip", "rollback", "stop"))
 
 
-def dispatch_steps(asked: int, cadences: tuple[int, ...], flops_per_step: float, peak: float) -> int:
+def dispatch_steps(
+    asked: int, cadences: tuple[int, ...], flops_per_step: float, peak: float
+) -> int:
     """How many optimizer steps one dispatch runs.
 
     As asked, or where 0 is asked enough to make a dispatch last about a quarter of a second, at

@@ -92,8 +92,10 @@ _CHIPS = (
     _Chip("tpu v4", 275, 275),
     _Chip("tpu v5 lite", 197, 197),
     _Chip("tpu v5e", 197, 197),
-    _Chip("tpu v5", 459, 459),  # v5p
-    _Chip("tpu v6", 918, 918),  # v6e
+    _Chip("tpu v5p", 459, 459),
+    _Chip("tpu v5", 459, 459),  # the same
+    _Chip("tpu v6 lite", 918, 918),
+    _Chip("tpu v6e", 918, 918),
     _Chip("tpu7x", 2307 / 2, 2307 / 2),
     # nvidia.com data sheets: Blackwell (HGX B200, GB200 NVL72), H200, H100, A100, V100.
     _Chip("gb200", 2500, 1250),

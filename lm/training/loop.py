@@ -163,7 +163,9 @@ class Loop:
             elif step != self._saved and step > start:
                 self._save(state, step, stacked.get_state(), self.last_eval, wait=True)
             if terminated:
-                self.progress.print(f"SIGTERM: saved at step {step}; the same command goes on there")
+                self.progress.print(
+                    f"SIGTERM: saved at step {step}; the same command goes on there"
+                )
         self.checkpointer.wait()
         self._profile(config.profile_start + config.profile_steps)
         return state, step

@@ -56,6 +56,6 @@ def create_state(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if params is not None:
         return jax.jit(lambda p: initial_state(p, optimizer), out_shardings=shardings)(dict(params))
-    return jax.jit(
-        lambda key: initial_state(init(specs, key), optimizer), out_shardings=shardings
-    )(jax.random.key(seed))
+    return jax.jit(lambda key: initial_state(init(specs, key), optimizer), out_shardings=shardings)(
+        jax.random.key(seed)
+    )

@@ -23,7 +23,9 @@ Batch = Mapping[str, jax.Array]
 LOSS_MEMORY = 0.98  # the running mean of the loss forgets 2 % a step
 
 
-def initial_state(params: Mapping[str, jax.Array], optimizer: optax.GradientTransformation) -> State:
+def initial_state(
+    params: Mapping[str, jax.Array], optimizer: optax.GradientTransformation
+) -> State:
     """The state before the first step."""
     return {
         "params": dict(params),

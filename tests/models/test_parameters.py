@@ -27,7 +27,7 @@ def test_gpt2_small_has_exactly_the_published_number_of_parameters():
     assert count(param_specs(Transformer(config))) == 124_439_808
 
 
-@pytest.mark.parametrize("mesh", [dict(data=8), dict(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_initial_parameters_do_not_depend_on_the_mesh(mesh):
     specs = param_specs(Transformer(tiny_models.config()))
     alone = tiny_models.compiled(lambda key: init(specs, key))(jax.random.key(3))

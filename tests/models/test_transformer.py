@@ -44,7 +44,7 @@ def test_packed_documents_compute_what_they_compute_alone(positions):
 
 
 @pytest.mark.parametrize(
-    "fields", [dict(positions="learned"), dict(norm_position="post", num_kv_heads=1)]
+    "fields", [{"positions": "learned"}, {"norm_position": "post", "num_kv_heads": 1}]
 )
 def test_a_token_never_changes_logits_before_it(fields):
     config = tiny_models.config(**fields)

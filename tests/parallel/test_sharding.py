@@ -20,10 +20,10 @@ from lm.parallel.sharding import (
 )
 
 MESHES = [
-    dict(data=8),
-    dict(data=1, fsdp=8),
-    dict(data=4, tensor=2),
-    dict(data=1, fsdp=2, tensor=4),
+    {"data": 8},
+    {"data": 1, "fsdp": 8},
+    {"data": 4, "tensor": 2},
+    {"data": 1, "fsdp": 2, "tensor": 4},
 ]
 
 
@@ -122,9 +122,9 @@ def test_a_mesh_uses_all_devices_and_minus_one_means_the_rest():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        (dict(data=3), r"data=3.*8"),
-        (dict(data=2), r"data=2.*8"),
-        (dict(data=-1, fsdp=16), r"fsdp=16.*8"),
+        ({"data": 3}, r"data=3.*8"),
+        ({"data": 2}, r"data=2.*8"),
+        ({"data": -1, "fsdp": 16}, r"fsdp=16.*8"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, message):
@@ -135,9 +135,9 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, message):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        (dict(tensor=0), r"config.mesh.tensor=0 must be positive"),
-        (dict(data=-1, fsdp=-1), r"only one axis may be -1, not data and fsdp"),
-        (dict(stage=2), r"config.mesh.stage=2"),
+        ({"tensor": 0}, r"config.mesh.tensor=0 must be positive"),
+        ({"data": -1, "fsdp": -1}, r"only one axis may be -1, not data and fsdp"),
+        ({"stage": 2}, r"config.mesh.stage=2"),
     ],
 )
 def test_impossible_mesh_sizes_are_refused(sizes, message):

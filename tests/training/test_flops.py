@@ -15,8 +15,20 @@ from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.training import flops
 from lm.training.report import binary, describe_run
 
-WIDE = dict(num_layers=2, num_heads=4, width=256, vocab_size=512, max_length=64)
-LONG = dict(num_layers=1, num_heads=2, num_kv_heads=1, width=128, vocab_size=64, max_length=512)
+WIDE = {"num_layers": 2, "num_heads": 4, "width": 256, "vocab_size": 512, "max_length": 64}
+LONG = {
+    "num_layers": 1,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "width": 128,
+    "vocab_size": 64,
+    "max_length": 512,
+}
+
+
+def abstract_parameters(model):
+    specs = param_specs(model)
+    return {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
 
 
 @pytest.mark.parametrize("fields", [WIDE, {**LONG, "activation": "swiglu", "positions": "learned"}])
@@ -89,13 +101,13 @@ def test_the_peak_of_a_cpu_is_measured_and_shared_by_its_devices():
 
 # ---- Memory ----------------------------------------------------------------------------------
 
-DEEP = dict(num_layers=8, num_heads=4, width=64, vocab_size=64, max_length=128)
+DEEP = {"num_layers": 8, "num_heads": 4, "width": 64, "vocab_size": 64, "max_length": 128}
 
 
 def expected(config, mesh=None, **arguments):
     specs = param_specs(Transformer(config))
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    sizes = dict(block_size=config.max_length, batch_size=8) | arguments
+    sizes = {"block_size": config.max_length, "batch_size": 8} | arguments
     return flops.expected_memory(config, specs, mesh, **sizes)
 
 
@@ -107,7 +119,7 @@ def test_expected_activations_are_what_xla_allocates(remat):
         n: jax.ShapeDtypeStruct(s.shape, jnp.float32) for n, s in param_specs(model).items()
     }
     ids = jax.ShapeDtypeStruct((8, 128), jnp.int32)
-    batch = dict(inputs=ids, targets=ids, weights=jax.ShapeDtypeStruct((8, 128), jnp.float32))
+    batch = {"inputs": ids, "targets": ids, "weights": jax.ShapeDtypeStruct((8, 128), jnp.float32)}
 
     def loss(params, batch):
         return causal(bind(model, params), batch, ObjectiveConfig())[0]
@@ -121,7 +133,7 @@ def test_expected_activations_are_what_xla_allocates(remat):
 def test_memory_is_divided_by_the_mesh():
     config = ModelConfig(**{**DEEP, "compute_dtype": "float32"})
     specs = param_specs(Transformer(config))
-    abstract = {n: jax.ShapeDtypeStruct(s.shape, jnp.float32) for n, s in specs.items()}
+    abstract = abstract_parameters(Transformer(config))
     state = jax.eval_shape(optax.adam(1e-3).init, abstract)
     alone = expected(config, optimizer_state=state)
     assert alone.parameters == alone.gradients == 4 * count(specs)
