@@ -1,4 +1,4 @@
-"""Eight fake devices on every machine, set before JAX starts, so that sharding is tested everywhere."""
+"""Eight fake devices, set before JAX starts, so that sharding is tested on every machine."""
 
 import os
 

@@ -334,4 +334,4 @@ def _finish(job: TrainJob, directory: pathlib.Path, console: Console) -> None:
     text = "\n\n".join(line.strip() for line in lines) + "\n"
     (directory / "samples.txt").write_text(text)
     console.print("samples:")
-    console.print(text, markup=False)
+    console.print(text, markup=False, soft_wrap=True)

@@ -106,7 +106,7 @@ class MLP(nnx.Module):
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share `rate` of `x` and scales the rest up (Srivastava et al. 2014); off without key."""
+    """Zeroes a share `rate` of `x`, scaling up the rest (Srivastava et al. 2014); off without key."""
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)

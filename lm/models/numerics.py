@@ -1,8 +1,8 @@
 """How numbers are multiplied: the one place that knows what each platform is good at.
 
-Parameters are float32. `contract` multiplies in the compute dtype and accumulates in float32, forward
-and backward: both gradients multiply operands of the compute dtype too, which plain autodiff of a
-bfloat16 product with a float32 result would not (it widens the incoming gradient first).
+Parameters are float32. `contract` multiplies in the compute dtype and accumulates in float32,
+forward and backward: both gradients multiply operands of the compute dtype too, which plain
+autodiff of a bfloat16 product with a float32 result would not (it widens the gradient first).
 
 On the CPU, XLA fuses the cheap operations that produce an operand into the copy that feeds the
 product and then recomputes them with strided access. A barrier around the operands that the
@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 @functools.cache
 def fast_bfloat16(platform: str | None = None) -> bool:
-    """Whether bfloat16 products are faster than float32 ones here (TPU, GPU, AMX or AVX512-BF16)."""
+    """Whether bfloat16 products beat float32 ones here: TPU, GPU, AMX or AVX512-BF16."""
     platform = platform or jax.default_backend()
     if platform != "cpu":
         return True

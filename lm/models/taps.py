@@ -6,10 +6,10 @@ returns something else replaces; one that adds an argument of the caller's funct
 differentiable. With a tap the layers are unrolled, so each name has its layer in it:
 
     embedding                        blocks.3.attention_norm.inverse_scale
-    blocks.3.residual_before         blocks.3.attention.{query,key,value,scores,pattern,heads,output}
-    blocks.3.residual_middle         blocks.3.mlp_norm.inverse_scale
-    blocks.3.residual_after          blocks.3.mlp.{up,gate,hidden,output}
-    final_norm.inverse_scale         logits
+    blocks.3.residual_before         blocks.3.attention.{query,key,value,scores,pattern,heads}
+    blocks.3.residual_middle         blocks.3.attention.output
+    blocks.3.mlp_norm.inverse_scale  blocks.3.mlp.{up,gate,hidden,output}
+    blocks.3.residual_after          final_norm.inverse_scale, logits
 """
 
 from __future__ import annotations

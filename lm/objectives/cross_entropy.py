@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = 2**25  # logits held at once: 128 MiB of float32
 
 
 def chunk_length(batch: int, length: int, vocab: int, limit: int = CHUNK_ELEMENTS) -> int:
-    """The largest divisor of `length` whose chunk of logits [batch, ·, vocab] stays within `limit`."""
+    """The largest divisor of `length` whose chunk of logits has at most `limit` elements."""
     most = max(1, limit // (batch * vocab))
     return max(n for n in range(1, length + 1) if length % n == 0 and (n <= most or n == 1))
 

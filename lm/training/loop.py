@@ -53,10 +53,8 @@ def termination_flag() -> Iterator[list[int]]:
     """A list that SIGTERM fills, so that the loop can save and leave in good order."""
     received: list[int] = []
     previous = None
-    try:
+    with contextlib.suppress(ValueError):  # not in the main thread: nobody will send us the signal
         previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    except ValueError:
-        pass  # not the main thread, as in some notebooks: nobody will send us the signal
     try:
         yield received
     finally:
@@ -163,9 +161,7 @@ class Loop:
             elif step != self._saved and step > start:
                 self._save(state, step, stacked.get_state(), self.last_eval, wait=True)
             if terminated:
-                self.progress.print(
-                    f"SIGTERM: saved at step {step}; the same command goes on there"
-                )
+                self.progress.print(f"SIGTERM: saved step {step}; the same command goes on there")
         self.checkpointer.wait()
         self._profile(config.profile_start + config.profile_steps)
         return state, step

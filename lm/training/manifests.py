@@ -1,4 +1,4 @@
-"""What a checkpoint's directory should hold: sizes and checksums, written last and compared later."""
+"""What a checkpoint should hold: sizes and checksums, written last and compared later."""
 
 from __future__ import annotations
 
