@@ -156,38 +156,33 @@ class Generator:
             )
         return Generation(self, prompts, sampling, seed, chunk)
 
-    def program(self, sampling: SamplingConfig, sizes: tuple[int, int], arguments: tuple):
-        """`prefill` and `decode` compiled for `arguments`' shapes, and the seconds that took.
+    def programs(self, sampling: SamplingConfig, length: int, chunk: int, arguments: tuple):
+        """`prefill` and `decode`, compiled, and the seconds that took: 0 if they were before.
 
         Args:
           sampling: static.
-          sizes: slots in the cache, tokens a row per dispatch.
-          arguments: of `prefill` (or arrays like them).
+          length: slots in the cache.
+          chunk: most tokens a row per `decode`.
+          arguments: of `prefill`.
         """
         start = time.perf_counter()
         sampling = dataclasses.replace(sampling, max_new_tokens=1)  # decides limits, not programs
-        key = (sampling, sizes, *(leaf.shape for leaf in arguments[1:]))
-        seconds = 0.0
+        stop = self.end_of_text if sampling.stop_at_end_of_text else NOTHING
+        settings = Settings(self.model, sampling, length, chunk, stop, self.vocab_size)
+        prompts, longest = arguments[1].shape
+        known = len(self._programs)
+        key = (sampling, length, prompts, longest)
         if key not in self._programs:
-            length, chunk = sizes
-            settings = Settings(
-                self.model,
-                sampling,
-                length,
-                chunk,
-                self.end_of_text if sampling.stop_at_end_of_text else NOTHING,
-                self.vocab_size,
-            )
             lowered = jax.jit(functools.partial(prefill, settings)).lower(*arguments)
-            state = lowered.out_info[0]
+            self._programs[key] = lowered.compile(), lowered.out_info[0]
+        prefilling, state = self._programs[key]
+        key = (sampling, length, prompts, "decode", chunk)
+        if key not in self._programs:
             # The state is donated: the cache is written where it lies, never copied.
             decoding = jax.jit(functools.partial(decode, settings), donate_argnums=1)
-            self._programs[key] = (
-                lowered.compile(),
-                decoding.lower(arguments[0], state).compile(),
-            )
-            seconds = time.perf_counter() - start
-        return *self._programs[key], seconds
+            self._programs[key] = decoding.lower(self.params, state).compile(), None
+        seconds = time.perf_counter() - start if len(self._programs) > known else 0.0
+        return prefilling, self._programs[key][0], seconds
 
 
 class Generation:
@@ -216,10 +211,10 @@ class Generation:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         # The last token drawn is not read, so the cache has room for one fewer.
-        length = self._arguments[1].shape[1] + round_up(self._limit - 1, 64)
+        length = round_up(self._arguments[1].shape[1] + self._limit - 1, 64)
         self.timing = timing = Timing()
-        prefill, decode, timing.compile_seconds = self._generator.program(
-            self._sampling, (length, self._chunk), self._arguments
+        prefill, decode, timing.compile_seconds = self._generator.programs(
+            self._sampling, length, self._chunk, self._arguments
         )
         start = before = time.perf_counter()
         state, *arrays = prefill(*self._arguments)
