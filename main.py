@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lm.config import ConfigError, check_choice, nearest
+from lm.training.config import TrainingStopped
 
 JOBS = {
     "train": "lm.jobs.train",  # text → a trained model that writes
@@ -50,12 +51,12 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def guarded(function, *args):
-    """`function(*args)`; a ConfigError is printed as one line and exits with code 2."""
+    """`function(*args)`; a mistake ends in one line and code 2, a run that diverged in code 1."""
     try:
         return function(*args)
-    except ConfigError as error:
+    except (ConfigError, TrainingStopped) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
 
 
 if __name__ == "__main__":

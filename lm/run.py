@@ -126,11 +126,11 @@ class Run:
         if not prompts:
             return []
         stream = self.text_generator.generate(prompts, sampling, seed)
-        for notice in stream.notices:
-            warnings.warn(notice, stacklevel=2)
         texts = [text for text in prompts for _ in range(num_samples)]
         for row, text in stream:
             texts[row] += text
+        for notice in stream.notices:
+            warnings.warn(notice, stacklevel=2)
         return texts[0] if isinstance(prompt, str) and num_samples == 1 else texts
 
     @property

@@ -28,7 +28,7 @@ from lm.inference.config import SamplingConfig
 from lm.inference.sampling import sample
 from lm.models import Transformer, bind, param_specs
 from lm.models.numerics import compute_dtype
-from lm.models.transformer import Cache
+from lm.models.transformer import Cache, Layers
 from lm.parallel.params import ParamSpec
 
 CHUNK = 8  # tokens a row draws in one dispatch: what a reader sees appear at once
@@ -357,18 +357,8 @@ def for_decoding(model: Transformer) -> Transformer:
     return Transformer(dataclasses.replace(config, compute_dtype=dtype, scan_layers=scan))
 
 
-class _Layers:
-    """One array a layer, indexed as if they were stacked; a single leaf to `jax.tree.map`."""
-
-    def __init__(self, arrays: tuple[jax.Array, ...]):
-        self._arrays = arrays
-
-    def __getitem__(self, index: int) -> jax.Array:
-        return self._arrays[index]
-
-
 def _bind(model: Transformer, params) -> Transformer:
-    layers = {name: _Layers(x) if isinstance(x, tuple) else x for name, x in params.items()}
+    layers = {name: Layers(x) if isinstance(x, tuple) else x for name, x in params.items()}
     return bind(model, layers)
 
 

@@ -58,7 +58,7 @@ class TextGeneration:
     """One call of `TextGenerator.generate`: iterates over `(row, text)` as the text comes.
 
     `text` is what row `row` has gained; the joined texts of a row are its continuation, without
-    its prompt. When the iteration is over, `timing` and `ended` are complete.
+    its prompt. When the iteration is over, `timing`, `ended` and `notices` are complete.
 
     Attributes:
       notices: what the reader should know, one line each.
@@ -77,7 +77,11 @@ class TextGeneration:
         self._tokenizer, self._samples = owner.tokenizer, sampling.num_samples
         self._prompts = [owner.encode(prompt) for prompt in prompts]
         self._tokens = owner.generator.generate(self._prompts, sampling, seed, chunk)
-        self.notices = _notices(owner, self._prompts, sampling)
+        self._wanted, self._context = sampling.max_new_tokens, owner.generator.context
+        self.notices: list[str] = []
+        unknown = sum(ids.count(owner.tokenizer.unk_id) for ids in self._prompts)
+        if unknown:
+            self.notices.append(f"the tokenizer does not know {unknown} of the prompt's tokens")
         self.ended = [False] * (len(prompts) * self._samples)
 
     @property
@@ -86,6 +90,7 @@ class TextGeneration:
         return self._tokens.timing
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
+        drawn = [0] * len(self.ended)
         streams = [self._tokenizer.decode_stream() for _ in self.ended]
         for row, stream in enumerate(streams):
             # What a token adds to the text may depend on whether it is the first.
@@ -94,6 +99,7 @@ class TextGeneration:
         for tokens_BN in self._tokens:
             for row, ids in enumerate(tokens_BN.tolist()):
                 ids = [id for id in ids if id != NOTHING]
+                drawn[row] += len(ids)
                 self.ended[row] |= self._tokenizer.eos_id in ids
                 text = "".join(map(streams[row].push, ids))
                 if text:
@@ -101,20 +107,9 @@ class TextGeneration:
         for row, stream in enumerate(streams):
             if text := stream.flush():
                 yield row, text
-
-
-def _notices(owner: TextGenerator, prompts: list[list[int]], sampling: SamplingConfig) -> list[str]:
-    notices = []
-    unknown = sum(ids.count(owner.tokenizer.unk_id) for ids in prompts)
-    if unknown:
-        notices.append(
-            f"{unknown} token{'s' * (unknown > 1)} of the prompt are unknown to the tokenizer"
-        )
-    longest = max(map(len, prompts))
-    room = owner.generator.room(longest)
-    if room < sampling.max_new_tokens:
-        notices.append(
-            f"max_new_tokens={sampling.max_new_tokens} cut to {room}: after a prompt of {longest} "
-            f"tokens, that fills the model's context of {owner.generator.context}"
-        )
-    return notices
+        cut = [n for n, ended in zip(drawn, self.ended) if n < self._wanted and not ended]
+        if cut:
+            self.notices.append(
+                f"{len(cut)} of {len(drawn)} texts stopped short of max_new_tokens={self._wanted}, "
+                f"where they filled the model's context of {self._context} tokens"
+            )

@@ -46,9 +46,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
     prompt = _read_prompt(job)
     loaded = lm.load(job.init_from)
     stream = loaded.text_generator.generate([prompt], job, job.seed)
+    texts = _print(stream, prompt, job.num_samples)
     for notice in stream.notices:
         print(f"note: {notice}", file=sys.stderr)
-    texts = _print(stream, prompt, job.num_samples)
     where = f"{loaded.directory} at step {loaded.step:,}"
     print(f"{where} · {stream.timing}", file=sys.stderr)
     return texts

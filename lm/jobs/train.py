@@ -19,7 +19,7 @@ import ml_collections
 from rich.console import Console
 
 from lm import tokenizers
-from lm.config import ConfigError, check, to_dict, view
+from lm.config import ConfigError, check, nearest, to_dict, view
 from lm.data import DataConfig, documents, evaluation_batches, prepare, train_batches
 from lm.inference.config import SamplingConfig
 from lm.models import ModelConfig, Transformer, param_specs
@@ -29,11 +29,11 @@ from lm.parallel.mesh import MeshConfig, batch_sharding, batch_ways, make_mesh
 from lm.tokenizers import TokenizerConfig
 from lm.training import flops
 from lm.training.checkpoints import CheckpointConfig, Checkpointer, restore_parameters
-from lm.training.config import TrainConfig, dispatch_steps
+from lm.training.config import TrainConfig, check_dispatch, dispatch_steps
 from lm.training.evaluate import evaluate
 from lm.training.loop import Loop
 from lm.training.metrics import MetricsWriter
-from lm.training.optimizer import OptimizerConfig, make_optimizer
+from lm.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from lm.training.plots import plot_losses
 from lm.training.progress import Progress
 from lm.training.report import describe_run
@@ -67,10 +67,23 @@ class TrainJob:
             f"{prefix}.data.block_size={self.data.block_size} is longer than "
             f"{prefix}.model.max_length={longest}",
         )
+        make_schedule(self.optimizer, self.train.steps)  # for its errors, before any work
+        check_dispatch(self.train.steps_per_dispatch, self.cadences)
+
+    @property
+    def cadences(self) -> tuple[int, ...]:
+        """Step counts at which the host must have the state in hand; 0 is never."""
+        train = self.train
+        return train.steps, train.log_every, train.eval_every, self.checkpoint.every
 
 
 # What may differ between a run directory and the config that goes on with it.
 FREE_SECTIONS = ("train", "checkpoint", "mesh", "prompt", "sample", "init_from")
+# Fields of `model` that decide what its parameters mean, and so must be those of `init_from`.
+_SHAPING = (
+    "num_layers", "num_heads", "num_kv_heads", "width", "head_dim", "mlp_width", "vocab_size",
+    "positions", "norm", "norm_position", "activation", "bias", "tie_embeddings",
+)  # fmt: skip
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
@@ -90,6 +103,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
         f"config.data.batch_size={job.data.batch_size} must be a multiple of {shares}: "
         f"{batch_ways(mesh)} device(s) that share it × train.accumulation={job.train.accumulation}",
     )
+    check(
+        job.train.eval_batch_size % batch_ways(mesh) == 0,
+        f"config.train.eval_batch_size={job.train.eval_batch_size} must be a multiple of the "
+        f"{batch_ways(mesh)} devices that share it",
+    )
+    _check_directory(directory, _settled(job))
+    if not (directory / "checkpoints").exists():  # a run under way needs its source no more
+        _check_init_from(job)
 
     tokenizer = _tokenizer(job, directory)
     console.print(
@@ -98,7 +119,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     )
     model_config = resolve_model(job, tokenizer)
     resolved = dataclasses.replace(job, model=model_config)
-    _claim(directory, resolved, tokenizer)
+    _check_directory(directory, to_dict(resolved), tokenizer.fingerprint)
+    if not (directory / "checkpoints").exists():
+        _check_init_from(resolved)
 
     train_corpora, validation_corpora = prepare(job.data, tokenizer, job.seed, console.print)
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -108,10 +131,16 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
         f"data: {tokens:,} training tokens, {batches.batches_per_epoch:,} steps an epoch, "
         f"{batches.padding_fraction:.1%} padding"
     )
+    check(
+        batches.num_batches is None or batches.num_batches >= job.train.steps,
+        f"config.train.steps={job.train.steps} is more than the {batches.num_batches} batches of "
+        f"config.data.epochs={job.data.epochs}: lower it, or raise the other",
+    )
 
     skeleton = Transformer(model_config)
     specs = param_specs(skeleton)
     optimizer = make_optimizer(job.optimizer, job.train.steps, specs)
+    _claim(directory, resolved, tokenizer)  # last, so that a mistake above can simply be mended
     with jax.set_mesh(mesh):
         abstract = abstract_state(specs, optimizer, mesh)
         describe_run(
@@ -133,11 +162,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
                 start, state, extra = found
                 batches.set_state(extra["data"])
                 console.print(f"resuming at step {start}")
-            results = _train(
+            results, finished = _train(
                 resolved, mesh, skeleton, optimizer, abstract, state, start, extra,
                 batches, validation_corpora, checkpointer, directory, console,
             )  # fmt: skip
-    if jax.process_index() == 0:
+    if finished and jax.process_index() == 0:
         _finish(resolved, directory, console)
     return results
 
@@ -146,14 +175,15 @@ def _train(
     job, mesh, skeleton, optimizer, abstract, state, start, extra,
     batches, validation_corpora, checkpointer, directory, console,
 ):  # fmt: skip
-    """Compiles the step and runs the loop; the last evaluation."""
+    """Compiles the step and runs the loop; the last evaluation, and whether all steps are done."""
     flops_per_token = flops.training_flops_per_token(job.model, job.data.block_size)
     peak = flops.total_peak_flops(job.model.compute_dtype)
     tokens_per_step = job.data.batch_size * job.data.block_size
-    cadences = (job.train.steps, job.train.log_every, job.train.eval_every, job.checkpoint.every)
-    stride = dispatch_steps(
-        job.train.steps_per_dispatch, cadences, flops_per_token * tokens_per_step, peak
-    )
+    cadences = (*job.cadences, start)
+    asked = job.train.steps_per_dispatch or extra.get("stride", 0)
+    if not job.train.steps_per_dispatch and any(cadence % asked for cadence in cadences if asked):
+        asked = 0  # what the run chose before does not fit its new rhythm
+    stride = dispatch_steps(asked, cadences, flops_per_token * tokens_per_step, peak)
 
     def put(batch, leading=1):
         if batches.single_segment:
@@ -209,7 +239,7 @@ def _train(
         _, step = loop.run(state, start, extra)
     if step > start:
         console.print(f"trained {step - start} steps in {time.perf_counter() - began:.1f} s")
-    return loop.last_eval
+    return loop.last_eval, step >= job.train.steps
 
 
 def _prepare_process(job: TrainJob) -> None:
@@ -228,9 +258,7 @@ def _tokenizer(job: TrainJob, directory: pathlib.Path):
     if saved.exists():
         return tokenizers.load(saved)
     if job.init_from:
-        source = pathlib.Path(job.init_from) / "tokenizer"
-        check(source.exists(), f"config.init_from={job.init_from!r} has no tokenizer/ in it")
-        return tokenizers.load(source)
+        return tokenizers.load(pathlib.Path(job.init_from) / "tokenizer")
     return tokenizers.train(job.tokenizer, documents(job.data, "train", job.seed))
 
 
@@ -251,23 +279,94 @@ def resolve_model(job: TrainJob, tokenizer) -> ModelConfig:
     )
 
 
-def _claim(directory: pathlib.Path, job: TrainJob, tokenizer) -> None:
-    """Writes config.json and the tokenizer into a new run directory, or checks those of an old one.
+def _settled(job: TrainJob) -> dict[str, Any]:
+    """The config without what only the tokenizer and `resolve_model` decide."""
+    wanted = to_dict(job)
+    for name in ("vocab_size", "max_length"):
+        if not wanted["model"][name]:
+            del wanted["model"][name]
+    return wanted
 
-    Raises:
-      ConfigError: the directory holds a run of another config, or cannot be written.
+
+def _check_directory(
+    directory: pathlib.Path, wanted: dict[str, Any], fingerprint: str | None = None
+) -> None:
+    """Raises ConfigError if `directory` holds another run, or cannot be written.
+
+    Another run is one of a config other than `wanted`, or of a tokenizer other than that of
+    `fingerprint`.
     """
-    wanted = json.loads(json.dumps(to_dict(job)))
-    wanted["tokenizer_fingerprint"] = tokenizer.fingerprint
+    wanted = json.loads(json.dumps(wanted))
     path = directory / "config.json"
     if path.exists():
-        difference = _difference(json.loads(path.read_text()), wanted)
+        saved = _read_config(path, f"--workdir={directory}")
+        difference = _difference(saved, wanted)
         if difference:
             field, old, new = difference
             raise ConfigError(
                 f"--workdir={directory} holds a run with config.{field}={old!r}, and this config "
                 f"says {new!r}: choose another --workdir, or set the field back"
             )
+        trained = saved.get("tokenizer_fingerprint")
+        check(
+            fingerprint is None or trained in (None, fingerprint),
+            f"--workdir={directory}: its tokenizer/ is not the one its run was trained with "
+            f"(fingerprint {fingerprint}, not {trained}): put the original back, or choose "
+            "another --workdir",
+        )
+    there = next(p for p in (directory, *directory.absolute().parents) if os.path.exists(p))
+    check(
+        there.is_dir() and os.access(there, os.W_OK),
+        f"--workdir={directory} cannot be written: {there} is "
+        + ("not writable" if there.is_dir() else "not a directory")
+        + "; choose another --workdir",
+    )
+
+
+def _read_config(path: pathlib.Path, field: str) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{field}: {path} cannot be read ({error}): restore it, or choose another directory"
+        ) from None
+    check(isinstance(config, dict), f"{field}: {path} does not hold the config of a run")
+    return config
+
+
+def _check_init_from(job: TrainJob) -> None:
+    """Raises ConfigError unless `init_from` is empty or a run whose parameters fit the model."""
+    if not job.init_from:
+        return
+    source, field = pathlib.Path(job.init_from), f"config.init_from={job.init_from!r}"
+    if not source.exists():
+        there = [str(p) for p in source.parent.glob("*") if (p / "config.json").exists()]
+        raise ConfigError(f"{field} does not exist{nearest(str(source), there)}")
+    for name in ("config.json", "tokenizer", "checkpoints"):
+        check(
+            (source / name).exists(),
+            f"{field} is not the directory of a training run: it has no {name}",
+        )
+    model = _read_config(source / "config.json", field).get("model")
+    check(isinstance(model, dict), f"{field}: its config.json has no section 'model'")
+    shaping = (*_SHAPING, "max_length") if job.model.positions == "learned" else _SHAPING
+    here = {name: v for name, v in _settled(job)["model"].items() if name in shaping}
+    for name, value in here.items():
+        check(
+            model.get(name, value) == value,
+            f"{field} has model.{name}={model.get(name)!r}, and this config says {value!r}: set "
+            f"config.model.{name}={model.get(name)!r}",
+        )
+
+
+def _claim(directory: pathlib.Path, job: TrainJob, tokenizer) -> None:
+    """Writes config.json and, into a new run directory, the tokenizer.
+
+    Raises:
+      ConfigError: the directory cannot be written.
+    """
+    wanted = json.loads(json.dumps(to_dict(job)))
+    wanted["tokenizer_fingerprint"] = tokenizer.fingerprint
     if jax.process_index() != 0:
         return
     try:
@@ -281,7 +380,7 @@ def _claim(directory: pathlib.Path, job: TrainJob, tokenizer) -> None:
                 shutil.rmtree(scratch)
         scratch = directory / f".config.{os.getpid()}"
         scratch.write_text(json.dumps(wanted, indent=2) + "\n")
-        scratch.rename(path)
+        scratch.rename(directory / "config.json")
     except OSError as error:
         raise ConfigError(
             f"--workdir={directory} cannot be written: {error.strerror or error}"

@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lm.models.build import declare
 from lm.models.config import ModelConfig
 from lm.models.layers import dropout, rotate, weight_initializer
-from lm.models.numerics import contract, masked_softmax
+from lm.models.numerics import contract, contract_each, masked_softmax
 from lm.models.taps import Tap, no_tap
 from lm.parallel.sharding import constrain
 
@@ -97,11 +97,12 @@ class Attention(nnx.Module):
           tap: see `lm.models.taps`.
         """
         config = self.config
-        query_BTHC, key_BTKC, value_BTKC = (
-            contract("btd,dhc->bthc", x_BTD, getattr(self, name)[...])
-            + (getattr(self, f"{name}_bias")[...].astype(x_BTD.dtype) if config.bias else 0)
-            for name in ("query", "key", "value")
-        )
+        weights = (self.query[...], self.key[...], self.value[...])
+        query_BTHC, key_BTKC, value_BTKC = contract_each("btd,dhc->bthc", x_BTD, weights)
+        if config.bias:
+            query_BTHC += self.query_bias[...].astype(x_BTD.dtype)
+            key_BTKC += self.key_bias[...].astype(x_BTD.dtype)
+            value_BTKC += self.value_bias[...].astype(x_BTD.dtype)
         if config.positions == "rotary":
             query_BTHC = rotate(query_BTHC, context.rotary)
             key_BTKC = rotate(key_BTKC, context.rotary)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from lm.models.build import declare
 from lm.models.config import ModelConfig
-from lm.models.numerics import cheap, contract
+from lm.models.numerics import cheap, contract, contract_each
 from lm.models.taps import Tap, no_tap
 from lm.parallel.sharding import constrain
 
@@ -88,25 +88,35 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, tap: Tap) -> jax.Array:
         """What the MLP adds to the residual stream."""
-        nonlinearity = ACTIVATION_FUNCTIONS[self.activation]
-        hidden_BTF = contract("btd,df->btf", x_BTD, self.up[...])
+        weights = [self.up[...], *([self.gate[...]] if hasattr(self, "gate") else [])]
+        hidden_BTF, *gate_BTF = contract_each("btd,df->btf", x_BTD, weights)
         if hasattr(self, "up_bias"):
             hidden_BTF += self.up_bias[...].astype(hidden_BTF.dtype)
         hidden_BTF = tap("up", hidden_BTF)
-        if hasattr(self, "gate"):
-            gate_BTF = tap("gate", contract("btd,df->btf", x_BTD, self.gate[...]))
-            hidden_BTF = cheap(lambda g, h: nonlinearity(g) * h)(gate_BTF, hidden_BTF)
-        else:
-            hidden_BTF = cheap(nonlinearity)(hidden_BTF)
+        gate_BTF = tap("gate", gate_BTF[0]) if gate_BTF else None
+        hidden_BTF = self._activate(hidden_BTF, gate_BTF)
         hidden_BTF = tap("hidden", constrain(hidden_BTF, "batch", "length", "mlp"))
         out_BTD = contract("btf,fd->btd", hidden_BTF, self.down[...])
         if hasattr(self, "down_bias"):
             out_BTD += self.down_bias[...].astype(out_BTD.dtype)
         return tap("output", out_BTD)
 
+    def _activate(self, hidden_BTF: jax.Array, gate_BTF: jax.Array | None) -> jax.Array:
+        """The nonlinearity, in float32: rounding between its terms costs accuracy and time."""
+        nonlinearity = ACTIVATION_FUNCTIONS[self.activation]
+
+        @cheap
+        def activate(hidden, gate):
+            hidden32 = hidden.astype(jnp.float32)
+            if gate is None:
+                return nonlinearity(hidden32).astype(hidden.dtype)
+            return (nonlinearity(gate.astype(jnp.float32)) * hidden32).astype(hidden.dtype)
+
+        return activate(hidden_BTF, gate_BTF)
+
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share `rate` of `x`, scaling up the rest (Srivastava et al. 2014); off without key."""
+    """Zeroes a share `rate` of `x`, scaling the rest up (Srivastava et al. 2014), if there is a key."""
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)

@@ -15,11 +15,15 @@ under a scan over layers every saved array is copied into a stack of them and ou
 from __future__ import annotations
 
 import functools
+import math
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+JOINED_ROWS = 256  # products of fewer rows than this are not joined
 
 
 @functools.cache
@@ -62,6 +66,30 @@ def contract(spec: str, x: jax.Array, w: jax.Array, dtype: jnp.dtype | None = No
     product = _contract(spec, jnp.dtype(dtype or x.dtype), x, w)
     # A policy cannot see the dot inside a custom derivative, but it sees the name of its result.
     return checkpoint_name(product, "batched_product" if batched else "product")
+
+
+def contract_each(spec: str, x: jax.Array, weights: Sequence[jax.Array]) -> list[jax.Array]:
+    """`contract(spec, x, w)` for every w of `weights`, as one larger product where that pays.
+
+    The weights differ only in the size of their first dimension that x lacks, along which they are
+    joined: a copy, so not when decoding, where reading the weights is all the work; and not where
+    the mesh splits weights over `tensor`, as joining would move them between devices.
+
+    Args:
+      spec: as for `contract`, e.g. `btd,dhc->bthc`.
+      x: the activations.
+      weights: float32 parameters.
+    """
+    first, second, out = spec.replace("->", ",").split(",")
+    letter = next(letter for letter in second if letter not in first)
+    axis, out_axis = second.index(letter), out.index(letter)
+    contracted = math.prod(size for name, size in zip(first, x.shape) if name in second)
+    split = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
+    if split or x.size // contracted < JOINED_ROWS:
+        return [contract(spec, x, w) for w in weights]
+    joined = jnp.concatenate([w.astype(x.dtype) for w in weights], axis)
+    sizes = [w.shape[axis] for w in weights]
+    return list(jax.lax.split(contract(spec, x, joined), sizes, out_axis))
 
 
 def _einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -265,8 +265,7 @@ class Transformer(nnx.Module):
     def _unroll(self, x_BTD, context, cache, keys, tap):
         """The same blocks one by one: for taps, and for a few layers without the loop's copies."""
         caches = []
-        for index in range(self.config.num_layers):
-            block = jax.tree.map(lambda leaf: leaf[index], self.blocks)  # noqa: B023
+        for index, block in enumerate(unstack(self.blocks, self.config.num_layers)):
             key = None if keys is None else keys[index]
             scope = within(tap, f"blocks.{index}")
             if cache is None:
@@ -282,6 +281,25 @@ class Transformer(nnx.Module):
             return x_BTD, None
         join = tuple if isinstance(cache.keys_LBSKC, tuple) else jnp.stack
         return x_BTD, tuple(map(join, zip(*caches)))
+
+
+class Layers:
+    """A stacked parameter, kept as one array a layer: a single leaf, which `unstack` opens."""
+
+    def __init__(self, arrays: tuple[jax.Array, ...]):
+        self.arrays = arrays
+
+
+def unstack(blocks: Block, num_layers: int) -> list[Block]:
+    """The blocks one by one. Their gradients are joined by one concatenation, not summed."""
+    leaves, treedef = jax.tree.flatten(blocks)
+    parts = [
+        leaf.arrays
+        if isinstance(leaf, Layers)
+        else [part[0] for part in jax.lax.split(leaf, (1,) * num_layers)]
+        for leaf in leaves
+    ]
+    return [jax.tree.unflatten(treedef, layer) for layer in zip(*parts)]
 
 
 def rematerialized(body, config: ModelConfig):

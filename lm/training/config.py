@@ -8,6 +8,13 @@ import math
 from lm.config import check, check_choice
 
 
+class TrainingStopped(RuntimeError):
+    """Training cannot go on: one line that says at which step, on which data, and why.
+
+    `main.py` prints it and exits with code 1; what was saved before is intact.
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The training loop."""
@@ -47,6 +54,16 @@ class TrainConfig:
         check_choice(f"{prefix}.on_spike", self.on_spike, ("skip", "rollback", "stop"))
 
 
+def check_dispatch(asked: int, cadences: tuple[int, ...]) -> None:
+    """Raises ConfigError unless dispatches of `asked` steps (0: any) end at every cadence."""
+    for cadence in cadences if asked else ():
+        check(
+            cadence % asked == 0,
+            f"config.train.steps_per_dispatch={asked} must divide steps, log_every, eval_every, "
+            f"checkpoint.every and the step resumed from, and does not divide {cadence}",
+        )
+
+
 def dispatch_steps(
     asked: int, cadences: tuple[int, ...], flops_per_step: float, peak: float
 ) -> int:
@@ -67,12 +84,7 @@ def dispatch_steps(
     """
     common = math.gcd(*cadences)
     if asked:
-        for cadence in cadences:
-            check(
-                cadence % asked == 0,
-                f"config.train.steps_per_dispatch={asked} must divide steps, log_every, eval_every "
-                f"and checkpoint.every, and does not divide {cadence}",
-            )
+        check_dispatch(asked, cadences)
         return asked
     seconds = flops_per_step / (0.4 * peak)
     most = max(1, min(10, int(0.25 / max(seconds, 1e-9))))

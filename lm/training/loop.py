@@ -20,13 +20,9 @@ import numpy as np
 from lm.data.batches import BatchIterator
 from lm.data.prefetch import prefetch_to_device
 from lm.training.checkpoints import Checkpointer
-from lm.training.config import TrainConfig
+from lm.training.config import TrainConfig, TrainingStopped
 from lm.training.metrics import MetricsWriter
 from lm.training.progress import Progress
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on: one line that says at which step, on which data, and why."""
 
 
 class Stack:
@@ -108,6 +104,8 @@ class Loop:
         self.tokens = 0.0
         self.last_eval: dict[str, float] = {}
         self._saved = -1
+        self._ahead = 0  # batches that roll-backs left out: batch = step + _ahead
+        self._profiling = False
         self._reset_interval()
 
     def run(self, state: Any, start: int, extra: dict[str, Any]) -> tuple[Any, int]:
@@ -126,20 +124,27 @@ class Loop:
         """
         config, step = self.config, start
         self.tokens, self.spikes = extra.get("tokens", 0.0), extra.get("spikes", 0)
+        self._ahead = extra.get("ahead", 0)
         stacked = prefetch_to_device(Stack(self.batches, self.stride), self.put)
         pending = None
         self._saved = start if start else -1
-        self._reset_interval()
+        results: dict[str, float] = {}
+        self._reset_interval(extra)
         with termination_flag() as terminated:
             while step < config.steps and not terminated:
                 self._profile(step)
                 waited = time.perf_counter()
-                batch = next(stacked)
+                batch = next(stacked, None)
+                if batch is None:
+                    raise TrainingStopped(
+                        f"step {step}: the data of config.data.epochs is used up, for rolling back "
+                        "leaves some out; raise data.epochs, or set train.on_spike='skip'"
+                    )
                 self._waited += time.perf_counter() - waited
                 data_state = stacked.get_state()
                 state, metrics = self.step_fn(state, batch)
                 step += self.stride
-                rollback = False
+                rollback, results = False, {}
                 if pending is not None:
                     rollback = self._read(*pending)
                 pending = (step, metrics)
@@ -149,17 +154,16 @@ class Loop:
                     rollback |= self._read(*pending)
                     pending = None
                 if rollback:
-                    state, step, pending = self._roll_back(stacked, step), self._restored, None
+                    state, step, pending = self._roll_back(step), self._restored, None
                     continue
-                results = {}
                 if evaluating and self.evaluate is not None:
                     results = self._evaluate(state, step)
                 if saving:
                     self._save(state, step, data_state, results)
             if pending is not None and self._read(*pending):
-                state, step = self._roll_back(stacked, step), self._restored
+                state, step = self._roll_back(step), self._restored
             elif step != self._saved and step > start:
-                self._save(state, step, stacked.get_state(), self.last_eval, wait=True)
+                self._save(state, step, stacked.get_state(), results, wait=True)
             if terminated:
                 self.progress.print(f"SIGTERM: saved step {step}; the same command goes on there")
         self.checkpointer.wait()
@@ -170,9 +174,11 @@ class Loop:
     def _due(step: int, every: int) -> bool:
         return every > 0 and step % every == 0
 
-    def _reset_interval(self) -> None:
+    def _reset_interval(self, extra: dict[str, Any] | None = None) -> None:
+        """Starts the sums behind the next loss record, where the checkpoint left them."""
         self._started, self._waited, self._paused = time.perf_counter(), 0.0, 0.0
-        self._nats = self._weight = 0.0
+        self._nats, self._weight = (extra or {}).get("interval", (0.0, 0.0))
+        self._earlier = self._weight  # not trained on since `_started`
 
     def _read(self, step: int, metrics: Any) -> bool:
         """Waits for one dispatch's metrics and reports them; whether to roll back."""
@@ -180,13 +186,13 @@ class Loop:
         good = values["skipped"] == 0
         self._nats += float(np.sum(values["nats"], where=good))
         self._weight += float(np.sum(values["weight"], where=good))
-        self.tokens += float(values["weight"].sum())
+        self.tokens += float(np.sum(values["weight"], where=good))
         rollback = False
         for index in np.flatnonzero(~good):
             rollback |= self._spike(step - self.stride + int(index), values, int(index))
         if self._due(step, self.config.log_every) and self._weight:
             elapsed = max(1e-9, time.perf_counter() - self._started - self._paused)
-            rate = self._weight / elapsed
+            rate = (self._weight - self._earlier) / elapsed
             record = {
                 "loss": self._nats / self._weight,
                 "grad_norm": float(values["grad_norm"][-1]),
@@ -204,7 +210,7 @@ class Loop:
         """Reports one bad step; whether to roll back."""
         self.spikes += 1
         loss = float(values["nats"][index] / max(1.0, values["weight"][index]))
-        epoch, row = self.batches.position(step)
+        epoch, row = self.batches.position(step + self._ahead)
         where = f"step {step + 1}, data epoch {epoch} row {row}"
         what = f"loss {loss:.4g}, gradient norm {float(values['grad_norm'][index]):.4g}"
         action = self.config.on_spike
@@ -219,8 +225,8 @@ class Loop:
         self.progress.print(f"{where}: {what}; {done}")
         return action == "rollback"
 
-    def _roll_back(self, stacked, step: int) -> Any:
-        """The last checkpoint's state; the data goes on after the bad batch."""
+    def _roll_back(self, step: int) -> Any:
+        """The last checkpoint's state; the data goes on after the batches of step `step`."""
         found = self.checkpointer.restore_latest(self.abstract_state)
         if found is None:
             raise TrainingStopped(
@@ -228,8 +234,12 @@ class Loop:
                 "train.on_spike='skip'"
             )
         self._restored = found.step
+        self._ahead += step - found.step
+        self.checkpointer.discard_after(found.step)  # damaged ones, if any
+        self.writer.rewind(found.step)
+        self.writer.write(found.step, {"rolled_back_from": step, "spikes": self.spikes})
         self.progress.print(f"rolled back to step {found.step}; the data goes on from here")
-        self._reset_interval()
+        self._reset_interval(found.extra)
         return found.state
 
     def _evaluate(self, state: Any, step: int) -> dict[str, float]:
@@ -243,7 +253,14 @@ class Loop:
 
     def _save(self, state, step, data_state, results, wait: bool = False) -> None:
         paused = time.perf_counter()
-        extra = {"data": data_state, "tokens": self.tokens, "spikes": self.spikes}
+        extra = {
+            "data": data_state,
+            "tokens": self.tokens,
+            "spikes": self.spikes,
+            "ahead": self._ahead,
+            "interval": (self._nats, self._weight),
+            "stride": self.stride,
+        }
         self.checkpointer.save(step, state, extra, results, wait=wait)
         self._saved = step
         self._paused += time.perf_counter() - paused
@@ -254,9 +271,9 @@ class Loop:
         if not config.profile_steps:
             return
         first = config.profile_start - config.profile_start % self.stride
-        if step == first:
+        if step == first and not self._profiling:
             jax.profiler.start_trace(str(self.workdir / "profile"))
             self._profiling = True
-        elif step >= first + config.profile_steps and getattr(self, "_profiling", False):
+        elif step >= first + config.profile_steps and self._profiling:
             jax.profiler.stop_trace()
             self._profiling = False

@@ -58,9 +58,10 @@ class MetricsWriter:
     ) -> None:
         self._file = self._events = None
         self._failed = False
-        if jax.process_index() != 0:
-            return
-        workdir = pathlib.Path(workdir)
+        if jax.process_index() == 0:
+            self._open(pathlib.Path(workdir), start_step, tensorboard)
+
+    def _open(self, workdir: pathlib.Path, start_step: int, tensorboard: bool) -> None:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             if (workdir / FILE).exists():
@@ -93,6 +94,13 @@ class MetricsWriter:
             if not self._failed:
                 _log.warning("%s: metrics are being lost: %s", self._file.name, error)
             self._failed = True
+
+    def rewind(self, step: int) -> None:
+        """Drops the records of steps after `step`: the run has gone back there."""
+        if self._file is not None:
+            workdir, tensorboard = pathlib.Path(self._file.name).parent, self._events is not None
+            self.close()
+            self._open(workdir, step, tensorboard)
 
     def close(self) -> None:
         """Closes the files; further writes are ignored."""
