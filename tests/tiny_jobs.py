@@ -32,7 +32,7 @@ def get_config():
     config.data.packing = "best_fit"
     config.data.block_size = 32
     config.data.batch_size = 8
-    config.model.num_layers = 2
+    config.model.num_layers = 1
     config.model.num_heads = 2
     config.model.width = 16
     config.model.mlp_width = 32

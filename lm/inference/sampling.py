@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from lm.inference.config import SamplingConfig
 
+HEAD = 256  # ranks that nearly every nucleus stays within; sorting a whole vocabulary is slow
+
 
 class Candidates(NamedTuple):
     """Tokens that may be drawn: their logits (-inf rules one out) and ids, likeliest first."""
@@ -34,12 +36,19 @@ def ranked(logits_BV: jax.Array) -> Candidates:
     return Candidates(-negated, ids_BV)
 
 
-def top_p(candidates: Candidates, p: float) -> Candidates:
+def top_p(candidates: Candidates, p: float, total_B1: jax.Array | None = None) -> Candidates:
     """The nucleus: the fewest tokens whose probabilities sum to at least p (Holtzman et al. 2020).
 
-    The probabilities are those among `candidates`. The likeliest token always stays.
+    The likeliest token always stays.
+
+    Args:
+      candidates: in the order of their ranks.
+      p: the share of the probability.
+      total_B1: log of the sum that probabilities are shares of; that of `candidates` unless given.
     """
-    probabilities_BN = jax.nn.softmax(candidates.logits_BN, -1)
+    if total_B1 is None:
+        total_B1 = jax.nn.logsumexp(candidates.logits_BN, -1, keepdims=True)
+    probabilities_BN = jnp.exp(candidates.logits_BN - total_B1)
     before_BN = jnp.cumsum(probabilities_BN, -1) - probabilities_BN
     keep_BN = (before_BN < p).at[:, 0].set(True)
     return Candidates(jnp.where(keep_BN, candidates.logits_BN, -jnp.inf), candidates.ids_BN)
@@ -51,7 +60,7 @@ def candidates(logits_BV: jax.Array, config: SamplingConfig) -> Candidates:
     Without filters the tokens are in the order of their ids: nothing needs their ranks.
     """
     logits_BV = logits_BV.astype(jnp.float32) / config.temperature
-    nucleus = config.top_p is not None and config.top_p < 1
+    nucleus = _has_nucleus(config)
     if config.top_k is not None:
         allowed = top_k(logits_BV, config.top_k)
     elif nucleus:
@@ -77,8 +86,37 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, config: SamplingConfig) -> j
     """
     if config.greedy:
         return greedy(logits_BV)
-    allowed = candidates(logits_BV, config)
-    chosen_B = jax.vmap(jax.random.categorical)(keys_B, allowed.logits_BN)
+    if not _has_nucleus(config) or config.top_k is not None or logits_BV.shape[-1] <= HEAD:
+        return _draw(candidates(logits_BV, config), keys_B)
+    scaled_BV = logits_BV.astype(jnp.float32) / config.temperature
+    total_B1 = jax.nn.logsumexp(scaled_BV, -1, keepdims=True)
+    head = top_k(scaled_BV, HEAD)
+    held_B = jnp.exp(head.logits_BN - total_B1).sum(-1)
+    return jax.lax.cond(
+        (held_B > config.top_p).all(),
+        lambda: _draw(top_p(head, config.top_p, total_B1), keys_B),
+        lambda: _draw(candidates(logits_BV, config), keys_B),
+    )
+
+
+def _has_nucleus(config: SamplingConfig) -> bool:
+    return config.top_p is not None and config.top_p < 1
+
+
+def _draw(allowed: Candidates, keys_B: jax.Array) -> jax.Array:
+    """A token of each row by the Gumbel-max trick.
+
+    The noise of the first `HEAD` candidates does not depend on how many there are, so that a row
+    draws the same token from the head as from the whole ranking.
+    """
+
+    def noise(key: jax.Array) -> jax.Array:
+        size = allowed.logits_BN.shape[-1]
+        first = jax.random.gumbel(key, (min(size, HEAD),))
+        rest = jax.random.gumbel(jax.random.fold_in(key, 1), (max(size - HEAD, 0),))
+        return jnp.concatenate([first, rest])
+
+    chosen_B = jnp.argmax(allowed.logits_BN + jax.vmap(noise)(keys_B), -1)
     return jnp.take_along_axis(allowed.ids_BN, chosen_B[:, None], 1)[:, 0].astype(jnp.int32)
 
 

@@ -43,7 +43,7 @@ class ModelConfig:
     compute_dtype: str = "auto"  # auto: bfloat16 where the platform is fast at it
     attention: str = "auto"  # auto | xla | cudnn
     remat: str = "none"  # none | dots | projections | full: how much is recomputed backwards
-    scan_layers: bool | None = None  # None: scan, unless few enough layers make unrolling cheap
+    scan_layers: bool | None = None  # None: scan, but for up to 12 layers on a CPU
 
     def validate(self, prefix: str = "config.model") -> None:
         """Raises ConfigError on the first impossible field."""

@@ -116,7 +116,7 @@ class MLP(nnx.Module):
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share `rate` of `x`, scaling the rest up (Srivastava et al. 2014), if there is a key."""
+    """Zeroes a share `rate` of `x`, scaling the rest up (Srivastava et al. 2014), given a key."""
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)

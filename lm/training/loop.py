@@ -209,7 +209,7 @@ class Loop:
     def _spike(self, step: int, values: dict[str, np.ndarray], index: int) -> bool:
         """Reports one bad step; whether to roll back."""
         self.spikes += 1
-        loss = float(values["nats"][index] / max(1.0, values["weight"][index]))
+        loss = float(values["nats"][index]) / max(1.0, float(values["weight"][index]))
         epoch, row = self.batches.position(step + self._ahead)
         where = f"step {step + 1}, data epoch {epoch} row {row}"
         what = f"loss {loss:.4g}, gradient norm {float(values['grad_norm'][index]):.4g}"

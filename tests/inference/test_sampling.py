@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lm.inference import SamplingConfig
-from lm.inference.sampling import probabilities, sample
+from lm.inference.sampling import HEAD, probabilities, sample
 
 # Probabilities 0.4, 0.3, 0.2, 0.1 at ids 2, 0, 3, 1.
 LOGITS = jnp.log(jnp.array([[0.3, 0.1, 0.4, 0.2]]))
@@ -90,6 +90,30 @@ def test_a_row_depends_on_its_own_key_and_logits_alone():
     for row in range(6):
         alone = sample(logits_BV[row : row + 1], keys_B[row : row + 1], config)
         assert alone[0] == together_B[row]
+
+
+def test_a_nucleus_draws_the_same_from_the_head_as_from_the_whole_ranking():
+    # A flat row among peaked ones needs every rank; alone, the peaked ones need only the first.
+    peaked_BV = 4 * jax.random.normal(jax.random.key(1), (64, 2000))
+    keys_B = jax.random.split(jax.random.key(2), 65)
+    config = SamplingConfig(top_p=0.9)
+    shares = probabilities(peaked_BV, config)
+    assert ((shares > 0).sum(-1) < HEAD).all()
+    alone_B = sample(peaked_BV, keys_B[:64], config)
+    with_flat_B = sample(jnp.concatenate([peaked_BV, jnp.zeros((1, 2000))]), keys_B, config)
+    assert alone_B.tolist() == with_flat_B[:64].tolist()
+    assert all(shares[row, token] > 0 for row, token in enumerate(alone_B.tolist()))
+
+
+def test_a_nucleus_beyond_the_head_reaches_every_token_it_should():
+    draws = 20_000
+    keys_B = jax.random.split(jax.random.key(0), draws)
+    flat_BV = jnp.zeros((draws, 400))
+    drawn_B = jax.jit(sample, static_argnums=2)(flat_BV, keys_B, SamplingConfig(top_p=0.8))
+    counts = np.bincount(drawn_B, minlength=400)
+    kept = counts > 0
+    assert kept[:320].all() and kept.sum() <= 321  # rounding may admit one at the edge
+    assert ((counts[kept] - draws / 320) ** 2 / (draws / 320)).sum() < 405  # 1 in 1000, df 319
 
 
 def test_the_distribution_is_float32_whatever_the_logits_are():

@@ -116,7 +116,11 @@ def test_sigterm_between_two_records_saves_says_where_and_goes_on(
 
 
 def test_a_resumed_run_tells_one_story(monkeypatch, place):
-    fields = {"train__eval_every": 8, "data__validation_fraction": 0.3}
+    fields = {
+        "train__eval_every": 8,
+        "data__validation_fraction": 0.3,
+        "data__split": "position",
+    }
     directory = run_killed(monkeypatch, place, "story", 8, **fields)
     assert tiny_jobs.losses(directory)[-1][0] > 8  # logged, lost, and to be logged again
     tiny_jobs.run(place, "story", **fields)
@@ -129,7 +133,8 @@ def test_a_resumed_run_tells_one_story(monkeypatch, place):
 
 
 def test_a_resumed_run_may_change_its_rhythm_but_never_loses_it(place, monkeypatch):
-    directory = run_killed(monkeypatch, place, "rhythm", 6, train__steps_per_dispatch=1, train__log_every=1, checkpoint__every=5)  # fmt: skip
+    fields = {"train__steps_per_dispatch": 1, "train__log_every": 1, "checkpoint__every": 5}
+    directory = run_killed(monkeypatch, place, "rhythm", 7, **fields)
     assert tiny_jobs.checkpoint_steps(directory) == [5]
     # Two steps a dispatch would pass by every checkpoint and the end from step 5 on.
     tiny_jobs.run(place, "rhythm", train__steps_per_dispatch=0, checkpoint__every=6)

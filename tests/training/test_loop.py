@@ -1,0 +1,321 @@
+"""Training as a whole: what must not change the result, and what happens when a step goes wrong."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_jobs
+
+from lm.config import ConfigError
+from lm.data.batches import BatchIterator
+from lm.jobs import train
+from lm.training import evaluate as evaluation
+from lm.training.checkpoints import Checkpointer
+from lm.training.config import TrainingStopped
+from lm.training.loop import Loop
+
+# The loss that the tiny config reports for its steps 1 to 3, in float32 on a CPU. Update it, with a
+# word in the commit, when a change is meant to alter what is computed: the data, the initial
+# values, the model, the optimizer. Never update it for one that is meant to be neutral.
+GOLDEN = 5.301
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def assert_close_runs(one, other, rtol=1e-5, atol=2e-5):
+    steps, values = np.transpose(tiny_jobs.losses(one))
+    other_steps, other_values = np.transpose(tiny_jobs.losses(other))
+    np.testing.assert_array_equal(steps, other_steps)
+    np.testing.assert_allclose(values, other_values, rtol=rtol)
+    a, b = tiny_jobs.parameters(one), tiny_jobs.parameters(other)
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], atol=atol, err_msg=name)
+
+
+# ---- What must not change the result ---------------------------------------------------------
+
+TEN = {"train__steps": 10, "checkpoint__every": 0, "train__log_every": 1}
+# SGD, because Adam divides by the gradient's own size: where a gradient is all rounding, so is its
+# update, and parameters would differ by a learning rate without anything being wrong.
+PLAIN = {"optimizer__name": "sgd", "optimizer__learning_rate": 0.3, "train__steps_per_dispatch": 1}
+
+
+@pytest.fixture(scope="module")
+def plain(place):
+    return tiny_jobs.run(place, "plain", **TEN, **PLAIN)
+
+
+def test_the_first_three_steps_give_the_recorded_loss(place):
+    fields = {"train__steps": 3, "train__log_every": 3, "train__steps_per_dispatch": 3}
+    directory = tiny_jobs.run(place, "golden", **fields, checkpoint__every=0)
+    [(step, loss)] = tiny_jobs.losses(directory)
+    assert step == 3
+    assert loss == pytest.approx(GOLDEN, abs=1e-4), (
+        f"the loss of steps 1 to 3 is {loss:.6f}, not {GOLDEN}: if the change at hand is meant to "
+        "alter data, initial values, model or optimizer, update GOLDEN; if not, it has a bug"
+    )
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulated_is_full_batch_with_documents_of_unequal_length(place, plain, accumulation):
+    name = f"accumulation_{accumulation}"
+    directory = tiny_jobs.run(place, name, **TEN, **PLAIN, train__accumulation=accumulation)
+    assert_close_runs(directory, plain)
+
+
+def test_several_steps_a_dispatch_are_the_same_steps(place, plain):
+    fields = {**TEN, **PLAIN, "train__steps_per_dispatch": 5, "train__log_every": 5}
+    directory = tiny_jobs.run(place, "dispatch", **fields)
+    every_step, per_five = tiny_jobs.losses(plain), tiny_jobs.losses(directory)
+    assert [step for step, _ in per_five] == [5, 10]
+    # Rows hold unequal numbers of targets, so the mean over five steps is nearly, not exactly, the
+    # mean of their means; the parameters are what must agree.
+    assert per_five[0][1] == pytest.approx(np.mean([v for _, v in every_step[:5]]), abs=0.02)
+    a, b = tiny_jobs.parameters(plain), tiny_jobs.parameters(directory)
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"fsdp": 8, "data": 1}, {"tensor": 2, "data": 4}])
+def test_eight_devices_give_the_loss_curve_of_one(place, plain, mesh):
+    fields = {f"mesh__{axis}": size for axis, size in mesh.items()}
+    name = "_".join(f"{axis}{size}" for axis, size in mesh.items())
+    directory = tiny_jobs.run(place, name, num_devices=8, **TEN, **PLAIN, **fields)
+    assert_close_runs(directory, plain)
+
+
+def test_evaluation_counts_every_validation_target_once(place, monkeypatch):
+    seen = []
+
+    def spy(eval_step, params, batches, put):
+        result = evaluation.evaluate(eval_step, params, batches, put)
+        seen.append((result["eval_tokens"], batches.num_targets, len(batches)))
+        return result
+
+    monkeypatch.setattr(train, "evaluate", spy)
+    fields = {
+        "data__split": "position",
+        "data__validation_fraction": 0.5,
+        "train__eval_batch_size": 5,  # which does not divide the number of rows
+        "train__steps": 2,
+        "train__log_every": 0,
+    }
+    tiny_jobs.run(place, "evaluated", **fields, checkpoint__every=0)
+    [(counted, targets, batches)] = seen
+    assert counted == targets > 0
+    assert batches > 1
+
+
+def test_fine_tuning_starts_from_the_given_parameters(place, plain):
+    # Nothing moves at a learning rate of zero.
+    fields = {**TEN, **PLAIN, "optimizer__learning_rate": 0.0, "optimizer__weight_decay": 0.0}
+    directory = tiny_jobs.run(place, "tuned", **fields, init_from=str(plain), seed=1)
+    a, b = tiny_jobs.parameters(plain), tiny_jobs.parameters(directory)
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_init_from_a_model_of_another_width_is_refused_and_nothing_written(place, plain):
+    with pytest.raises(ConfigError, match=r"has model\.width=16, and this config says 32"):
+        tiny_jobs.run(place, "misfit", init_from=str(plain), model__width=32)
+    assert not (place / "misfit").exists()
+
+
+def test_a_profile_window_writes_a_trace(place):
+    fields = {"train__profile_start": 3, "train__profile_steps": 2}
+    directory = tiny_jobs.run(place, "profiled", **TEN, **{**PLAIN, **fields})
+    assert list((directory / "profile").rglob("*.xplane.pb"))
+
+
+# ---- When a step goes wrong ------------------------------------------------------------------
+
+
+def poison(monkeypatch, batch_numbers, change):
+    """Applies `change` to the training batches of those numbers, wherever they come up."""
+    original = BatchIterator.__next__
+
+    def poisoned(self):
+        number = self._next
+        batch = original(self)
+        if number in batch_numbers:
+            batch = change({name: value.copy() for name, value in batch.items()})
+        return batch
+
+    monkeypatch.setattr(BatchIterator, "__next__", poisoned)
+
+
+def infinite(batch):
+    batch["weights"][0, 0] = np.inf
+    return batch
+
+
+def gibberish(batch):
+    batch["targets"] = np.random.default_rng(0).integers(0, 256, batch["targets"].shape, np.int32)
+    return batch
+
+
+def assert_finite(directory):
+    assert all(np.isfinite(value).all() for value in tiny_jobs.parameters(directory).values())
+    assert all(np.isfinite(value) for _, value in tiny_jobs.losses(directory))
+    assert all(np.isfinite(value) for _, value in tiny_jobs.losses(directory, "tokens"))
+
+
+def spied_data(monkeypatch):
+    """The numbers of the batches that the training step was given, in order."""
+    numbers = []
+    original = BatchIterator.__next__
+
+    def spy(self):
+        numbers.append(self._next)
+        return original(self)
+
+    monkeypatch.setattr(BatchIterator, "__next__", spy)
+    return numbers
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_skip_leaves_out_the_step_and_names_its_data(place, monkeypatch, capsys, stride):
+    poison(monkeypatch, {10}, infinite)
+    directory = tiny_jobs.run(place, f"skip_{stride}", train__steps_per_dispatch=stride)
+    # Seven batches an epoch of 55 rows: batch 10 starts with row 80, the 26th of the second epoch.
+    rows = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert rows == 24
+    output = capsys.readouterr().out
+    lines = [line for line in output.splitlines() if line.startswith("step 11, data epoch 1 row ")]
+    assert len(lines) == 1
+    assert "update skipped" in lines[0]
+    assert tiny_jobs.losses(directory, "spikes") == [(11, 1)]
+    assert_finite(directory)
+
+
+def test_a_skipped_step_changes_nothing(place, monkeypatch):
+    fields = {"train__steps": 2, "train__steps_per_dispatch": 1, "checkpoint__every": 1}
+    poison(monkeypatch, {1}, infinite)
+    directory = tiny_jobs.run(place, "unchanged", **fields)
+    before, after = tiny_jobs.parameters(directory, 1), tiny_jobs.parameters(directory, 2)
+    for name in before:
+        np.testing.assert_array_equal(before[name], after[name])
+
+
+def test_a_finite_spike_counts_where_the_config_says_how_high(place, monkeypatch, capsys):
+    poison(monkeypatch, {14}, gibberish)
+    calm = tiny_jobs.run(place, "tolerant")
+    assert not tiny_jobs.losses(calm, "spikes")
+    watchful = tiny_jobs.run(place, "watchful", train__spike_nats=1.0)
+    assert tiny_jobs.losses(watchful, "spikes") == [(15, 1)]
+    assert "step 15, data epoch" in capsys.readouterr().out
+
+
+def test_rollback_goes_on_from_the_checkpoint_with_later_data(place, monkeypatch, capsys):
+    poison(monkeypatch, {12}, infinite)
+    directory = tiny_jobs.run(place, "rollback", train__on_spike="rollback")
+    output = capsys.readouterr().out
+    assert "step 13, data epoch 1 row" in output and "rolling back" in output
+    assert "rolled back to step 8; the data goes on from here" in output
+    assert tiny_jobs.checkpoint_steps(directory)[-1] == 24
+    extra = json.loads((directory / "checkpoints" / "00000024" / "extra.json").read_text())
+    # The dispatch of steps 13 and 14 was bad, and 15 and 16 had been dispatched when it was read.
+    assert extra["data"]["batch"] == 24 + (16 - 8)
+    steps = [step for step, _ in tiny_jobs.losses(directory)]
+    assert steps == list(range(2, 25, 2))  # the abandoned steps' records are gone
+    assert tiny_jobs.losses(directory, "rolled_back_from") == [(8, 16)]
+    assert_finite(directory)
+
+
+def test_killed_after_a_rollback_and_restarted_is_bitwise_the_same(place, monkeypatch):
+    poison(monkeypatch, {4, 12}, infinite)
+    fields = {"train__on_spike": "rollback", "checkpoint__every": 2, "train__steps": 16}
+    whole = tiny_jobs.run(place, "rolled_whole", **fields)
+    original = Loop._roll_back
+
+    class Killed(BaseException):
+        pass
+
+    def killed(self, step):
+        state = original(self, step)
+        if step > 6:
+            raise Killed
+        return state
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_roll_back", killed)
+        with pytest.raises(Killed):
+            tiny_jobs.run(place, "rolled_killed", **fields)
+    again = tiny_jobs.run(place, "rolled_killed", **fields)
+    tiny_jobs.assert_same_run(again, whole)
+
+
+def test_the_data_position_is_right_after_a_rollback_too(place, monkeypatch, capsys):
+    """Two bad batches: the second is met with the data ahead of the steps, and named as it is."""
+    poison(monkeypatch, {9, 20}, infinite)
+    directory = tiny_jobs.run(place, "ahead", train__on_spike="rollback", data__shuffle=False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "rolling back" in line]
+    epochs_and_rows = [tuple(map(int, line.split(":")[0].split()[4::2])) for line in lines]
+    per_epoch = rows_per_epoch(directory)
+    assert epochs_and_rows == [divmod(9 * 8, per_epoch), divmod(20 * 8, per_epoch)]
+
+
+def rows_per_epoch(directory):
+    """From the run's own config, by building its data again."""
+    from lm import tokenizers
+    from lm.config import view
+    from lm.data import DataConfig, prepare, train_batches
+
+    config = json.loads((directory / "config.json").read_text())
+    data = view(DataConfig, config["data"])
+    corpora, _ = prepare(data, tokenizers.load(directory / "tokenizer"), config["seed"])
+    return sum(rows.num_rows for rows in train_batches(data, corpora, seed=0).rows)
+
+
+def test_rollback_without_a_checkpoint_stops_and_says_so(place, monkeypatch):
+    poison(monkeypatch, {2}, infinite)
+    with pytest.raises(TrainingStopped, match="nothing to roll back to yet: lower checkpoint"):
+        tiny_jobs.run(place, "too_early", train__on_spike="rollback")
+
+
+def test_stop_ends_the_run_and_leaves_the_last_checkpoint(place, monkeypatch):
+    poison(monkeypatch, {12}, infinite)
+    with pytest.raises(TrainingStopped) as stopped:
+        tiny_jobs.run(place, "stop", train__on_spike="stop")
+    message = str(stopped.value)
+    assert message.startswith("step 13, data epoch 1 row ") and "\n" not in message
+    directory = place / "stop"
+    assert tiny_jobs.checkpoint_steps(directory) == [8]
+    monkeypatch.undo()
+    # With the data mended, the run goes on from there.
+    tiny_jobs.run(place, "stop", train__on_spike="stop")
+    assert tiny_jobs.checkpoint_steps(directory)[-1] == 24
+    assert_finite(directory)
+
+
+def test_too_many_spikes_stop_the_run_whatever_the_action(place, monkeypatch):
+    poison(monkeypatch, set(range(6, 100)), infinite)
+    with pytest.raises(TrainingStopped, match="more than 3 spikes"):
+        tiny_jobs.run(place, "hopeless", train__max_spikes=3)
+
+
+def test_a_learning_rate_far_too_high_never_reaches_the_parameters(place):
+    """The loss overflows by itself; every saved parameter is still a number."""
+    fields = {"optimizer__learning_rate": 1e30, "optimizer__clip_norm": 0.0}
+    with pytest.raises(TrainingStopped, match=r"optimizer\.learning_rate"):
+        tiny_jobs.run(place, "wild", **fields, train__max_spikes=5, checkpoint__every=2)
+    assert all(np.isfinite(v).all() for v in tiny_jobs.parameters(place / "wild").values())
+
+
+def test_discarded_checkpoints_are_not_resumed_from(place):
+    directory = tiny_jobs.run(place, "discarded", train__steps=8, checkpoint__every=2)
+    with Checkpointer(directory / "checkpoints") as checkpointer:
+        assert checkpointer.steps() == [6, 8]
+        checkpointer.discard_after(6)
+    assert tiny_jobs.checkpoint_steps(directory) == [6]
+    tiny_jobs.run(place, "discarded", train__steps=8, checkpoint__every=2)
+    assert [step for step, _ in tiny_jobs.losses(directory)] == [2, 4, 6, 8]
+
+
+def test_data_that_ends_before_the_steps_do_is_an_error_before_training(place):
+    with pytest.raises(ConfigError, match=r"config\.train\.steps=24 is more than the \d+ batches"):
+        tiny_jobs.run(place, "epochs", data__epochs=1)
+    assert not (place / "epochs").exists()
