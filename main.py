@@ -6,6 +6,7 @@ the run directory. Mistakes a user can mend end in one line and exit code 2.
 
 import importlib
 import pathlib
+import re
 import sys
 
 from absl import app, flags, logging
@@ -40,14 +41,34 @@ def main(argv: list[str]) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with its complaints as one line that names the nearest field or file."""
     try:
-        return flags.FLAGS(argv)
-    except FileNotFoundError as error:
-        path = pathlib.Path(error.filename or str(error))
+        rest = flags.FLAGS(argv)
+        _ = _CONFIG.value.job  # a config file that could not be read says so on its first use
+        return rest
+    except OSError as error:
+        found = re.search("No such file or directory: '(.+)'", str(error))
+        if not found:
+            raise ConfigError(" ".join(str(error).split())) from None
+        path = pathlib.Path(found[1])
         there = [str(p) for p in sorted(path.parent.glob("*.py"))]
         raise ConfigError(f"--config={path} does not exist{nearest(str(path), there)}") from None
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        raise ConfigError(" ".join(str(text).split())) from None
+    except (AttributeError, KeyError) as error:
+        raise ConfigError(unknown_field(error, argv)) from None
+    except (flags.Error, TypeError, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def unknown_field(error: BaseException, argv: list[str]) -> str:
+    """The line for a field that ml_collections did not find: its whole name, and the nearest."""
+    while error.args and isinstance(error.args[0], BaseException):
+        error = error.args[0]
+    text = " ".join(str(error.args[0] if error.args else error).split())
+    found = re.match(r"""['"](\w+)['"](?: Did you mean "(\w+)")?""", text)
+    if not found:
+        return text
+    given = [arg.lstrip("-").split("=")[0] for arg in argv]
+    fields = [field for field in given if found[1] in field.split(".")]
+    hint = f" (did you mean {found[2]!r}?)" if found[2] else ""
+    return f"{fields[0] if fields else found[1]} is not a known field{hint}"
 
 
 def guarded(function, *args):

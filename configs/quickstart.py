@@ -26,6 +26,7 @@ def get_config():
     config.model.num_heads = 4
     config.model.width = 128
     config.model.activation = "swiglu"
+    config.model.initializer = "lecun"
 
     config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_steps = 100

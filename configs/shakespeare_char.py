@@ -29,6 +29,8 @@ def get_config():
     config.model.activation = "gelu"
     config.model.bias = False
     config.model.dropout = 0.0
+    # Normal(1/√fan_in): at width 128 GPT-2's 0.02 starts too small (validation 1.91 against 1.81).
+    config.model.initializer = "lecun"
 
     config.optimizer.learning_rate = 1e-3
     config.optimizer.final_fraction = 0.1

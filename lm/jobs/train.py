@@ -300,13 +300,6 @@ def _check_directory(
     path = directory / "config.json"
     if path.exists():
         saved = _read_config(path, f"--workdir={directory}")
-        difference = _difference(saved, wanted)
-        if difference:
-            field, old, new = difference
-            raise ConfigError(
-                f"--workdir={directory} holds a run with config.{field}={old!r}, and this config "
-                f"says {new!r}: choose another --workdir, or set the field back"
-            )
         trained = saved.get("tokenizer_fingerprint")
         check(
             fingerprint is None or trained in (None, fingerprint),
@@ -314,6 +307,13 @@ def _check_directory(
             f"(fingerprint {fingerprint}, not {trained}): put the original back, or choose "
             "another --workdir",
         )
+        difference = _difference(saved, wanted)
+        if difference:
+            field, old, new = difference
+            raise ConfigError(
+                f"--workdir={directory} holds a run with config.{field}={old!r}, and this config "
+                f"says {new!r}: choose another --workdir, or set the field back"
+            )
     there = next(p for p in (directory, *directory.absolute().parents) if os.path.exists(p))
     check(
         there.is_dir() and os.access(there, os.W_OK),

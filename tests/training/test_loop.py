@@ -17,7 +17,7 @@ from lm.training.loop import Loop
 # The loss that the tiny config reports for its steps 1 to 3, in float32 on a CPU. Update it, with a
 # word in the commit, when a change is meant to alter what is computed: the data, the initial
 # values, the model, the optimizer. Never update it for one that is meant to be neutral.
-GOLDEN = 5.301
+GOLDEN = 5.33013
 
 
 @pytest.fixture(scope="module")

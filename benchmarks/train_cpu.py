@@ -1,0 +1,183 @@
+"""Training speed on the CPU, side by side with PyTorch in one run.
+
+    pip install -e '.[parity]'
+    python benchmarks/train_cpu.py                # 4 layers × 128, batch 12×64: nanoGPT's CPU shape
+    python benchmarks/train_cpu.py --shape=gpt2   # GPT-2 124M, batch 4×256
+
+One process each for this repository and for Hugging Face's GPT2LMHeadModel in float32, in bfloat16
+autocast, and in the latter with malloc tuned as `lm.parallel.host_memory` tunes ours. They take
+turns of a few seconds, so that a machine whose speed drifts slows all of them; the ratio of medians
+is what to quote. A step is forward, backward, clipping and AdamW. The last column is model FLOPs
+(`lm.training.flops`) over the matmul peak measured in the same run.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+SHAPES = {
+    "small": dict(layers=4, heads=4, width=128, vocab=65, length=64, batch=12, steps=60, stride=10),
+    "gpt2": dict(
+        layers=12, heads=12, width=768, vocab=50257, length=256, batch=4, steps=2, stride=1
+    ),
+}
+PEERS = {
+    "lm": {},
+    "torch float32": {},
+    "torch bfloat16": {},
+    "torch bfloat16, tuned malloc": {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    },
+}
+
+
+def lm_stepper(shape):
+    """A function that runs `steps` optimizer steps of ours."""
+    import jax
+    import jax.numpy as jnp
+
+    from lm.models import ModelConfig, Transformer, param_specs
+    from lm.objectives import ObjectiveConfig
+    from lm.parallel.host_memory import keep_buffers
+    from lm.parallel.mesh import MeshConfig, make_mesh
+    from lm.training.config import TrainConfig
+    from lm.training.flops import total_peak_flops, training_flops_per_token
+    from lm.training.optimizer import OptimizerConfig, make_optimizer
+    from lm.training.state import abstract_state, create_state
+    from lm.training.step import make_train_step
+
+    keep_buffers()
+    config = ModelConfig(
+        num_layers=shape["layers"],
+        num_heads=shape["heads"],
+        width=shape["width"],
+        vocab_size=shape["vocab"],
+        max_length=shape["length"],
+        positions="learned",
+        norm="layernorm",
+        bias=True,  # as GPT2LMHeadModel
+    )
+    skeleton = Transformer(config)
+    specs = param_specs(skeleton)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, b2=0.99), 10_000, specs)
+    state = create_state(
+        specs, optimizer, abstract_state(specs, optimizer, make_mesh(MeshConfig())), 0
+    )
+    step = make_train_step(skeleton, ObjectiveConfig(), optimizer, TrainConfig(), 0)
+    step = jax.jit(step, donate_argnums=0)
+    dims = (shape["stride"], shape["batch"], shape["length"] + 1)
+    tokens = jax.random.randint(jax.random.key(1), dims, 0, shape["vocab"])
+    batch = {
+        "inputs": tokens[..., :-1],
+        "targets": tokens[..., 1:],
+        "weights": jnp.ones(tokens[..., 1:].shape),
+    }
+    print(total_peak_flops(), training_flops_per_token(config, shape["length"]), flush=True)
+
+    def run(steps):
+        nonlocal state
+        for _ in range(steps // shape["stride"]):
+            state, metrics = step(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    return run
+
+
+def torch_stepper(shape, bfloat16):
+    """A function that runs `steps` optimizer steps of GPT2LMHeadModel."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        n_layer=shape["layers"],
+        n_head=shape["heads"],
+        n_embd=shape["width"],
+        vocab_size=shape["vocab"],
+        n_positions=shape["length"],
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = GPT2LMHeadModel(config).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True
+    )
+    tokens = torch.randint(0, shape["vocab"], (shape["batch"], shape["length"]))
+    print(0, 0, flush=True)
+
+    def run(steps):
+        for _ in range(steps):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+                loss = model(tokens, labels=tokens).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def work(name, shape):
+    """A worker: for every line on its input, runs that many steps and prints the seconds a step."""
+    stepper = lm_stepper(shape) if name == "lm" else torch_stepper(shape, "bfloat16" in name)
+    stepper(shape["stride"])
+    print("ready", flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        stepper(int(line))
+        print((time.perf_counter() - began) / int(line), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--worker", choices=PEERS)
+    arguments = parser.parse_args()
+    shape = SHAPES[arguments.shape]
+    if arguments.worker:
+        return work(arguments.worker, shape)
+
+    workers, facts = {}, {}
+    for name, environment in PEERS.items():
+        workers[name] = subprocess.Popen(
+            [sys.executable, __file__, f"--shape={arguments.shape}", f"--worker={name}"],
+            env=os.environ | environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        facts[name] = [float(word) for word in workers[name].stdout.readline().split()]
+        assert workers[name].stdout.readline().strip() == "ready", f"{name} did not start"
+    seconds = {name: [] for name in PEERS}
+    for _ in range(arguments.rounds):
+        for name, worker in workers.items():
+            worker.stdin.write(f"{shape['steps']}\n")
+            worker.stdin.flush()
+            seconds[name].append(float(worker.stdout.readline()))
+    for worker in workers.values():
+        worker.stdin.close()
+
+    tokens = shape["batch"] * shape["length"]
+    peak, flops_per_token = facts["lm"]
+    ours = statistics.median(seconds["lm"])
+    print(f"{arguments.shape}: {tokens} tokens a step, matmul peak {peak / 1e9:.0f} GFLOP/s")
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        mfu = flops_per_token * tokens / median / peak
+        print(
+            f"{name:30s} {1e3 * median:9.1f} ms a step (min {1e3 * min(times):.1f})"
+            f"{tokens / median:10.0f} tokens/s   lm is {median / ours:.2f}×   {mfu:6.1%} of peak"
+        )
+
+
+if __name__ == "__main__":
+    main()
