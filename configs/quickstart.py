@@ -32,10 +32,10 @@ def get_config():
     config.optimizer.warmup_steps = 100
     config.optimizer.final_fraction = 0.0
 
-    config.train.steps = 2000
+    config.train.steps = 1500
     config.train.log_every = 100
-    config.train.eval_every = 1000
-    config.checkpoint.every = 1000
+    config.train.eval_every = 500
+    config.checkpoint.every = 500
 
     config.prompt = ("The cat sat on the", "One day, Mia", "The dog")
     config.sample.max_new_tokens = 120

@@ -47,6 +47,6 @@ def get_config():
     config.checkpoint.every = 1000
 
     config.prompt = "ROMEO:"
-    config.sample.max_new_tokens = 200
+    config.sample.max_new_tokens = 58  # prompt and text fill the context of 64
     config.sample.temperature = 0.8
     return config

@@ -5,6 +5,7 @@ One linear story: config, tokenizer, data, mesh, model, state, step, loop, sampl
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -412,7 +413,7 @@ def _finish(job: TrainJob, directory: pathlib.Path, console: Console) -> None:
     """Draws loss.png, and writes and prints samples.txt."""
     import lm
 
-    if job.train.log_every or job.train.eval_every:
+    with contextlib.suppress(ConfigError):  # a run too short to have logged a loss
         console.print(f"loss curve: {plot_losses(directory)}")
     prompts = (job.prompt,) if isinstance(job.prompt, str) else job.prompt
     if not prompts:

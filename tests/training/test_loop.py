@@ -180,13 +180,10 @@ def spied_data(monkeypatch):
 def test_skip_leaves_out_the_step_and_names_its_data(place, monkeypatch, capsys, stride):
     poison(monkeypatch, {10}, infinite)
     directory = tiny_jobs.run(place, f"skip_{stride}", train__steps_per_dispatch=stride)
-    # Seven batches an epoch of 55 rows: batch 10 starts with row 80, the 26th of the second epoch.
-    rows = json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert rows == 24
-    output = capsys.readouterr().out
-    lines = [line for line in output.splitlines() if line.startswith("step 11, data epoch 1 row ")]
+    epoch, row = divmod(10 * 8, rows_per_epoch(directory))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "update skipped" in line]
     assert len(lines) == 1
-    assert "update skipped" in lines[0]
+    assert lines[0].startswith(f"step 11, data epoch {epoch} row {row}: loss ")
     assert tiny_jobs.losses(directory, "spikes") == [(11, 1)]
     assert_finite(directory)
 
@@ -313,6 +310,13 @@ def test_discarded_checkpoints_are_not_resumed_from(place):
     assert tiny_jobs.checkpoint_steps(directory) == [6]
     tiny_jobs.run(place, "discarded", train__steps=8, checkpoint__every=2)
     assert [step for step, _ in tiny_jobs.losses(directory)] == [2, 4, 6, 8]
+
+
+def test_a_run_too_short_to_log_a_loss_ends_well(place):
+    fields = {"train__steps": 2, "train__log_every": 10, "checkpoint__every": 0}
+    directory = tiny_jobs.run(place, "short", **fields)
+    assert tiny_jobs.checkpoint_steps(directory) == [2]
+    assert not (directory / "loss.png").exists()
 
 
 def test_data_that_ends_before_the_steps_do_is_an_error_before_training(place):
