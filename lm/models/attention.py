@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lm.models.build import declare
 from lm.models.config import ModelConfig
 from lm.models.layers import dropout, rotate, weight_initializer
-from lm.models.numerics import contract, contract_each, masked_softmax
+from lm.models.numerics import add_bias, contract, contract_each, masked_softmax
 from lm.models.taps import Tap, no_tap
 from lm.parallel.sharding import constrain
 
@@ -100,9 +100,9 @@ class Attention(nnx.Module):
         weights = (self.query[...], self.key[...], self.value[...])
         query_BTHC, key_BTKC, value_BTKC = contract_each("btd,dhc->bthc", x_BTD, weights)
         if config.bias:
-            query_BTHC += self.query_bias[...].astype(x_BTD.dtype)
-            key_BTKC += self.key_bias[...].astype(x_BTD.dtype)
-            value_BTKC += self.value_bias[...].astype(x_BTD.dtype)
+            query_BTHC = add_bias(query_BTHC, self.query_bias[...])
+            key_BTKC = add_bias(key_BTKC, self.key_bias[...])
+            value_BTKC = add_bias(value_BTKC, self.value_bias[...])
         if config.positions == "rotary":
             query_BTHC = rotate(query_BTHC, context.rotary)
             key_BTKC = rotate(key_BTKC, context.rotary)
@@ -123,7 +123,7 @@ class Attention(nnx.Module):
         heads_BTHC = tap("heads", heads_BTHC)
         out_BTD = contract("bthc,hcd->btd", heads_BTHC, self.output[...])
         if config.bias:
-            out_BTD += self.output_bias[...].astype(out_BTD.dtype)
+            out_BTD = add_bias(out_BTD, self.output_bias[...])
         return tap("output", out_BTD), cache
 
     def _attend(self, query, key, value, context, dropout_key, tap):

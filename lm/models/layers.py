@@ -11,7 +11,7 @@ from flax import nnx
 
 from lm.models.build import declare
 from lm.models.config import ModelConfig
-from lm.models.numerics import cheap, contract, contract_each
+from lm.models.numerics import add_bias, cheap, contract, contract_each
 from lm.models.taps import Tap, no_tap
 from lm.parallel.sharding import constrain
 
@@ -91,14 +91,14 @@ class MLP(nnx.Module):
         weights = [self.up[...], *([self.gate[...]] if hasattr(self, "gate") else [])]
         hidden_BTF, *gate_BTF = contract_each("btd,df->btf", x_BTD, weights)
         if hasattr(self, "up_bias"):
-            hidden_BTF += self.up_bias[...].astype(hidden_BTF.dtype)
+            hidden_BTF = add_bias(hidden_BTF, self.up_bias[...])
         hidden_BTF = tap("up", hidden_BTF)
         gate_BTF = tap("gate", gate_BTF[0]) if gate_BTF else None
         hidden_BTF = self._activate(hidden_BTF, gate_BTF)
         hidden_BTF = tap("hidden", constrain(hidden_BTF, "batch", "length", "mlp"))
         out_BTD = contract("btf,fd->btd", hidden_BTF, self.down[...])
         if hasattr(self, "down_bias"):
-            out_BTD += self.down_bias[...].astype(out_BTD.dtype)
+            out_BTD = add_bias(out_BTD, self.down_bias[...])
         return tap("output", out_BTD)
 
     def _activate(self, hidden_BTF: jax.Array, gate_BTF: jax.Array | None) -> jax.Array:

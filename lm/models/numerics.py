@@ -124,6 +124,26 @@ def _contract_backward(spec, dtype, saved, gradient):
 _contract.defvjp(_contract_forward, _contract_backward)
 
 
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """`x + bias` in x's dtype; `bias` float32, shaped as the last axes of x.
+
+    Its gradient, a sum over all rows, is taken as a product with ones: accumulated in float32, and
+    on the CPU several times faster than XLA's reduction of leading axes.
+    """
+    return x + bias.astype(x.dtype)
+
+
+def _add_bias_backward(bias, gradient):
+    (gradient,) = _settle(gradient)
+    rows = gradient.reshape(-1, bias.size)
+    summed = _einsum("n,nd->d", jnp.ones(rows.shape[:1], rows.dtype), rows)
+    return gradient, summed.reshape(bias.shape).astype(bias.dtype)
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), _add_bias_backward)
+
+
 def cheap(function):
     """`function`, whose backward pass starts from its inputs and recomputes what lies between."""
     return jax.checkpoint(function, prevent_cse=False)
