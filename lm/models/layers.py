@@ -11,7 +11,7 @@ from flax import nnx
 
 from lm.models.build import declare
 from lm.models.config import ModelConfig
-from lm.models.numerics import add_bias, cheap, contract, contract_each
+from lm.models.numerics import add_bias, cheap, contract, contract_each, finished
 from lm.models.taps import Tap, no_tap
 from lm.parallel.sharding import constrain
 
@@ -136,7 +136,8 @@ def rotary_angles(positions_BT: jax.Array, head_dim: int, base: float) -> tuple[
     """Cosine and sine [B, T, 1, C/2] of RoPE (Su et al. 2021), for `rotate`."""
     frequencies = base ** (-jnp.arange(0, head_dim, 2) / head_dim)
     angles = positions_BT[..., None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    table = finished(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1))
+    return tuple(jnp.split(table, 2, -1))
 
 
 def rotate(x_BTHC: jax.Array, angles: tuple[jax.Array, ...]) -> jax.Array:
