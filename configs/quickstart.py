@@ -19,8 +19,9 @@ def get_config():
     config.data.path = "storyworld"
     config.data.num_documents = 50_000
     config.data.validation_fraction = 0.01
-    config.data.block_size = 128
-    config.data.batch_size = 16
+    config.data.packing = "best_fit"  # whole stories, about two to a row
+    config.data.block_size = 256
+    config.data.batch_size = 4
 
     config.model.num_layers = 4
     config.model.num_heads = 4
@@ -28,14 +29,15 @@ def get_config():
     config.model.activation = "swiglu"
     config.model.initializer = "lecun"
 
+    config.optimizer.name = "muon"  # for the matrices; AdamW for the rest
     config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.final_fraction = 0.0
 
-    config.train.steps = 1500
+    config.train.steps = 1400
     config.train.log_every = 100
-    config.train.eval_every = 500
-    config.checkpoint.every = 500
+    config.train.eval_every = 700
+    config.checkpoint.every = 700
 
     config.prompt = ("The cat sat on the", "One day, Mia", "The dog")
     config.sample.max_new_tokens = 120

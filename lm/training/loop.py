@@ -72,6 +72,7 @@ class Loop:
       abstract_state: shapes and shardings of the state, to restore into.
       writer: where metrics go.
       progress: where they are shown.
+      schedule: step → learning rate.
       flops_per_token: training FLOPs a token.
       peak: FLOPs a second of all devices.
       workdir: for the profile.
@@ -91,6 +92,7 @@ class Loop:
         abstract_state: Any,
         writer: MetricsWriter,
         progress: Progress,
+        schedule: Callable[[int], Any],
         flops_per_token: float,
         peak: float,
         workdir: pathlib.Path,
@@ -99,6 +101,7 @@ class Loop:
         self.batches, self.put, self.evaluate = batches, put, evaluate
         self.checkpointer, self.checkpoint_every = checkpointer, checkpoint_every
         self.abstract_state, self.writer, self.progress = abstract_state, writer, progress
+        self.schedule = schedule
         self.flops_per_token, self.peak, self.workdir = flops_per_token, peak, workdir
         self.spikes = 0
         self.tokens = 0.0
@@ -196,6 +199,7 @@ class Loop:
             record = {
                 "loss": self._nats / self._weight,
                 "grad_norm": float(values["grad_norm"][-1]),
+                "learning_rate": float(self.schedule(step - 1)),
                 "tokens": self.tokens,
                 "tokens_per_second": rate,
                 "mfu": rate * self.flops_per_token / self.peak,
