@@ -18,8 +18,8 @@ from lm.models.numerics import compute_dtype, contract
 from lm.models.taps import Tap, no_tap, within
 from lm.parallel.sharding import constrain
 
-# On the CPU up to this many layers are unrolled: a loop copies what each layer saves and reads, which
-# costs GPT-2 124M a fifth of its step there, and compiling that many takes seconds.
+# On the CPU up to this many layers are unrolled: a loop copies what each layer saves and reads,
+# which costs GPT-2 124M a fifth of its step there, and compiling that many takes seconds.
 UNROLLED_LAYERS = 12
 
 
