@@ -8,10 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import pathlib
-import shutil
 import time
 from typing import Any
 
@@ -20,9 +18,10 @@ import ml_collections
 from rich.console import Console
 
 from lm import tokenizers
-from lm.config import ConfigError, check, nearest, to_dict, view
+from lm.config import ConfigError, check, to_dict, view
 from lm.data import DataConfig, documents, evaluation_batches, prepare, train_batches
 from lm.inference.config import SamplingConfig
+from lm.jobs.run_directory import check_directory, check_init_from, claim
 from lm.models import ModelConfig, Transformer, param_specs
 from lm.objectives import ObjectiveConfig
 from lm.parallel.host_memory import keep_buffers
@@ -78,15 +77,6 @@ class TrainJob:
         return train.steps, train.log_every, train.eval_every, self.checkpoint.every
 
 
-# What may differ between a run directory and the config that goes on with it.
-FREE_SECTIONS = ("train", "checkpoint", "mesh", "prompt", "sample", "init_from")
-# Fields of `model` that decide what its parameters mean, and so must be those of `init_from`.
-_SHAPING = (
-    "num_layers", "num_heads", "num_kv_heads", "width", "head_dim", "mlp_width", "vocab_size",
-    "positions", "norm", "norm_position", "activation", "bias", "tie_embeddings",
-)  # fmt: skip
-
-
 def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     """Trains as `config` says, or goes on where `workdir` left off.
 
@@ -109,9 +99,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
         f"config.train.eval_batch_size={job.train.eval_batch_size} must be a multiple of the "
         f"{batch_ways(mesh)} devices that share it",
     )
-    _check_directory(directory, _settled(job))
+    check_directory(directory, _settled(job))
     if not (directory / "checkpoints").exists():  # a run under way needs its source no more
-        _check_init_from(job)
+        check_init_from(job.init_from, _settled(job)["model"])
 
     tokenizer = _tokenizer(job, directory)
     console.print(
@@ -120,9 +110,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     )
     model_config = resolve_model(job, tokenizer)
     resolved = dataclasses.replace(job, model=model_config)
-    _check_directory(directory, to_dict(resolved), tokenizer.fingerprint)
+    check_directory(directory, to_dict(resolved), tokenizer.fingerprint)
     if not (directory / "checkpoints").exists():
-        _check_init_from(resolved)
+        check_init_from(job.init_from, _settled(resolved)["model"])
 
     train_corpora, validation_corpora = prepare(job.data, tokenizer, job.seed, console.print)
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
@@ -141,7 +131,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     skeleton = Transformer(model_config)
     specs = param_specs(skeleton)
     optimizer = make_optimizer(job.optimizer, job.train.steps, specs)
-    _claim(directory, resolved, tokenizer)  # last, so that a mistake above can simply be mended
+    claim(
+        directory, to_dict(resolved), tokenizer
+    )  # last, so that a mistake above can simply be mended
     with jax.set_mesh(mesh):
         abstract = abstract_state(specs, optimizer, mesh)
         describe_run(
@@ -288,119 +280,6 @@ def _settled(job: TrainJob) -> dict[str, Any]:
         if not wanted["model"][name]:
             del wanted["model"][name]
     return wanted
-
-
-def _check_directory(
-    directory: pathlib.Path, wanted: dict[str, Any], fingerprint: str | None = None
-) -> None:
-    """Raises ConfigError if `directory` holds another run, or cannot be written.
-
-    Another run is one of a config other than `wanted`, or of a tokenizer other than that of
-    `fingerprint`.
-    """
-    wanted = json.loads(json.dumps(wanted))
-    path = directory / "config.json"
-    if path.exists():
-        saved = _read_config(path, f"--workdir={directory}")
-        trained = saved.get("tokenizer_fingerprint")
-        check(
-            fingerprint is None or trained in (None, fingerprint),
-            f"--workdir={directory}: its tokenizer/ is not the one its run was trained with "
-            f"(fingerprint {fingerprint}, not {trained}): put the original back, or choose "
-            "another --workdir",
-        )
-        difference = _difference(saved, wanted)
-        if difference:
-            field, old, new = difference
-            raise ConfigError(
-                f"--workdir={directory} holds a run with config.{field}={old!r}, and this config "
-                f"says {new!r}: choose another --workdir, or set the field back"
-            )
-    there = next(p for p in (directory, *directory.absolute().parents) if os.path.exists(p))
-    check(
-        there.is_dir() and os.access(there, os.W_OK),
-        f"--workdir={directory} cannot be written: {there} is "
-        + ("not writable" if there.is_dir() else "not a directory")
-        + "; choose another --workdir",
-    )
-
-
-def _read_config(path: pathlib.Path, field: str) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{field}: {path} cannot be read ({error}): restore it, or choose another directory"
-        ) from None
-    check(isinstance(config, dict), f"{field}: {path} does not hold the config of a run")
-    return config
-
-
-def _check_init_from(job: TrainJob) -> None:
-    """Raises ConfigError unless `init_from` is empty or a run whose parameters fit the model."""
-    if not job.init_from:
-        return
-    source, field = pathlib.Path(job.init_from), f"config.init_from={job.init_from!r}"
-    if not source.exists():
-        there = [str(p) for p in source.parent.glob("*") if (p / "config.json").exists()]
-        raise ConfigError(f"{field} does not exist{nearest(str(source), there)}")
-    for name in ("config.json", "tokenizer", "checkpoints"):
-        check(
-            (source / name).exists(),
-            f"{field} is not the directory of a training run: it has no {name}",
-        )
-    model = _read_config(source / "config.json", field).get("model")
-    check(isinstance(model, dict), f"{field}: its config.json has no section 'model'")
-    shaping = (*_SHAPING, "max_length") if job.model.positions == "learned" else _SHAPING
-    here = {name: v for name, v in _settled(job)["model"].items() if name in shaping}
-    for name, value in here.items():
-        check(
-            model.get(name, value) == value,
-            f"{field} has model.{name}={model.get(name)!r}, and this config says {value!r}: set "
-            f"config.model.{name}={model.get(name)!r}",
-        )
-
-
-def _claim(directory: pathlib.Path, job: TrainJob, tokenizer) -> None:
-    """Writes config.json and, into a new run directory, the tokenizer.
-
-    Raises:
-      ConfigError: the directory cannot be written.
-    """
-    wanted = json.loads(json.dumps(to_dict(job)))
-    wanted["tokenizer_fingerprint"] = tokenizer.fingerprint
-    if jax.process_index() != 0:
-        return
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if not (directory / "tokenizer").exists():
-            scratch = directory / f".tokenizer.{os.getpid()}"
-            tokenizer.save(scratch)
-            try:
-                scratch.rename(directory / "tokenizer")
-            except OSError:  # another process was first
-                shutil.rmtree(scratch)
-        scratch = directory / f".config.{os.getpid()}"
-        scratch.write_text(json.dumps(wanted, indent=2) + "\n")
-        scratch.rename(directory / "config.json")
-    except OSError as error:
-        raise ConfigError(
-            f"--workdir={directory} cannot be written: {error.strerror or error}"
-        ) from error
-
-
-def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """The first field in which two configs differ, outside the sections that may."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in new:
-            if not path and name in FREE_SECTIONS:
-                continue
-            if name in old:
-                found = _difference(old[name], new[name], f"{path}.{name}" if path else name)
-                if found:
-                    return found
-        return None
-    return None if old == new else (path, old, new)
 
 
 def _initial_parameters(job: TrainJob, abstract: dict[str, Any]) -> dict[str, jax.Array] | None:

@@ -272,7 +272,7 @@ def test_full_disk_at_the_manifest(tmp_path, monkeypatch):
     state = make_state()
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(1, state, wait=True)
-    monkeypatch.setattr(checkpoints, "_write_manifest", full)
+    monkeypatch.setattr(checkpoints, "write_manifest", full)
     checkpointer.save(2, state)
     with pytest.raises(CheckpointError, match="no space left"):
         checkpointer.wait()

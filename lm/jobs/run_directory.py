@@ -1,0 +1,141 @@
+"""The run directory: whose it is, claiming a new one, and what another run may take from it.
+
+Everything here happens before any work, so that a mistake costs none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+
+from lm.config import ConfigError, check, nearest
+from lm.tokenizers import Tokenizer
+
+# What may differ between a run directory and the config that goes on with it.
+FREE_SECTIONS = ("train", "checkpoint", "mesh", "prompt", "sample", "init_from")
+# Fields of `model` that decide what its parameters mean, and so must be those of `init_from`.
+_SHAPING = (
+    "num_layers", "num_heads", "num_kv_heads", "width", "head_dim", "mlp_width", "vocab_size",
+    "positions", "norm", "norm_position", "activation", "bias", "tie_embeddings",
+)  # fmt: skip
+
+
+def check_directory(
+    directory: pathlib.Path, wanted: dict[str, Any], fingerprint: str | None = None
+) -> None:
+    """Raises ConfigError if `directory` holds another run, or cannot be written.
+
+    Another run is one of a config other than `wanted`, or of a tokenizer other than that of
+    `fingerprint`.
+    """
+    wanted = json.loads(json.dumps(wanted))
+    path = directory / "config.json"
+    if path.exists():
+        saved = _read_config(path, f"--workdir={directory}")
+        trained = saved.get("tokenizer_fingerprint")
+        check(
+            fingerprint is None or trained in (None, fingerprint),
+            f"--workdir={directory}: its tokenizer/ is not the one its run was trained with "
+            f"(fingerprint {fingerprint}, not {trained}): put the original back, or choose "
+            "another --workdir",
+        )
+        difference = _difference(saved, wanted)
+        if difference:
+            field, old, new = difference
+            raise ConfigError(
+                f"--workdir={directory} holds a run with config.{field}={old!r}, and this config "
+                f"says {new!r}: choose another --workdir, or set the field back"
+            )
+    there = next(p for p in (directory, *directory.absolute().parents) if os.path.exists(p))
+    check(
+        there.is_dir() and os.access(there, os.W_OK),
+        f"--workdir={directory} cannot be written: {there} is "
+        + ("not writable" if there.is_dir() else "not a directory")
+        + "; choose another --workdir",
+    )
+
+
+def claim(directory: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Writes config.json and, into a new run directory, the tokenizer.
+
+    Raises:
+      ConfigError: the directory cannot be written.
+    """
+    wanted = json.loads(json.dumps(config))
+    wanted["tokenizer_fingerprint"] = tokenizer.fingerprint
+    if jax.process_index() != 0:
+        return
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / "tokenizer").exists():
+            scratch = directory / f".tokenizer.{os.getpid()}"
+            tokenizer.save(scratch)
+            try:
+                scratch.rename(directory / "tokenizer")
+            except OSError:  # another process was first
+                shutil.rmtree(scratch)
+        scratch = directory / f".config.{os.getpid()}"
+        scratch.write_text(json.dumps(wanted, indent=2) + "\n")
+        scratch.rename(directory / "config.json")
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir={directory} cannot be written: {error.strerror or error}"
+        ) from error
+
+
+def check_init_from(init_from: str, model: dict[str, Any]) -> None:
+    """Raises ConfigError unless `init_from` is empty or a run whose parameters fit `model`.
+
+    `model` is the model section of the config, as a dict; a field it lacks is not compared.
+    """
+    if not init_from:
+        return
+    source, field = pathlib.Path(init_from), f"config.init_from={init_from!r}"
+    if not source.exists():
+        there = [str(p) for p in source.parent.glob("*") if (p / "config.json").exists()]
+        raise ConfigError(f"{field} does not exist{nearest(str(source), there)}")
+    for name in ("config.json", "tokenizer", "checkpoints"):
+        check(
+            (source / name).exists(),
+            f"{field} is not the directory of a training run: it has no {name}",
+        )
+    theirs = _read_config(source / "config.json", field).get("model")
+    check(isinstance(theirs, dict), f"{field}: its config.json has no section 'model'")
+    shaping = (*_SHAPING, "max_length") if model["positions"] == "learned" else _SHAPING
+    for name in shaping:
+        if name in model and name in theirs:
+            check(
+                theirs[name] == model[name],
+                f"{field} has model.{name}={theirs[name]!r}, and this config says "
+                f"{model[name]!r}: set config.model.{name}={theirs[name]!r}",
+            )
+
+
+def _read_config(path: pathlib.Path, field: str) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{field}: {path} cannot be read ({error}): restore it, or choose another directory"
+        ) from None
+    check(isinstance(config, dict), f"{field}: {path} does not hold the config of a run")
+    return config
+
+
+def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first field in which two configs differ, outside the sections that may."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in new:
+            if not path and name in FREE_SECTIONS:
+                continue
+            if name in old:
+                found = _difference(old[name], new[name], f"{path}.{name}" if path else name)
+                if found:
+                    return found
+        return None
+    return None if old == new else (path, old, new)
