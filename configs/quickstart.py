@@ -30,14 +30,14 @@ def get_config():
     config.model.initializer = "lecun"
 
     config.optimizer.name = "muon"  # for the matrices; AdamW for the rest
-    config.optimizer.learning_rate = 4e-3
+    config.optimizer.learning_rate = 1e-2
     config.optimizer.warmup_steps = 100
     config.optimizer.final_fraction = 0.0
 
-    config.train.steps = 1400
+    config.train.steps = 1800
     config.train.log_every = 100
-    config.train.eval_every = 700
-    config.checkpoint.every = 700
+    config.train.eval_every = 600
+    config.checkpoint.every = 600
 
     config.prompt = ("The cat sat on the", "One day, Mia", "The dog")
     config.sample.max_new_tokens = 120
