@@ -4,6 +4,10 @@
 
 Makes 50,000 stories of a small world, trains a byte-pair tokenizer and a one-million-parameter
 Transformer on them, evaluates it on stories it has never seen and lets it write.
+
+Two CPU cores, no accelerator: 2.5 minutes, after half a minute for the corpus and the compiler.
+Expect a validation loss of about 0.41 nats a token, and whole stories in which nearly every
+sentence is right; who did what still gets mixed up. Greedy, "The cat sat on the" goes on " mat".
 """
 
 from lm.config import defaults
@@ -41,5 +45,5 @@ def get_config():
 
     config.prompt = ("The cat sat on the", "One day, Mia", "The dog")
     config.sample.max_new_tokens = 120
-    config.sample.temperature = 0.7
+    config.sample.temperature = 0.5
     return config

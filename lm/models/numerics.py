@@ -30,6 +30,9 @@ JOINED_ROWS = 256  # products of fewer rows than this are not joined
 def fast_bfloat16(platform: str | None = None) -> bool:
     """Whether bfloat16 products beat float32 ones here: TPU, GPU, AMX or AVX512-BF16."""
     platform = platform or jax.default_backend()
+    if platform == "gpu":
+        capability = str(getattr(jax.devices("gpu")[0], "compute_capability", ""))
+        return not capability.replace(".", "").isdigit() or float(capability) >= 8  # Ampere, or AMD
     if platform != "cpu":
         return True
     cpuinfo = pathlib.Path("/proc/cpuinfo")

@@ -50,8 +50,9 @@ def make_mesh(config: MeshConfig, devices=None) -> Mesh:
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % fixed or (-1 not in sizes.values() and fixed != len(devices)):
         asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+        needed = f"a multiple of {fixed}" if -1 in sizes.values() else str(fixed)
         raise ConfigError(
-            f"config.mesh ({asked or 'all 1'}) needs a multiple of {fixed} devices, and there are "
+            f"config.mesh ({asked or 'all 1'}) needs {needed} devices, and there are "
             f"{len(devices)}: the sizes must multiply to {len(devices)}, and one of them may be -1"
         )
     sizes = {axis: len(devices) // fixed if n == -1 else n for axis, n in sizes.items()}
