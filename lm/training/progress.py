@@ -55,9 +55,9 @@ class Progress:
     def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
         """Reports that `step` steps are done.
 
-        `metrics` may hold `loss`, `eval_loss`, `tokens_per_second`, `mfu` and `data_wait` (shares
-        between 0 and 1), as numbers or arrays already on the host; others are ignored, and one not
-        given keeps its last value in the bar.
+        `metrics` may hold `loss`, `eval_loss`, `eval_bits_per_byte`, `tokens_per_second`, `mfu` and
+        `data_wait` (shares between 0 and 1), as numbers or arrays already on the host; others are
+        ignored, and one not given keeps its last value in the bar.
         """
         now = self._clock()
         if self._first is None:
@@ -117,6 +117,7 @@ def _rate(value: Any) -> str:
 _FIELDS: dict[str, Callable[[Any], str]] = {
     "loss": lambda value: f"loss {float(value):.4f}",
     "eval_loss": lambda value: f"eval {float(value):.4f}",
+    "eval_bits_per_byte": lambda value: f"{float(value):.4f} bits/byte",
     "tokens_per_second": _rate,
     "mfu": lambda value: f"mfu {100 * float(value):.1f}%",
     "data_wait": lambda value: f"data {100 * float(value):.1f}%",
