@@ -50,4 +50,5 @@ def get_config():
     config.prompt = ("The cat sat on the", "One day, Mia", "The dog")
     config.sample.max_new_tokens = 120
     config.sample.temperature = 0.5
+    config.sample.top_p = 0.95
     return config
