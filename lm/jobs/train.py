@@ -144,6 +144,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
             block_size=job.data.block_size,
             batch_size=job.data.batch_size // job.train.accumulation,
             optimizer_state=abstract["optimizer"],
+            accumulation=job.train.accumulation,
+            chunk=job.objective.chunk,
         )
         with Checkpointer(directory / "checkpoints", job.checkpoint) as checkpointer:
             found = checkpointer.restore_latest(abstract)

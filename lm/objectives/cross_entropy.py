@@ -9,7 +9,6 @@ matrix products in all, as without chunks, where recomputing the logits would ta
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -127,8 +126,3 @@ def _summed_backward(z_loss, chunk, saved, gradient):
 
 
 _summed.defvjp(_summed_forward, _summed_backward)
-
-
-def perplexity(nats_per_token: float) -> float:
-    """exp of the mean loss; infinity where that overflows."""
-    return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
