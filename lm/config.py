@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -49,18 +50,29 @@ def check(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def defaults(section: type) -> ml_collections.ConfigDict:
-    """A ConfigDict holding every field of the dataclass `section`, nested, at its default."""
+def defaults(section: Any) -> ml_collections.ConfigDict:
+    """A ConfigDict holding every field of the dataclass `section`, nested, at its default.
+
+    Of an instance (`config.model = defaults(preset("bert_base"))`) the defaults are its own values.
+    """
+    kind = section if isinstance(section, type) else type(section)
     config = ml_collections.ConfigDict(convert_dict=False)
-    for field in dataclasses.fields(section):
-        if dataclasses.is_dataclass(_hint(section, field.name)):
-            config[field.name] = defaults(_hint(section, field.name))
+    for field in dataclasses.fields(kind):
+        nested = dataclasses.is_dataclass(_hint(kind, field.name))
+        if kind is not section:
+            value = getattr(section, field.name)
+        elif nested:
+            value = _hint(kind, field.name)
         elif field.default is not dataclasses.MISSING:
-            _set(config, section, field.name, field.default)
+            value = field.default
         elif field.default_factory is not dataclasses.MISSING:
-            _set(config, section, field.name, field.default_factory())
+            value = field.default_factory()
         else:
-            raise TypeError(f"{section.__name__}.{field.name} needs a default")
+            raise TypeError(f"{kind.__name__}.{field.name} needs a default")
+        if nested:
+            config[field.name] = defaults(value)
+        else:
+            _set(config, kind, field.name, value)
     return config
 
 
@@ -95,8 +107,11 @@ def view(section: type[T], config: Mapping[str, Any], prefix: str = "config") ->
     return result
 
 
+_hints = functools.cache(typing.get_type_hints)  # evaluating the annotations takes milliseconds
+
+
 def _hint(section: type, name: str) -> Any:
-    return typing.get_type_hints(section)[name]
+    return _hints(section)[name]
 
 
 def _set(config: ml_collections.ConfigDict, section: type, name: str, value: Any) -> None:

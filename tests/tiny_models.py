@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.models import ModelConfig, Transformer, bind, param_specs
+from lm.models import ModelConfig, bind, param_specs, skeleton
 
 # Compiling is most of what these tests do, and none of them is about speed.
 compiled = functools.partial(
@@ -37,7 +37,7 @@ def config(**fields) -> ModelConfig:
 def params(config: ModelConfig) -> dict[str, np.ndarray]:
     """Values in general position: no gain is one, no bias zero, no two layers are alike."""
     values = {}
-    for name, spec in param_specs(Transformer(config)).items():
+    for name, spec in param_specs(skeleton(config)).items():
         rng = np.random.default_rng(zlib.crc32(name.encode()))
         values[name] = rng.normal(float("scale" in name), 0.1, spec.shape).astype(np.float32)
     return values
@@ -49,7 +49,7 @@ def tokens(batch: int = 2, length: int = 12) -> np.ndarray:
 
 @functools.partial(compiled, static_argnums=0)
 def logits(config: ModelConfig, values, tokens_BT, **arguments) -> jax.Array:
-    return bind(Transformer(config), values)(tokens_BT, **arguments)
+    return bind(skeleton(config), values)(tokens_BT, **arguments)
 
 
 @functools.partial(compiled, static_argnums=0)
@@ -57,7 +57,7 @@ def score_and_gradient(config: ModelConfig, values, tokens_BT):
     """A scalar that depends on every logit, and its gradient."""
 
     def score(values):
-        logits_BTV = bind(Transformer(config), values)(tokens_BT)
+        logits_BTV = bind(skeleton(config), values)(tokens_BT)
         return jnp.sum(jnp.sin(jnp.arange(logits_BTV.size)) * logits_BTV.ravel())
 
     return jax.value_and_grad(score)(values)

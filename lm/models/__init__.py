@@ -12,6 +12,25 @@ so `x_BTD` is a batch of residual streams and `w_DF` maps width to feed-forward 
 
 from lm.models.build import bind, count, init, param_specs
 from lm.models.config import ModelConfig
+from lm.models.recurrent import Recurrent
 from lm.models.transformer import Transformer
 
-__all__ = ["ModelConfig", "Transformer", "bind", "count", "init", "param_specs"]
+Model = Transformer | Recurrent
+
+
+def skeleton(config: ModelConfig) -> Model:
+    """The model that `config` describes, without its parameters."""
+    return Transformer(config) if config.cell == "attention" else Recurrent(config)
+
+
+__all__ = [
+    "Model",
+    "ModelConfig",
+    "Recurrent",
+    "Transformer",
+    "bind",
+    "count",
+    "init",
+    "param_specs",
+    "skeleton",
+]

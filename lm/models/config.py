@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from lm.config import check, check_choice
+from lm.config import ConfigError, check, check_choice
 
+ARCHITECTURES = ("decoder", "encoder", "encoder_decoder")
+CELLS = ("attention", "rnn", "gru", "lstm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu")
 GATED = ("swiglu", "geglu")
 NORMS = ("layernorm", "rmsnorm")
-POSITIONS = ("learned", "sinusoidal", "rotary", "none")
-INITIALIZERS = ("gpt2", "normal", "scaled_zero", "xavier", "lecun")
+NORM_POSITIONS = ("pre", "post", "sandwich")
+POSITIONS = ("learned", "sinusoidal", "rotary", "relative", "alibi", "none")
+ROTARY_SCALINGS = ("none", "linear", "llama3", "yarn")
+RANGES = ("global", "local")
+ROUTER_SCORES = ("softmax", "sigmoid")
+CLASSIFIERS = ("none", "sequence", "token")
+INITIALIZERS = ("gpt2", "normal", "scaled_zero", "xavier", "lecun", "t5")
 REMAT = ("none", "full", "dots", "projections")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("auto", "xla", "cudnn")
@@ -19,9 +26,18 @@ ATTENTION = ("auto", "xla", "cudnn")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only Transformer (Vaswani et al. 2017; Radford et al. 2019)."""
+    """A Transformer (Vaswani et al. 2017), decoder, encoder or both, with its heirs' changes to it.
 
-    num_layers: int = 4
+    With `cell`, one of the recurrent networks before it. `lm.models.presets` has the known models.
+    """
+
+    architecture: str = "decoder"  # decoder (GPT) | encoder (BERT) | encoder_decoder (T5)
+    cell: str = "attention"  # attention | rnn | gru | lstm: what carries the past to the present
+    cross_attention: bool = True  # recurrent encoder_decoder: Bahdanau's; False: one fixed vector
+
+    # Size
+    num_layers: int = 4  # of the decoder, where there are both
+    num_encoder_layers: int | None = None  # None: as many as the decoder's
     num_heads: int = 4
     num_kv_heads: int | None = None  # None: one per head; 1: multi-query; between: grouped-query
     width: int = 128
@@ -29,16 +45,70 @@ class ModelConfig:
     mlp_width: int | None = None  # None: 4 × width, or 8/3 × width when gated, to a multiple of 64
     vocab_size: int = 0  # 0: the tokenizer's
     max_length: int = 0  # context in tokens; 0: data.block_size
-    positions: str = "rotary"  # learned | sinusoidal | rotary | none
-    rotary_base: float = 10_000.0
-    norm: str = "rmsnorm"  # layernorm | rmsnorm
-    norm_position: str = "pre"  # pre (GPT-2) | post (2017)
-    norm_epsilon: float = 1e-5
-    activation: str = "gelu_tanh"  # gelu | gelu_tanh | relu | silu | swiglu | geglu
-    bias: bool = False  # biases in projections and in LayerNorm
+
+    # Embedding
     tie_embeddings: bool = True  # the output head is the token embedding
+    embedding_scale: float = 1.0  # multiplies token embeddings; 0: √width (2017, Gemma)
+    embedding_norm: bool = False  # a norm after the embeddings (BERT, BART, BLOOM)
+    token_types: int = 0  # segment embeddings (BERT has 2); 0: none
+
+    # Positions
+    positions: str = "rotary"  # learned | sinusoidal | rotary | relative (T5) | alibi | none
+    position_offset: int = 0  # unused rows before position 0 of a learned table (OPT, BART: 2)
+    rotary_base: float = 10_000.0
+    rotary_local_base: float | None = None  # local layers', unscaled (Gemma 3); None: as others
+    rotary_fraction: float = 1.0  # share of each head that is rotated (GPT-NeoX: 0.25)
+    rotary_scaling: str = "none"  # none | linear | llama3 | yarn: how angles are slowed
+    rotary_factor: float = 1.0  # how many times longer than the original context
+    rotary_original_length: int = 8192  # llama3, yarn: that original context
+    rotary_low: float = 1.0  # llama3: low_freq_factor; yarn: beta_slow
+    rotary_high: float = 4.0  # llama3: high_freq_factor; yarn: beta_fast
+    relative_buckets: int = 32  # relative: learned biases a head (Raffel et al. 2020, §2.1)
+    relative_distance: int = 128  # relative: distances from here on share a bucket
+
+    # Attention
+    qk_norm: bool = False  # normalise each head's queries and keys (Qwen 3, Gemma 3)
+    attention_scale: float | None = None  # None: head_dim^-½; T5: 1
+    attention_softcap: float = 0.0  # c·tanh(scores/c); 0: none (Gemma 2: 50)
+    attention_pattern: tuple[str, ...] = ("global",)  # of each layer in turn, repeated
+    window: int = 0  # local layers see this many tokens, their own included
+
+    # Block
+    norm: str = "rmsnorm"  # layernorm | rmsnorm
+    norm_position: str = "pre"  # pre (GPT-2) | post (2017) | sandwich: both (Gemma 2)
+    norm_epsilon: float = 1e-5
+    norm_unit_offset: bool = False  # scales are stored less one (Gemma)
+    final_norm: bool | None = None  # None: unless post-norm
+    parallel: bool = False  # attention and MLP read the same residual stream (GPT-J, PaLM)
+    shared_norm: bool = False  # parallel: and through the same norm (PaLM)
+    activation: str = "gelu_tanh"  # gelu | gelu_tanh | relu | silu | swiglu | geglu
+    bias: bool = False  # biases in projections and in LayerNorm, where not said otherwise:
+    qkv_bias: bool | None = None  # of queries, keys and values; None: as `bias`
+    attention_bias: bool | None = None  # of attention's output; None: as `bias`
+    norm_bias: bool | None = None  # of LayerNorm; None: as `bias`
     dropout: float = 0.0
-    initializer: str = "gpt2"  # gpt2 | normal | scaled_zero | xavier | lecun
+
+    # Mixture of experts (Shazeer et al. 2017), instead of the MLP
+    num_experts: int = 0  # 0: a dense MLP
+    experts_per_token: int = 2
+    expert_width: int | None = None  # hidden width of one expert; None: mlp_width
+    shared_experts: int = 0  # experts that every token visits (DeepSeekMoE)
+    dense_layers: int = 0  # first layers that keep a dense MLP (DeepSeekMoE: 1)
+    router_score: str = "softmax"  # softmax | sigmoid
+    router_normalize: bool = True  # the chosen experts' weights sum to one
+    capacity_factor: float = 0.0  # experts take this × their fair share of tokens; 0: dropless
+
+    # Head
+    head_transform: bool = False  # projection, activation and norm before it (BERT)
+    head_bias: bool = False
+    output_scale: float = 1.0  # multiplies what the head reads; 0: width^-½ (T5 when tied)
+    logits_softcap: float = 0.0  # c·tanh(logits/c); 0: none (Gemma 2: 30)
+    pooler: bool = False  # encoder: tanh projection of the first token (BERT)
+    classifier: str = "none"  # none | sequence (reads the first token) | token
+    num_labels: int = 2  # of the classifier
+
+    # How it starts and how it is computed
+    initializer: str = "gpt2"  # gpt2 | normal | scaled_zero | xavier | lecun | t5
     initializer_std: float = 0.02
     compute_dtype: str = "auto"  # auto: bfloat16 where the platform is fast at it
     attention: str = "auto"  # auto | xla | cudnn
@@ -46,42 +116,27 @@ class ModelConfig:
     scan_layers: bool | None = None  # None: scan, but for up to 12 layers on a CPU
 
     def validate(self, prefix: str = "config.model") -> None:
-        """Raises ConfigError on the first impossible field."""
-        for name in ("num_layers", "num_heads", "width"):
-            check(
-                getattr(self, name) >= 1,
-                f"{prefix}.{name}={getattr(self, name)} must be at least 1",
-            )
-        for name in ("norm_epsilon", "rotary_base", "initializer_std"):
-            value = getattr(self, name)
-            check(value > 0, f"{prefix}.{name}={value} must be positive")
-        for name in ("vocab_size", "max_length"):
-            check(
-                getattr(self, name) >= 0,
-                f"{prefix}.{name}={getattr(self, name)} must be positive, or 0 to choose it",
-            )
-        check_choice(f"{prefix}.positions", self.positions, POSITIONS)
-        check_choice(f"{prefix}.norm", self.norm, NORMS)
-        check_choice(f"{prefix}.norm_position", self.norm_position, ("pre", "post"))
-        check_choice(f"{prefix}.activation", self.activation, ACTIVATIONS)
-        check_choice(f"{prefix}.initializer", self.initializer, INITIALIZERS)
-        check_choice(f"{prefix}.compute_dtype", self.compute_dtype, DTYPES)
-        check_choice(f"{prefix}.attention", self.attention, ATTENTION)
-        check_choice(f"{prefix}.remat", self.remat, REMAT)
-        check(0 <= self.dropout < 1, f"{prefix}.dropout={self.dropout} must be in [0, 1)")
-        for name in ("num_kv_heads", "head_dim", "mlp_width"):
-            value = getattr(self, name)
-            check(
-                value is None or value >= 1,
-                f"{prefix}.{name}={value} must be at least 1, or None to choose it",
-            )
-        if self.head_dim is None:
-            divisors = [h for h in range(1, self.width + 1) if self.width % h == 0]
-            closest = min(divisors, key=lambda h: abs(h - self.num_heads))
-            check(
-                self.width % self.num_heads == 0,
+        """Raises ConfigError on the first impossible field, or pair of fields."""
+        for name, allowed in _CHOICES.items():
+            check_choice(f"{prefix}.{name}", getattr(self, name), allowed)
+        for index, reach in enumerate(self.attention_pattern):
+            check_choice(f"{prefix}.attention_pattern[{index}]", reach, RANGES)
+        for names, holds, wanted in _BOUNDS:
+            for name in names.split():
+                value = getattr(self, name)
+                check(value is None or holds(value), f"{prefix}.{name}={value} must be {wanted}")
+        self._validate_heads(prefix)
+        self._validate_attention(prefix)
+        self._validate_experts(prefix)
+        self._validate_whole(prefix)
+
+    def _validate_heads(self, prefix: str) -> None:
+        if self.head_dim is None and self.width % self.num_heads:
+            most = min(self.num_heads, self.width)
+            fewer = next(heads for heads in range(most, 0, -1) if self.width % heads == 0)
+            raise ConfigError(
                 f"{prefix}.width={self.width} is not divisible by {prefix}.num_heads="
-                f"{self.num_heads}: use num_heads={closest}, or set head_dim",
+                f"{self.num_heads}: use num_heads={fewer}, or set head_dim"
             )
         check(
             self.num_heads % self.kv_heads == 0,
@@ -90,10 +145,85 @@ class ModelConfig:
             f"num_kv_heads={math.gcd(self.num_heads, self.kv_heads)}",
         )
         check(
-            self.positions != "rotary" or self.head_width % 2 == 0,
+            self.positions != "rotary" or self.rotary_dim % 2 == 0,
             f"{prefix}.head_dim={self.head_width} must be even for rotary positions"
-            + ("" if self.head_dim else f"; it is width={self.width} / num_heads={self.num_heads}"),
+            + ("" if self.head_dim else f"; it is width={self.width} / num_heads={self.num_heads}")
+            if self.rotary_fraction == 1
+            else f"{prefix}.rotary_fraction={self.rotary_fraction} rotates {self.rotary_dim} of "
+            f"{self.head_width} dimensions: the number must be even",
         )
+
+    def _validate_attention(self, prefix: str) -> None:
+        local = "local" in self.attention_pattern
+        check(len(self.attention_pattern) > 0, f"{prefix}.attention_pattern=() must not be empty")
+        check(
+            local == (self.window > 0),
+            f"{prefix}.window={self.window} must be "
+            + ("positive where attention_pattern has local layers" if local else "0 without local ")
+            + ("" if local else "layers in attention_pattern"),
+        )
+        check(
+            not local or self.architecture == "decoder",
+            f"{prefix}.attention_pattern has local layers, which architecture="
+            f"{self.architecture!r} cannot: only a decoder",
+        )
+        check(
+            self.relative_buckets % 2 == 0 and self.relative_distance > self.relative_buckets // 2,
+            f"{prefix}.relative_buckets={self.relative_buckets} must be even, and less than twice "
+            f"relative_distance={self.relative_distance}",
+        )
+        check(
+            self.positions != "alibi" or self.architecture == "decoder",
+            f"{prefix}.positions='alibi' is for a decoder, not {self.architecture!r}",
+        )
+
+    def _validate_experts(self, prefix: str) -> None:
+        check(
+            self.num_experts == 0 or self.experts_per_token <= self.num_experts,
+            f"{prefix}.experts_per_token={self.experts_per_token} is more than num_experts="
+            f"{self.num_experts}",
+        )
+        check(
+            self.num_experts == 0 or self.gated,
+            f"{prefix}.activation={self.activation!r} must be gated for experts: use swiglu",
+        )
+        check(
+            self.dense_layers < self.num_layers if self.num_experts else self.dense_layers == 0,
+            f"{prefix}.dense_layers={self.dense_layers} must leave layers with experts, of which "
+            f"there are {self.num_layers if self.num_experts else 0}",
+        )
+        check(
+            self.num_experts == 0 or self.architecture == "decoder",
+            f"{prefix}.num_experts={self.num_experts} needs architecture='decoder', not "
+            f"{self.architecture!r}",
+        )
+
+    def _validate_whole(self, prefix: str) -> None:
+        check(
+            not self.shared_norm or self.parallel,
+            f"{prefix}.shared_norm=True needs parallel=True",
+        )
+        check(
+            not self.parallel or (self.norm_position == "pre" and self.architecture == "decoder"),
+            f"{prefix}.parallel=True needs norm_position='pre' and architecture='decoder', not "
+            f"{self.norm_position!r} and {self.architecture!r}",
+        )
+        encoder_only = self.architecture == "encoder"
+        check(
+            encoder_only or not (self.pooler or self.classifier != "none"),
+            f"{prefix}.pooler and classifier need architecture='encoder', not "
+            f"{self.architecture!r}",
+        )
+        if self.cell != "attention":
+            check(
+                not encoder_only,
+                f"{prefix}.architecture='encoder' needs cell='attention', not {self.cell!r}",
+            )
+        else:
+            check(
+                self.cross_attention,
+                f"{prefix}.cross_attention=False is for recurrent models; cell is 'attention'",
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -106,6 +236,11 @@ class ModelConfig:
         return self.width // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
+    def rotary_dim(self) -> int:
+        """How many of a head's dimensions are rotated."""
+        return int(self.head_width * self.rotary_fraction)
+
+    @property
     def gated(self) -> bool:
         """Whether the MLP multiplies two projections (Shazeer 2020)."""
         return self.activation in GATED
@@ -116,3 +251,77 @@ class ModelConfig:
         if self.mlp_width is not None:
             return self.mlp_width
         return -(-8 * self.width // 3 // 64) * 64 if self.gated else 4 * self.width
+
+    @property
+    def expert_feed_forward(self) -> int:
+        """Width of one expert's hidden layer."""
+        return self.feed_forward if self.expert_width is None else self.expert_width
+
+    @property
+    def encoder_layers(self) -> int:
+        """Layers of the encoder: all of an encoder's, none of a decoder's."""
+        if self.architecture == "decoder":
+            return 0
+        if self.architecture == "encoder" or self.num_encoder_layers is None:
+            return self.num_layers
+        return self.num_encoder_layers
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether the last block's output is normalised."""
+        return self.norm_position != "post" if self.final_norm is None else self.final_norm
+
+    def is_local(self, layer: int) -> bool:
+        """Whether this layer sees only a window."""
+        return self.attention_pattern[layer % len(self.attention_pattern)] == "local"
+
+    def has_bias(self, part: str) -> bool:
+        """Whether `part` (qkv | attention | norm) has biases: what it says itself, else `bias`."""
+        own = getattr(self, f"{part}_bias")
+        return self.bias if own is None else own
+
+
+_CHOICES = {
+    "architecture": ARCHITECTURES,
+    "cell": CELLS,
+    "positions": POSITIONS,
+    "rotary_scaling": ROTARY_SCALINGS,
+    "norm": NORMS,
+    "norm_position": NORM_POSITIONS,
+    "activation": ACTIVATIONS,
+    "router_score": ROUTER_SCORES,
+    "classifier": CLASSIFIERS,
+    "initializer": INITIALIZERS,
+    "compute_dtype": DTYPES,
+    "attention": ATTENTION,
+    "remat": REMAT,
+}
+
+_BOUNDS = (
+    (
+        "num_layers num_heads width experts_per_token num_labels relative_buckets "
+        "relative_distance rotary_original_length",
+        lambda x: x >= 1,
+        "at least 1",
+    ),
+    (
+        "num_kv_heads head_dim mlp_width num_encoder_layers expert_width",
+        lambda x: x >= 1,
+        "at least 1, or None to choose it",
+    ),
+    ("vocab_size max_length", lambda x: x >= 0, "positive, or 0 to choose it"),
+    (
+        "norm_epsilon rotary_base rotary_local_base initializer_std rotary_factor attention_scale "
+        "rotary_low rotary_high",
+        lambda x: x > 0,
+        "positive",
+    ),
+    (
+        "token_types position_offset window num_experts shared_experts dense_layers "
+        "embedding_scale output_scale attention_softcap logits_softcap capacity_factor",
+        lambda x: x >= 0,
+        "at least 0",
+    ),
+    ("rotary_fraction", lambda x: 0 < x <= 1, "in (0, 1]"),
+    ("dropout", lambda x: 0 <= x < 1, "in [0, 1)"),
+)

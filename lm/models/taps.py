@@ -10,6 +10,10 @@ differentiable. With a tap the layers are unrolled, so each name has its layer i
     blocks.3.residual_middle         blocks.3.attention.output
     blocks.3.mlp_norm.inverse_scale  blocks.3.mlp.{up,gate,hidden,output}
     blocks.3.residual_after          final_norm.inverse_scale, logits
+
+Experts have blocks.3.mlp.{router,chosen,weights,output}; an encoder-decoder's decoder
+blocks.3.cross_attention.* and blocks.3.residual_crossed, its encoder all of these after `encoder.`;
+recurrent networks say theirs in `lm.models.recurrent`.
 """
 
 from __future__ import annotations

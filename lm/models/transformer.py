@@ -1,174 +1,257 @@
-"""The Transformer: one block, scanned over stacked layers."""
+"""The Transformer: an embedding, a stack of blocks (two for an encoder-decoder), and a head."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from lm.models import layers
-from lm.models.attention import Attention, causal_mask
-from lm.models.build import declare, stack
+from lm.models.attention import attention_mask
+from lm.models.build import declare
+from lm.models.cache import Cache
 from lm.models.config import ModelConfig
+from lm.models.experts import RouterStats
 from lm.models.numerics import compute_dtype, contract
+from lm.models.positions import rotary_angles, sinusoids
+from lm.models.stack import Context, Stack, unstack
 from lm.models.taps import Tap, no_tap, within
 from lm.parallel.sharding import constrain
 
-# On the CPU up to this many layers are unrolled: a loop copies what each layer saves and reads,
-# which costs GPT-2 124M a fifth of its step there, and compiling that many takes seconds.
-UNROLLED_LAYERS = 12
-
-
-class Context(NamedTuple):
-    """What every layer of one call shares."""
-
-    mask_BTS: jax.Array
-    rotary: tuple[jax.Array, ...] | None
-    slot: jax.Array | int  # where in the cache this call's keys go
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens so far, and where each slot's token stands.
-
-    Rows of different lengths share their slots: a row's unused slots have position -1 and are
-    never seen. For layers that are not scanned, keys and values may be tuples of one array a layer:
-    a loop writes those in place, where it would copy slices of a stacked array.
-    """
-
-    keys_LBSKC: jax.Array
-    values_LBSKC: jax.Array
-    positions_BS: jax.Array
-    slot: jax.Array  # the next free slot
-
-    @classmethod
-    def empty(cls, config: ModelConfig, batch_size: int, length: int) -> Cache:
-        """A cache with room for `length` tokens a row, in the compute dtype."""
-        shape = (config.num_layers, batch_size, length, config.kv_heads, config.head_width)
-        zeros = jnp.zeros(shape, compute_dtype(config.compute_dtype))
-        return cls(zeros, zeros, jnp.full((batch_size, length), -1), jnp.int32(0))
-
 
 class Embedding(nnx.Module):
-    """Token embedding plus learned or sinusoidal positions."""
+    """Token embedding, with what else is added before the first block.
 
-    def __init__(self, config: ModelConfig):
+    Args:
+      config: the model's.
+      tokens: whether it has a token table; an encoder-decoder's encoder reads the decoder's.
+    """
+
+    def __init__(self, config: ModelConfig, tokens: bool = True):
         V, D = config.vocab_size, config.width
         self.config = config
-        initializer = jax.nn.initializers.normal(config.initializer_std)
-        self.tokens = declare((V, D), ("vocab", "embed"), initializer)
+        initializer = layers.embedding_initializer(config)
+        if tokens:
+            self.tokens = declare((V, D), ("vocab", "embed"), initializer)
         if config.positions == "learned":
-            self.positions = declare((config.max_length, D), ("length", "embed"), initializer)
-
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """The residual stream before the first block, float32."""
-        x_BTD = jnp.take(self.tokens[...], tokens_BT, axis=0)
-        if self.config.positions == "learned":
-            x_BTD += jnp.take(self.positions[...], positions_BT, axis=0)
-        elif self.config.positions == "sinusoidal":
-            x_BTD += layers.sinusoids(positions_BT, self.config.width)
-        return x_BTD
-
-
-class Block(nnx.Module):
-    """Attention, then an MLP, each added to the residual stream.
-
-    Pre-norm normalises what a sublayer reads (Radford et al. 2019); post-norm what it leaves
-    behind (Vaswani et al. 2017).
-    """
-
-    def __init__(self, config: ModelConfig):
-        self.config = config
-        self.attention_norm = layers.Norm(config)
-        self.attention = Attention(config)
-        self.mlp_norm = layers.Norm(config)
-        self.mlp = layers.MLP(config)
-
-    def __call__(self, x_BTD, context: Context, cache=None, *, key=None, tap: Tap = no_tap):
-        """The residual stream after this block, and the layer's cache."""
-        config = self.config
-        pre = config.norm_position == "pre"
-        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        x_BTD = tap("residual_before", x_BTD)
-
-        def normed(norm, name, x):
-            return norm(x, within(tap, name)).astype(compute_dtype(config.compute_dtype))
-
-        read = normed(self.attention_norm, "attention_norm", x_BTD) if pre else x_BTD
-        written, cache = self.attention(
-            read, context, cache, dropout_key=keys[0], tap=within(tap, "attention")
-        )
-        written = checkpoint_name(written, "attention_output")
-        x_BTD += layers.dropout(written, config.dropout, keys[1])
-        if not pre:
-            x_BTD = normed(self.attention_norm, "attention_norm", x_BTD)
-        x_BTD = tap("residual_middle", constrain(x_BTD, "batch", "length", "embed"))
-
-        read = normed(self.mlp_norm, "mlp_norm", x_BTD) if pre else x_BTD
-        written = self.mlp(read, within(tap, "mlp"))
-        x_BTD += layers.dropout(written, config.dropout, keys[2])
-        if not pre:
-            x_BTD = normed(self.mlp_norm, "mlp_norm", x_BTD)
-        return tap("residual_after", constrain(x_BTD, "batch", "length", "embed")), cache
-
-
-class Transformer(nnx.Module):
-    """A decoder-only language model.
-
-    Built from a config it is a skeleton of parameter declarations; `lm.models.bind` makes it
-    callable. `config.vocab_size` and `config.max_length` must be set.
-    """
-
-    def __init__(self, config: ModelConfig):
-        self.config = config
-        self.embedding = Embedding(config)
-        self.blocks = stack(Block(config), config.num_layers)
-        if config.norm_position == "pre":
-            self.final_norm = layers.Norm(config)
-        if not config.tie_embeddings:
-            self.head = declare(
-                (config.vocab_size, config.width),
-                ("vocab", "embed"),
-                layers.weight_initializer(config, config.width, config.vocab_size),
-            )
+            length = config.max_length + config.position_offset
+            self.positions = declare((length, D), ("length", "embed"), initializer)
+        if config.token_types:
+            self.types = declare((config.token_types, D), ("type", "embed"), initializer)
+        if config.embedding_norm:
+            self.norm = layers.Norm(config)
 
     def __call__(
         self,
         tokens_BT: jax.Array,
-        *,
-        positions_BT: jax.Array | None = None,
-        segments_BT: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
+        positions_BT: jax.Array,
+        types_BT: jax.Array | None = None,
+        table: jax.Array | None = None,
         tap: Tap = no_tap,
     ) -> jax.Array:
-        """Logits [B, T, V], float32, of the token after each position.
+        """The residual stream before the first block, float32.
 
         Args:
           tokens_BT: token ids.
-          positions_BT: each token's position in its document; 0, 1, 2, … unless given.
-          segments_BT: which document each token is of; attention never crosses documents.
-          dropout_key: turns dropout on.
-          tap: reads or replaces named activations (`lm.models.taps`).
+          positions_BT: where each stands in its document.
+          types_BT: which part of its document each is of; all 0 unless given.
+          table: token embeddings, if there are none of its own.
+          tap: see `lm.models.taps`.
         """
-        x_BTD = self.hidden(tokens_BT, positions_BT, segments_BT, dropout_key=dropout_key, tap=tap)
-        return self.unembed(x_BTD, tap=tap)
-
-    def hidden(
-        self, tokens_BT, positions_BT=None, segments_BT=None, *, dropout_key=None, tap: Tap = no_tap
-    ) -> jax.Array:
-        """The residual stream [B, T, D] that the output head reads (arguments as for a call)."""
-        if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        # Slots, not positions, say what is later: positions restart at each packed document.
-        slots_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        mask_BTS = causal_mask(slots_BT, slots_BT, segments_BT, segments_BT)
-        x_BTD, _ = self._run(tokens_BT, positions_BT, mask_BTS, None, dropout_key, tap)
+        config = self.config
+        x_BTD = jnp.take(self.tokens[...] if table is None else table, tokens_BT, axis=0)
+        if config.embedding_scale != 1:
+            x_BTD *= config.embedding_scale or math.sqrt(config.width)
+        if config.positions == "learned":
+            rows_BT = positions_BT + config.position_offset
+            x_BTD += jnp.take(self.positions[...], rows_BT, axis=0)
+        elif config.positions == "sinusoidal":
+            x_BTD += sinusoids(positions_BT, config.width)
+        if config.token_types:
+            types = self.types[...]
+            x_BTD += types[0] if types_BT is None else jnp.take(types, types_BT, axis=0)
+        if config.embedding_norm:
+            x_BTD = self.norm(x_BTD, within(tap, "embedding_norm"))
         return x_BTD
+
+
+class HeadTransform(layers.Projection):
+    """What BERT does before its output head: projection, nonlinearity, norm."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, config.width)
+        self.activation = config.activation
+        self.norm = layers.Norm(config)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] → [B, T, D]."""
+        return self.norm(layers.activate(self.activation, super().__call__(x_BTD)), no_tap)
+
+
+class Transformer(Stack):
+    """A language model: decoder, encoder, or encoder and decoder.
+
+    It is itself the stack whose output the head reads; an encoder-decoder has another stack,
+    `encoder`, to attend to. Built from a config it is a skeleton of parameter declarations;
+    `lm.models.bind` makes it callable. `config.vocab_size` and `config.max_length` must be set.
+    """
+
+    def __init__(self, config: ModelConfig):
+        both = config.architecture == "encoder_decoder"
+        self.embedding = Embedding(config)
+        if both:
+            self.encoder_embedding = Embedding(config, tokens=False)
+            self.encoder = Stack(config, config.encoder_layers, encodes=True)
+        encodes = config.architecture == "encoder"
+        super().__init__(config, config.num_layers, encodes=encodes, crosses=both)
+        if config.head_transform:
+            self.head_transform = HeadTransform(config)
+        if not config.tie_embeddings:
+            initializer = layers.weight_initializer(config, config.width, config.vocab_size)
+            if config.initializer == "t5":
+                initializer = layers.embedding_initializer(config)
+            shape = (config.vocab_size, config.width)
+            self.head = declare(shape, ("vocab", "embed"), initializer)
+        if config.head_bias:
+            zeros = jax.nn.initializers.zeros
+            self.head_bias = declare((config.vocab_size,), ("vocab",), zeros)
+        if config.pooler:
+            self.pooler = layers.Projection(config, config.width)
+        if config.classifier != "none":
+            self.classifier = layers.Projection(config, config.num_labels)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        targets_BT: jax.Array | None = None,
+        *,
+        tap: Tap = no_tap,
+        **arguments,
+    ) -> jax.Array:
+        """Logits [B, T, V], float32: of the token after each position, or at it (encoder).
+
+        Args:
+          tokens_BT: token ids; the source's [B, S] for an encoder-decoder.
+          targets_BT: an encoder-decoder's inputs to the decoder.
+          tap: reads or replaces named activations (`lm.models.taps`).
+          **arguments: as of `hidden`.
+        """
+        return self.unembed(self.hidden(tokens_BT, targets_BT, tap=tap, **arguments), tap=tap)
+
+    def hidden(self, tokens_BT, targets_BT=None, **arguments) -> jax.Array:
+        """The last residual stream [B, T, D], after the final norm; see `hidden_and_router`."""
+        return self.hidden_and_router(tokens_BT, targets_BT, **arguments)[0]
+
+    def hidden_and_router(
+        self,
+        tokens_BT: jax.Array,
+        targets_BT: jax.Array | None = None,
+        *,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        types_BT: jax.Array | None = None,
+        prefix_BT: jax.Array | None = None,
+        source_positions_BS: jax.Array | None = None,
+        source_segments_BS: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+        tap: Tap = no_tap,
+    ) -> tuple[jax.Array, RouterStats | None]:
+        """The last residual stream [B, T, D], and what the routers did, where there are experts.
+
+        Args:
+          tokens_BT: token ids; the source's [B, S] for an encoder-decoder.
+          targets_BT: an encoder-decoder's inputs to the decoder.
+          positions_BT: each token's position in its document; 0, 1, 2, … unless given.
+          segments_BT: which document each token is of, 0 for padding; attention never crosses
+            documents, and a target sees the source of its own number.
+          types_BT: which part of a pair of texts each token is of (BERT's segment embedding).
+          prefix_BT: true for tokens that all of their document may see.
+          source_positions_BS, source_segments_BS: likewise of an encoder-decoder's source.
+          dropout_key: turns dropout on.
+          tap: see `lm.models.taps`.
+        """
+        memory = {}
+        if self.config.architecture == "encoder_decoder":
+            if targets_BT is None:
+                raise TypeError("an encoder-decoder needs two arguments: source_BS and targets_BT")
+            keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+            dropout_key, source_key = keys
+            memory_BSD = self.encode(
+                tokens_BT,
+                positions_BS=source_positions_BS,
+                segments_BS=source_segments_BS,
+                dropout_key=source_key,
+                tap=tap,
+            )
+            tokens_BT, length = targets_BT, tokens_BT.shape[1]
+            if source_segments_BS is None:
+                mask_BTS = jnp.ones((*tokens_BT.shape, length), bool)
+            else:
+                targets_1 = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
+                mask_BTS = targets_1[:, :, None] == source_segments_BS[:, None, :]
+            memory = {"memory_BSD": memory_BSD, "memory_mask_BTS": mask_BTS}
+        elif targets_BT is not None:
+            raise TypeError(
+                f"a model with architecture={self.config.architecture!r} reads one text"
+            )
+        x_BTD, router = self._read_text(
+            self, self.embedding, tokens_BT, positions_BT, segments_BT, types_BT, prefix_BT,
+            memory, dropout_key, tap,
+        )  # fmt: skip
+        return x_BTD, router
+
+    def encode(
+        self,
+        source_BS: jax.Array,
+        *,
+        positions_BS: jax.Array | None = None,
+        segments_BS: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+        tap: Tap = no_tap,
+    ) -> jax.Array:
+        """The encoder's output [B, S, D] of an encoder-decoder; arguments as of a call."""
+        x_BSD, _ = self._read_text(
+            self.encoder, self.encoder_embedding, source_BS, positions_BS, segments_BS, None, None,
+            {}, dropout_key, within(tap, "encoder"),
+        )  # fmt: skip
+        return x_BSD
+
+    def new_cache(
+        self,
+        batch_size: int,
+        length: int,
+        source_BS: jax.Array | None = None,
+        source_segments_BS: jax.Array | None = None,
+    ) -> Cache:
+        """A cache with room for `length` tokens a row, for `extend`.
+
+        An encoder-decoder reads its source here, and keeps the keys and values of the encoder's
+        output; places of segment 0 are padding.
+        """
+        cache = Cache.empty(self.config, batch_size, length, self.scanned)
+        if source_BS is None:
+            return cache
+        if source_segments_BS is None:
+            source_segments_BS = jnp.ones_like(source_BS)
+        memory_BSD = self.encode(source_BS, segments_BS=source_segments_BS)
+        if self.scanned:
+            _, (keys, values) = jax.lax.scan(
+                lambda _, block: (None, block.cross_attention.remember(memory_BSD)),
+                None,
+                self.blocks,
+            )
+        else:
+            blocks = unstack(self.blocks, self.num_layers)
+            keys, values = zip(*(b.cross_attention.remember(memory_BSD) for b in blocks))
+        return dataclasses.replace(
+            cache,
+            source_keys_LBSKC=keys,
+            source_values_LBSKC=values,
+            source_mask_BS=source_segments_BS > 0,
+        )
 
     def extend(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache, tap: Tap = no_tap
@@ -182,137 +265,115 @@ class Transformer(nnx.Module):
           tap: see `lm.models.taps`.
 
         Returns:
-          The residual stream [B, T, D] that the head reads, and the cache with the new tokens.
+          The last residual stream [B, T, D], and the cache with the new tokens.
         """
-        key_positions_BS = jax.lax.dynamic_update_slice_in_dim(
+        T = tokens_BT.shape[1]
+        keys_BS = jax.lax.dynamic_update_slice_in_dim(
             cache.positions_BS, positions_BT, cache.slot, 1
         )
-        mask_BTS = causal_mask(positions_BT, key_positions_BS)
-        x_BTD, (keys, values) = self._run(
-            tokens_BT, jnp.maximum(positions_BT, 0), mask_BTS, cache, None, tap
+        memory = {}
+        if cache.source_mask_BS is not None:
+            shape = (cache.source_mask_BS.shape[0], T, cache.source_mask_BS.shape[1])
+            mask_BTS = jnp.broadcast_to(cache.source_mask_BS[:, None, :], shape)
+            memory = {"memory_mask_BTS": mask_BTS}
+        read_BT = jnp.maximum(positions_BT, 0)
+        context = Context(
+            attention_mask(positions_BT, keys_BS),
+            slot=cache.slot,
+            valid_BT=positions_BT >= 0,
+            **self.place(read_BT, keys_BS[:, None, :] - positions_BT[:, :, None]),
+            **memory,
         )
-        slot = cache.slot + tokens_BT.shape[1]
-        return x_BTD, Cache(keys, values, key_positions_BS, slot)
+        context = self._with_local(context, read_BT, positions_BT, keys_BS)
+        x_BTD = self._embed(self.embedding, tokens_BT, read_BT, None, None, tap)
+        x_BTD, (keys, values), _ = self.run(x_BTD, context, cache, tap=tap)
+        return x_BTD, dataclasses.replace(
+            cache,
+            keys_LBSKC=keys,
+            values_LBSKC=values,
+            positions_BS=keys_BS,
+            slot=cache.slot + T,
+        )
 
-    def unembed(self, x_BTD: jax.Array, tap: Tap = no_tap) -> jax.Array:
-        """Logits [B, T, V], float32, of a residual stream."""
-        logits_BTV = contract("btd,vd->btv", x_BTD, self.output_weights(), jnp.float32)
-        return tap("logits", constrain(logits_BTV, "batch", "length", "vocab"))
+    def readout(self, x_BTD: jax.Array) -> jax.Array:
+        """What the output head multiplies, of the last residual stream."""
+        if self.config.output_scale != 1:
+            x_BTD = x_BTD * (self.config.output_scale or self.config.width**-0.5)
+        return self.head_transform(x_BTD) if self.config.head_transform else x_BTD
 
     def output_weights(self) -> jax.Array:
         """The output head [V, D]: the token embedding when tied."""
         return self.embedding.tokens[...] if self.config.tie_embeddings else self.head[...]
 
-    def _run(self, tokens_BT, positions_BT, mask_BTS, cache, dropout_key, tap):
-        """Embedding, blocks and final norm; the cache's keys and values, updated, or None."""
+    def output_bias(self) -> jax.Array | None:
+        """The output head's bias [V], if it has one."""
+        return self.head_bias[...] if self.config.head_bias else None
+
+    def unembed(self, x_BTD: jax.Array, tap: Tap = no_tap) -> jax.Array:
+        """Logits [B, T, V], float32, of a last residual stream."""
+        read_BTD = self.readout(x_BTD)
+        logits_BTV = contract("btd,vd->btv", read_BTD, self.output_weights(), jnp.float32)
+        if self.config.head_bias:
+            logits_BTV += self.head_bias[...]
+        if cap := self.config.logits_softcap:
+            logits_BTV = cap * jnp.tanh(logits_BTV / cap)
+        return tap("logits", constrain(logits_BTV, "batch", "length", "vocab"))
+
+    def pool(self, x_BTD: jax.Array) -> jax.Array:
+        """One vector a row [B, D]: BERT's tanh projection of the first token."""
+        return jnp.tanh(self.pooler(x_BTD[:, 0]))
+
+    def classify(self, x_BTD: jax.Array) -> jax.Array:
+        """Scores of the labels, float32: [B, labels] of each row, or [B, T, labels] of each token.
+
+        A row is read from its first token, through the pooler where there is one.
+        """
+        if self.config.classifier == "sequence":
+            x_BTD = self.pool(x_BTD) if self.config.pooler else x_BTD[:, 0]
+        return self.classifier(x_BTD).astype(jnp.float32)
+
+    def _read_text(
+        self, stack: Stack, embedding, tokens_BT, positions_BT, segments_BT, types_BT, prefix_BT,
+        memory, dropout_key, tap,
+    ):  # fmt: skip
+        """Embeds one text and runs a stack over all of it."""
+        # Slots, not positions, say what is later: positions restart at each packed document.
+        slots_1T = jnp.arange(tokens_BT.shape[1])[None]
+        slots_BT = jnp.broadcast_to(slots_1T, tokens_BT.shape)
+        positions_BT = slots_BT if positions_BT is None else positions_BT
+        prefix_BS = None if prefix_BT is None else prefix_BT.astype(bool)
+        mask_BTS = attention_mask(
+            slots_BT, slots_BT, segments_BT, segments_BT, causal=not stack.encodes,
+            prefix_BS=prefix_BS,
+        )  # fmt: skip
+        context = Context(
+            mask_BTS,
+            valid_BT=None if segments_BT is None else segments_BT > 0,
+            **stack.place(positions_BT, slots_1T[:, None, :] - slots_1T[:, :, None]),
+            **memory,
+        )
+        context = self._with_local(
+            context, positions_BT, slots_BT, slots_BT, segments_BT, segments_BT, prefix_BS=prefix_BS
+        )
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        x_BTD = self._embed(embedding, tokens_BT, positions_BT, types_BT, keys[0], tap)
+        x_BTD, _, router = stack.run(x_BTD, context, dropout_key=keys[1], tap=tap)
+        return x_BTD, router
+
+    def _with_local(self, context: Context, positions_BT, *slots, **masking) -> Context:
+        """`context`, with what local layers have instead."""
         config = self.config
-        dtype = compute_dtype(config.compute_dtype)
+        if not config.window:
+            return context
+        mask_BTS = attention_mask(*slots, window=config.window, **masking)
         rotary = None
         if config.positions == "rotary":
-            rotary = layers.rotary_angles(positions_BT, config.head_width, config.rotary_base)
-        context = Context(mask_BTS, rotary, 0 if cache is None else cache.slot)
-        keys = None
-        if dropout_key is not None and config.dropout:
-            dropout_key, first = jax.random.split(dropout_key)
-            keys = jax.random.split(dropout_key, config.num_layers)
-        x_BTD = self.embedding(tokens_BT, positions_BT)
-        if keys is not None:
-            x_BTD = layers.dropout(x_BTD, config.dropout, first)
-        x_BTD = tap("embedding", constrain(x_BTD.astype(dtype), "batch", "length", "embed"))
-        if tap is not no_tap or not self._scanned:
-            x_BTD, caches = self._unroll(x_BTD, context, cache, keys, tap)
-        else:
-            x_BTD, caches = self._scan(x_BTD, context, cache, keys)
-        if config.norm_position == "pre":
-            x_BTD = self.final_norm(x_BTD, within(tap, "final_norm")).astype(dtype)
-        return x_BTD, caches
+            rotary = rotary_angles(positions_BT, config, local=True)
+        return context._replace(local=(mask_BTS, rotary))
 
-    @property
-    def _scanned(self) -> bool:
-        if self.config.scan_layers is None:
-            # Unrolled on the CPU, XLA merges the recomputation with what it was to replace.
-            unrolled = jax.default_backend() == "cpu" and self.config.remat == "none"
-            return not unrolled or self.config.num_layers > UNROLLED_LAYERS
-        return self.config.scan_layers
-
-    def _scan(self, x_BTD, context, cache, keys):
-        """All blocks under one `lax.scan`, so that compile time does not grow with depth."""
-        body = rematerialized(lambda block, x, key: block(x, context, key=key)[0], self.config)
-        if cache is None:
-            x_BTD, _ = jax.lax.scan(
-                lambda x, layer: (body(layer[0], x, layer[1]), None), x_BTD, (self.blocks, keys)
-            )
-            return x_BTD, None
-
-        # The whole cache is carried and written in place; scanning over it would copy it.
-        def step(carry, layer):
-            x, caches_LBSKC = carry
-            block, index = layer
-            x, updated_BSKC = block(x, context, tuple(cache[index] for cache in caches_LBSKC))
-            new_BTKC = (
-                jax.lax.dynamic_slice_in_dim(u, context.slot, x.shape[1], 1) for u in updated_BSKC
-            )
-            start = (index, 0, context.slot, 0, 0)
-            caches_LBSKC = tuple(
-                jax.lax.dynamic_update_slice(cache, new[None], start)
-                for cache, new in zip(caches_LBSKC, new_BTKC)
-            )
-            return (x, caches_LBSKC), None
-
-        carry = (x_BTD, (cache.keys_LBSKC, cache.values_LBSKC))
-        (x_BTD, caches), _ = jax.lax.scan(
-            step, carry, (self.blocks, jnp.arange(self.config.num_layers))
-        )
-        return x_BTD, caches
-
-    def _unroll(self, x_BTD, context, cache, keys, tap):
-        """The same blocks one by one: for taps, and for a few layers without the loop's copies."""
-        caches = []
-        for index, block in enumerate(unstack(self.blocks, self.config.num_layers)):
-            key = None if keys is None else keys[index]
-            scope = within(tap, f"blocks.{index}")
-            if cache is None:
-                # A value read inside `jax.checkpoint` could not leave it.
-                body = lambda b, x, k: b(x, context, key=k, tap=scope)[0]  # noqa: B023, E731
-                body = rematerialized(body, self.config) if tap is no_tap else body
-                x_BTD = body(block, x_BTD, key)
-            else:
-                layer = (cache.keys_LBSKC[index], cache.values_LBSKC[index])
-                x_BTD, layer = block(x_BTD, context, layer, tap=scope)
-                caches.append(layer)
-        if cache is None:
-            return x_BTD, None
-        join = tuple if isinstance(cache.keys_LBSKC, tuple) else jnp.stack
-        return x_BTD, tuple(map(join, zip(*caches)))
-
-
-class Layers:
-    """A stacked parameter, kept as one array a layer: a single leaf, which `unstack` opens."""
-
-    def __init__(self, arrays: tuple[jax.Array, ...]):
-        self.arrays = arrays
-
-
-def unstack(blocks: Block, num_layers: int) -> list[Block]:
-    """The blocks one by one. Their gradients are joined by one concatenation, not summed."""
-    leaves, treedef = jax.tree.flatten(blocks)
-    parts = [
-        leaf.arrays
-        if isinstance(leaf, Layers)
-        else [part[0] for part in jax.lax.split(leaf, (1,) * num_layers)]
-        for leaf in leaves
-    ]
-    return [jax.tree.unflatten(treedef, layer) for layer in zip(*parts)]
-
-
-def rematerialized(body, config: ModelConfig):
-    """`body`, recomputing in the backward pass what `config.remat` does not keep."""
-    if config.remat == "none":
-        return body
-    policies = jax.checkpoint_policies
-    policy = {
-        "full": policies.nothing_saveable,
-        "dots": policies.save_only_these_names("product"),
-        "projections": policies.save_only_these_names("query", "key", "value", "attention_output"),
-    }[config.remat]
-    return jax.checkpoint(body, policy=policy)
+    def _embed(self, embedding: Embedding, tokens_BT, positions_BT, types_BT, dropout_key, tap):
+        dtype = compute_dtype(self.config.compute_dtype)
+        table = self.embedding.tokens[...]
+        x_BTD = embedding(tokens_BT, positions_BT, types_BT, table, tap)
+        x_BTD = layers.dropout(x_BTD, self.config.dropout, dropout_key)
+        return tap("embedding", constrain(x_BTD.astype(dtype), "batch", "length", "embed"))

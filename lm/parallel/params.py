@@ -17,7 +17,7 @@ class ParamSpec:
     """A parameter's shape, its logical axes (one name per dimension) and how it starts.
 
     Logical axes: `vocab`, `embed`, `mlp`, `heads`, `kv_heads`, `head_dim`, `layers`, `length`,
-    `expert`, or None for a dimension that is never sharded. `initializer(key, shape, dtype)` gives
+    `expert`, `distance`, `type`, or None for a dimension that is never sharded. `initializer(key, shape, dtype)` gives
     the initial value of the whole array, stacked layers included.
     """
 

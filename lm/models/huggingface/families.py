@@ -1,0 +1,60 @@
+"""The families we know, by the `model_type` of their config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lm.config import ConfigError, check_choice, nearest
+from lm.models.config import ModelConfig
+from lm.models.huggingface import bart, bert, bloom, gemma, gpt2, llama, neox, opt, t5
+from lm.models.huggingface.exact import NotExact
+from lm.models.huggingface.family import Family
+
+_MODULES = (gpt2, llama, gemma, neox, opt, bloom, bert, t5, bart)
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for module in _MODULES for family in module.FAMILIES
+}
+
+
+def family_of(hf: Mapping[str, Any]) -> Family:
+    """The family of a config.json.
+
+    Raises:
+      ConfigError: an unknown `model_type`, or a class of it whose tensors we do not know.
+    """
+    check_choice("config.json: model_type", hf.get("model_type"), FAMILIES)
+    family = FAMILIES[hf["model_type"]]
+    for name in hf.get("architectures") or ():
+        if name not in family.architectures:
+            known = ", ".join(family.architectures)
+            raise ConfigError(
+                f"config.json: architectures=[{name!r}] is not one of {known}"
+                f"{nearest(name, family.architectures)}"
+            )
+    return family
+
+
+def family_for(config: ModelConfig) -> Family:
+    """The first family that computes what `config` says.
+
+    Raises:
+      ConfigError: there is none; it names what the nearest one would do otherwise.
+    """
+    nearly: dict[str, NotExact] = {}
+    for name, family in FAMILIES.items():
+        try:
+            family.write_config(config)
+            return family
+        except NotExact as error:
+            nearly[name] = error
+        except ConfigError:  # too far from the family even to be written
+            continue
+    closest = min(nearly, key=lambda name: len(nearly[name].lost), default=None)
+    lost = nearly[closest].lost if closest else {}
+    instead = [f"model.{name}={other!r}, not {own!r}" for name, (own, other) in lost.items()]
+    raise ConfigError(
+        "no Hugging Face family computes what this model does"
+        + (f"; the nearest, {closest!r}, has {' and '.join(instead)}" if closest else "")
+    )

@@ -1,0 +1,358 @@
+"""A Hugging Face directory to parameters on devices, tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm.config import ConfigError, check, check_choice
+from lm.models.config import ModelConfig
+from lm.models.huggingface import tensors
+from lm.models.huggingface.families import family_of
+from lm.models.huggingface.family import Family, Rule, copy_into
+from lm.models.huggingface.layout import Layout, layout
+from lm.models.huggingface.tensors import DTYPES, Stored
+from lm.parallel.params import ParamSpec
+
+CONFIG = "config.json"
+PARAMETER_DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
+_SHOWN = 3  # how many of several wrong tensors an error names
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A Hugging Face directory, found to be whole: all that is to be known before reading numbers.
+
+    Attributes:
+      directory: where it is.
+      layout: its family, config and tensors.
+      stored: every tensor of the family, under the family's name for it.
+      copies: tensors that should equal another: their name → both places.
+      ignored: names of tensors that hold no parameters, or that the reader asked to leave out.
+    """
+
+    directory: pathlib.Path
+    layout: Layout
+    stored: dict[str, Stored]
+    copies: dict[str, tuple[Stored, Stored]]
+    ignored: tuple[str, ...]
+
+    @property
+    def family(self) -> Family:
+        """The family it is of."""
+        return self.layout.family
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the model is."""
+        return self.layout.config
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """How many numbers there are of each dtype."""
+        counts: dict[str, int] = {}
+        for stored in self.stored.values():
+            dtype = DTYPES[stored.dtype]
+            counts[dtype.name] = counts.get(dtype.name, 0) + stored.size // dtype.itemsize
+        return counts
+
+    def parameters(
+        self,
+        shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+        dtype: str = "float32",
+    ) -> dict[str, jax.Array]:
+        """The parameters, in place on their devices.
+
+        One tensor is read at a time, and of it no more than this process's devices hold.
+
+        Args:
+          shardings: where each parameter goes; None: all to the first device.
+          dtype: float32, bfloat16 or float16, whatever the files have.
+
+        Raises:
+          ConfigError: a tensor that should be a copy of another and differs, a file that cannot be
+            read, or numbers too large for the dtype.
+        """
+        check_choice("dtype", dtype, PARAMETER_DTYPES)
+        made: dict[str, jax.Array] = {}
+        with tensors.readable(str(self.directory)):
+            for name, (stored, other) in self.copies.items():
+                check(
+                    np.array_equal(stored.read(), other.read(), equal_nan=True),
+                    f"{self.directory}: {name} should be a copy of the tensor it is tied to, and "
+                    "has other numbers",
+                )
+            for rule in self.layout.rules:
+                made |= self._load(rule, shardings, PARAMETER_DTYPES[dtype])
+        return {name: made[name] for name in self.layout.specs}
+
+    def _load(self, rule: Rule, shardings, dtype: np.dtype) -> dict[str, jax.Array]:
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        parts = {
+            name: _Parts(
+                self.layout.specs[name].shape,
+                first if shardings is None else shardings[name],
+                dtype,
+            )
+            for name in rule.ours
+        }
+        for layer in range(self.layout.times(rule)):
+            index = layer if rule.layered else None
+            if not any(part.wants(index) for part in parts.values()):
+                continue
+            arrays = self.layout.load(rule, layer, lambda name: self.stored[name].read())
+            for name, array in arrays.items():
+                parts[name].put(array, index, name)
+        return {name: parts.pop(name).placed() for name in rule.ours}
+
+
+class _Parts:
+    """A parameter on its way to this process's devices: a buffer for each part of it they hold."""
+
+    def __init__(self, shape: tuple[int, ...], sharding: jax.sharding.Sharding, dtype: np.dtype):
+        self.shape, self.sharding, self.dtype = shape, sharding, dtype
+        self.buffers: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+        for index in sharding.addressable_devices_indices_map(shape).values():
+            bounds = self._bounds(index)
+            if bounds not in self.buffers:
+                size = tuple(stop - start for start, stop in bounds)
+                self.buffers[bounds] = _aligned(size, dtype)
+
+    def _bounds(self, index: Sequence[slice]) -> tuple[tuple[int, int], ...]:
+        return tuple(part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True))
+
+    def wants(self, layer: int | None) -> bool:
+        """Whether a device here holds any of this layer."""
+        return layer is None or any(b[0][0] <= layer < b[0][1] for b in self.buffers)
+
+    def put(self, array: np.ndarray, layer: int | None, name: str) -> None:
+        """Copies what devices here hold of one layer, or of the whole parameter."""
+        for bounds, buffer in self.buffers.items():
+            target = buffer
+            if layer is not None:
+                (start, stop), *bounds = bounds
+                if not start <= layer < stop:
+                    continue
+                target = buffer[layer - start]
+            part = array[tuple(slice(*b) for b in bounds)]
+            if self.dtype == np.float16:  # the one dtype that not every number fits
+                part = tensors.converted(part, self.dtype, name)
+            copy_into(target, part)
+
+    def placed(self) -> jax.Array:
+        """The parameter on its devices."""
+        return jax.make_array_from_callback(
+            self.shape, self.sharding, lambda index: self.buffers[self._bounds(index)]
+        )
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array where XLA's CPU backend can use it as it is, without a copy of its own."""
+    size, line = dtype.itemsize * math.prod(shape), 64
+    raw = np.empty(size + line, np.uint8)
+    start = -raw.ctypes.data % line
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
+    """Whether `directory` looks like a Hugging Face model: a config.json with a `model_type`."""
+    path = pathlib.Path(directory) / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config and "model" not in config
+
+
+class _Tensors(Mapping[str, np.ndarray]):
+    """What is in the files, read when it is asked for, with or without the family's prefix."""
+
+    def __init__(self, found: Mapping[str, Stored], prefix: str):
+        self._found, self._prefix = found, prefix
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        form = next((form for form in _forms(name, self._prefix) if form in self._found), name)
+        return self._found[form].read()
+
+    def __contains__(self, name: object) -> bool:
+        return any(form in self._found for form in _forms(str(name), self._prefix))
+
+    def __iter__(self):
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def _forms(name: str, prefix: str) -> tuple[str, str, str]:
+    """A tensor's name as it is, with the family's prefix, and without."""
+    return name, prefix + name, name.removeprefix(prefix)
+
+
+def read_config(
+    directory: str | os.PathLike[str], ignore: Sequence[str] = ()
+) -> tuple[Family, ModelConfig]:
+    """The family and the model of a Hugging Face directory; see `open_checkpoint`."""
+    checkpoint = open_checkpoint(directory, ignore)
+    return checkpoint.family, checkpoint.config
+
+
+def _read_config(
+    directory: pathlib.Path, ignore: Sequence[str], found: Mapping[str, Stored]
+) -> tuple[Family, ModelConfig]:
+    """The family and the model that config.json and the tensors' names describe."""
+    path = directory / CONFIG
+    try:
+        hf: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged: {error}") from None
+    check(isinstance(hf, dict), f"{path} is damaged: not a JSON object")
+    hf = {name: value for name, value in hf.items() if not _matches(ignore, name)}
+    try:
+        family = family_of(hf)
+        config = family.read_config(hf)
+        config = family.settle(config, _Tensors(_renamed(found, family), family.base_prefix))
+        config.validate("its model")
+    except ConfigError as error:
+        raise ConfigError(f"{directory}: {error}") from None
+    return family, config
+
+
+def open_checkpoint(directory: str | os.PathLike[str], ignore: Sequence[str] = ()) -> Checkpoint:
+    """Looks at everything in a Hugging Face directory but the numbers.
+
+    Args:
+      directory: config.json and model.safetensors, or shards with their index.
+      ignore: regular expressions (`re.search`) of tensors to leave out though the family does not
+        know them, such as a head of another task's, and of such fields of config.json.
+
+    Raises:
+      ConfigError: no such directory; an unknown `model_type`, or a field of config.json that cannot
+        be honoured; files that are missing, truncated or damaged; tensors that are unknown,
+        missing, or of another shape or dtype than config.json says. What is wrong is named.
+    """
+    path = pathlib.Path(directory).expanduser()
+    with tensors.readable(str(path)):
+        found = tensors.find(path)
+        family, config = _read_config(path, ignore, found)
+    return _matched(path, layout(family, config), _renamed(found, family), ignore)
+
+
+def _renamed(found: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
+    """The tensors under the names that the family has for them now."""
+    result = {}
+    for name, stored in found.items():
+        new = name
+        for pattern, replacement in family.renamed:
+            new = re.sub(pattern, replacement, new)
+        result[name if new in found else new] = stored  # under both: the old one is unknown
+    return result
+
+
+def _matched(
+    path: pathlib.Path, plan: Layout, found: dict[str, Stored], ignore: Sequence[str]
+) -> Checkpoint:
+    """The checkpoint with these tensors in its files."""
+    prefix, aliases = plan.family.base_prefix, plan.family.aliases(plan.config)
+    known = {*plan.shapes, *aliases}
+    there: dict[str, Stored] = {}
+    ignored, unknown = [], []
+    for name, stored in found.items():
+        forms = _forms(name, prefix)
+        canonical = next((form for form in forms if form in known), None)
+        if canonical is not None:
+            there[canonical] = stored
+        elif any(_matches((*plan.family.ignored, *ignore), form) for form in forms):
+            ignored.append(name)
+        else:
+            unknown.append(name)
+    copies = {}
+    for alias, original in aliases.items():
+        if alias in there:
+            stored = there.pop(alias)
+            if original in there:
+                copies[alias] = (stored, there[original])
+            else:
+                there[original] = stored
+    kind = f"{path}: its weights are not those of the {plan.family.model_type!r} of its config.json"
+    missing = [name for name in plan.shapes if name not in there]
+    check(not unknown, f"{kind}: {_some(unknown)} unknown; config.ignore may leave such out")
+    check(not missing, f"{kind}: {_some(missing)} missing")
+    wrong = [n for n, shape in plan.shapes.items() if there[n].shape != shape]
+    for name in wrong:
+        raise ConfigError(
+            f"{kind}: {name} is {list(there[name].shape)}, and the config says "
+            f"{list(plan.shapes[name])}" + (f" ({len(wrong) - 1} more)" if len(wrong) > 1 else "")
+        )
+    for name, stored in {**there, **{n: pair[0] for n, pair in copies.items()}}.items():
+        check(
+            stored.dtype in DTYPES,
+            f"{path}: {name} has dtype {stored.dtype}, not one of {', '.join(DTYPES)}: quantized "
+            "or double-precision weights must be converted first",
+        )
+        shape = plan.shapes[aliases.get(name, name)]
+        check(
+            stored.shape == shape,
+            f"{kind}: {name} is {list(stored.shape)}, not {list(shape)} as what it copies",
+        )
+    return Checkpoint(path, plan, there, copies, tuple(ignored))
+
+
+def load_parameters(
+    directory: str | os.PathLike[str],
+    specs: Mapping[str, ParamSpec],
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    dtype: str = "float32",
+    ignore: Sequence[str] = (),
+) -> dict[str, jax.Array]:
+    """The parameters of a Hugging Face directory, for a model that has `specs`.
+
+    Args:
+      directory, ignore: as of `open_checkpoint`.
+      specs: what the model declares.
+      shardings, dtype: as of `Checkpoint.parameters`.
+
+    Raises:
+      ConfigError: as those two do; or the directory has another model than `specs`.
+    """
+    checkpoint = open_checkpoint(directory, ignore)
+    theirs = checkpoint.layout.specs
+    for name in (*specs, *theirs):
+        here, there = specs.get(name), theirs.get(name)
+        check(
+            here is not None and there is not None and here.shape == there.shape,
+            f"{directory} has another model: {name} is "
+            f"{list(there.shape) if there else 'missing'} there and "
+            f"{list(here.shape) if here else 'missing'} here",
+        )
+    return checkpoint.parameters(shardings, dtype)
+
+
+def _matches(patterns: Sequence[str], name: str) -> bool:
+    for pattern in patterns:
+        try:
+            if re.search(pattern, name):
+                return True
+        except re.error as error:
+            raise ConfigError(
+                f"config.ignore={pattern!r} is not a regular expression: {error}"
+            ) from None
+    return False
+
+
+def _some(names: list[str]) -> str:
+    """`a, b and c (and 7 more) are`."""
+    shown = ", ".join(names[:_SHOWN])
+    more = f" (and {len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
+    return f"{shown}{more} {'is' if len(names) == 1 else 'are'}"

@@ -1,0 +1,145 @@
+"""How a model knows order: sinusoids, rotations, and biases on attention scores."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.models.config import ModelConfig
+from lm.models.numerics import finished
+
+
+def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
+    """The sinusoidal position embedding of Vaswani et al. 2017, §3.5: sines, then cosines."""
+    half = width // 2
+    frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half) / half)
+    angles = positions_BT[..., None] * frequencies
+    table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+    return jnp.pad(table, [(0, 0)] * (table.ndim - 1) + [(0, width - 2 * half)])
+
+
+def rotary_frequencies(config: ModelConfig, local: bool = False) -> tuple[np.ndarray, float]:
+    """Radians a position of each rotated pair (Su et al. 2021, §3.2), and a gain on sin and cos.
+
+    `config.rotary_scaling` stretches a trained model to longer contexts: `linear` slows every
+    frequency (Chen et al. 2023); `llama3` only those whose wavelength exceeds the original context
+    (Llama 3 report, §3.4.2 and its published code); `yarn` likewise, with a ramp between a number
+    of rotations, and a gain of 0.1·ln(factor) + 1 (Peng et al. 2023, §3). Local layers with a base
+    of their own, which never see further than their window, are not stretched (Gemma 3 report, §2).
+    """
+    base, width = config.rotary_base, config.rotary_dim
+    scaling = config.rotary_scaling
+    if local and config.rotary_local_base is not None:
+        base, scaling = config.rotary_local_base, "none"
+    frequencies = 1.0 / base ** (np.arange(0, width, 2) / width)
+    factor, original = config.rotary_factor, config.rotary_original_length
+    if scaling == "linear":
+        return frequencies / factor, 1.0
+    if scaling == "llama3":
+        rotations = original * frequencies / (2 * math.pi)
+        kept = (rotations - config.rotary_low) / (config.rotary_high - config.rotary_low)
+        kept = np.clip(kept, 0, 1)
+        return frequencies * (kept + (1 - kept) / factor), 1.0
+    if scaling == "yarn":
+
+        def pair_that_rotates(times: float) -> float:
+            return width * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base))
+
+        first = max(math.floor(pair_that_rotates(config.rotary_high)), 0)
+        last = min(math.ceil(pair_that_rotates(config.rotary_low)), width - 1)
+        ramp = (np.arange(width // 2) - first) / max(last - first, 0.001)
+        slowed = np.clip(ramp, 0, 1)
+        gain = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+        return frequencies * (1 - slowed + slowed / factor), gain
+    return frequencies, 1.0
+
+
+def rotary_angles(
+    positions_BT: jax.Array, config: ModelConfig, local: bool = False
+) -> tuple[jax.Array, ...]:
+    """Cosine and sine [B, T, 1, R/2] of RoPE, for `rotate`; R dimensions of a head are rotated."""
+    frequencies, gain = rotary_frequencies(config, local)
+    angles = positions_BT[..., None, None] * frequencies.astype(np.float32)
+    table = finished(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1))
+    if gain != 1:
+        table *= gain
+    return tuple(jnp.split(table, 2, -1))
+
+
+def rotate(x_BTHC: jax.Array, angles: tuple[jax.Array, ...]) -> jax.Array:
+    """Rotates pairs (i, i + R/2) of each head by its position's angles, in float32.
+
+    Dimensions from R on, where angles are for fewer than the whole head, stay as they are.
+    """
+    cos, sin = angles
+    half = cos.shape[-1]
+    x = x_BTHC.astype(jnp.float32)
+    first, second = x[..., :half], x[..., half : 2 * half]
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    if x.shape[-1] > 2 * half:
+        rotated.append(x[..., 2 * half :])
+    return jnp.concatenate(rotated, -1).astype(x_BTHC.dtype)
+
+
+def relative_buckets(config: ModelConfig, bidirectional: bool) -> np.ndarray:
+    """The bucket of each distance key - query from -M to M, M = `relative_distance`.
+
+    Half the buckets hold one distance each, the others logarithmically more, up to M; with
+    `bidirectional`, keys ahead have buckets of their own, else they share bucket 0 (Raffel et al.
+    2020, §2.1, and its published code).
+
+    Returns:
+      An int32 [2M + 1].
+    """
+    furthest = config.relative_distance
+    distance = np.arange(-furthest, furthest + 1)
+    buckets = config.relative_buckets // 2 if bidirectional else config.relative_buckets
+    ahead = np.where(distance > 0, buckets, 0) if bidirectional else 0
+    apart = np.abs(distance) if bidirectional else np.maximum(-distance, 0)
+    exact = buckets // 2
+    # In float32, as published: at a bucket's edge the rounding decides.
+    growth = np.log(np.maximum(apart, 1).astype(np.float32) / np.float32(exact))
+    growth = growth / np.float32(math.log(furthest / exact)) * np.float32(buckets - exact)
+    far = np.minimum(exact + growth.astype(np.int32), buckets - 1)
+    return (ahead + np.where(apart < exact, apart, far)).astype(np.int32)
+
+
+def relative_bias(
+    table: jax.Array, distance_BTS: jax.Array, config: ModelConfig, bidirectional: bool
+) -> jax.Array:
+    """What T5 adds to attention scores, float32 [B, H, T, S].
+
+    Args:
+      table: the learned biases [buckets, H].
+      distance_BTS: position of key s less position of query t.
+      config: says how distances fall into buckets.
+      bidirectional: whether keys ahead are told apart.
+    """
+    furthest = config.relative_distance
+    clipped = jnp.clip(distance_BTS, -furthest, furthest) + furthest
+    buckets_BTS = jnp.take(relative_buckets(config, bidirectional), clipped)
+    return jnp.moveaxis(jnp.take(table.astype(jnp.float32), buckets_BTS, axis=0), -1, 1)
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """The slope of each head, float32 [H] (Press et al. 2022, §3, and its published code).
+
+    A geometric sequence from 2^(-8/n) for n heads, n a power of two; for other numbers, that of
+    the power below, then every other slope of the power above.
+    """
+
+    def geometric(n: int) -> list[float]:
+        return [2 ** (-8 * (i + 1) / n) for i in range(n)]
+
+    below = 2 ** int(math.log2(num_heads))
+    slopes = geometric(below) + geometric(2 * below)[::2][: num_heads - below]
+    return np.array(slopes, np.float32)
+
+
+def alibi_bias(distance_BTS: jax.Array, num_heads: int) -> jax.Array:
+    """What ALiBi adds to attention scores, float32 [B, H, T, S]: -slope × distance."""
+    slopes_H = alibi_slopes(num_heads)
+    return slopes_H[:, None, None] * distance_BTS[:, None].astype(jnp.float32)

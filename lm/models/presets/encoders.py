@@ -1,0 +1,144 @@
+"""Models with an encoder: the first Transformer, BERT, RoBERTa, T5 and BART."""
+
+from lm.models.presets.family import family
+
+# ---- The Transformer (Vaswani et al. 2017) ---------------------------------------------------
+# Encoder-decoder, post-norm, sinusoids, ReLU, embeddings shared three ways and scaled by √width.
+# Biases everywhere but in the shared head, as in the usual implementations; the paper names only
+# those of the feed-forward layers. "About 37,000" tokens; 256 a sentence is tensor2tensor's limit.
+
+_TRANSFORMER = {
+    "architecture": "encoder_decoder",
+    "num_layers": 6,
+    "vocab_size": 37_000,
+    "max_length": 256,
+    "embedding_scale": 0.0,
+    "positions": "sinusoidal",
+    "norm": "layernorm",
+    "norm_position": "post",
+    "activation": "relu",
+    "bias": True,
+    "initializer": "xavier",
+}
+
+_transformer = family(
+    "Vaswani et al. 2017, table 3",
+    _TRANSFORMER,
+    "num_heads width dropout initializer_std",  # tensor2tensor: embeddings start at width^-½
+    transformer_base=(8, 512, 0.1, 512**-0.5),
+    transformer_big=(16, 1024, 0.3, 1024**-0.5),
+)
+
+# ---- BERT and RoBERTa ------------------------------------------------------------------------
+
+_BERT = {
+    "architecture": "encoder",
+    "vocab_size": 30_522,
+    "max_length": 512,
+    "embedding_norm": True,
+    "token_types": 2,
+    "positions": "learned",
+    "norm": "layernorm",
+    "norm_position": "post",
+    "norm_epsilon": 1e-12,
+    "activation": "gelu",
+    "bias": True,
+    "dropout": 0.1,
+    "initializer": "normal",
+}
+_MASKED = {"head_transform": True, "head_bias": True}
+
+_bert = family(
+    "Devlin et al. 2019, §3, uncased: the encoder with its pooler",
+    {**_BERT, "pooler": True},
+    "num_layers num_heads width",
+    bert_base=(12, 12, 768),
+    bert_large=(24, 16, 1024),
+)
+
+_bert_mlm = family(
+    "Devlin et al. 2019, §3, uncased: with the masked language model's head and no pooler",
+    {**_BERT, **_MASKED},
+    "num_layers num_heads width",
+    bert_base_mlm=(12, 12, 768),
+    bert_large_mlm=(24, 16, 1024),
+)
+
+_roberta = family(
+    "Liu et al. 2019, table 9, with the masked language model's head",
+    {
+        **_BERT,
+        **_MASKED,
+        "vocab_size": 50_265,
+        "position_offset": 2,  # position 0 is row 2 of 514
+        "token_types": 1,
+        "norm_epsilon": 1e-5,
+    },
+    "num_layers num_heads width",
+    roberta_base=(12, 12, 768),
+    roberta_large=(24, 16, 1024),
+)
+
+# ---- T5 (Raffel et al. 2020) -----------------------------------------------------------------
+# Biases of relative positions only, RMSNorm, no biases, no attention scale, and of the tied
+# embeddings a head scaled by width^-½.
+
+_T5 = {
+    "architecture": "encoder_decoder",
+    "vocab_size": 32_128,
+    "max_length": 512,
+    "positions": "relative",
+    "relative_buckets": 32,
+    "relative_distance": 128,
+    "attention_scale": 1.0,
+    "norm": "rmsnorm",
+    "norm_epsilon": 1e-6,
+    "initializer": "t5",
+}
+
+_t5 = family(
+    "Raffel et al. 2020, §3.7",
+    {**_T5, "activation": "relu", "output_scale": 0.0, "dropout": 0.1},
+    "num_layers num_heads width head_dim mlp_width",
+    t5_small=(6, 8, 512, 64, 2048),
+    t5_base=(12, 12, 768, 64, 3072),
+    t5_large=(24, 16, 1024, 64, 4096),
+    t5_3b=(24, 32, 1024, 128, 16_384),
+    t5_11b=(24, 128, 1024, 128, 65_536),
+)
+
+_t5_v1_1 = family(
+    "google-research/text-to-text-transfer-transformer, released_checkpoints.md, T5 v1.1",
+    {**_T5, "activation": "geglu", "tie_embeddings": False},  # and no dropout in pre-training
+    "num_layers num_heads width head_dim mlp_width",
+    t5_v1_1_small=(8, 6, 512, 64, 1024),
+    t5_v1_1_base=(12, 12, 768, 64, 2048),
+    t5_v1_1_large=(24, 16, 1024, 64, 2816),
+    t5_v1_1_xl=(24, 32, 2048, 64, 5120),
+    t5_v1_1_xxl=(24, 64, 4096, 64, 10_240),
+)
+
+# ---- BART (Lewis et al. 2020) ----------------------------------------------------------------
+
+_bart = family(
+    "Lewis et al. 2020, §2.1; fairseq examples/bart",
+    {
+        "architecture": "encoder_decoder",
+        "vocab_size": 50_265,
+        "max_length": 1024,
+        "embedding_norm": True,
+        "positions": "learned",
+        "position_offset": 2,
+        "norm": "layernorm",
+        "norm_position": "post",
+        "activation": "gelu",
+        "bias": True,
+        "dropout": 0.1,
+        "initializer": "normal",
+    },
+    "num_layers num_heads width",
+    bart_base=(6, 12, 768),
+    bart_large=(12, 16, 1024),
+)
+
+PRESETS = {**_transformer, **_bert, **_bert_mlm, **_roberta, **_t5, **_t5_v1_1, **_bart}

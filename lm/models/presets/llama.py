@@ -1,0 +1,227 @@
+"""Llama and the models of its make: Mistral, Mixtral, DeepSeekMoE, Qwen and Gemma."""
+
+from lm.models.presets.family import family
+
+_LLAMA = {
+    "tie_embeddings": False,
+    "positions": "rotary",
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "initializer": "normal",
+}
+_SIZES = "num_layers num_heads num_kv_heads width mlp_width"
+
+# ---- Llama -----------------------------------------------------------------------------------
+
+_llama1 = family(
+    "Touvron et al. 2023a, table 2; huggyllama/llama-7b",
+    {**_LLAMA, "vocab_size": 32_000, "max_length": 2048, "norm_epsilon": 1e-6},
+    _SIZES,
+    llama_7b=(32, 32, 32, 4096, 11_008),
+    llama_13b=(40, 40, 40, 5120, 13_824),
+    llama_30b=(60, 52, 52, 6656, 17_920),  # 32.5B in the paper
+    llama_65b=(80, 64, 64, 8192, 22_016),
+)
+
+_llama2 = family(
+    "Touvron et al. 2023b, table 1; meta-llama/Llama-2-7b-hf",
+    {**_LLAMA, "vocab_size": 32_000, "max_length": 4096},
+    _SIZES,
+    llama2_7b=(32, 32, 32, 4096, 11_008),
+    llama2_13b=(40, 40, 40, 5120, 13_824),
+    llama2_70b=(80, 64, 8, 8192, 28_672),
+)
+
+_LLAMA3 = {**_LLAMA, "vocab_size": 128_256, "max_length": 8192, "rotary_base": 500_000.0}
+_LLAMA3_1 = {
+    **_LLAMA3,
+    "max_length": 131_072,
+    "rotary_scaling": "llama3",
+    "rotary_original_length": 8192,
+    "rotary_low": 1.0,
+    "rotary_high": 4.0,
+    "rotary_factor": 8.0,
+}
+
+_llama3 = family(
+    "Grattafiori et al. 2024, table 3; meta-llama/Meta-Llama-3-8B",
+    _LLAMA3,
+    _SIZES,
+    llama3_8b=(32, 32, 8, 4096, 14_336),
+    llama3_70b=(80, 64, 8, 8192, 28_672),
+)
+
+_llama3_1 = family(
+    "Grattafiori et al. 2024, table 3; meta-llama/Llama-3.1-8B",
+    _LLAMA3_1,
+    _SIZES,
+    llama3_1_8b=(32, 32, 8, 4096, 14_336),
+    llama3_1_70b=(80, 64, 8, 8192, 28_672),
+    llama3_1_405b=(126, 128, 8, 16_384, 53_248),
+)
+
+_llama3_2 = family(
+    "meta-llama/Llama-3.2-1B, Llama-3.2-3B",
+    {**_LLAMA3_1, "rotary_factor": 32.0, "tie_embeddings": True},
+    _SIZES,
+    llama3_2_1b=(16, 32, 8, 2048, 8192),
+    llama3_2_3b=(28, 24, 8, 3072, 8192),
+)
+
+# ---- Mistral, and mixtures of experts --------------------------------------------------------
+
+_mistral = family(
+    "Jiang et al. 2023, table 1; mistralai/Mistral-7B-v0.1",
+    {**_LLAMA, "vocab_size": 32_000, "max_length": 32_768},
+    _SIZES,
+    mistral_7b=(32, 32, 8, 4096, 14_336, {"attention_pattern": ("local",), "window": 4096}),
+)
+
+_mistral_v0_3 = family(
+    "mistralai/Mistral-7B-v0.3: a larger vocabulary, no window",
+    {**_LLAMA, "vocab_size": 32_768, "max_length": 32_768, "rotary_base": 1e6},
+    _SIZES,
+    mistral_7b_v0_3=(32, 32, 8, 4096, 14_336),
+)
+
+_mixtral = family(
+    "Jiang et al. 2024, table 1; mistralai/Mixtral-8x7B-v0.1",
+    {
+        **_LLAMA,
+        "vocab_size": 32_000,
+        "rotary_base": 1e6,
+        "num_experts": 8,
+        "experts_per_token": 2,
+    },
+    f"{_SIZES} max_length",
+    mixtral_8x7b=(32, 32, 8, 4096, 14_336, 32_768),
+    mixtral_8x22b=(56, 48, 8, 6144, 16_384, 65_536),
+)
+
+_deepseek = family(
+    "Dai et al. 2024, §5.1.2; deepseek-ai/deepseek-moe-16b-base",
+    {
+        **_LLAMA,
+        "vocab_size": 102_400,
+        "max_length": 4096,
+        "norm_epsilon": 1e-6,
+        "num_experts": 64,
+        "experts_per_token": 6,
+        "expert_width": 1408,
+        "shared_experts": 2,
+        "dense_layers": 1,
+        "router_score": "softmax",
+        "router_normalize": False,
+    },
+    _SIZES,
+    deepseek_moe_16b=(28, 16, 16, 2048, 10_944),
+)
+
+# ---- Qwen ------------------------------------------------------------------------------------
+
+_QWEN = {**_LLAMA, "rotary_base": 1e6, "norm_epsilon": 1e-6}
+
+_qwen2_5_small = family(
+    "Qwen Team 2024, table 1; Qwen/Qwen2.5-0.5B",
+    {
+        **_QWEN,
+        "qkv_bias": True,
+        "vocab_size": 151_936,
+        "max_length": 32_768,
+        "tie_embeddings": True,
+    },
+    _SIZES,
+    qwen2_5_0_5b=(24, 14, 2, 896, 4864),
+    qwen2_5_1_5b=(28, 12, 2, 1536, 8960),
+    qwen2_5_3b=(36, 16, 2, 2048, 11_008),
+)
+
+_qwen2_5_large = family(
+    "Qwen Team 2024, table 1; Qwen/Qwen2.5-7B",
+    {**_QWEN, "qkv_bias": True, "vocab_size": 152_064, "max_length": 131_072},
+    f"{_SIZES} norm_epsilon",
+    qwen2_5_7b=(28, 28, 4, 3584, 18_944, 1e-6),
+    qwen2_5_14b=(48, 40, 8, 5120, 13_824, 1e-5),
+    qwen2_5_32b=(64, 40, 8, 5120, 27_648, 1e-5),
+    qwen2_5_72b=(80, 64, 8, 8192, 29_568, 1e-5),
+)
+
+_qwen3 = family(
+    "Yang et al. 2025, table 1; Qwen/Qwen3-0.6B",
+    {**_QWEN, "qk_norm": True, "head_dim": 128, "vocab_size": 151_936, "max_length": 40_960},
+    f"{_SIZES} tie_embeddings",
+    qwen3_0_6b=(28, 16, 8, 1024, 3072, True),
+    qwen3_1_7b=(28, 16, 8, 2048, 6144, True),
+    qwen3_4b=(36, 32, 8, 2560, 9728, True),
+    qwen3_8b=(36, 32, 8, 4096, 12_288, False),
+    qwen3_14b=(40, 40, 8, 5120, 17_408, False),
+    qwen3_32b=(64, 64, 8, 5120, 25_600, False),
+)
+
+# ---- Gemma -----------------------------------------------------------------------------------
+
+_GEMMA = {
+    **_LLAMA,
+    "tie_embeddings": True,
+    "embedding_scale": 0.0,
+    "norm_position": "sandwich",
+    "norm_epsilon": 1e-6,
+    "norm_unit_offset": True,
+    "activation": "geglu",
+}
+
+_gemma2 = family(
+    "Gemma Team 2024, table 1; google/gemma-2-2b",
+    {
+        **_GEMMA,
+        "vocab_size": 256_000,
+        "max_length": 8192,
+        "attention_pattern": ("local", "global"),
+        "window": 4096,
+        "attention_softcap": 50.0,
+        "logits_softcap": 30.0,
+    },
+    f"{_SIZES} head_dim attention_scale",
+    gemma2_2b=(26, 8, 4, 2304, 9216, 256, 256**-0.5),
+    gemma2_9b=(42, 16, 8, 3584, 14_336, 256, 256**-0.5),
+    gemma2_27b=(46, 32, 16, 4608, 36_864, 128, 144**-0.5),  # of width / heads
+)
+
+_GEMMA3 = {
+    **_GEMMA,
+    "qk_norm": True,
+    "attention_pattern": ("local",) * 5 + ("global",),
+    "rotary_base": 1e6,
+    "rotary_local_base": 10_000.0,
+}
+
+_gemma3_small = family(
+    "Gemma Team 2025, table 1; google/gemma-3-1b-pt, gemma-3-270m",
+    {**_GEMMA3, "vocab_size": 262_144, "max_length": 32_768, "window": 512, "head_dim": 256},
+    _SIZES,
+    gemma3_270m=(18, 4, 1, 640, 2048),
+    gemma3_1b=(26, 4, 1, 1152, 6912),
+)
+
+_gemma3_large = family(
+    "Gemma Team 2025, table 1; google/gemma-3-4b-pt, the language model alone",
+    {
+        **_GEMMA3,
+        "vocab_size": 262_208,  # 64 more, for images
+        "max_length": 131_072,
+        "window": 1024,
+        "rotary_scaling": "linear",
+        "rotary_factor": 8.0,
+    },
+    f"{_SIZES} head_dim attention_scale",
+    gemma3_4b=(34, 8, 4, 2560, 10_240, 256, 256**-0.5),
+    gemma3_12b=(48, 16, 8, 3840, 15_360, 256, 256**-0.5),
+    gemma3_27b=(62, 32, 16, 5376, 21_504, 128, 168**-0.5),  # of width / heads
+)
+
+PRESETS = {
+    **_llama1, **_llama2, **_llama3, **_llama3_1, **_llama3_2,
+    **_mistral, **_mistral_v0_3, **_mixtral, **_deepseek,
+    **_qwen2_5_small, **_qwen2_5_large, **_qwen3,
+    **_gemma2, **_gemma3_small, **_gemma3_large,
+}  # fmt: skip

@@ -1,0 +1,428 @@
+"""The networks before the Transformer: a state carried from token to token.
+
+As a decoder, a language model of stacked cells (`lm.models.cells`). As an encoder-decoder, either
+the encoder ends in one fixed vector that starts the decoder (Sutskever et al. 2014: it reads the
+source backwards, so that the first word is read last), or it reads both ways, each with half the
+width, and the decoder looks back at all its states (Bahdanau et al. 2015).
+
+Layers are few here and always unrolled, whatever `scan_layers` says; time is the loop. Taps see
+
+    embedding                        encoder.embedding
+    blocks.0.projected, state        encoder.blocks.0.{forward,backward}.projected, state
+    blocks.0.gates, memory           blocks.0.attention.pattern
+    logits
+
+and can replace what is made before or after the loop over time: embedding, projected, state (as the
+next layer reads it) and logits. Gates, an LSTM's memory and attention's pattern can be read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lm.config import check
+from lm.models.build import declare, stack
+from lm.models.cells import (
+    Cells,
+    Encoder,
+    Marks,
+    Memory,
+    State,
+    drop_between,
+    marks,
+    tapped,
+    zeros,
+)
+from lm.models.config import ModelConfig
+from lm.models.layers import embedding_initializer, weight_initializer
+from lm.models.numerics import add_bias, compute_dtype, contract
+from lm.models.stack import unstack
+from lm.models.taps import Tap, no_tap, within
+from lm.parallel.sharding import constrain
+
+# Fields of a Transformer that would change what is computed, and what they are without one.
+_REFUSED = {
+    "token_types": 0,
+    "embedding_norm": False,
+    "num_experts": 0,
+    "head_transform": False,
+    "output_scale": 1.0,
+    "logits_softcap": 0.0,
+    "remat": "none",
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RecurrentCache:
+    """All that decoding remembers: each layer's state, and what attention reads of the source."""
+
+    states_LBD: State
+    keys_BSD: jax.Array | None = None
+    values_BSD: jax.Array | None = None
+    source_mask_BS: jax.Array | None = None
+
+    def repeat(self, times: int) -> RecurrentCache:
+        """The cache of a batch in which every row stands `times` times in a row."""
+
+        def rows(x, axis):
+            return jax.tree.map(lambda x: jnp.repeat(x, times, axis), x)
+
+        return RecurrentCache(
+            rows(self.states_LBD, 1),
+            rows(self.keys_BSD, 0),
+            rows(self.values_BSD, 0),
+            rows(self.source_mask_BS, 0),
+        )
+
+
+class Embedding(nnx.Module):
+    """The token embedding."""
+
+    def __init__(self, config: ModelConfig):
+        shape, initializer = (config.vocab_size, config.width), embedding_initializer(config)
+        self.tokens = declare(shape, ("vocab", "embed"), initializer)
+
+
+class AdditiveAttention(nnx.Module):
+    """Bahdanau et al. 2015, A.1.2: score(h, m) = score · tanh(h·query + m·key)."""
+
+    def __init__(self, config: ModelConfig):
+        D = config.width
+        initializer, axes = weight_initializer(config, D, D), ("embed", "mlp")
+        self.query = declare((D, D), axes, initializer)
+        self.key = declare((D, D), axes, initializer)
+        self.score = declare((D,), ("mlp",), weight_initializer(config, D, 1))
+
+
+class AttentionalOutput(nnx.Module):
+    """What the head reads: tanh(state·W + context·C + bias) (Luong et al. 2015, eq. 5).
+
+    It takes the place of Bahdanau's maxout layer.
+    """
+
+    def __init__(self, config: ModelConfig):
+        D = config.width
+        initializer, axes = weight_initializer(config, D, D), ("mlp", "embed")
+        self.state = declare((D, D), axes, initializer)
+        self.context = declare((D, D), axes, initializer)
+        self.bias = declare((D,), ("embed",), jax.nn.initializers.zeros)
+
+    def __call__(self, x_TBD: jax.Array, context_TBD: jax.Array) -> jax.Array:
+        """[T, B, D], in the compute dtype."""
+        out = contract("tbd,de->tbe", x_TBD, self.state[...], jnp.float32)
+        out += contract("tbd,de->tbe", context_TBD, self.context[...], jnp.float32)
+        return jnp.tanh(add_bias(out, self.bias[...])).astype(x_TBD.dtype)
+
+
+class Recurrent(nnx.Module):
+    """A recurrent language model, or encoder and decoder; `config.cell` is rnn, gru or lstm.
+
+    Every layer has `width` cells and the embedding has as many dimensions. With additive attention
+    the bottom layer's last state asks and every layer reads what it finds (as in Wu et al. 2016).
+    Positions need no telling: `positions_BT` is accepted and not read, but that in `extend` -1 is
+    padding. `config.max_length` only bounds texts.
+
+    Raises:
+      ConfigError: a field that only a Transformer has.
+    """
+
+    def __init__(self, config: ModelConfig):
+        _check(config)
+        self.config = config
+        D, both = config.width, config.architecture == "encoder_decoder"
+        attends = both and config.cross_attention
+        self.embedding = Embedding(config)
+        if both:
+            self.encoder = Encoder(config)
+        if attends:
+            self.attention = AdditiveAttention(config)
+            self.output = AttentionalOutput(config)
+        layer = Cells(config, D, attends=attends, started_by=D // 2 if attends else 0)
+        self.blocks = stack(layer, config.num_layers)
+        if not config.tie_embeddings:
+            initializer = weight_initializer(config, D, config.vocab_size)
+            self.head = declare((config.vocab_size, D), ("vocab", "embed"), initializer)
+        if config.head_bias:
+            initializer = jax.nn.initializers.zeros
+            self.head_bias = declare((config.vocab_size,), ("vocab",), initializer)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        targets_BT: jax.Array | None = None,
+        *,
+        tap: Tap = no_tap,
+        **arguments,
+    ) -> jax.Array:
+        """Logits [B, T, V], float32, of the token after each position.
+
+        Args:
+          tokens_BT: token ids; the source's [B, S] for an encoder-decoder.
+          targets_BT: an encoder-decoder's inputs to the decoder.
+          tap: reads or replaces named activations (`lm.models.taps`).
+          **arguments: as of `hidden`.
+        """
+        return self.unembed(self.hidden(tokens_BT, targets_BT, tap=tap, **arguments), tap=tap)
+
+    def hidden_and_router(self, tokens_BT, targets_BT=None, **arguments) -> tuple[jax.Array, None]:
+        """`hidden`, and None: there are no experts."""
+        return self.hidden(tokens_BT, targets_BT, **arguments), None
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        targets_BT: jax.Array | None = None,
+        *,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        types_BT: None = None,
+        prefix_BT: None = None,
+        source_positions_BS: jax.Array | None = None,
+        source_segments_BS: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+        tap: Tap = no_tap,
+    ) -> jax.Array:
+        """What the head reads [B, T, D], in the compute dtype.
+
+        Args:
+          tokens_BT: token ids; the source's [B, S] for an encoder-decoder.
+          targets_BT: an encoder-decoder's inputs to the decoder.
+          positions_BT, source_positions_BS: not read.
+          segments_BT: which document each token is of, 0 for padding, which changes no state; each
+            document starts from a state of its own, and a target sees the source of its number.
+          types_BT, prefix_BT: not for recurrent models.
+          source_segments_BS: likewise of an encoder-decoder's source.
+          dropout_key: turns dropout on.
+          tap: see `lm.models.taps`.
+
+        Raises:
+          ConfigError: a prefix, which would have to be read before itself.
+        """
+        check(
+            types_BT is None and prefix_BT is None,
+            f"config.model.cell={self.config.cell!r} reads from left to right: objectives with a "
+            "prefix or token types need cell='attention'",
+        )
+        del positions_BT, source_positions_BS
+        if self.config.architecture == "decoder":
+            if targets_BT is not None:
+                raise TypeError("a model with architecture='decoder' reads one text")
+            starts = [zeros(self.config, tokens_BT.shape[0], self.config.width)]
+            starts *= self.config.num_layers
+            x_BTD, _ = self._decode(
+                tokens_BT, marks(segments_BT), starts, dropout_key=dropout_key, tap=tap
+            )
+            return x_BTD
+        if targets_BT is None:
+            raise TypeError("an encoder-decoder needs two arguments: source_BS and targets_BT")
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        memory_BSD, finals = self._encode(tokens_BT, source_segments_BS, keys[1], tap)
+        mask_BTS = None
+        if source_segments_BS is not None:
+            ones_BT = jnp.ones_like(targets_BT)
+            of_BT = ones_BT if segments_BT is None else segments_BT
+            mask_BTS = of_BT[:, :, None] == source_segments_BS[:, None, :]
+        starts, restarts = self._starts(finals), None
+        if mask_BTS is not None and segments_BT is not None:
+            restarts = self._starts(finals, mask_BTS)
+        x_BTD, _ = self._decode(
+            targets_BT,
+            marks(segments_BT),
+            starts,
+            restarts,
+            self._memory(memory_BSD, mask_BTS),
+            dropout_key=keys[0],
+            tap=tap,
+        )
+        return x_BTD
+
+    def encode(
+        self,
+        source_BS: jax.Array,
+        *,
+        positions_BS: jax.Array | None = None,
+        segments_BS: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+        tap: Tap = no_tap,
+    ) -> jax.Array:
+        """The encoder's output [B, S, D] of an encoder-decoder; arguments as of a call."""
+        del positions_BS
+        return self._encode(source_BS, segments_BS, dropout_key, tap)[0]
+
+    def new_cache(
+        self,
+        batch_size: int,
+        length: int,
+        source_BS: jax.Array | None = None,
+        source_segments_BS: jax.Array | None = None,
+    ) -> RecurrentCache:
+        """Where decoding starts, for `extend`; a state is as large for any `length`.
+
+        An encoder-decoder reads its source here; places of segment 0 are padding.
+        """
+        del length
+        config = self.config
+        if config.architecture == "decoder":
+            return RecurrentCache(zeros(config, config.num_layers, batch_size, config.width))
+        memory_BSD, finals = self._encode(source_BS, source_segments_BS, None, no_tap)
+        states_LBD = tuple(map(jnp.stack, zip(*self._starts(finals))))
+        if not config.cross_attention:
+            return RecurrentCache(states_LBD)
+        ones_BS = jnp.ones_like(source_BS)
+        mask_BS = (ones_BS if source_segments_BS is None else source_segments_BS) > 0
+        memory = self._memory(memory_BSD, None)
+        return RecurrentCache(states_LBD, memory.keys_BSD, memory.values_BSD, mask_BS)
+
+    def extend(
+        self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: RecurrentCache, tap=no_tap
+    ) -> tuple[jax.Array, RecurrentCache]:
+        """Prefill or decode: what the head reads of new tokens, from the cached state on.
+
+        Args:
+          tokens_BT: the new tokens of every row; padding may stand anywhere.
+          positions_BT: their positions, of which only -1, padding, matters.
+          cache: the state after the tokens before.
+          tap: see `lm.models.taps`.
+
+        Returns:
+          [B, T, D], and the cache after the new tokens.
+        """
+        starts = list(zip(*cache.states_LBD))
+        memory = None
+        if cache.keys_BSD is not None:
+            mask_BTS = jnp.repeat(cache.source_mask_BS[:, None], tokens_BT.shape[1], 1)
+            memory = self._memory(cache.values_BSD, mask_BTS, cache.keys_BSD)
+        live = Marks((positions_BT >= 0).T[..., None])
+        x_BTD, finals = self._decode(tokens_BT, live, starts, None, memory, tap=tap)
+        states_LBD = tuple(map(jnp.stack, zip(*finals)))
+        return x_BTD, dataclasses.replace(cache, states_LBD=states_LBD)
+
+    def readout(self, x_BTD: jax.Array) -> jax.Array:
+        """What the output head multiplies: `x_BTD`."""
+        return x_BTD
+
+    def output_weights(self) -> jax.Array:
+        """The output head [V, D]: the token embedding when tied."""
+        return self.embedding.tokens[...] if self.config.tie_embeddings else self.head[...]
+
+    def output_bias(self) -> jax.Array | None:
+        """The output head's bias [V], if it has one."""
+        return self.head_bias[...] if self.config.head_bias else None
+
+    def unembed(self, x_BTD: jax.Array, tap: Tap = no_tap) -> jax.Array:
+        """Logits [B, T, V], float32, of what `hidden` or `extend` returned."""
+        logits_BTV = contract("btd,vd->btv", x_BTD, self.output_weights(), jnp.float32)
+        if self.config.head_bias:
+            logits_BTV += self.head_bias[...]
+        return tap("logits", constrain(logits_BTV, "batch", "length", "vocab"))
+
+    def _embed(self, tokens_BT: jax.Array, tap: Tap) -> jax.Array:
+        """Embedded tokens [T, B, D]."""
+        config = self.config
+        x_TBD = jnp.take(self.embedding.tokens[...], tokens_BT.T, axis=0)
+        if config.embedding_scale != 1:
+            x_TBD *= config.embedding_scale or math.sqrt(config.width)
+        x_TBD = x_TBD.astype(compute_dtype(config.compute_dtype))
+        return tapped(tap, "embedding", constrain(x_TBD, None, "batch", "embed"))
+
+    def _encode(self, source_BS, segments_BS, dropout_key, tap: Tap):
+        """The encoder's output [B, S, D], and the states of each layer's backward cells."""
+        tap = within(tap, "encoder")
+        x_SBD, finals = self.encoder.run(self._embed(source_BS, tap), segments_BS, dropout_key, tap)
+        return x_SBD.swapaxes(0, 1), finals
+
+    def _starts(self, finals: list[State], mask_BTS: jax.Array | None = None) -> list[State]:
+        """The states that each layer of the decoder starts from.
+
+        Args:
+          finals: from `_encode`. Read backwards, a source's last state is at its first token.
+          mask_BTS: which source each target token belongs to; None where a row has one source.
+
+        Returns:
+          For each layer [B, D], or with a mask [T, B, D].
+        """
+        config = self.config
+
+        def final(states_SBH):
+            if mask_BTS is None:
+                return states_SBH[0]
+            first_BT1 = jnp.argmax(mask_BTS, -1)[..., None]
+            taken_BTH = jnp.take_along_axis(states_SBH.swapaxes(0, 1), first_BT1, 1)
+            return jnp.where(mask_BTS.any(-1)[..., None], taken_BTH, 0).swapaxes(0, 1)
+
+        if not config.cross_attention:
+            return [tuple(map(final, states)) for states in finals]
+        top = final(finals[-1][0]).astype(compute_dtype(config.compute_dtype))
+        rows = top.reshape(-1, top.shape[-1])
+        blocks = unstack(self.blocks, config.num_layers)
+        made = [block.first_state(rows) for block in blocks]
+        return jax.tree.map(lambda x: x.reshape(*top.shape[:-1], -1), made)
+
+    def _memory(self, values_BSD, mask_BTS, keys_BSD=None) -> Memory | None:
+        """What attention reads."""
+        if not self.config.cross_attention:
+            return None
+        weights = self.attention
+        if keys_BSD is None:
+            keys_BSD = contract("bsd,de->bse", values_BSD, weights.key[...])
+        mask_TBS = None if mask_BTS is None else mask_BTS.swapaxes(0, 1)
+        return Memory(
+            constrain(weights.query[...], None, None),
+            constrain(weights.score[...], None),
+            constrain(keys_BSD, "batch", None, None),
+            constrain(values_BSD, "batch", None, None),
+            mask_TBS,
+        )
+
+    def _decode(
+        self, tokens_BT, marks: Marks, starts, restarts=None, memory=None, *,
+        dropout_key=None, tap: Tap = no_tap,
+    ) -> tuple[jax.Array, list[State]]:  # fmt: skip
+        """What the head reads [B, T, D], and each layer's last state."""
+        config, context_TBD, finals = self.config, None, []
+        x_TBD = self._embed(tokens_BT, tap)
+        for index, layer in enumerate(unstack(self.blocks, config.num_layers)):
+            passed = layer(
+                drop_between(x_TBD, config, dropout_key, index),
+                starts[index],
+                marks,
+                restarts[index] if restarts else None,
+                memory if index == 0 else None,
+                context_TBD=context_TBD,
+                tap=within(tap, f"blocks.{index}"),
+            )
+            if index == 0:
+                context_TBD = passed.context
+            finals.append(tuple(states[-1] for states in passed.states))
+            x_TBD = passed.states[0].astype(x_TBD.dtype)
+        x_TBD = drop_between(x_TBD, config, dropout_key, config.num_layers)
+        if memory is not None:
+            x_TBD = self.output(x_TBD, context_TBD)
+        return constrain(x_TBD.swapaxes(0, 1), "batch", "length", "embed"), finals
+
+
+def _check(config: ModelConfig) -> None:
+    for name, plain in _REFUSED.items():
+        value = getattr(config, name)
+        check(
+            value == plain,
+            f"config.model.{name}={value!r} is for a Transformer: with cell={config.cell!r} it "
+            f"must be {plain!r}",
+        )
+    if config.architecture == "encoder_decoder":
+        check(
+            not config.cross_attention or config.width % 2 == 0,
+            f"config.model.width={config.width} must be even: half of the encoder reads backwards",
+        )
+        check(
+            config.cross_attention or config.encoder_layers == config.num_layers,
+            f"config.model.num_encoder_layers={config.num_encoder_layers} must be num_layers="
+            f"{config.num_layers}, or None, without cross_attention: each layer starts the one "
+            "across",
+        )

@@ -1,0 +1,370 @@
+"""The block, and a stack of them: scanned, so that compile time does not grow with depth."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from lm.models import layers
+from lm.models.attention import Attention, Pair
+from lm.models.build import declare, stack
+from lm.models.cache import Cache
+from lm.models.config import ModelConfig
+from lm.models.experts import Experts, RouterStats
+from lm.models.numerics import compute_dtype
+from lm.models.positions import alibi_bias, relative_bias, rotary_angles
+from lm.models.taps import Tap, no_tap, within
+from lm.parallel.sharding import constrain
+
+# On the CPU up to this many layers are unrolled: a loop copies what each layer saves and reads,
+# which costs GPT-2 124M a fifth of its step there, and compiling that many takes seconds.
+UNROLLED_LAYERS = 12
+
+
+class Context(NamedTuple):
+    """What every layer of one call shares."""
+
+    mask_BTS: jax.Array
+    rotary: tuple[jax.Array, ...] | None = None
+    bias_BHTS: jax.Array | None = None  # added to attention scores
+    slot: jax.Array | int = 0  # where in the cache this call's keys go
+    local: tuple | None = None  # the mask and rotary angles of local layers
+    memory_BSD: jax.Array | None = None  # the encoder's output, unless the cache has its keys
+    memory_mask_BTS: jax.Array | None = None  # what of it each token may see
+    valid_BT: jax.Array | None = None  # which tokens are not padding
+
+    def of_layer(self, is_local: bool | jax.Array) -> Context:
+        """With the mask and the angles of a local layer, or of a global one."""
+        if self.local is None or is_local is False:
+            return self
+        if is_local is True:
+            mask_BTS, rotary = self.local
+        else:
+            mask_BTS, rotary = jax.tree.map(
+                lambda local, other: jnp.where(is_local, local, other),
+                self.local,
+                (self.mask_BTS, self.rotary),
+            )
+        return self._replace(mask_BTS=mask_BTS, rotary=rotary)
+
+
+class Block(nnx.Module):
+    """Attention, attention across to the encoder where there is one, then an MLP or experts.
+
+    Each is added to the residual stream. Pre-norm normalises what a sublayer reads (Radford et al.
+    2019), post-norm the stream it leaves behind (Vaswani et al. 2017), sandwich what it reads and
+    what it writes (Gemma 2 report, §2). In a parallel block attention and MLP read the same stream
+    (Chowdhery et al. 2022, §2).
+
+    Args:
+      config: the model's.
+      crosses: whether it attends to an encoder.
+      mixture: whether experts take the MLP's place.
+    """
+
+    def __init__(self, config: ModelConfig, crosses: bool = False, mixture: bool = False):
+        self.config = config
+        sandwich = config.norm_position == "sandwich"
+        self.attention_norm = layers.Norm(config)
+        self.attention = Attention(config)
+        if sandwich:
+            self.attention_post_norm = layers.Norm(config)
+        if crosses:
+            self.cross_norm = layers.Norm(config)
+            self.cross_attention = Attention(config)
+            if sandwich:
+                self.cross_post_norm = layers.Norm(config)
+        if not config.shared_norm:
+            self.mlp_norm = layers.Norm(config)
+        self.mlp = Experts(config) if mixture else layers.MLP(config)
+        if sandwich:
+            self.mlp_post_norm = layers.Norm(config)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        context: Context,
+        cache: Pair | None = None,
+        source: Pair | None = None,
+        *,
+        key: jax.Array | None = None,
+        tap: Tap = no_tap,
+    ) -> tuple[jax.Array, Pair | None, RouterStats | None]:
+        """The residual stream after this block, the layer's cache, and what its router did.
+
+        Args:
+          x_BTD: the residual stream.
+          context: of this layer.
+          cache: this layer's keys and values.
+          source: keys and values of the encoder's output; made of `context.memory_BSD` if None.
+          key: turns dropout on.
+          tap: see `lm.models.taps`.
+        """
+        config = self.config
+        keys = (None,) * 5 if key is None else jax.random.split(key, 5)
+        x_BTD = tap("residual_before", x_BTD)
+
+        read = self._read("attention", x_BTD, tap)
+        attended, cache = self.attention(
+            read, context, cache, dropout_key=keys[0], tap=within(tap, "attention")
+        )
+        attended = checkpoint_name(attended, "attention_output")
+        if config.parallel:
+            read = read if config.shared_norm else self._read("mlp", x_BTD, tap)
+            written, router = self._feed_forward(read, context, tap)
+            x_BTD += layers.dropout(attended, config.dropout, keys[1])
+            x_BTD += layers.dropout(written, config.dropout, keys[2])
+            return self._finished(x_BTD, tap), cache, router
+        x_BTD = self._add("attention", x_BTD, attended, keys[1], tap)
+        x_BTD = tap("residual_middle", constrain(x_BTD, "batch", "length", "embed"))
+
+        if hasattr(self, "cross_attention"):
+            across = within(tap, "cross_attention")
+            read = self._read("cross", x_BTD, tap)
+            source = source or self.cross_attention.remember(context.memory_BSD, across)
+            written = self.cross_attention.recall(
+                read, source, context.memory_mask_BTS, dropout_key=keys[3], tap=across
+            )
+            x_BTD = self._add("cross", x_BTD, written, keys[4], tap)
+            x_BTD = tap("residual_crossed", constrain(x_BTD, "batch", "length", "embed"))
+
+        read = self._read("mlp", x_BTD, tap)
+        written, router = self._feed_forward(read, context, tap)
+        x_BTD = self._add("mlp", x_BTD, written, keys[2], tap)
+        return self._finished(x_BTD, tap), cache, router
+
+    def _read(self, sublayer: str, x_BTD: jax.Array, tap: Tap) -> jax.Array:
+        """What a sublayer reads of the residual stream."""
+        if self.config.norm_position == "post":
+            return x_BTD
+        return self._normed(f"{sublayer}_norm", x_BTD, tap)
+
+    def _add(self, sublayer: str, x_BTD, written_BTD, key, tap: Tap) -> jax.Array:
+        """The residual stream after a sublayer has written to it."""
+        config = self.config
+        if config.norm_position == "sandwich":
+            written_BTD = self._normed(f"{sublayer}_post_norm", written_BTD, tap)
+        x_BTD += layers.dropout(written_BTD, config.dropout, key)
+        if config.norm_position == "post":
+            x_BTD = self._normed(f"{sublayer}_norm", x_BTD, tap)
+        return x_BTD
+
+    def _normed(self, name: str, x_BTD: jax.Array, tap: Tap) -> jax.Array:
+        normed = getattr(self, name)(x_BTD, within(tap, name))
+        return normed.astype(compute_dtype(self.config.compute_dtype))
+
+    def _feed_forward(self, read_BTD, context: Context, tap: Tap):
+        if isinstance(self.mlp, Experts):
+            return self.mlp(read_BTD, within(tap, "mlp"), context.valid_BT)
+        return self.mlp(read_BTD, within(tap, "mlp")), None
+
+    def _finished(self, x_BTD: jax.Array, tap: Tap) -> jax.Array:
+        return tap("residual_after", constrain(x_BTD, "batch", "length", "embed"))
+
+
+class Stack(nnx.Module):
+    """Blocks one after the other, what their attention shares, and the norm after the last.
+
+    Args:
+      config: the model's.
+      num_layers: how many blocks.
+      encodes: whether each token sees those after it too.
+      crosses: whether blocks attend to an encoder.
+    """
+
+    def __init__(
+        self, config: ModelConfig, num_layers: int, encodes: bool = False, crosses: bool = False
+    ):
+        self.config, self.num_layers, self.encodes = config, num_layers, encodes
+        mixture = config.num_experts > 0
+        if config.dense_layers:
+            self.dense_blocks = stack(Block(config, crosses), config.dense_layers)
+        self.blocks = stack(Block(config, crosses, mixture), num_layers - config.dense_layers)
+        if config.positions == "relative":
+            shape = (config.relative_buckets, config.num_heads)
+            std = config.width**-0.5 if config.initializer == "t5" else config.initializer_std
+            initializer = jax.nn.initializers.normal(std)
+            self.relative_bias = declare(shape, ("distance", "heads"), initializer)
+        if config.has_final_norm:
+            self.final_norm = layers.Norm(config)
+
+    def place(self, positions_BT: jax.Array, distance_BTS: jax.Array) -> dict:
+        """What a `Context` says of positions.
+
+        Args:
+          positions_BT: where each token stands in its document.
+          distance_BTS: position of key s less position of query t, right where t may see s; its
+            batch axis may be 1.
+        """
+        config = self.config
+        if config.positions == "rotary":
+            return {"rotary": rotary_angles(positions_BT, config)}
+        if config.positions == "relative":
+            table = self.relative_bias[...]
+            return {"bias_BHTS": relative_bias(table, distance_BTS, config, self.encodes)}
+        if config.positions == "alibi":
+            return {"bias_BHTS": alibi_bias(distance_BTS, config.num_heads)}
+        return {}
+
+    def run(
+        self,
+        x_BTD: jax.Array,
+        context: Context,
+        cache: Cache | None = None,
+        *,
+        dropout_key: jax.Array | None = None,
+        tap: Tap = no_tap,
+    ) -> tuple[jax.Array, tuple | None, RouterStats | None]:
+        """The residual stream after all blocks and the final norm.
+
+        Returns:
+          That, the cache's keys and values updated (or None), and the routers' statistics summed.
+        """
+        keys = None
+        if dropout_key is not None and self.config.dropout:
+            keys = jax.random.split(dropout_key, self.num_layers)
+        if tap is not no_tap or not self.scanned:
+            x_BTD, caches, router = self._unroll(x_BTD, context, cache, keys, tap)
+        elif cache is None:
+            x_BTD, router = self._scan(x_BTD, context, keys)
+            caches = None
+        else:
+            x_BTD, caches, router = self._scan_cached(x_BTD, context, cache)
+        if hasattr(self, "final_norm"):
+            dtype = compute_dtype(self.config.compute_dtype)
+            x_BTD = self.final_norm(x_BTD, within(tap, "final_norm")).astype(dtype)
+        return x_BTD, caches, router
+
+    @property
+    def scanned(self) -> bool:
+        """Whether the layers run under a loop."""
+        if self.config.scan_layers is None:
+            # Unrolled on the CPU, XLA merges the recomputation with what it was to replace.
+            unrolled = jax.default_backend() == "cpu" and self.config.remat == "none"
+            return not unrolled or self.num_layers > UNROLLED_LAYERS
+        return self.config.scan_layers
+
+    def _groups(self):
+        """(stacked blocks, the first one's layer, how many) of blocks that are alike."""
+        dense = self.config.dense_layers
+        if dense:
+            yield self.dense_blocks, 0, dense
+        yield self.blocks, dense, self.num_layers - dense
+
+    def _reach(self, first: int, count: int) -> bool | jax.Array:
+        """Whether each of these layers is local: one answer where it is the same for all."""
+        local = [self.config.is_local(layer) for layer in range(first, first + count)]
+        return local[0] if len(set(local)) == 1 else jnp.array(local)
+
+    def _scan(self, x_BTD, context, keys):
+        def body(x, layer, fixed):
+            block, key, is_local = layer
+            is_local = fixed if is_local is None else is_local
+            x, _, router = block(x, context.of_layer(is_local), key=key)
+            return x, router
+
+        total = None
+        for blocks, first, count in self._groups():
+            reach = self._reach(first, count)
+            fixed, varying = (reach, None) if isinstance(reach, bool) else (None, reach)
+            part = None if keys is None else keys[first : first + count]
+            step = rematerialized(lambda x, layer: body(x, layer, fixed), self.config)  # noqa: B023
+            x_BTD, router = jax.lax.scan(step, x_BTD, (blocks, part, varying))
+            total = _added(total, jax.tree.map(lambda s: s.sum(0), router))
+        return x_BTD, total
+
+    def _scan_cached(self, x_BTD, context, cache):
+        # The whole cache is carried and written in place; scanning over it would copy it.
+        def step(carry, layer, fixed):
+            x, caches_LBSKC = carry
+            block, index, is_local = layer
+            is_local = fixed if is_local is None else is_local
+            own = tuple(cache[index] for cache in caches_LBSKC)
+            x, updated_BSKC, router = block(
+                x, context.of_layer(is_local), own, cache.layer(index)[1]
+            )
+            new_BTKC = (
+                jax.lax.dynamic_slice_in_dim(u, context.slot, x.shape[1], 1) for u in updated_BSKC
+            )
+            start = (index, 0, context.slot, 0, 0)
+            caches_LBSKC = tuple(
+                jax.lax.dynamic_update_slice(cache, new[None], start)
+                for cache, new in zip(caches_LBSKC, new_BTKC)
+            )
+            return (x, caches_LBSKC), router
+
+        carry, total = (x_BTD, (cache.keys_LBSKC, cache.values_LBSKC)), None
+        for blocks, first, count in self._groups():
+            reach = self._reach(first, count)
+            fixed, varying = (reach, None) if isinstance(reach, bool) else (None, reach)
+            layer = (blocks, jnp.arange(first, first + count), varying)
+            carry, router = jax.lax.scan(lambda c, x: step(c, x, fixed), carry, layer)  # noqa: B023
+            total = _added(total, jax.tree.map(lambda s: s.sum(0), router))
+        return *carry, total
+
+    def _unroll(self, x_BTD, context, cache, keys, tap):
+        """The same blocks one by one: for taps, and for a few layers without the loop's copies."""
+        caches, total = [], None
+        blocks = [b for group, _, count in self._groups() for b in unstack(group, count)]
+        for index, block in enumerate(blocks):
+            key = None if keys is None else keys[index]
+            here = context.of_layer(self.config.is_local(index))
+            scope = within(tap, f"blocks.{index}")
+            if cache is None:
+                # A value read inside `jax.checkpoint` could not leave it.
+                def body(block, x, key, here=here, scope=scope):
+                    x, _, router = block(x, here, key=key, tap=scope)
+                    return x, router
+
+                body = rematerialized(body, self.config) if tap is no_tap else body
+                x_BTD, router = body(block, x_BTD, key)
+            else:
+                x_BTD, layer, router = block(x_BTD, here, *cache.layer(index), tap=scope)
+                caches.append(layer)
+            total = _added(total, router)
+        if cache is None:
+            return x_BTD, None, total
+        join = tuple if isinstance(cache.keys_LBSKC, tuple) else jnp.stack
+        return x_BTD, tuple(map(join, zip(*caches))), total
+
+
+def _added(total: RouterStats | None, more: RouterStats | None) -> RouterStats | None:
+    if total is None or more is None:
+        return more if total is None else total
+    return jax.tree.map(jnp.add, total, more)
+
+
+class Layers:
+    """A stacked parameter, kept as one array a layer: a single leaf, which `unstack` opens."""
+
+    def __init__(self, arrays: tuple[jax.Array, ...]):
+        self.arrays = arrays
+
+
+def unstack(blocks: Block, num_layers: int) -> list[Block]:
+    """The blocks one by one. Their gradients are joined by one concatenation, not summed."""
+    leaves, treedef = jax.tree.flatten(blocks)
+    parts = [
+        leaf.arrays
+        if isinstance(leaf, Layers)
+        else [part[0] for part in jax.lax.split(leaf, (1,) * num_layers)]
+        for leaf in leaves
+    ]
+    return [jax.tree.unflatten(treedef, layer) for layer in zip(*parts)]
+
+
+def rematerialized(body, config: ModelConfig):
+    """`body`, recomputing in the backward pass what `config.remat` does not keep."""
+    if config.remat == "none":
+        return body
+    policies = jax.checkpoint_policies
+    policy = {
+        "full": policies.nothing_saveable,
+        "dots": policies.save_only_these_names("product"),
+        "projections": policies.save_only_these_names("query", "key", "value", "attention_output"),
+    }[config.remat]
+    return jax.checkpoint(body, policy=policy)

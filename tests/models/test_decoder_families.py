@@ -1,0 +1,278 @@
+"""Decoders from Hugging Face: what they compute (golden files), and what their configs mean."""
+
+import json
+import pathlib
+
+import decoder_checks
+import encoder_checks
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lm.config import ConfigError
+from lm.models.config import ModelConfig
+from lm.models.huggingface import from_tensors, to_tensors
+from lm.models.huggingface.exact import essence
+from lm.models.huggingface.families import FAMILIES, family_of
+from lm.models.huggingface.layout import layout
+from lm.models.positions import rotary_frequencies
+from lm.models.presets import PRESETS, preset
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+DECODERS = (
+    "gpt2", "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_neox", "opt",
+    "bloom",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_family_computes_what_transformers_does(name):
+    batch = decoder_checks.random_batch(**decoder_checks.GOLDEN)
+    family, config, params = encoder_checks.load(GOLDEN / name)
+    with np.load(GOLDEN / name / "computed.npz") as expected:
+        outputs, gradient = decoder_checks.computed(family, config, params, batch)
+        for output in ("logits", "hidden"):
+            error = decoder_checks.worst(outputs[output], expected[output], batch.mask)
+            assert error < decoder_checks.OUTPUTS, output
+        norms = [np.linalg.norm(gradient[tensor]) for tensor in sorted(gradient)]
+        expected_norms = expected["gradient_norms"]
+    # Of some biases the gradient is zero but for rounding.
+    tolerance = decoder_checks.GRADIENTS * expected_norms + 1e-6 * expected_norms.max()
+    assert (np.abs(norms - expected_norms) < tolerance).all()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_tensors_come_back_bit_for_bit(name):
+    family, config, params = encoder_checks.load(GOLDEN / name)
+    tensors = safetensors.numpy.load_file(GOLDEN / name / "model.safetensors")
+    back = to_tensors(family, config, params)
+    assert set(back) == set(tensors)
+    assert all(np.array_equal(back[n], tensors[n].astype(np.float32)) for n in tensors)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_config_written_reads_as_the_same_model(name):
+    hf = json.loads((GOLDEN / name / "config.json").read_text())
+    family = family_of(hf)
+    config = family.read_config(hf)
+    again = family.read_config(family.write_config(config))
+    assert essence(again) == essence(config)
+
+
+@pytest.mark.parametrize(
+    "model_type, fields",
+    [
+        ("llama", {"bias": True, "qkv_bias": True, "attention_bias": True}),
+        ("qwen2", {"qkv_bias": True, "attention_pattern": ("global", "local"), "window": 3}),
+        ("qwen3", {"qk_norm": True, "qkv_bias": True, "attention_bias": True}),
+        ("mixtral", {"num_experts": 3, "expert_width": 5}),
+    ],
+)
+def test_parameters_come_back_from_tensors(model_type, fields):
+    sizes = {"num_layers": 3, "width": 16, "num_kv_heads": 2, "vocab_size": 7, "max_length": 8}
+    config = ModelConfig(**sizes, **fields, activation="swiglu", tie_embeddings=False)
+    family = FAMILIES[model_type]
+    random = np.random.default_rng(0)
+    specs = layout(family, config).specs
+    params = {n: random.normal(size=s.shape).astype(np.float32) for n, s in specs.items()}
+    back = from_tensors(family, config, to_tensors(family, config, params))
+    assert all(np.array_equal(back[name], params[name]) for name in params)
+    assert essence(family.read_config(family.write_config(config))) == essence(config)
+
+
+# config.json as it stands beside the published weights, most of it older than version 5.
+_LLAMA = {"hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-5}
+PUBLISHED = {
+    "llama3_2_1b": {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], **_LLAMA,
+        "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128_000,
+        "eos_token_id": 128_001, "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192,
+        "max_position_embeddings": 131_072, "mlp_bias": False, "num_attention_heads": 32,
+        "num_hidden_layers": 16, "num_key_value_heads": 8, "pretraining_tp": 1,
+        "rope_scaling": {
+            "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192, "rope_type": "llama3",
+        },
+        "rope_theta": 500_000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128_256,
+    },
+    "mistral_7b": {
+        "model_type": "mistral", **_LLAMA, "hidden_size": 4096, "intermediate_size": 14_336,
+        "max_position_embeddings": 32_768, "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "rope_theta": 10_000.0, "sliding_window": 4096,
+        "tie_word_embeddings": False, "vocab_size": 32_000,
+    },
+    "mixtral_8x7b": {
+        "model_type": "mixtral", **_LLAMA, "attention_dropout": 0.0, "hidden_size": 4096,
+        "intermediate_size": 14_336, "max_position_embeddings": 32_768, "num_attention_heads": 32,
+        "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "num_local_experts": 8, "output_router_logits": False, "rope_theta": 1_000_000.0,
+        "router_aux_loss_coef": 0.02, "sliding_window": None, "tie_word_embeddings": False,
+        "vocab_size": 32_000,
+    },
+    "qwen2_5_0_5b": {
+        "model_type": "qwen2", **_LLAMA, "hidden_size": 896, "intermediate_size": 4864,
+        "max_position_embeddings": 32_768, "max_window_layers": 24, "num_attention_heads": 14,
+        "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0, "sliding_window": 32_768, "tie_word_embeddings": True,
+        "use_mrope": False, "use_sliding_window": False, "vocab_size": 151_936,
+    },
+    "qwen3_0_6b": {
+        "model_type": "qwen3", **_LLAMA, "attention_bias": False, "head_dim": 128,
+        "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40_960,
+        "max_window_layers": 28, "num_attention_heads": 16, "num_hidden_layers": 28,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_scaling": None,
+        "rope_theta": 1_000_000, "sliding_window": None, "tie_word_embeddings": True,
+        "use_sliding_window": False, "vocab_size": 151_936,
+    },
+    "gemma2_2b": {
+        "model_type": "gemma2", "attention_bias": False, "attn_logit_softcapping": 50.0,
+        "cache_implementation": "hybrid", "final_logit_softcapping": 30.0, "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 2304, "intermediate_size": 9216, "max_position_embeddings": 8192,
+        "num_attention_heads": 8, "num_hidden_layers": 26, "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0,
+        "sliding_window": 4096, "vocab_size": 256_000,
+    },
+    "gemma3_1b": {
+        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"],
+        "attention_bias": False, "attn_logit_softcapping": None, "cache_implementation": "hybrid",
+        "final_logit_softcapping": None, "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152, "intermediate_size": 6912,
+        "max_position_embeddings": 32_768, "num_attention_heads": 4, "num_hidden_layers": 26,
+        "num_key_value_heads": 1, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6,
+        "rope_local_base_freq": 10_000, "rope_scaling": None, "rope_theta": 1_000_000,
+        "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262_144,
+    },
+    "pythia_160m": {
+        "model_type": "gpt_neox", "hidden_act": "gelu", "hidden_size": 768,
+        "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-5,
+        "max_position_embeddings": 2048, "num_attention_heads": 12, "num_hidden_layers": 12,
+        "rotary_emb_base": 10_000, "rotary_pct": 0.25, "tie_word_embeddings": False,
+        "use_parallel_residual": True, "vocab_size": 50_304,
+    },
+    "opt_125m": {
+        "model_type": "opt", "_remove_final_layer_norm": False, "activation_dropout": 0.0,
+        "activation_function": "relu", "attention_dropout": 0.0, "do_layer_norm_before": True,
+        "dropout": 0.1, "ffn_dim": 3072, "hidden_size": 768, "init_std": 0.02, "layerdrop": 0.0,
+        "max_position_embeddings": 2048, "num_attention_heads": 12, "num_hidden_layers": 12,
+        "pad_token_id": 1, "prefix": "</s>", "vocab_size": 50_272, "word_embed_proj_dim": 768,
+    },
+    "bloom_560m": {
+        "model_type": "bloom", "apply_residual_connection_post_layernorm": False,
+        "attention_dropout": 0.0, "attention_softmax_in_fp32": True, "bias_dropout_fusion": True,
+        "hidden_dropout": 0.0, "initializer_range": 0.02, "layer_norm_epsilon": 1e-5,
+        "masked_softmax_fusion": True, "n_embed": 1024, "n_inner": None, "n_layer": 24,
+        "num_attention_heads": 16, "offset_alibi": 100, "pretraining_tp": 1, "seq_length": 2048,
+        "skip_bias_add": True, "skip_bias_add_qkv": False, "unk_token_id": 0,
+        "vocab_size": 250_880,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_is_the_preset(name):
+    hf = PUBLISHED[name]
+    assert essence(family_of(hf).read_config(hf)) == essence(preset(name))
+
+
+HOMES = {
+    "gpt2": "gpt2", "gpt3": "gpt2", "llama": "llama", "llama2": "llama", "llama3": "llama",
+    "mistral": "mistral", "mixtral": "mixtral", "qwen2": "qwen2", "qwen3": "qwen3",
+    "gemma2": "gemma2", "gemma3": "gemma3_text", "pythia": "gpt_neox", "gpt": "gpt_neox",
+    "opt": "opt", "bloom": "bloom",
+}  # fmt: skip
+
+
+def test_every_preset_of_a_family_can_be_written_as_that_family():
+    written = []
+    for name in PRESETS:
+        family = FAMILIES.get(HOMES.get(name.split("_")[0]))
+        if family:
+            family.write_config(preset(name))  # raises if anything would be lost
+            written.append(family.model_type)
+    assert set(written) == set(HOMES.values())
+
+
+@pytest.mark.parametrize(
+    "name, changes, named",
+    [
+        ("llama3_2_1b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ("llama3_2_1b", {"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ("llama3_2_1b", {"rope_scaling": {"type": "yarn", "factor": 2.0, "mrope": 1}}, "mrope"),
+        (
+            "llama3_2_1b",
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}},
+            "trunc",
+        ),
+        ("llama3_2_1b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("llama3_2_1b", {"hidden_act": "relu"}, "hidden_act"),
+        ("llama3_2_1b", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama3_2_1b", {"hidden_size": "2048"}, "hidden_size"),
+        ("llama3_2_1b", {"attention_sinks": 4}, "attention_sinks"),
+        ("mistral_7b", {"layer_types": ["full_attention"] * 32}, "layer_types"),
+        ("qwen2_5_0_5b", {"layer_types": ["full_attention"] * 3}, "layer_types"),
+        ("qwen2_5_0_5b", {"layer_types": ["chunked_attention"] * 24}, "layer_types"),
+        ("qwen2_5_0_5b", {"layer_types": ["sliding_attention"] * 24}, "sliding_window"),
+        ("qwen2_5_0_5b", {"use_mrope": True}, "use_mrope"),
+        ("gemma2_2b", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_1b", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("gemma3_1b", {"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters"),
+        ("pythia_160m", {"rotary_pct": 0.02}, "rotary_fraction"),
+        ("pythia_160m", {"hidden_act": "quick_gelu"}, "hidden_act"),
+        ("opt_125m", {"word_embed_proj_dim": 512}, "word_embed_proj_dim"),
+        ("opt_125m", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
+        ("opt_125m", {"num_attention_heads": 5}, "num_attention_heads"),
+        ("bloom_560m", {"apply_residual_connection_post_layernorm": True}, "apply_residual"),
+        ("bloom_560m", {"n_inner": 1024}, "n_inner"),
+    ],
+)
+def test_what_cannot_be_honoured_is_named(name, changes, named):
+    hf = {**PUBLISHED[name], **changes}
+    with pytest.raises(ConfigError, match=named):
+        family_of(hf).read_config(hf)
+
+
+@pytest.mark.parametrize(
+    "model_type, name, fields, named",
+    [
+        ("llama", "llama_7b", {"attention_pattern": ("local",), "window": 8}, "attention_pattern"),
+        ("llama", "llama_7b", {"qk_norm": True}, "qk_norm"),
+        ("llama", "llama_7b", {"attention_softcap": 5.0}, "attention_softcap"),
+        ("llama", "llama_7b", {"activation": "relu"}, "hidden_act"),
+        ("mistral", "llama_7b", {"num_experts": 4}, "num_experts"),
+        ("gemma2", "gemma2_2b", {"attention_scale": 0.1234}, "attention_scale"),
+        ("gpt_neox", "pythia_160m", {"shared_norm": True}, "shared_norm"),
+        ("opt", "opt_125m", {"norm_epsilon": 1e-6}, "norm_epsilon"),
+        ("bloom", "bloom_560m", {"mlp_width": 100}, "mlp_width"),
+    ],
+)
+def test_what_a_family_cannot_say_is_named_and_not_dropped(model_type, name, fields, named):
+    with pytest.raises(ConfigError, match=named):
+        FAMILIES[model_type].write_config(preset(name, **fields))
+
+
+def test_versions_4_and_5_say_the_same_rotations():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+    hf = PUBLISHED["qwen3_0_6b"]
+    old = {**hf, "rope_scaling": scaling}
+    new = {**hf, "rope_theta": None, "rope_parameters": {**scaling, "rope_theta": 1_000_000}}
+    family = FAMILIES["qwen3"]
+    config = family.read_config(old)
+    assert config == family.read_config(new)
+    written = family.write_config(config)
+    for keys in (("rope_scaling", "rope_theta"), ("rope_parameters",)):
+        said = {**hf, "rope_theta": None, **{key: written[key] for key in keys}}
+        assert family.read_config(said) == config
+
+
+def test_local_layers_are_slowed_unless_they_have_a_base_of_their_own():
+    fields = {"rotary_scaling": "linear", "rotary_factor": 4.0, "rotary_base": 100.0}
+    shared = ModelConfig(**fields)
+    np.testing.assert_array_equal(
+        rotary_frequencies(shared, local=True)[0], rotary_frequencies(shared)[0]
+    )
+    own = ModelConfig(**fields, rotary_local_base=100.0)
+    np.testing.assert_allclose(
+        rotary_frequencies(own, local=True)[0], 4 * rotary_frequencies(own)[0]
+    )

@@ -1,0 +1,330 @@
+"""BERT, RoBERTa, T5 and BART from Hugging Face directories: golden files, names, refusals.
+
+The golden files are what transformers saved and computed: `tests/golden/make_encoders.py`.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+
+import encoder_checks
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from lm.config import ConfigError
+from lm.models import bind, skeleton
+from lm.models.huggingface.exact import essence
+from lm.models.huggingface.families import FAMILIES, family_for
+from lm.models.huggingface.read import open_checkpoint
+from lm.models.huggingface.write import save_pretrained
+from lm.models.presets import preset
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+NAMES = ("bert", "roberta", "t5", "t5_v1_1", "bart")
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# Encoder-decoders, and whether their layers are scanned: half of it with the quick tests.
+BOTH = [("t5", True), ("bart", False), slow("t5", False), slow("bart", True)]
+
+
+@functools.cache
+def golden(name):
+    """(family, config, params) of a golden model, and what is expected: batch, output, gradient."""
+    with np.load(GOLDEN / name / "expected.npz") as file:
+        found = {key: file[key] for key in file.files}
+    parts = {name: found.pop(name, None) for name in ("greedy", "stop")}
+    parts |= {"batch": {}, "output": {}, "gradient": {}}
+    for key, value in found.items():
+        part, tensor = key.split("/")
+        parts[part][tensor] = value
+    return encoder_checks.load(GOLDEN / name), parts
+
+
+def model_of(name, **changes):
+    (_, config, params), expected = golden(name)
+    config = dataclasses.replace(config, **changes)
+    return bind(skeleton(config), params), expected["batch"]
+
+
+def copied(name, directory, **fields):
+    """A copy of a golden model's directory with these fields in its config.json."""
+    shutil.copytree(GOLDEN / name, directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return directory
+
+
+def retensored(directory, change):
+    """`directory`, its tensors passed through `change`: dict → dict."""
+    path = directory / "model.safetensors"
+    safetensors.numpy.save_file(change(safetensors.numpy.load_file(path)), path)
+    return directory
+
+
+# ---- What transformers computes --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_and_hidden_states_are_the_golden_ones(name):
+    (_, config, params), expected = golden(name)
+    batch = expected["batch"]
+    outputs = encoder_checks.computed(config, params, batch)
+    errors = encoder_checks.worst(outputs, expected["output"], batch)
+    assert max(errors.values()) < 2e-5, errors
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", slow("roberta"), slow("t5_v1_1"), slow("bart")])
+def test_the_gradient_of_every_tensor_is_the_golden_one(name):
+    (family, config, params), expected = golden(name)
+    gradients = encoder_checks.gradients(family, config, params, expected["batch"])
+    relative = encoder_checks.worst_gradients(gradients, expected["gradient"])
+    assert max(relative.values()) < 1e-4, relative
+
+
+@pytest.mark.parametrize("name", ["t5_v1_1", "bart", slow("t5")])
+def test_greedy_search_gives_the_golden_tokens(name):
+    (_, config, params), expected = golden(name)
+    batch, tokens = expected["batch"], expected["greedy"]
+    start, pad = (2, 1) if name == "bart" else (0, 0)
+    ends = {"start": start, "stop": int(expected["stop"]), "pad": pad}
+    source = (batch["source"], batch["source_mask"])
+    found = encoder_checks.greedy(config, params, *source, **ends, steps=tokens.shape[1] - 1)
+    np.testing.assert_array_equal(found, tokens)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_goes_back_to_the_tensors_it_came_from(name, tmp_path):
+    (family, config, params), _ = golden(name)
+    save_pretrained(tmp_path / "out", family, config, params)
+    ours = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    theirs = safetensors.numpy.load_file(GOLDEN / name / "model.safetensors")
+    theirs.pop("final_logits_bias", None)  # zeros, which transformers makes itself
+    assert set(ours) == set(theirs)
+    assert all(np.array_equal(ours[tensor], theirs[tensor]) for tensor in theirs)
+    again = open_checkpoint(tmp_path / "out")
+    assert essence(again.config) == essence(config)
+
+
+# ---- Packing and the cache -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, scan_layers", BOTH)
+def test_packed_pairs_are_computed_as_if_alone(name, scan_layers):
+    model, batch = model_of(name, scan_layers=scan_layers)
+    call = jax.jit(lambda *texts, **named: model(*texts, **named))
+    apart = call(
+        batch["source"],
+        batch["inputs"],
+        segments_BT=batch["mask"],
+        source_segments_BS=batch["source_mask"],
+    )
+
+    def packed(tokens, mask):
+        lengths = mask.sum(-1)
+        texts = [row[:length] for row, length in zip(tokens, lengths)]
+        ids = np.repeat(np.arange(len(texts)) + 1, lengths)
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        # Padding between and after, so that slots are not positions.
+        return (np.pad(x, (0, 3))[None] for x in (np.concatenate(texts), ids, positions))
+
+    source, source_ids, source_positions = packed(batch["source"], batch["source_mask"])
+    inputs, ids, positions = packed(batch["inputs"], batch["mask"])
+    together = call(
+        source,
+        inputs,
+        positions_BT=positions,
+        segments_BT=ids,
+        source_positions_BS=source_positions,
+        source_segments_BS=source_ids,
+    )
+    alone = np.asarray(apart)[batch["mask"] > 0]
+    np.testing.assert_allclose(np.asarray(together)[ids > 0], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, scan_layers", BOTH)
+def test_cached_decoding_is_the_full_forward_pass(name, scan_layers):
+    model, batch = model_of(name, scan_layers=scan_layers)
+    full = jax.jit(lambda *texts, **named: model.hidden(*texts, **named))(
+        batch["source"],
+        batch["inputs"],
+        segments_BT=batch["mask"],
+        source_segments_BS=batch["source_mask"],
+    )
+    B, T = batch["inputs"].shape
+    new_cache = jax.jit(lambda *source: model.new_cache(B, T, *source))
+    cache = new_cache(batch["source"], batch["source_mask"])
+    positions = jnp.where(batch["mask"] > 0, jnp.arange(T), -1)
+    extend = jax.jit(lambda *arguments: model.extend(*arguments))
+    first, cache = extend(batch["inputs"][:, :3], positions[:, :3], cache)
+    steps = [first]
+    for step in range(3, T):
+        here = slice(step, step + 1)
+        x_B1D, cache = extend(batch["inputs"][:, here], positions[:, here], cache)
+        steps.append(x_B1D)
+    mask = batch["mask"] > 0
+    cached = np.concatenate(steps, 1)
+    np.testing.assert_allclose(cached[mask], np.asarray(full)[mask], atol=1e-5)
+
+
+# ---- config.json -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, model_type",
+    [
+        ("bert_base", "bert"),
+        ("bert_large_mlm", "bert"),
+        ("roberta_base", "roberta"),
+        ("t5_small", "t5"),
+        ("t5_v1_1_xl", "t5"),
+        ("bart_large", "bart"),
+    ],
+)
+def test_a_preset_is_what_its_config_json_says(name, model_type):
+    config = preset(name)
+    family = family_for(config)
+    assert family.model_type == model_type
+    hf = {"model_type": model_type, **family.write_config(config)}
+    again = dataclasses.replace(family.read_config(hf), pooler=config.pooler)
+    assert essence(again) == essence(config)
+    assert (again.dropout, again.initializer) == (config.dropout, config.initializer)
+
+
+@pytest.mark.parametrize(
+    "name, fields, word",
+    [
+        ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ("bert", {"is_decoder": True}, "is_decoder"),
+        ("bert", {"add_cross_attention": True}, "add_cross_attention"),
+        ("bert", {"hidden_act": "mish"}, "hidden_act"),
+        ("bert", {"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ("bert", {"num_attention_heads": 2}, "num_attention_heads"),
+        ("bert", {"architectures": ["BertForQuestionAnswering"]}, "BertForQuestionAnswering"),
+        ("bert", {"embedding_size": 128}, "embedding_size"),
+        ("bert", {"layer_norm_eps": "tiny"}, "layer_norm_eps"),
+        ("roberta", {"pad_token_id": -1}, "pad_token_id"),
+        ("roberta", {"max_position_embeddings": 2}, "max_position_embeddings"),
+        ("roberta", {"id2label": {"0": "only"}}, "classifier.out_proj.weight"),
+        ("t5", {"feed_forward_proj": "gated-relu"}, "feed_forward_proj"),
+        ("t5", {"dense_act_fn": "gelu_new"}, "dense_act_fn"),
+        ("t5", {"is_decoder": True}, "is_decoder"),
+        ("bart", {"decoder_ffn_dim": 14}, "decoder_ffn_dim"),
+        ("bart", {"decoder_attention_heads": 1}, "decoder_attention_heads"),
+        ("bart", {"normalize_before": True}, "normalize_before"),
+        ("bart", {"encoder_layerdrop": 0.1}, "encoder_layerdrop"),
+        ("bart", {"static_position_embeddings": True}, "static_position_embeddings"),
+        ("bart", {"vocab_size": 32}, "model.shared.weight"),
+    ],
+)
+def test_what_cannot_be_honoured_is_named_in_one_line(name, fields, word, tmp_path):
+    with pytest.raises(ConfigError, match=word) as error:
+        open_checkpoint(copied(name, tmp_path / "in", **fields))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, changes",
+    [
+        ("bert_base", {"norm_position": "pre"}),
+        ("roberta_base", {"norm": "rmsnorm"}),
+        ("t5_small", {"attention_scale": None}),
+        ("t5_v1_1_small", {"output_scale": 2.0}),
+        ("bart_base", {"norm_epsilon": 1e-6}),
+    ],
+)
+def test_a_model_that_its_family_has_not_is_not_written(name, changes):
+    family = FAMILIES[name.split("_")[0]]
+    config = dataclasses.replace(preset(name), **changes)
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        family.write_config(config)
+
+
+# ---- What only the tensors say ---------------------------------------------------------------
+
+
+def test_old_names_of_norms_are_understood(tmp_path):
+    def old(tensors):
+        names = {name: name.replace("LayerNorm.weight", "LayerNorm.gamma") for name in tensors}
+        return {
+            new.replace("LayerNorm.bias", "LayerNorm.beta"): tensors[name]
+            for name, new in names.items()
+        }
+
+    directory = retensored(copied("bert", tmp_path / "in"), old)
+    (_, _, expected), _ = golden("bert")
+    _, _, params = encoder_checks.load(directory)
+    assert all(np.array_equal(params[name], expected[name]) for name in expected)
+
+
+def test_the_body_of_bert_has_a_pooler_where_there_is_one(tmp_path):
+    def body(tensors, *dropped):
+        kept = {n: t for n, t in tensors.items() if n.startswith("bert.")}
+        return {n: t for n, t in kept.items() if not any(part in n for part in dropped)}
+
+    fields = {"architectures": ["BertModel"]}
+    with_pooler = retensored(copied("bert", tmp_path / "with", **fields), body)
+    assert open_checkpoint(with_pooler).config.pooler
+    without = copied("bert", tmp_path / "without", **fields)
+    retensored(without, lambda tensors: body(tensors, "pooler"))
+    checkpoint = open_checkpoint(without)
+    assert not checkpoint.config.pooler
+    assert not any(name.startswith("pooler") for name in checkpoint.parameters())
+
+
+def test_the_next_sentence_head_is_read_with_the_masked_language_model(tmp_path):
+    """Published files of BertForMaskedLM hold the other half of the pre-training heads too."""
+    directory = copied("bert", tmp_path / "in", architectures=["BertForMaskedLM"])
+    config = open_checkpoint(directory).config
+    assert (config.pooler, config.classifier, config.num_labels) == (True, "sequence", 2)
+    retensored(directory, lambda tensors: {n: t for n, t in tensors.items() if "seq_rel" not in n})
+    config = open_checkpoint(directory).config
+    assert (config.pooler, config.classifier) == (True, "none")
+
+
+@pytest.mark.parametrize(
+    "fields, scale",
+    [
+        ({"tie_word_embeddings": True}, 0.0),  # T5
+        ({}, 0.0),  # T5's published files
+        ({"tie_word_embeddings": False}, 1.0),  # T5 v1.1's
+        ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, 1.0),  # as now saved
+        ({"tie_word_embeddings": True, "scale_decoder_outputs": True}, 0.0),
+    ],
+)
+def test_t5_scales_its_output_as_the_file_says(fields, scale):
+    hf = {"model_type": "t5", **FAMILIES["t5"].write_config(preset("t5_small"))}
+    for name in ("tie_word_embeddings", "scale_decoder_outputs"):
+        hf.pop(name)
+    assert FAMILIES["t5"].read_config(hf | fields).output_scale == scale
+
+
+def test_the_head_of_t5_is_its_embedding_where_the_tensors_are_the_same(tmp_path):
+    assert golden("t5")[0][1].tie_embeddings
+    assert not golden("t5_v1_1")[0][1].tie_embeddings  # though config.json says that it is tied
+    directory = copied("t5_v1_1", tmp_path / "in")
+    retensored(directory, lambda t: t | {"lm_head.weight": t["shared.weight"].copy()})
+    assert open_checkpoint(directory).config.tie_embeddings
+
+
+def test_the_bias_of_bart_logits_is_a_parameter_unless_it_is_zero(tmp_path):
+    (family, config, _), _ = golden("bart")
+    assert not config.head_bias
+    bias = np.random.default_rng(0).normal(size=(1, config.vocab_size)).astype(np.float32)
+    directory = copied("bart", tmp_path / "in")
+    retensored(directory, lambda tensors: tensors | {"final_logits_bias": bias})
+    checkpoint = open_checkpoint(directory)
+    assert checkpoint.config.head_bias
+    params = checkpoint.parameters()
+    np.testing.assert_array_equal(params["head_bias"], bias[0])
+    save_pretrained(tmp_path / "out", family, checkpoint.config, params)
+    back = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
+    np.testing.assert_array_equal(back["final_logits_bias"], bias)

@@ -1,0 +1,374 @@
+"""What a mixture of experts computes, whichever way the work is shared out."""
+
+import functools
+import math
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lm.models import bind, experts, param_specs
+from lm.models.build import stack
+from lm.models.experts import Experts
+from lm.models.taps import no_tap, reading, replacing
+from lm.parallel.sharding import parameter_shardings
+
+B, T, D = 4, 6, 8
+
+
+def config(**fields):
+    sizes = {"num_experts": 4, "width": D, "expert_width": 12, "activation": "swiglu"}
+    return tiny_models.config(**{**sizes, **fields})
+
+
+def params(module):
+    values = {}
+    for name, spec in param_specs(module).items():
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        values[name] = rng.normal(0, 0.5, spec.shape).astype(np.float32)
+    return values
+
+
+def inputs(batch=B, length=T):
+    return np.random.default_rng(1).normal(size=(batch, length, D)).astype(np.float32)
+
+
+def padding():
+    """The first row ends, the second begins and the third consists of padding."""
+    valid = np.ones((B, T), bool)
+    valid[0, 4:] = valid[1, :3] = valid[2] = False
+    return valid
+
+
+def scalar(out, stats):
+    """Something that depends on every output and on both losses."""
+    total = jnp.sum(jnp.sin(jnp.arange(out.size)) * out.ravel())
+    return total + 0.3 * stats.balance + 0.1 * stats.z
+
+
+def outcome(cfg, values, x, valid=None):
+    """(output, stats), and the gradient of `scalar` by parameters and input."""
+
+    def score(values, x):
+        out, stats = bind(Experts(cfg), values)(x, no_tap, valid)
+        return scalar(out, stats), (out, stats)
+
+    return jax.grad(score, (0, 1), has_aux=True)(values, x)
+
+
+@functools.partial(tiny_models.compiled, static_argnums=0)
+def output(cfg, values, x, valid=None):
+    return bind(Experts(cfg), values)(x, no_tap, valid)
+
+
+compiled_outcome = tiny_models.compiled(outcome, static_argnums=0)
+
+
+def admitted(cfg, chosen, valid):
+    """Which choices find room, counted one by one: [B, T, k]."""
+    batch, length, k = chosen.shape
+    room = length
+    if cfg.capacity_factor:
+        room = math.ceil(cfg.capacity_factor * length * k / cfg.num_experts)
+    kept = np.zeros(chosen.shape, bool)
+    for b in range(batch):
+        load = np.zeros(cfg.num_experts, int)
+        for t in range(length):
+            for j in range(k):
+                if valid[b, t] and load[chosen[b, t, j]] < room:
+                    load[chosen[b, t, j]] += 1
+                    kept[b, t, j] = True
+    return kept
+
+
+def naive_outcome(cfg, values, x, valid=None):
+    """The same by computing every expert for every token, with decisions made in NumPy."""
+    valid = np.ones(x.shape[:2], bool) if valid is None else valid
+    logits = np.asarray(x, np.float64) @ values["router"]
+    chosen = np.argsort(-logits, -1, kind="stable")[..., : cfg.experts_per_token]
+    kept = admitted(cfg, chosen, valid)
+    hits = chosen[..., None] == np.arange(cfg.num_experts)
+
+    def mlp(x, up, gate, down):
+        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+
+    def score(values, x):
+        logits = jnp.matmul(x, values["router"], precision="highest")
+        sigmoid = cfg.router_score == "sigmoid"
+        scores = jax.nn.sigmoid(logits) if sigmoid else jax.nn.softmax(logits)
+        weights = jnp.take_along_axis(scores, chosen, -1)
+        if cfg.router_normalize:
+            weights /= weights.sum(-1, keepdims=True)
+        weights_BTE = jnp.einsum("btk,btke->bte", weights * kept, hits.astype(np.float32))
+        matrices = (values["up"], values["gate"], values["down"])
+        each_EBTD = jax.vmap(functools.partial(mlp, x))(*matrices)
+        out = jnp.einsum("bte,ebtd->btd", weights_BTE, each_EBTD)
+        if cfg.shared_experts:
+            out += mlp(x, *(values[f"shared.{name}"] for name in ("up", "gate", "down")))
+        tokens, k = valid.sum(), cfg.experts_per_token
+        frequency = (hits * valid[..., None, None]).sum((0, 1, 2)) / (tokens * k)
+        if sigmoid:
+            scores /= scores.sum(-1, keepdims=True)
+        probability = (scores * valid[..., None]).sum((0, 1)) / tokens
+        stats = experts.RouterStats(
+            tokens=jnp.float32(tokens),
+            balance=tokens * cfg.num_experts * (frequency * probability).sum(),
+            z=(valid * jax.nn.logsumexp(logits, -1) ** 2).sum(),
+            dropped=jnp.float32((valid[..., None] & ~kept).sum() / k),
+            max_load=jnp.float32(tokens * cfg.num_experts * frequency.max()),
+        )
+        return scalar(out, stats), (out, stats)
+
+    return tiny_models.compiled(jax.grad(score, (0, 1), has_aux=True))(values, x)
+
+
+def close(a, b, tolerance=3e-5):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance, rtol=tolerance), a, b
+    )
+
+
+VARIANTS = {
+    "mixtral": {},
+    "deepseek": {
+        "num_experts": 7,
+        "experts_per_token": 3,
+        "router_score": "sigmoid",
+        "shared_experts": 2,
+        "bias": True,
+    },
+    "tight": {"capacity_factor": 0.4, "num_experts": 5, "router_normalize": False},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_token_gets_its_experts_and_no_other(name):
+    cfg = config(**VARIANTS[name])
+    values = params(Experts(cfg))
+    arguments = (cfg, values, inputs(), padding() if name == "tight" else None)
+    close(compiled_outcome(*arguments), naive_outcome(*arguments))
+
+
+@pytest.mark.parametrize("rows", [0, 4], ids=["ragged_dot", "4"])
+def test_dropless_gives_the_same_in_blocks_of_any_size(rows, monkeypatch):
+    monkeypatch.setattr(experts, "_has_ragged_dot", lambda: rows == 0)
+    monkeypatch.setattr(experts, "_block_rows", lambda *_: rows)
+    cfg = config()
+    values = params(Experts(cfg))
+    values["router"][:, 2] = -10 * values["router"][:, 1]  # an expert of extremes
+    arguments = (cfg, values, np.abs(inputs()), padding())
+    close(
+        tiny_models.compiled(functools.partial(outcome, cfg))(*arguments[1:]),
+        naive_outcome(*arguments),
+    )
+
+
+def test_empty_experts_get_no_gradient():
+    cfg = config(experts_per_token=1)
+    values = params(Experts(cfg))
+    values["router"][:] = 0  # a tie, which the first expert wins
+    (gradient, _), (_, stats) = compiled_outcome(cfg, values, inputs())
+    assert np.abs(gradient["up"][0]).max() > 0
+    for name in ("up", "gate", "down"):
+        np.testing.assert_array_equal(gradient[name][1:], 0)
+    assert stats.max_load == 4 * stats.tokens
+
+
+def test_room_for_all_drops_nothing():
+    values = params(Experts(config()))
+    dropless = compiled_outcome(config(), values, inputs(), padding())
+    # 1.7 is room for 5.1 of 6 tokens; at 2 there could be no overflow and there is no limit.
+    roomy = compiled_outcome(config(capacity_factor=1.65), values, inputs(), padding())
+    close(dropless, roomy)
+
+
+@pytest.mark.parametrize("fields", [{}, {"capacity_factor": 0.5}])
+def test_a_token_never_changes_what_happens_before_it(fields):
+    cfg = config(**fields)
+    values, x = params(Experts(cfg)), inputs()
+    before, _ = output(cfg, values, x)
+    for t in (1, 4):
+        changed = x.copy()
+        changed[:, t] += np.random.default_rng(t).normal(size=(B, D))
+        after, _ = output(cfg, values, changed)
+        np.testing.assert_array_equal(before[:, :t], after[:, :t])
+        assert not np.allclose(before[:, t:], after[:, t:])
+
+
+@pytest.mark.parametrize("fields", [{}, {"capacity_factor": 0.5}])
+def test_what_stands_on_padding_changes_nothing(fields):
+    cfg = config(**fields)
+    values, x, valid = params(Experts(cfg)), inputs(), padding()
+    noisy = np.where(valid[..., None], x, 100)
+    (a, stats_a), (b, stats_b) = (output(cfg, values, each, valid) for each in (x, noisy))
+    close(a[valid], b[valid])
+    close(stats_a, stats_b)
+    np.testing.assert_array_equal(b[~valid], 0)
+
+
+def test_all_padding_is_finite():
+    cfg = config(capacity_factor=1.0)
+    result = compiled_outcome(cfg, params(Experts(cfg)), inputs(), np.zeros((B, T), bool))
+    jax.tree.map(lambda x: np.testing.assert_array_equal(x, 0), result)
+
+
+def test_balance_is_one_when_balanced_and_the_number_of_experts_when_collapsed():
+    cfg = config(num_experts=D, experts_per_token=1)
+    values = params(Experts(cfg))
+    values["router"][:] = 50 * np.eye(D)
+    each_expert_once = np.broadcast_to(np.eye(D, dtype=np.float32), (B, D, D))
+    _, stats = output(cfg, values, each_expert_once)
+    np.testing.assert_allclose(stats.balance / stats.tokens, 1, rtol=1e-6)
+    np.testing.assert_allclose(stats.max_load / stats.tokens, 1, rtol=1e-6)
+    _, stats = output(cfg, values, each_expert_once[:, :1])
+    np.testing.assert_allclose(stats.balance / stats.tokens, D, rtol=1e-6)
+
+
+def make_mesh(**sizes):
+    types = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types)
+
+
+MESHES = [
+    pytest.param({"data": 2, "expert": 2, "tensor": 2}, id="data-expert-tensor"),
+    pytest.param(
+        {"fsdp": 2, "context": 2, "expert": 2}, id="fsdp-context-expert", marks=pytest.mark.slow
+    ),
+    # Neither four rows nor five experts divide.
+    pytest.param({"data": 8}, id="data8", marks=pytest.mark.slow),
+    pytest.param({"expert": 4, "tensor": 2}, id="expert4", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("fields", [{}, {"capacity_factor": 0.5, "shared_experts": 1}])
+@pytest.mark.parametrize("sizes", MESHES)
+def test_eight_devices_compute_what_one_does(sizes, fields):
+    cfg = config(num_experts=5 if sizes.get("expert") == 4 else 4, **fields)
+    specs, values = param_specs(Experts(cfg)), params(Experts(cfg))
+    alone = compiled_outcome(cfg, values, inputs(), padding())
+    mesh = make_mesh(**sizes)
+    with jax.set_mesh(mesh):
+        values = jax.device_put(values, parameter_shardings(specs, mesh))
+        rows = PartitionSpec("data") if sizes.get("data") == 2 else PartitionSpec()
+        x, valid = jax.device_put((inputs(), padding()), NamedSharding(mesh, rows))
+        close(alone, compiled_outcome(cfg, values, x, valid))
+
+
+@pytest.mark.slow
+def test_parameters_split_without_a_mesh_in_context_give_the_same():
+    cfg = config()
+    values = params(Experts(cfg))
+    alone = compiled_outcome(cfg, values, inputs(), padding())
+    mesh = make_mesh(data=2, expert=2, tensor=2)
+    shardings = parameter_shardings(param_specs(Experts(cfg)), mesh)
+    x = jax.device_put(inputs(), NamedSharding(mesh, PartitionSpec("data")))
+    close(alone, compiled_outcome(cfg, jax.device_put(values, shardings), x, padding()))
+
+
+def test_scanned_recomputed_layers_on_a_mesh_compute_what_unrolled_ones_do_alone():
+    cfg = config()
+    layers = stack(Experts(cfg), 2)
+    values = params(layers)
+
+    def body(x, layer):
+        out, stats = layer(x, no_tap, padding())
+        return x + out, stats
+
+    def scanned(values, x):
+        policy = jax.checkpoint_policies.save_only_these_names("product")
+        x, stats = jax.lax.scan(jax.checkpoint(body, policy=policy), x, bind(layers, values))
+        return scalar(x, jax.tree.map(jnp.sum, stats))
+
+    def unrolled(values, x):
+        total = []
+        for index in range(2):
+            layer = bind(Experts(cfg), {name: value[index] for name, value in values.items()})
+            x, stats = body(x, layer)
+            total.append(stats)
+        return scalar(x, jax.tree.map(jnp.add, *total))
+
+    expected = tiny_models.compiled(jax.value_and_grad(unrolled))(values, inputs())
+    mesh = make_mesh(data=2, expert=2, tensor=2)
+    with jax.set_mesh(mesh):
+        values = jax.device_put(values, parameter_shardings(param_specs(layers), mesh))
+        close(tiny_models.compiled(jax.value_and_grad(scanned))(values, inputs()), expected, 1e-4)
+
+
+def test_bfloat16_routes_as_float32_does():
+    cfg = config()
+    values = params(Experts(cfg))
+    x = jnp.asarray(inputs(), jnp.bfloat16)
+    (gradient, dx), (out, stats) = compiled_outcome(cfg, values, x)
+    exact, exact_stats = output(cfg, values, np.asarray(x, np.float32))
+    assert out.dtype == dx.dtype == jnp.bfloat16 and gradient["router"].dtype == jnp.float32
+    close(stats, exact_stats, 1e-6)
+    np.testing.assert_allclose(np.asarray(out, np.float32), exact, atol=0.1, rtol=0.05)
+
+
+def test_a_tap_reads_and_replaces_the_choice():
+    cfg = config()
+    values = params(Experts(cfg))
+
+    @functools.partial(tiny_models.compiled, static_argnums=0)
+    def edited(edit, x):
+        seen = {}
+        look, change = reading(seen), replacing({"chosen": edit} if edit else {})
+        out, _ = bind(Experts(cfg), values)(x, lambda name, value: look(name, change(name, value)))
+        return out, seen
+
+    out, seen = edited(None, inputs())
+    assert seen["router"].shape == (B, T, 4)
+    assert seen["chosen"].shape == seen["weights"].shape == (B, T, 2)
+    np.testing.assert_allclose(seen["weights"].sum(-1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(seen["output"], out)
+    backwards, _ = edited(lambda chosen: chosen[..., ::-1], inputs())
+    close(backwards, out)  # a sum knows no order
+    moved, _ = edited(lambda chosen: (chosen + 1) % 4, inputs())
+    assert not np.allclose(moved, out)
+
+
+def test_equals_mixtral():
+    torch = pytest.importorskip("torch")
+    mixtral = pytest.importorskip("transformers.models.mixtral")
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    cfg = config(num_experts=5, experts_per_token=2, expert_width=11)
+    values, x = params(Experts(cfg)), inputs()
+    peer = modeling.MixtralSparseMoeBlock(
+        mixtral.MixtralConfig(
+            hidden_size=D,
+            intermediate_size=11,
+            num_local_experts=5,
+            num_experts_per_tok=2,
+            hidden_act="silu",
+        )
+    )
+    gate_up = np.concatenate([values["gate"], values["up"]], -1)
+    with torch.no_grad():
+        peer.gate.weight.copy_(torch.from_numpy(values["router"].T.copy()))
+        peer.experts.gate_up_proj.copy_(torch.from_numpy(gate_up.swapaxes(1, 2).copy()))
+        peer.experts.down_proj.copy_(torch.from_numpy(values["down"].swapaxes(1, 2).copy()))
+    x_peer = torch.from_numpy(x.copy()).requires_grad_()
+    weighting = np.sin(np.arange(x.size, dtype=np.float32)).reshape(x.shape)
+    logits = peer.gate(x_peer)[0].reshape(B, T, -1)
+    out = peer(x_peer)
+    (out * torch.from_numpy(weighting)).sum().backward()
+
+    def score(values, x):
+        seen = {}
+        out, _ = bind(Experts(cfg), values)(x, reading(seen))
+        return jnp.sum(out * weighting), (out, seen["router"])
+
+    (gradient, dx), ours = tiny_models.compiled(jax.grad(score, (0, 1), has_aux=True))(values, x)
+    close(ours, (out.detach().numpy(), logits.detach().numpy()), 1e-5)
+    both = peer.experts.gate_up_proj.grad.numpy().swapaxes(1, 2)
+    theirs = {
+        "router": peer.gate.weight.grad.numpy().T,
+        "gate": both[..., :11],
+        "up": both[..., 11:],
+        "down": peer.experts.down_proj.grad.numpy().swapaxes(1, 2),
+    }
+    close((gradient, dx), (theirs, x_peer.grad.numpy()), 1e-5)

@@ -1,0 +1,228 @@
+"""Decoders of transformers, small, odd and random, and what they compute."""
+
+import zlib
+
+import safetensors.numpy
+import torch
+import transformers
+
+# Heads are grouped and wider than width / heads where the family has that; patterns of layers show;
+# windows are shorter than texts.
+_LLAMA = {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": False,
+}
+_OPT = {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "ffn_dim": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 32,
+}
+_NEOX = {
+    "vocab_size": 97,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 32,
+}
+
+
+def _rope(kind: str, theta: float = 10_000.0, **fields) -> dict:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **fields}}
+
+
+# Name → (class, fields).
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "gpt2": (
+        "GPT2",
+        {
+            "vocab_size": 97, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions": 32,
+            "n_inner": 20,
+        },
+    ),
+    "llama": (
+        "Llama",
+        {**_LLAMA, **_rope(
+            "llama3", 500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=16,
+        )},
+    ),
+    "mistral": ("Mistral", {**_LLAMA, "head_dim": 10, "sliding_window": 5}),
+    "mixtral": (
+        "Mixtral",
+        {
+            **_LLAMA, "hidden_size": 12, "intermediate_size": 12, "head_dim": 6,
+            "num_local_experts": 5, "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen2": (
+        "Qwen2",
+        {**_LLAMA, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", {**_LLAMA, "head_dim": 10, "tie_word_embeddings": True}),
+    "gemma2": (
+        "Gemma2",
+        {
+            **_LLAMA, "head_dim": 10, "tie_word_embeddings": True, "sliding_window": 5,
+            "query_pre_attn_scalar": 7, "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            **_LLAMA, "num_hidden_layers": 8, "hidden_size": 16, "head_dim": 6,
+            "tie_word_embeddings": True, "sliding_window": 5, "query_pre_attn_scalar": 7,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+        },
+    ),
+    "gpt_neox": ("GPTNeoX", {**_NEOX, "rotary_pct": 0.5}),
+    "opt": ("OPT", _OPT),
+    "bloom": ("Bloom", {"vocab_size": 97, "hidden_size": 18, "n_layer": 3, "n_head": 6}),
+}  # fmt: skip
+
+# What else a family may say; the same tensors or fewer, and so not kept as golden files.
+VARIANTS: dict[str, tuple[str, dict]] = {
+    "llama_biased": ("Llama", {**_LLAMA, "attention_bias": True, "mlp_bias": True}),
+    "llama_tied_linear": (
+        "Llama",
+        {**_LLAMA, "tie_word_embeddings": True, **_rope("linear", factor=3.0)},
+    ),
+    "llama_yarn": (
+        "Llama",
+        {**_LLAMA, "head_dim": 16, **_rope(
+            "yarn", 50.0, factor=4.0, original_max_position_embeddings=8, beta_fast=3.0,
+            beta_slow=0.5,
+        )},
+    ),
+    "mistral_yarn": (
+        "Mistral",
+        {**_LLAMA, "sliding_window": 5, **_rope(
+            "yarn", 50.0, factor=4.0, original_max_position_embeddings=8,
+        )},
+    ),
+    "mixtral_windowed": ("Mixtral", {**_LLAMA, "sliding_window": 5, "num_local_experts": 3}),
+    "qwen3_biased": (
+        "Qwen3",
+        {
+            **_LLAMA, "attention_bias": True, "use_sliding_window": True, "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        },
+    ),
+    "gpt_neox_sequential": (
+        "GPTNeoX",
+        {
+            **_NEOX, "use_parallel_residual": False, "attention_bias": False,
+            "hidden_act": "gelu_new", "tie_word_embeddings": True, "hidden_size": 32,
+            "num_attention_heads": 2, "rotary_emb_base": 300.0,
+        },
+    ),
+    "opt_post_norm": (
+        "OPT", {**_OPT, "do_layer_norm_before": False, "activation_function": "gelu"}
+    ),
+    "opt_without_biases": (
+        "OPT",
+        {
+            **_OPT, "enable_bias": False, "_remove_final_layer_norm": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "bloom_untied": (
+        "Bloom",
+        {
+            "vocab_size": 97, "hidden_size": 40, "n_layer": 3, "n_head": 5,
+            "tie_word_embeddings": False,
+        },
+    ),
+}  # fmt: skip
+
+CASES = {**FAMILIES, **VARIANTS}
+_CLASSES = {
+    "GPT2": ("GPT2Config", "GPT2LMHeadModel"),
+    "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+}
+
+
+def build(name: str, **changes):
+    """The random model: no gain is one, no bias zero, and every number is a float16.
+
+    Args:
+      name: a case.
+      **changes: fields of its config that have other values.
+    """
+    kind, fields = CASES[name]
+    config_class, model_class = _CLASSES.get(kind, (f"{kind}Config", f"{kind}ForCausalLM"))
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = getattr(transformers, config_class)(**{**fields, **ids, **changes})
+    config._attn_implementation = "eager"
+    model = getattr(transformers, model_class)(config).float().eval()
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                # Gemma writes what it has normalised: at full size its stream would outgrow the
+                # precision that is asked for.
+                center = -0.5 if kind.startswith("Gemma") else parameter
+                noise = center + 0.2 * noise
+            else:
+                spread = 0.5 if parameter.shape[0] == config.vocab_size else 1.1
+                noise *= spread * parameter.shape[-1] ** -0.5
+            parameter.copy_(noise.half())
+    return model
+
+
+def run(model, batch, **arguments):
+    """What the model gives for a batch."""
+    if model.config.model_type != "bloom":  # which takes positions from the mask alone
+        arguments["position_ids"] = torch.tensor(batch.positions).long()
+    tokens, mask = torch.tensor(batch.tokens).long(), torch.tensor(batch.mask)
+    return model(tokens, attention_mask=mask, use_cache=False, **arguments)
+
+
+def computed(model, batch, scratch) -> tuple[dict, dict]:
+    """As `decoder_checks.computed`.
+
+    A gradient has the name of its tensor in a file, which is another than the model's own where
+    transformers fuses tensors as it reads them; so it is written to the directory `scratch`.
+    """
+    out = run(model, batch, output_hidden_states=True)
+    outputs = {"logits": out.logits, "hidden": torch.stack(out.hidden_states)}
+    tokens, weights = torch.tensor(batch.tokens).long(), batch.mask[:, :-1] * batch.mask[:, 1:]
+    nats = torch.nn.functional.cross_entropy(
+        out.logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
+    )
+    model.zero_grad()
+    (torch.sum(nats * torch.tensor(weights)) / weights.sum()).backward()
+    parameters = list(model.parameters())
+    values = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(parameter.grad)
+        model.save_pretrained(scratch)
+        for parameter, value in zip(parameters, values):
+            parameter.copy_(value)
+    gradient = safetensors.numpy.load_file(scratch / "model.safetensors")
+    return {name: array.detach().numpy() for name, array in outputs.items()}, gradient
+
+
+def greedy(model, prompts: list[list[int]], new: int) -> list[list[int]]:
+    """The `new` tokens that greedy search adds to each prompt."""
+    length = max(map(len, prompts))
+    ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
+    settings = transformers.GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0)
+    tokens = model.generate(ids, attention_mask=mask, generation_config=settings)
+    return tokens[:, length:].tolist()
