@@ -3,10 +3,13 @@
     config.py     the `data` section
     files.py      local files → documents
     stdlib.py     the running Python's documentation and source → documents
-    storyworld/   generated stories together with what is true in them
+    storyworld/   generated stories together with what is true in them, and an invented language
     corpora.py    corpora by name; training and validation splits
     cache.py      documents → tokens on disk
     packing.py    tokens → rows
+    two_sided.py  pairs, and documents with hidden spans → rows for an encoder and a decoder
+    transforms.py what each objective hides and predicts
+    draws.py      random numbers that depend on nothing but the row
     batches.py    rows → batches
     prefetch.py   batches → device
 
@@ -26,17 +29,20 @@ from absl import logging
 from lm.config import check
 from lm.data.batches import BatchIterator, evaluation_batches, train_batches
 from lm.data.cache import TokenizedCorpus, Tokenizer, tokenize
-from lm.data.config import DataConfig
-from lm.data.corpora import CorpusReport, documents
+from lm.data.config import OBJECTIVES, CorruptionConfig, DataConfig
+from lm.data.corpora import CorpusReport, documents, pairs
 from lm.data.prefetch import prefetch_to_device
 
 __all__ = [
+    "OBJECTIVES",
     "BatchIterator",
     "CorpusReport",
+    "CorruptionConfig",
     "DataConfig",
     "TokenizedCorpus",
     "documents",
     "evaluation_batches",
+    "pairs",
     "prefetch_to_device",
     "prepare",
     "tokenize",

@@ -8,7 +8,8 @@ are.
 
 A batch is a dict of arrays [rows of this host, block_size]: `inputs` and `targets` int32, `weights`
 float32 (1 for a target, 0 for padding), `segment_ids` int32 (0 for padding, documents from 1) and
-`positions` int32 (from 0 in each segment).
+`positions` int32 (from 0 in each segment). Objectives for an encoder and a decoder have `source`,
+`source_segment_ids` and `source_positions` besides, and prefix has `prefix`; see `transforms`.
 """
 
 from __future__ import annotations
@@ -21,25 +22,17 @@ from typing import Any
 
 import grain
 import numpy as np
+from absl import logging
 
 from lm.config import ConfigError, check
+from lm.data import draws
 from lm.data.cache import TokenizedCorpus
 from lm.data.config import DataConfig
-from lm.data.packing import Rows, rows_of
+from lm.data.packing import Rows
+from lm.data.transforms import Batch, Transform, Vocabulary, transform
 
-Batch = dict[str, np.ndarray]
 _EMPTY_ROW = -1
 _ENDLESS = 2**50  # rows; Grain's own endless repeat overflows where a batch is one row
-
-
-def empty_batch(num_rows: int, block_size: int) -> Batch:
-    """A batch of padding: zeros, weighing nothing."""
-    batch = {
-        name: np.zeros((num_rows, block_size), np.int32)
-        for name in ("inputs", "targets", "segment_ids", "positions")
-    }
-    batch["weights"] = np.zeros((num_rows, block_size), np.float32)
-    return batch
 
 
 class _Gather:
@@ -48,15 +41,17 @@ class _Gather:
     A number stands for (epoch, corpus, row): epoch * total + rows of earlier corpora + row.
     """
 
-    def __init__(self, all_rows: Sequence[Rows], block_size: int):
+    def __init__(self, all_rows: Sequence[Rows], transform: Transform, seed: int):
         self.all_rows = all_rows
-        self.block_size = block_size
+        self.transform = transform
+        self.seed = seed
         self.bounds = np.cumsum([0] + [rows.num_rows for rows in all_rows])
         self.total = int(self.bounds[-1])
 
     def __call__(self, numbers: Sequence[int]) -> Batch:
-        batch = empty_batch(len(numbers), self.block_size)
+        batch = self.transform.empty(len(numbers))
         numbers = np.asarray(numbers, np.int64)
+        keys = draws.keys(self.seed, numbers)
         epochs, numbers_in_epoch = np.divmod(numbers, self.total)
         corpora = np.searchsorted(self.bounds, numbers_in_epoch, side="right") - 1
         corpora[numbers == _EMPTY_ROW] = -1
@@ -64,7 +59,8 @@ class _Gather:
             places = np.flatnonzero(corpora == index)
             if len(places):
                 wanted = numbers_in_epoch[places] - self.bounds[index]
-                rows.fill(batch, places, wanted, epochs[places])
+                rows.fill(batch, places, wanted, epochs[places], keys[places])
+        self.transform.finish(batch, keys)
         return batch
 
 
@@ -105,7 +101,9 @@ class _Limit(grain.MapDataset):
         return self._parent[index] if index < self.count else _EMPTY_ROW
 
 
-_SHUFFLE, _OFFSETS = 0, 1
+# What a state that does not say otherwise was taken with.
+_CAUSAL = {"objective": "causal", "corruption": None, "source_length": 0, "long_pairs": "refuse"}
+_SHUFFLE, _OFFSETS, _HIDING = 0, 1, 2
 
 
 def _seed(seed: int, index: int, purpose: int) -> int:
@@ -126,15 +124,60 @@ def _host_share(config: DataConfig, process_index: int, process_count: int) -> i
     return config.batch_size // process_count
 
 
-class BatchIterator(Iterator[Batch]):
-    """Training batches of this host, with a position that can be saved and set.
+class _Described:
+    """What training and evaluation batches tell of themselves.
 
     Attributes:
+      rows: those of each corpus.
+      shapes: field → shape of its array in a batch of this host.
+      block_size: length of `inputs` and `targets`.
+      source_length: length of `source`; 0 for objectives without an encoder's rows.
+      max_targets_per_row: the most positions of a row that can have a weight.
+      single_segment: no row ever holds two segments, so attention needs no segment mask.
+      num_dropped: pairs left out because they are too long (`long_pairs`).
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        corpora: Sequence[TokenizedCorpus],
+        objective: str,
+        tokenizer: Vocabulary | None,
+        local: int,
+        seed: int | None,
+    ):
+        self._transform = transform(objective, config, tokenizer)
+        training = seed is not None
+        self.rows = [
+            self._transform.rows(c, _seed(seed, i, _OFFSETS) if training else 0, training)
+            for i, c in enumerate(corpora)
+        ]
+        self._gather = _Gather(self.rows, self._transform, _seed(seed or 0, int(training), _HIDING))
+        self.shapes = {name: (local, n) for name, n in self._transform.lengths.items()}
+        self.block_size = self._transform.block_size
+        self.source_length = self._transform.source_length
+        self.max_targets_per_row = self._transform.max_targets_per_row
+        self.single_segment = self._transform.single_segment
+        self.num_dropped = sum(getattr(rows, "num_dropped", 0) for rows in self.rows)
+        if self.num_dropped:
+            logging.warning(
+                "%d pairs of %s are left out: longer than data.source_length=%d or "
+                "data.block_size=%d",
+                self.num_dropped,
+                ", ".join(corpus.name for corpus in corpora),
+                self.source_length,
+                self.block_size,
+            )
+
+
+class BatchIterator(_Described, Iterator[Batch]):
+    """Training batches of this host, with a position that can be saved and set.
+
+    Attributes (and those of `_Described`):
       batches_per_epoch: batches in which every row comes once (rounded up); with `weights`, the
         number that draws as many rows as there are.
       num_batches: batches until the end, or None where `epochs` is.
       padding_fraction: share of places that hold padding.
-      single_segment: no row ever holds two segments, so attention needs no segment mask.
     """
 
     def __init__(
@@ -143,23 +186,23 @@ class BatchIterator(Iterator[Batch]):
         corpora: Sequence[TokenizedCorpus],
         *,
         seed: int,
+        objective: str = "causal",
+        tokenizer: Vocabulary | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ):
         local = _host_share(config, process_index, process_count)
+        super().__init__(config, corpora, objective, tokenizer, local, seed)
         self.corpora = corpora
-        self.rows = [rows_of(c, config, _seed(seed, i, _OFFSETS)) for i, c in enumerate(corpora)]
         self._config = config
         self._seed = seed
-        gather = _Gather(self.rows, config.block_size)
+        self._objective = objective
+        gather = self._gather
         self._rows_per_epoch = gather.total
         self.batches_per_epoch = math.ceil(gather.total / config.batch_size)
         self.num_batches = None
-        places = gather.total * config.block_size
-        self.padding_fraction = 1 - sum(rows.num_targets for rows in self.rows) / places
-        self.single_segment = config.packing == "none" or (
-            config.packing == "concat" and not config.end_of_text
-        )
+        padding = sum(rows.padding_fraction * rows.num_rows for rows in self.rows)
+        self.padding_fraction = padding / gather.total
 
         if config.weights and len(self.rows) > 1:
             parts = [
@@ -217,7 +260,7 @@ class BatchIterator(Iterator[Batch]):
         Raises:
           ConfigError: the state belongs to other data or other batch settings.
         """
-        saved, here = state["data"], self._identity()
+        saved, here = _CAUSAL | state["data"], _CAUSAL | self._identity()
         for name, value in here.items():
             if saved.get(name) == value:
                 continue
@@ -227,7 +270,7 @@ class BatchIterator(Iterator[Batch]):
                     "data.path: the text or the tokenizer is not the one the checkpoint was "
                     f"trained on; {remedy}"
                 )
-            field = "seed" if name == "seed" else f"data.{name}"
+            field = {"seed": "seed", "objective": "objective.name"}.get(name, f"data.{name}")
             raise ConfigError(
                 f"{field}={value!r} but the checkpoint was trained with {saved.get(name)!r}; "
                 f"{remedy}"
@@ -244,11 +287,19 @@ class BatchIterator(Iterator[Batch]):
         keys = "\n".join(corpus.key for corpus in self.corpora)
         config = dataclasses.asdict(self._config)
         names = ("batch_size", "block_size", "packing", "end_of_text", "shuffle", "random_offset")
+        hidden = {}
+        if self._objective != "causal":
+            hidden["objective"] = self._objective
+        if self._objective in ("masked", "span_corruption"):
+            hidden["corruption"] = config["corruption"]
+        if self._objective == "seq2seq":
+            hidden |= {name: config[name] for name in ("source_length", "long_pairs")}
         return {
             "corpus": hashlib.blake2b(keys.encode(), digest_size=16).hexdigest(),
             "weights": list(self._config.weights),
             "seed": self._seed,
             **{name: config[name] for name in names},
+            **hidden,
         }
 
 
@@ -257,6 +308,8 @@ def train_batches(
     corpora: TokenizedCorpus | Sequence[TokenizedCorpus],
     *,
     seed: int,
+    objective: str = "causal",
+    tokenizer: Vocabulary | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> BatchIterator:
@@ -265,7 +318,9 @@ def train_batches(
     Args:
       config: the `data` section.
       corpora: in the order of `config.paths`.
-      seed: decides shuffles and window offsets.
+      seed: decides shuffles, window offsets and what is hidden.
+      objective: what the batches are for, one of `OBJECTIVES`.
+      tokenizer: the corpora's; objectives other than causal need it.
       process_index: which host this is.
       process_count: how many hosts share each batch.
 
@@ -274,47 +329,53 @@ def train_batches(
       with rows of padding.
 
     Raises:
-      ConfigError: a corpus is shorter than one block, or the batch cannot be shared evenly.
+      ConfigError: a corpus is shorter than one block, or not what the objective needs, or the batch
+        cannot be shared evenly.
     """
     corpora = (corpora,) if isinstance(corpora, TokenizedCorpus) else tuple(corpora)
     check(len(corpora) > 0, "data.path names no corpus to train on")
     return BatchIterator(
-        config, corpora, seed=seed, process_index=process_index, process_count=process_count
+        config,
+        corpora,
+        seed=seed,
+        objective=objective,
+        tokenizer=tokenizer,
+        process_index=process_index,
+        process_count=process_count,
     )
 
 
-class EvaluationBatches:
+class EvaluationBatches(_Described):
     """Every row of the corpora once, in order; may be iterated any number of times.
 
     The last batch is filled up with rows of padding, so all batches have one shape. Rows of all
-    hosts together hold every target exactly once.
+    hosts together hold every target exactly once. What is hidden is the same every time.
 
-    Attributes:
+    Attributes (and those of `_Described`):
       num_bytes: UTF-8 bytes of the text that the targets stand for. Bits per byte is the summed
         loss in nats / ln 2 / num_bytes. End-of-text tokens are predicted too, and cost bits, but
-        stand for no bytes.
-      num_targets: targets in all batches of all hosts.
+        stand for no bytes. None where the targets are no code for a text: for masked, span
+        corruption and prefix.
+      num_targets: targets in all batches of all hosts; None where `num_bytes` is.
     """
 
     def __init__(
         self,
         config: DataConfig,
         corpora: Sequence[TokenizedCorpus],
+        objective: str = "causal",
+        tokenizer: Vocabulary | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ):
         self._local = _host_share(config, process_index, process_count)
+        super().__init__(config, corpora, objective, tokenizer, self._local, None)
         self._first = process_index * self._local
         self._batch_size = config.batch_size
-        rows = [rows_of(corpus, config, 0, training=False) for corpus in corpora]
-        self._gather = _Gather(rows, config.block_size)
-        self.num_targets = sum(r.num_targets for r in rows)
-        self.num_bytes = sum(c.num_bytes for c in corpora)
-        if config.packing == "concat" and not config.end_of_text:
-            self.num_bytes -= sum(c.first_token_bytes for c in corpora)
-        self.single_segment = config.packing == "none" or (
-            config.packing == "concat" and not config.end_of_text
-        )
+        self.num_bytes = self._transform.num_bytes(list(corpora), self.rows)
+        self.num_targets = None
+        if self.num_bytes is not None:
+            self.num_targets = sum(rows.num_targets for rows in self.rows)
 
     def __len__(self) -> int:
         return math.ceil(self._gather.total / self._batch_size)
@@ -329,14 +390,18 @@ def evaluation_batches(
     config: DataConfig,
     corpora: TokenizedCorpus | Sequence[TokenizedCorpus],
     *,
+    objective: str = "causal",
+    tokenizer: Vocabulary | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> EvaluationBatches:
     """All of `corpora` (the validation split) as batches of one shape; see `EvaluationBatches`.
+
+    `objective` and `tokenizer` are as for `train_batches`.
 
     Raises:
       ConfigError: there is nothing to evaluate on, or the batch cannot be shared evenly.
     """
     corpora = (corpora,) if isinstance(corpora, TokenizedCorpus) else tuple(corpora)
     check(len(corpora) > 0, "data.validation_fraction=0.0 leaves nothing to evaluate on")
-    return EvaluationBatches(config, corpora, process_index, process_count)
+    return EvaluationBatches(config, corpora, objective, tokenizer, process_index, process_count)

@@ -79,6 +79,7 @@ class TokenizedCorpus:
       name: the corpus' path and split, for messages.
       key: digest of everything the tokens depend on.
       skipped: one line per file or record that was left out when the corpus was read.
+      pairs: documents 2i and 2i + 1 are the source and the target of pair i.
     """
 
     tokens: np.ndarray
@@ -92,6 +93,7 @@ class TokenizedCorpus:
     name: str
     key: str
     skipped: tuple[str, ...] = ()
+    pairs: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -208,14 +210,16 @@ def _write(
                 name: stack.enter_context(_SplitWriter(temporary, name, tokenizer, config))
                 for name in _SPLITS
             }
-            for split, text in corpora.splits(corpus, report):
-                writers[split].add(text)
+            for split, texts in corpora.splits(corpus, report):
+                for text in texts:
+                    writers[split].add(text)
             described = {name: writer.finish() for name, writer in writers.items()}
         if not report.num_documents:
             raise corpora.no_documents(field, corpus.path, report)
         meta = {
             "version": _VERSION,
             "end_of_text": config.end_of_text,
+            "pairs": corpus.pairs,
             "splits": described,
             "skipped": report.lines(),
         }
@@ -340,6 +344,7 @@ def _open(
             name=f"{path} ({split})",
             key=f"{entry.name}-{split}",
             skipped=tuple(meta["skipped"]),
+            pairs=meta.get("pairs", False),
         )
         for split, facts in meta["splits"].items()
     }

@@ -9,32 +9,70 @@ from lm.config import check, check_choice
 
 PACKINGS = ("concat", "best_fit", "none")
 SPLITS = ("hash", "position")
+OBJECTIVES = ("causal", "masked", "span_corruption", "seq2seq", "prefix")
+
+
+@dataclasses.dataclass(frozen=True)
+class CorruptionConfig:
+    """The `data.corruption` section: what masked and span-corruption objectives hide."""
+
+    rate: float = 0.15  # share of tokens that are hidden
+    mask_share: float = 0.8  # masked: share of the hidden ones that the mask token stands for, ...
+    random_share: float = 0.1  # ... and a random token; the rest are shown as they are
+    whole_words: bool = False  # masked: hide whole words, not single tokens
+    span_length: float = 3.0  # span corruption: mean number of tokens in a hidden span
+
+    def validate(self, prefix: str = "config.data.corruption") -> None:
+        """Raises `ConfigError` naming the first field that makes no sense."""
+        check(0 < self.rate < 1, f"{prefix}.rate={self.rate!r} must be in (0, 1)")
+        for name in ("mask_share", "random_share"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"{prefix}.{name}={value!r} must be in [0, 1]")
+        total = self.mask_share + self.random_share
+        check(
+            total <= 1 + 1e-9,
+            f"{prefix}.mask_share={self.mask_share!r} and random_share={self.random_share!r} must "
+            f"not be more than 1 together, and are {total:g}",
+        )
+        check(
+            self.span_length >= 1,
+            f"{prefix}.span_length={self.span_length!r} must be at least 1",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The `data` section of a config.
 
-    A path is `storyworld` (generated stories, the default), `stdlib` (source and documentation of
-    the running Python), `hf:NAME[:CONFIG]` (a Hugging Face dataset by name or directory), or a
-    local file, directory or glob of text, .json, .jsonl (each also .gz or .zst) or .parquet files.
+    A path is `storyworld` (generated stories, the default), `translation` (generated pairs of an
+    English sentence and its translation into an invented language), `stdlib` (source and
+    documentation of the running Python), `hf:NAME[:CONFIG]` (a Hugging Face dataset by name or
+    directory), or a local file, directory or glob of text, .json, .jsonl (each also .gz or .zst) or
+    .parquet files. With two names in `text_field` their records are pairs of a source and a target,
+    and so are the lines of .tsv files.
     """
 
     path: str | tuple[str, ...] = "storyworld"  # one corpus, or several to mix
     weights: tuple[float, ...] = ()  # share of rows per path; empty: every row once per epoch
-    text_field: str = "text"  # the field of JSON, Parquet and Hugging Face records that is read
-    num_documents: int = 50_000  # documents taken from an unlimited or streaming corpus
+    # The field of JSON, Parquet and Hugging Face records that is read. Two, such as
+    # ("source", "target"), make a corpus of pairs.
+    text_field: str | tuple[str, ...] = "text"
+    num_documents: int = 50_000  # documents (or pairs) taken from an unlimited or streaming corpus
     encoding: str = "utf-8"  # of text files
     on_bad_file: str = "skip"  # binary, mis-encoded or empty files: "skip" (counted) or "refuse"
 
-    # "hash": a document's own text decides, so equal texts never straddle the splits.
-    # "position": the last part of the corpus, counted in characters, is held out.
+    # "hash": a document's own text (a pair's source) decides, so equal texts never straddle the
+    # splits. "position": the last part of the corpus, counted in characters, is held out.
     split: str = "hash"
     validation_fraction: float = 0.05  # share held out; 0 for none
     validation_path: str | tuple[str, ...] = ""  # a corpus of its own to validate on, instead
 
     batch_size: int = 32  # sequences in a batch, over all hosts
-    block_size: int = 256  # tokens in a sequence
+    # Tokens in a sequence: of the encoder's in span corruption, of the decoder's in seq2seq.
+    block_size: int = 256
+    source_length: int = 0  # seq2seq: tokens in a sequence of the encoder; 0: block_size
+    long_pairs: str = "refuse"  # seq2seq: pairs longer than that: "refuse" or "drop" (counted)
+    corruption: CorruptionConfig = dataclasses.field(default_factory=CorruptionConfig)
     packing: str = "concat"  # "concat", "best_fit" or "none" (one document a row)
     end_of_text: bool = True  # documents end with end-of-text; False: one stream, no separators
     shuffle: bool = True  # visit training rows in a new random order each epoch
@@ -49,6 +87,11 @@ class DataConfig:
     def paths(self) -> tuple[str, ...]:
         """`path` as a tuple."""
         return _as_tuple(self.path)
+
+    @property
+    def text_fields(self) -> tuple[str, ...]:
+        """`text_field` as a tuple: one name, or those of a pair's source and target."""
+        return _as_tuple(self.text_field)
 
     @property
     def validation_paths(self) -> tuple[str, ...]:
@@ -71,10 +114,12 @@ class DataConfig:
         check_choice(f"{prefix}.packing", self.packing, PACKINGS)
         check_choice(f"{prefix}.split", self.split, SPLITS)
         check_choice(f"{prefix}.on_bad_file", self.on_bad_file, ("skip", "refuse"))
+        check_choice(f"{prefix}.long_pairs", self.long_pairs, ("refuse", "drop"))
         for name, least in (
             ("num_documents", 1),
             ("batch_size", 1),
             ("block_size", 1),
+            ("source_length", 0),
             ("prefetch", 0),
             ("num_threads", 0),
         ):
@@ -88,7 +133,10 @@ class DataConfig:
             0 <= self.validation_fraction < 1,
             f"{prefix}.validation_fraction={self.validation_fraction!r} must be in [0, 1)",
         )
-        check(bool(self.text_field), f"{prefix}.text_field='' must name a field")
+        check(
+            len(self.text_fields) in (1, 2),
+            f"{prefix}.text_field={self.text_field!r} must name a field, or two for pairs",
+        )
         try:
             codecs.lookup(self.encoding)
         except LookupError:

@@ -20,21 +20,34 @@ from lm.data import files
 from lm.data.config import DataConfig
 from lm.data.files import CorpusReport
 
-__all__ = ["CorpusReport", "Source", "documents", "source", "split_of", "splits"]
+__all__ = ["CorpusReport", "Source", "documents", "pairs", "source", "split_of", "splits"]
 
 Split = str  # "train" or "validation"
 
 
 class Source(abc.ABC):
-    """One corpus: a fixed sequence of documents."""
+    """One corpus: a fixed sequence of documents, or of pairs of documents.
+
+    Attributes:
+      pairs: whether each item is a source and its target, not one document.
+    """
+
+    pairs = False
 
     def __init__(self, path: str, config: DataConfig):
         self.path = path
         self.config = config
 
     @abc.abstractmethod
+    def items(self, report: CorpusReport) -> Iterator[tuple[str, ...]]:
+        """Yields (document,) or (source, target), in a fixed order.
+
+        What is left out is noted in `report`.
+        """
+
     def documents(self, report: CorpusReport) -> Iterator[str]:
-        """Yields the documents, in a fixed order, noting in `report` what is left out."""
+        """Yields the documents, those of a pair one after the other."""
+        return itertools.chain.from_iterable(self.items(report))
 
     @abc.abstractmethod
     def fingerprint(self, sidecar: Path | None = None) -> dict[str, Any]:
@@ -52,6 +65,8 @@ def source(path: str, config: DataConfig, seed: int, field: str = "data.path") -
     """
     if path == "storyworld":
         return _Storyworld(path, config, seed)
+    if path == "translation":
+        return _Translation(path, config, seed)
     if path == "stdlib":
         from lm.data.stdlib import StandardLibrary
 
@@ -68,25 +83,57 @@ class _Storyworld(Source):
         super().__init__(path, config)
         self.seed = seed
 
-    def documents(self, report: CorpusReport) -> Iterator[str]:
+    def items(self, report: CorpusReport) -> Iterator[tuple[str]]:
         from lm.data.storyworld import generate
 
         for index in range(self.config.num_documents):
             report.num_documents += 1
-            yield generate(self.seed, index).text
+            yield (generate(self.seed, index).text,)
 
     def fingerprint(self, sidecar: Path | None = None) -> dict[str, Any]:
         import lm.data.storyworld as package
 
-        digest = hashlib.blake2b(digest_size=16)
-        for file in sorted(Path(package.__file__).parent.glob("**/*.py")):
-            digest.update(file.read_bytes())
-        return {
-            "corpus": "storyworld",
-            "generator": digest.hexdigest(),
-            "seed": self.seed,
-            "num_documents": self.config.num_documents,
-        }
+        files = Path(package.__file__).parent.glob("*.py")
+        return _generated(self, [file for file in files if file.name not in _TRANSLATION_FILES])
+
+
+_TRANSLATION_FILES = ("language.py", "language_words.py")
+
+
+class _Translation(Source):
+    """Pairs of `lm.data.storyworld.language`: English and an invented language."""
+
+    pairs = True
+
+    def __init__(self, path: str, config: DataConfig, seed: int):
+        super().__init__(path, config)
+        self.seed = seed
+
+    def items(self, report: CorpusReport) -> Iterator[tuple[str, str]]:
+        from lm.data.storyworld.language import pair
+
+        for index in range(self.config.num_documents):
+            report.num_documents += 1
+            yield pair(self.seed, index)
+
+    def fingerprint(self, sidecar: Path | None = None) -> dict[str, Any]:
+        import lm.data.storyworld as package
+
+        folder = Path(package.__file__).parent
+        return _generated(self, [folder / name for name in _TRANSLATION_FILES])
+
+
+def _generated(corpus: _Storyworld | _Translation, files: list[Path]) -> dict[str, Any]:
+    """The fingerprint of a generated corpus: the code in `files`, the seed and the number."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return {
+        "corpus": corpus.path,
+        "generator": digest.hexdigest(),
+        "seed": corpus.seed,
+        "num_documents": corpus.config.num_documents,
+    }
 
 
 class _Files(Source):
@@ -95,13 +142,14 @@ class _Files(Source):
     def __init__(self, path: str, config: DataConfig, field: str):
         super().__init__(path, config)
         self.field = field
+        self.pairs = len(config.text_fields) == 2
         self.files = files.find(path, field)
 
-    def documents(self, report: CorpusReport) -> Iterator[str]:
+    def items(self, report: CorpusReport) -> Iterator[tuple[str, ...]]:
         for file in self.files:
-            for text in files.read(file, self.config, report):
+            for item in files.read(file, self.config, report):
                 report.num_documents += 1
-                yield text
+                yield item
 
     def fingerprint(self, sidecar: Path | None = None) -> dict[str, Any]:
         try:
@@ -132,6 +180,7 @@ class _Hub(Source):
     def __init__(self, path: str, config: DataConfig, field: str):
         super().__init__(path, config)
         self.field = field
+        self.pairs = len(config.text_fields) == 2
         name = path.removeprefix("hf:")
         local = os.path.expanduser(name)
         if os.path.exists(local):
@@ -142,11 +191,11 @@ class _Hub(Source):
             self.name = os.path.expanduser(self.name)
         check(bool(self.name), f"{field}={path!r} must be 'hf:NAME' or 'hf:NAME:CONFIG'")
 
-    def documents(self, report: CorpusReport) -> Iterator[str]:
+    def items(self, report: CorpusReport) -> Iterator[tuple[str, ...]]:
         records = itertools.islice(self._records(), self.config.num_documents)
-        for text in files.texts(records, self.path, self.config, report):
+        for item in files.items(records, self.path, self.config, report):
             report.num_documents += 1
-            yield text
+            yield item
 
     def _records(self) -> Iterator[dict[str, Any]]:
         try:
@@ -198,23 +247,29 @@ def split_of(text: str, validation_fraction: float) -> Split:
     return "validation" if held_out else "train"
 
 
-def splits(corpus: Source, report: CorpusReport) -> Iterator[tuple[Split, str]]:
-    """Every document of `corpus` with its split, in order, in one pass where possible.
+def splits(corpus: Source, report: CorpusReport) -> Iterator[tuple[Split, tuple[str, ...]]]:
+    """Every item of `corpus` with its split, in order, in one pass where possible.
 
-    "position" reads the corpus twice: with n characters in all, the first
-    int(n * (1 - validation_fraction)) are for training, and a document across the cut is cut.
+    A pair goes where its source belongs. "position" reads the corpus twice: with n characters in
+    all, the first int(n * (1 - validation_fraction)) are for training. A document across the cut is
+    cut; a pair across it is held out.
     """
     config = corpus.config
     if config.split == "hash" or not config.validation_fraction:
-        for text in corpus.documents(report):
-            yield split_of(text, config.validation_fraction), text
+        for item in corpus.items(report):
+            yield split_of(item[0], config.validation_fraction), item
         return
     length = sum(len(text) for text in corpus.documents(CorpusReport()))
     left = int(length * (1 - config.validation_fraction))
-    for text in corpus.documents(report):
+    for item in corpus.items(report):
+        if corpus.pairs:
+            left -= sum(map(len, item))
+            yield ("train" if left >= 0 else "validation"), item
+            continue
+        (text,) = item
         for split, part in (("train", text[:left]), ("validation", text[left:])):
             if part:
-                yield split, part
+                yield split, (part,)
         left = max(0, left - len(text))
 
 
@@ -222,6 +277,8 @@ def documents(
     config: DataConfig, split: Split, seed: int, report: CorpusReport | None = None
 ) -> Iterator[str]:
     """The documents of a split of all corpora in `config`, one corpus after the other.
+
+    A corpus of pairs gives the source and then the target of each.
 
     Args:
       config: names the corpora and the split.
@@ -232,6 +289,31 @@ def documents(
     Raises:
       ConfigError: a corpus does not exist, cannot be read or holds no documents.
     """
+    for _, item in _items(config, split, seed, report):
+        yield from item
+
+
+def pairs(
+    config: DataConfig, split: Split, seed: int, report: CorpusReport | None = None
+) -> Iterator[tuple[str, str]]:
+    """The pairs (source, target) of a split, as `documents`.
+
+    Raises:
+      ConfigError: as `documents`; or a corpus holds documents, not pairs.
+    """
+    for path, item in _items(config, split, seed, report):
+        check(
+            len(item) == 2,
+            f"data.path={path!r} holds documents, not pairs: use 'translation', or files of pairs "
+            "with data.text_field=('source', 'target')",
+        )
+        yield item
+
+
+def _items(
+    config: DataConfig, split: Split, seed: int, report: CorpusReport | None
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Path and item for every item of a split."""
     check_choice("split", split, ("train", "validation"))
     report = report if report is not None else CorpusReport()
     separate = bool(config.validation_paths)
@@ -242,9 +324,9 @@ def documents(
         corpus = source(path, config, seed, field)
         before = report.num_documents
         if separate:
-            yield from corpus.documents(report)
+            yield from ((path, item) for item in corpus.items(report))
         else:
-            yield from (text for name, text in splits(corpus, report) if name == split)
+            yield from ((path, item) for name, item in splits(corpus, report) if name == split)
         if report.num_documents == before:
             raise no_documents(field, path, report)
 

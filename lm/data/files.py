@@ -1,7 +1,8 @@
 """Local files → documents: plain text, JSON and JSON Lines (.gz, .zst), Parquet.
 
 A text file is one document. A record of a JSON or Parquet file is one document: its text field.
-Documents are yielded as they are read, so a file need not fit in memory unless it is plain text.
+With two text fields it is a pair of them, and so is a line of a .tsv file. Documents are yielded as
+they are read, so a file need not fit in memory unless it is plain text.
 """
 
 from __future__ import annotations
@@ -73,12 +74,12 @@ def find(path: str, field: str) -> list[str]:
         parent = os.path.dirname(expanded) or "."
         close = nearest(
             path,
-            ["storyworld", "stdlib"]
+            ["storyworld", "translation", "stdlib"]
             + [os.path.join(os.path.dirname(path), name) for name in _listing(parent)],
         )
         raise ConfigError(
             f"{field}={path!r} does not exist{close}; give a file, a directory, a glob, "
-            "'storyworld', 'stdlib' or 'hf:NAME'"
+            "'storyworld', 'translation', 'stdlib' or 'hf:NAME'"
         )
     return sorted(found)
 
@@ -90,8 +91,8 @@ def _listing(folder: str) -> list[str]:
         return []
 
 
-def read(path: str, config: DataConfig, report: CorpusReport) -> Iterator[str]:
-    """The documents of one file.
+def read(path: str, config: DataConfig, report: CorpusReport) -> Iterator[tuple[str, ...]]:
+    """The documents of one file, each as a tuple of one, or its pairs.
 
     What cannot be used (binary, mis-encoded, empty) is noted in `report`, or refused where
     `config.on_bad_file` is "refuse".
@@ -107,11 +108,15 @@ def read(path: str, config: DataConfig, report: CorpusReport) -> Iterator[str]:
         if os.path.getsize(path) == 0:
             raise BadFileError("empty")
         if stem.endswith(".parquet"):
-            yield from texts(_parquet_records(path, config), path, config, report)
+            yield from items(_parquet_records(path, config), path, config, report)
         elif stem.endswith(_RECORDS):
-            yield from texts(_json_records(path, stem, config, report), path, config, report)
+            yield from items(_json_records(path, stem, config, report), path, config, report)
+        elif len(config.text_fields) == 1:
+            yield (_plain_text(path, config),)
+        elif stem.endswith(".tsv"):
+            yield from items(_tsv_records(path, config, report), path, config, report)
         else:
-            yield _plain_text(path, config)
+            raise BadFileError("pairs are read from .jsonl, .json, .parquet and .tsv files")
     except BadFileError as error:
         reject(path, str(error), config, report)
     except OSError as error:
@@ -128,37 +133,43 @@ def reject(name: str, reason: str, config: DataConfig, report: CorpusReport) -> 
     report.skipped.append((name, reason))
 
 
-def texts(
+def items(
     records: Iterable[Any], name: str, config: DataConfig, report: CorpusReport
-) -> Iterator[str]:
-    """The text field of each record; a record that is itself a string is its own text.
+) -> Iterator[tuple[str, ...]]:
+    """The text field of each record as a tuple of one, or its two text fields.
+
+    A record that is itself a string is its own text.
 
     Raises:
       ConfigError: the first records have no such field, or it is not text.
     """
+    fields = config.text_fields
     some_were_good = False
     for number, record in enumerate(records, 1):
-        text = record
+        found = {field: record for field in fields if len(fields) == 1}
         if isinstance(record, dict):
-            text = record.get(config.text_field)
-        if isinstance(text, str) and text:
+            found = {field: record[field] for field in fields if field in record}
+        missing = [field for field in fields if field not in found]
+        values = tuple(found.values())
+        if not missing and all(isinstance(text, str) and text for text in values):
             some_were_good = True
-            if _is_unicode(text):
-                yield text
+            if all(map(_is_unicode, values)):
+                yield values
             else:  # JSON can spell half a surrogate pair, which no encoding can write
                 reject(f"{name} record {number}", "half a surrogate pair", config, report)
-        elif isinstance(record, dict) and config.text_field not in record and not some_were_good:
-            fields = sorted(record)
+        elif isinstance(record, dict) and missing and not some_were_good:
+            known = sorted(map(str, record))
             raise ConfigError(
-                f"data.text_field={config.text_field!r} is not a field of {name}, "
-                f"which has {', '.join(map(repr, fields))}{nearest(config.text_field, fields)}"
+                f"data.text_field={missing[0]!r} is not a field of {name}, "
+                f"which has {', '.join(map(repr, known))}{nearest(missing[0], known)}"
             )
-        elif text is None or text == "":
+        elif missing or any(text is None or text == "" for text in values):
             reject(f"{name} record {number}", "no text", config, report)
         elif not some_were_good:
+            bad = next(text for text in values if not isinstance(text, str))
             raise ConfigError(
                 f"data.text_field={config.text_field!r} of {name} holds "
-                f"{type(text).__name__}, not text"
+                f"{type(bad).__name__}, not text"
             )
         else:
             reject(f"{name} record {number}", "not text", config, report)
@@ -247,6 +258,25 @@ def _json_records(path: str, stem: str, config: DataConfig, report: CorpusReport
                 yield record
 
 
+def _tsv_records(path: str, config: DataConfig, report: CorpusReport) -> Iterator[dict[str, str]]:
+    """The lines of a table: the columns that its header names, or else the first two."""
+    columns = (0, 1)
+    with _decompressing(path), _open(path) as file:
+        for number, line in enumerate(io.BufferedReader(file), 1):
+            try:
+                cells = decode(line, config.encoding).rstrip("\r\n").split("\t")
+            except BadFileError as error:
+                reject(f"{path} line {number}", str(error), config, report)
+                continue
+            if number == 1 and set(config.text_fields) <= set(cells):
+                columns = tuple(map(cells.index, config.text_fields))
+            elif len(cells) <= max(columns):
+                if any(cells):
+                    reject(f"{path} line {number}", "not two columns", config, report)
+            else:
+                yield {name: cells[i] for name, i in zip(config.text_fields, columns)}
+
+
 def _json_array(text: str) -> list[Any]:
     try:
         value = json.loads(text)
@@ -267,12 +297,11 @@ def _parquet_records(path: str, config: DataConfig) -> Iterator[Any]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            if config.text_field not in names:
+            if not set(config.text_fields) <= set(names):
                 yield dict.fromkeys(names)
                 return
-            for batch in file.iter_batches(batch_size=1024, columns=[config.text_field]):
-                for text in batch.column(0).to_pylist():
-                    yield {config.text_field: text}
+            for batch in file.iter_batches(batch_size=1024, columns=list(config.text_fields)):
+                yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise BadFileError(f"not Parquet, {str(error).splitlines()[0]}") from None
 

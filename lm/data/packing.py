@@ -6,13 +6,15 @@ function of *n* and resuming free; Grain's packing transforms (`ConcatThenSplitI
 `BestFitPackIterDataset`) pack as they read and would have to read again from the start.
 
 Positions in the corpus are positions of *targets*: position p has the target tokens[p], and its
-input is the token before, or begin-of-text where a document starts.
+input is the token before, or begin-of-text where a document starts. Objectives that see both sides
+of a token count positions with a begin-of-text before every document.
 """
 
 from __future__ import annotations
 
 import abc
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,17 +28,27 @@ Pieces = tuple[np.ndarray, np.ndarray, np.ndarray]
 class Rows(abc.ABC):
     """The rows that one corpus gives in an epoch.
 
+    Inputs are the tokens before the targets, or, where not `shifted`, the targets themselves: a
+    document then begins with a begin-of-text that has a place of its own.
+
     Attributes:
       num_rows: rows in an epoch, the same in every epoch.
-      num_targets: tokens predicted in an epoch.
+      num_targets: tokens that are a target in an epoch (where `shifted`: that are predicted).
     """
 
     num_rows: int
     num_targets: int
 
-    def __init__(self, corpus: TokenizedCorpus, block_size: int):
+    def __init__(
+        self, corpus: TokenizedCorpus, block_size: int, shifted: bool = True, separate: bool = True
+    ):
         self.corpus = corpus
         self.block_size = block_size
+        self.shifted = shifted
+        self.separate = separate  # each document is a segment; else all are one stream
+        begun = not shifted and separate
+        self.offsets = corpus.offsets + np.arange(len(corpus.offsets)) * begun
+        self.num_tokens = int(self.offsets[-1])
 
     @property
     def padding_fraction(self) -> float:
@@ -57,41 +69,92 @@ class Rows(abc.ABC):
         """
 
     def fill(
-        self, batch: dict[str, np.ndarray], places: np.ndarray, rows: np.ndarray, epochs: np.ndarray
+        self,
+        batch: dict[str, np.ndarray],
+        places: np.ndarray,
+        rows: np.ndarray,
+        epochs: np.ndarray,
+        keys: np.ndarray,
     ) -> None:
-        """Writes the given rows into the rows `places` of `batch`, which must be zero there."""
-        which, starts, lengths = self.pieces(rows, epochs)
-        total = int(lengths.sum())
-        if not total:
-            return
-        corpus, width = self.corpus, self.block_size
-        # Number the pieces of each row 0, 1, ... and find the column where each begins.
-        ends = np.cumsum(lengths)
-        first = np.ones(len(which), bool)
-        first[1:] = which[1:] != which[:-1]
-        first_piece = np.flatnonzero(first)[np.cumsum(first) - 1]
-        before = ends - lengths
-        columns = before - before[first_piece]
-        segment = np.arange(len(which)) - first_piece + 1
-        within = np.arange(total) - np.repeat(before, lengths)
-        target_at = np.repeat(starts, lengths) + within
-        place_at = np.repeat(places[which] * width + columns, lengths) + within
+        """Writes the given rows into the rows `places` of `batch`, which must be zero there.
 
+        `keys` [n] are for rows that draw random numbers (see `draws`); these do not.
+        """
+        del keys
+        which, starts, lengths = self.pieces(rows, epochs)
+        if not lengths.sum():
+            return
+        layout = lay_out(which, lengths)
+        place_at = layout.places(places[which] * self.block_size)
+        if self.shifted:
+            inputs, targets = self._shifted(starts, layout)
+            batch["targets"].reshape(-1)[place_at] = targets
+            batch["weights"].reshape(-1)[place_at] = 1
+        else:
+            inputs = self._unshifted(starts, layout)
+        batch["inputs"].reshape(-1)[place_at] = inputs
+        batch["segment_ids"].reshape(-1)[place_at] = np.repeat(layout.segments, lengths)
+        batch["positions"].reshape(-1)[place_at] = layout.within
+
+    def _shifted(self, starts: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+        corpus = self.corpus
+        target_at = np.repeat(starts, layout.lengths) + layout.within
         targets = corpus.tokens[target_at].astype(np.int32)
-        inputs = np.empty(total, np.int32)
+        inputs = np.empty_like(targets)
         inputs[1:] = targets[:-1]
         # The input of a piece's first place is not the target to its left: look it up.
-        at_start = self._starts_document(starts)
-        inputs[before] = np.where(at_start, corpus.bos_id, corpus.tokens[np.maximum(starts - 1, 0)])
-        batch["inputs"].reshape(-1)[place_at] = inputs
-        batch["targets"].reshape(-1)[place_at] = targets
-        batch["weights"].reshape(-1)[place_at] = 1
-        batch["segment_ids"].reshape(-1)[place_at] = np.repeat(segment, lengths)
-        batch["positions"].reshape(-1)[place_at] = within
+        before = corpus.tokens[np.maximum(starts - 1, 0)]
+        inputs[layout.before] = np.where(self._starts_document(starts), corpus.bos_id, before)
+        return inputs, targets
+
+    def _unshifted(self, starts: np.ndarray, layout: Layout) -> np.ndarray:
+        begins = self._starts_document(starts)
+        if self.separate:  # leave out the begin-of-texts before the piece, its own included
+            starts = starts - np.searchsorted(self.offsets, starts, side="right")
+        token_at = np.repeat(starts, layout.lengths) + layout.within
+        tokens = self.corpus.tokens[np.maximum(token_at, 0)].astype(np.int32)
+        tokens[layout.before[begins]] = self.corpus.bos_id
+        return tokens
 
     def _starts_document(self, starts: np.ndarray) -> np.ndarray:
-        offsets = self.corpus.offsets
-        return offsets[np.searchsorted(offsets, starts)] == starts
+        if not self.separate:
+            return np.zeros(len(starts), bool)
+        return self.offsets[np.searchsorted(self.offsets, starts)] == starts
+
+
+class Layout(NamedTuple):
+    """Where pieces and their tokens come to lie in rows; see `lay_out`."""
+
+    lengths: np.ndarray  # [pieces]
+    columns: np.ndarray  # [pieces] where each begins in its row
+    segments: np.ndarray  # [pieces] its number in its row, from 1
+    before: np.ndarray  # [pieces] tokens in all pieces before it
+    within: np.ndarray  # [tokens] each one's place in its piece
+
+    def places(self, row_starts: np.ndarray) -> np.ndarray:
+        """[tokens] indices into the flat batch, given where the row of each piece starts in it."""
+        return np.repeat(row_starts + self.columns, self.lengths) + self.within
+
+
+def lay_out(which: np.ndarray, lengths: np.ndarray) -> Layout:
+    """Puts the pieces of each row one after the other.
+
+    Args:
+      which: [pieces] the row of each, ascending.
+      lengths: [pieces] in tokens.
+    """
+    before = np.cumsum(lengths) - lengths
+    first = np.ones(len(which), bool)
+    first[1:] = which[1:] != which[:-1]
+    first_piece = np.flatnonzero(first)[np.cumsum(first) - 1]
+    within = np.arange(int(lengths.sum())) - np.repeat(before, lengths)
+    return Layout(
+        lengths,
+        before - before[first_piece],
+        np.arange(len(which)) - first_piece + 1,
+        before,
+        within,
+    )
 
 
 class Concatenated(Rows):
@@ -105,11 +168,17 @@ class Concatenated(Rows):
     No token is lost, no window is empty, and there are at most two windows more than without.
     """
 
-    def __init__(self, corpus: TokenizedCorpus, block_size: int, seed: int | None = None):
-        super().__init__(corpus, block_size)
+    def __init__(
+        self,
+        corpus: TokenizedCorpus,
+        block_size: int,
+        seed: int | None = None,
+        shifted: bool = True,
+    ):
+        super().__init__(corpus, block_size, shifted, separate=corpus.end_of_text)
         self.seed = seed
-        self.first_target = 0 if corpus.end_of_text else 1
-        self.num_targets = max(corpus.num_tokens - self.first_target, 0)
+        self.first_target = 1 if shifted and not self.separate else 0
+        self.num_targets = max(self.num_tokens - self.first_target, 0)
         whole, rest = divmod(self.num_targets, block_size)
         # The first window may have any length in this range without changing how many there are.
         # Of the two such ranges, take the longer: it has at least half of all lengths.
@@ -138,10 +207,10 @@ class Concatenated(Rows):
         lengths = np.where(rows == 0, first, self.block_size)
         lengths = np.minimum(lengths, self.num_targets - starts)
         starts = starts + self.first_target
-        if not self.corpus.end_of_text:
+        if not self.separate:
             return np.arange(len(rows)), starts, lengths
         # Cut every window where a document starts inside it.
-        offsets = self.corpus.offsets
+        offsets = self.offsets
         low = np.searchsorted(offsets, starts, side="right")
         high = np.searchsorted(offsets, starts + lengths, side="left")
         counts = high - low + 1
@@ -155,10 +224,26 @@ class Concatenated(Rows):
         piece_ends[begin + counts - 1] = starts + lengths
         return which, piece_starts, piece_ends - piece_starts
 
-    def _starts_document(self, starts: np.ndarray) -> np.ndarray:
-        if not self.corpus.end_of_text:
-            return np.zeros(len(starts), bool)
-        return super()._starts_document(starts)
+
+class Plan:
+    """Which items go into which row, looked up by row.
+
+    Attributes:
+      num_rows: rows in all.
+    """
+
+    def __init__(self, row_of_item: np.ndarray):
+        self._order = np.argsort(row_of_item, kind="stable")
+        self.num_rows = int(row_of_item.max()) + 1 if len(row_of_item) else 0
+        self._bounds = np.searchsorted(row_of_item[self._order], np.arange(self.num_rows + 1))
+
+    def items(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The items of `rows`, in order: index into `rows` and number of the item."""
+        low = self._bounds[rows]
+        counts = self._bounds[rows + 1] - low
+        which = np.repeat(np.arange(len(rows)), counts)
+        index = np.arange(len(which)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
+        return which, self._order[index]
 
 
 class Planned(Rows):
@@ -168,36 +253,35 @@ class Planned(Rows):
     on the corpus and `block_size` only, so it is made once and serves every epoch.
     """
 
-    def __init__(self, corpus: TokenizedCorpus, block_size: int, packing: str):
-        super().__init__(corpus, block_size)
-        self.num_targets = corpus.num_tokens
-        starts, lengths = cut_documents(corpus.offsets, block_size)
-        if packing == "best_fit":
-            row_of_piece = best_fit_decreasing(lengths, block_size)
-        else:
-            row_of_piece = np.arange(len(lengths))
-        order = np.argsort(row_of_piece, kind="stable")
-        self.starts, self.lengths = starts[order], lengths[order]
-        self.num_rows = int(row_of_piece.max()) + 1 if len(lengths) else 0
-        self.bounds = np.searchsorted(row_of_piece[order], np.arange(self.num_rows + 1))
+    def __init__(
+        self, corpus: TokenizedCorpus, block_size: int, packing: str, shifted: bool = True
+    ):
+        super().__init__(corpus, block_size, shifted)
+        self.num_targets = self.num_tokens
+        self._starts, self._lengths = cut_documents(self.offsets[:-1], self.offsets[1:], block_size)
+        self._plan = plan(self._lengths, block_size, packing)
+        self.num_rows = self._plan.num_rows
 
     def pieces(self, rows: np.ndarray, epochs: np.ndarray) -> Pieces:
         """See `Rows.pieces`."""
         del epochs  # every epoch has the same rows
-        low = self.bounds[rows]
-        counts = self.bounds[rows + 1] - low
-        which = np.repeat(np.arange(len(rows)), counts)
-        index = np.arange(len(which)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
-        return which, self.starts[index], self.lengths[index]
+        which, piece = self._plan.items(rows)
+        return which, self._starts[piece], self._lengths[piece]
 
 
-def cut_documents(offsets: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+def cut_documents(starts: np.ndarray, ends: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Starts and lengths of the pieces of all documents: whole blocks, then what is left."""
-    lengths = np.diff(offsets)
-    counts = -(-lengths // block_size)
+    counts = -(-(ends - starts) // size)
     index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    starts = np.repeat(offsets[:-1], counts) + index * block_size
-    return starts, np.minimum(np.repeat(offsets[1:], counts) - starts, block_size)
+    pieces = np.repeat(starts, counts) + index * size
+    return pieces, np.minimum(np.repeat(ends, counts) - pieces, size)
+
+
+def plan(lengths: np.ndarray, size: int, packing: str) -> Plan:
+    """Puts items of `lengths` into rows of `size`: "best_fit", or "none" for one item a row."""
+    if packing == "best_fit":
+        return Plan(best_fit_decreasing(lengths, size))
+    return Plan(np.arange(len(lengths)))
 
 
 def best_fit_decreasing(lengths: np.ndarray, size: int) -> np.ndarray:
@@ -260,9 +344,14 @@ def best_fit_decreasing(lengths: np.ndarray, size: int) -> np.ndarray:
 
 
 def rows_of(
-    corpus: TokenizedCorpus, config: DataConfig, seed: int, *, training: bool = True
+    corpus: TokenizedCorpus,
+    config: DataConfig,
+    seed: int,
+    *,
+    training: bool = True,
+    shifted: bool = True,
 ) -> Rows:
-    """The rows of `corpus` under `config.packing`.
+    """The rows of `corpus` under `config.packing`; `shifted` as in `Rows`.
 
     Raises:
       ConfigError: the corpus is empty or, for training, shorter than one block.
@@ -270,9 +359,9 @@ def rows_of(
     check(corpus.num_tokens > 0, f"data.path: {corpus.name} holds no tokens")
     if config.packing == "concat":
         offset_seed = seed if training and config.random_offset else None
-        rows = Concatenated(corpus, config.block_size, offset_seed)
+        rows = Concatenated(corpus, config.block_size, offset_seed, shifted)
     else:
-        rows = Planned(corpus, config.block_size, config.packing)
+        rows = Planned(corpus, config.block_size, config.packing, shifted)
     if training and config.packing == "concat":
         check(
             rows.num_targets >= config.block_size,

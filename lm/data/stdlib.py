@@ -29,15 +29,15 @@ _LEFT_OUT = ("site-packages", "dist-packages", "__pycache__")
 class StandardLibrary(Source):
     """Documentation first, then sources, both in alphabetical order."""
 
-    def documents(self, report: CorpusReport) -> Iterator[str]:
+    def items(self, report: CorpusReport) -> Iterator[tuple[str]]:
         """One document per help topic, C module and source file."""
         for text in _topics():
             report.num_documents += 1
-            yield text
+            yield (text,)
         for name in sorted(sys.builtin_module_names):
             if text := _docstrings(name):
                 report.num_documents += 1
-                yield text
+                yield (text,)
         root = sysconfig.get_paths()["stdlib"]
         for path in source_files(root):
             # Some files of the test suite are mis-encoded on purpose; nobody can mend them, so
@@ -52,7 +52,7 @@ class StandardLibrary(Source):
                 continue
             if text.strip():
                 report.num_documents += 1
-                yield text
+                yield (text,)
 
     def fingerprint(self, sidecar: Path | None = None) -> dict[str, Any]:
         """The Python version and the names and sizes of the files."""

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from typing import Any
 import numpy as np
 
 from lm.config import ConfigError
+
+MASKS = ("[MASK]", "<mask>", "<|mask|>")
+SENTINEL = "<extra_id_{}>"  # T5's name for number 0, 1, ...
 
 DESCRIPTION = "lm_tokenizer.json"  # in every saved tokenizer: what it is and what its ids mean
 
@@ -62,6 +66,8 @@ class Specials:
     bos: int | None = None  # begin of text; None: the end-of-text token serves
     pad: int | None = None
     unk: int | None = None  # unknown text; only in vocabularies that do not cover all of it
+    mask: int | None = None  # stands for a token to be guessed (BERT)
+    sentinels: tuple[int, ...] = ()  # stand for the first, second, ... span to be guessed (T5)
 
 
 class Tokenizer(abc.ABC):
@@ -71,7 +77,8 @@ class Tokenizer(abc.ABC):
       kind: one of `lm.tokenizers.KINDS`.
       vocab_size: the number of ids, specials included; ids are 0 … vocab_size − 1.
       eos_id, bos_id: end and begin of text; the same id unless the vocabulary has both.
-      pad_id, unk_id: None where the vocabulary has none.
+      pad_id, unk_id, mask_id: None where the vocabulary has none.
+      sentinel_ids: what stands for the first, second, ... hidden span; () where it has none.
       special_ids: every special token's name → its id.
       lossless: whether `decode(encode(text)) == text` for any Unicode text.
       lossy_because: what is lost, in words, where `lossless` is False.
@@ -86,6 +93,8 @@ class Tokenizer(abc.ABC):
         self.bos_id = specials.eos if specials.bos is None else specials.bos
         self.pad_id = specials.pad
         self.unk_id = specials.unk
+        self.mask_id = specials.mask
+        self.sentinel_ids = tuple(specials.sentinels)
         self.lossy_because = lossy_because
 
     # What a kind defines.
@@ -155,6 +164,23 @@ class Tokenizer(abc.ABC):
         """The length of every token's bytes, int32 [vocab_size]."""
         return np.array([len(data) for data in self._bytes], np.int32)
 
+    def word_edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which tokens begin a word, and after which one another begins: two bool [vocab_size].
+
+        A word is a run of letters and digits with the white space before it; every other character
+        is a word of its own. So a token begins a word if its first character is white space or
+        punctuation ("▁the", "Ġthe", "the" after WordPiece's cuts), and ends one if its last is.
+        Specials do both. Parts of characters count as letters.
+        """
+        begins = np.ones(self.vocab_size, bool)
+        ends = np.ones(self.vocab_size, bool)
+        for id, data in enumerate(self._bytes):
+            if data:
+                text = data.decode("utf-8", "replace")
+                begins[id] = not _in_word(text[0])
+                ends[id] = not _in_word(text[-1])
+        return begins, ends
+
     def _checked(self, ids: Iterable[int]) -> list[int]:
         ids = ids.tolist() if hasattr(ids, "tolist") else [int(i) for i in ids]
         if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
@@ -182,13 +208,19 @@ class Tokenizer(abc.ABC):
         return _digest(json.dumps(identity, sort_keys=True).encode())[:32]
 
     def _description(self) -> dict[str, Any]:
+        specials = self.specials
+        # Left out where there is none: tokenizers saved before there were any keep their identity.
+        hidden: dict[str, Any] = {} if specials.mask is None else {"mask_id": specials.mask}
+        if specials.sentinels:
+            hidden["sentinel_ids"] = list(specials.sentinels)
         return {
             "kind": self.kind,
             "vocab_size": self.vocab_size,
-            "eos_id": self.specials.eos,
-            "bos_id": self.specials.bos,
-            "pad_id": self.specials.pad,
-            "unk_id": self.specials.unk,
+            "eos_id": specials.eos,
+            "bos_id": specials.bos,
+            "pad_id": specials.pad,
+            "unk_id": specials.unk,
+            **hidden,
             "special_tokens": self.special_ids,
             "lossy_because": self.lossy_because,
             "options": self.options(),
@@ -258,10 +290,32 @@ def first_loss(tokenizer: Tokenizer) -> str:
     return ""
 
 
-def roles(ids: Mapping[str, int], eos: str) -> Specials:
-    """Specials with the end-of-text token `eos` and, recognised by name, a padding token."""
+def roles(ids: Mapping[str, int], eos: str, bos: str | None = None) -> Specials:
+    """Specials with end and begin of text and, recognised by name, padding, mask and sentinels."""
     pad = next((ids[name] for name in ("<|pad|>", "<pad>", "[PAD]") if name in ids), None)
-    return Specials(dict(ids), ids[eos], pad=pad)
+    mask = next((ids[name] for name in MASKS if name in ids), None)
+    return Specials(
+        dict(ids),
+        ids[eos],
+        bos=None if bos is None else ids[bos],
+        pad=pad,
+        mask=mask,
+        sentinels=sentinels(ids),
+    )
+
+
+def sentinels(ids: Mapping[str, int]) -> tuple[int, ...]:
+    """The ids of `<extra_id_0>`, `<extra_id_1>`, ... in this order, up to the first that lacks."""
+    found: list[int] = []
+    while (name := SENTINEL.format(len(found))) in ids:
+        found.append(ids[name])
+    return tuple(found)
+
+
+def _in_word(character: str) -> bool:
+    return (
+        character.isalnum() or character in "_\ufffd" or unicodedata.category(character)[0] == "M"
+    )
 
 
 def _digest(data: bytes) -> str:

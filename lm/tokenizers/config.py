@@ -7,6 +7,7 @@ import dataclasses
 import tokenizers
 
 from lm.config import ConfigError, check, check_choice, nearest
+from lm.tokenizers.base import MASKS, SENTINEL
 
 TRAINED_KINDS = (
     "char",
@@ -71,12 +72,23 @@ class TokenizerConfig:
 
     # The end-of-text token. None: "<|endoftext|>", or what the files at `path` say.
     eos_token: str | None = None
-    special_tokens: tuple[str, ...] = ()  # further specials, such as "<|user|>" or "[MASK]"
+    # The begin-of-text token, such as "<s>" or "[CLS]". None: the end-of-text token serves, or what
+    # the files at `path` say.
+    bos_token: str | None = None
+    mask_token: bool = False  # have "[MASK]", for masked language modelling
+    num_sentinels: int = 0  # have "<extra_id_0>", "<extra_id_1>", ..., for span corruption
+    special_tokens: tuple[str, ...] = ()  # further specials, such as "<|user|>"
 
     @property
     def specials(self) -> tuple[str, ...]:
         """Every special token that training adds, end-of-text first."""
-        return (self.eos_token or END_OF_TEXT, *self.special_tokens)
+        names = [self.eos_token or END_OF_TEXT]
+        if self.bos_token:
+            names.append(self.bos_token)
+        if self.mask_token:
+            names.append(MASKS[0])
+        names += [SENTINEL.format(i) for i in range(self.num_sentinels)]
+        return (*dict.fromkeys(names), *self.special_tokens)
 
     def validate(self, prefix: str = "config.tokenizer") -> None:
         """Raises `ConfigError` naming the first field that makes no sense."""
@@ -92,11 +104,15 @@ class TokenizerConfig:
             0.9 <= self.character_coverage <= 1,
             f"{prefix}.character_coverage={self.character_coverage!r} must be in [0.9, 1]",
         )
+        check(
+            self.num_sentinels >= 0,
+            f"{prefix}.num_sentinels={self.num_sentinels!r} must be at least 0",
+        )
         for name in self.special_tokens:
             check(
                 bool(name) and self.specials.count(name) == 1,
                 f"{prefix}.special_tokens={self.special_tokens!r} must be distinct, not empty and "
-                f"other than the end-of-text token {self.specials[0]!r}",
+                "other than the end-of-text, begin-of-text, mask and sentinel tokens",
             )
         if not self.path and self.kind in _SMALLEST:
             least = _SMALLEST[self.kind] + len(self.specials)

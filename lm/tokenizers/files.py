@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.config import ConfigError, check, nearest
+from lm.tokenizers import vocabularies
 from lm.tokenizers.base import DESCRIPTION, Specials, Tokenizer
 from lm.tokenizers.config import KINDS, TokenizerConfig
 from lm.tokenizers.huggingface import HuggingFaceTokenizer
@@ -30,20 +31,31 @@ assert set(CLASSES) == set(KINDS)
 
 # What Hugging Face keeps beside tokenizer.json: the roles of specials, and chat templates.
 HUGGING_FACE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+# Vocabularies without a tokenizer.json; see `vocabularies`.
+PUBLISHED = ("vocab.json", "vocab.txt")
+_SOUGHT = ("tokenizer.json", "tokenizer.model", "spiece.model", *PUBLISHED)
 
 
 def load(directory: str | Path) -> Tokenizer:
     """Opens a tokenizer.
 
     `directory` was written by `Tokenizer.save`, or is a Hugging Face directory with a
-    `tokenizer.json` (with or without `tokenizer_config.json` and `special_tokens_map.json`) or a
-    SentencePiece `tokenizer.model`, or one with a single `.tiktoken` file. The path of such a file
-    itself will do.
+    `tokenizer.json` (with or without `tokenizer_config.json` and `special_tokens_map.json`), a
+    SentencePiece `tokenizer.model` or `spiece.model`, a `vocab.json` with `merges.txt` or a
+    `vocab.txt`, or one with a single `.tiktoken` file. The path of such a file itself will do.
 
     Raises:
       ConfigError: nothing there, no tokenizer in it, or a file that is damaged.
     """
     return open_path(str(directory), TokenizerConfig(), "tokenizer")
+
+
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether `directory` holds any file that `load` would open."""
+    where = Path(directory).expanduser()
+    return any((where / name).is_file() for name in (DESCRIPTION, *_SOUGHT)) or any(
+        where.glob("*.tiktoken")
+    )
 
 
 def open_path(path: str, config: TokenizerConfig, prefix: str) -> Tokenizer:
@@ -57,7 +69,7 @@ def open_path(path: str, config: TokenizerConfig, prefix: str) -> Tokenizer:
             return _open_file(where, config)
         if (where / DESCRIPTION).is_file():
             return from_files({f.name: f.read_bytes() for f in _model_files(where)})
-        for file in ("tokenizer.json", "tokenizer.model", "spiece.model"):
+        for file in _SOUGHT:
             if (where / file).is_file():
                 return _open_file(where / file, config)
         ranks = sorted(where.glob("*.tiktoken"))
@@ -70,8 +82,8 @@ def open_path(path: str, config: TokenizerConfig, prefix: str) -> Tokenizer:
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
     raise ConfigError(
-        f"{name} holds no tokenizer: none of {DESCRIPTION}, tokenizer.json, tokenizer.model, one "
-        ".tiktoken file"
+        f"{name} holds no tokenizer: none of {DESCRIPTION}, tokenizer.json, tokenizer.model, "
+        "vocab.json with merges.txt, vocab.txt, one .tiktoken file"
     )
 
 
@@ -80,13 +92,27 @@ def _open_file(file: Path, config: TokenizerConfig) -> Tokenizer:
     if file.suffix == ".tiktoken":
         return TiktokenTokenizer.from_ranks(data, file.stem, config)
     if file.suffix == ".model":
-        return SentencePieceTokenizer.from_model(data, config)
-    beside = {
-        name: (file.parent / name).read_bytes()
-        for name in HUGGING_FACE_FILES
-        if file.name == "tokenizer.json" and (file.parent / name).is_file()
-    }
+        processor = SentencePieceTokenizer.from_model(data, config).processor
+        added = vocabularies.added_tokens(_beside(file), processor.get_piece_size())
+        return SentencePieceTokenizer.from_model(data, config, added)
+    if file.name == "vocab.txt":
+        data = vocabularies.wordpiece(data, _beside(file))
+    elif file.name == "vocab.json":
+        merges = file.parent / "merges.txt"
+        check(merges.is_file(), "vocab.json has no merges.txt beside it")
+        data = vocabularies.byte_pairs(data, merges.read_bytes(), _beside(file))
+    elif file.name != "tokenizer.json":
+        return HuggingFaceTokenizer.from_json(data, {}, config)
+    beside = {name: found for name, found in _beside(file).items() if name in HUGGING_FACE_FILES}
     return HuggingFaceTokenizer.from_json(data, beside, config)
+
+
+def _beside(file: Path) -> dict[str, bytes]:
+    """The small files in the same directory that say how to use `file`."""
+    names = dict.fromkeys((*HUGGING_FACE_FILES, *vocabularies.SETTINGS))
+    return {
+        name: (file.parent / name).read_bytes() for name in names if (file.parent / name).is_file()
+    }
 
 
 def _model_files(directory: Path) -> list[Path]:
@@ -121,7 +147,12 @@ def from_files(files: dict[str, bytes]) -> Tokenizer:
     info = parse(files[DESCRIPTION], DESCRIPTION)
     try:
         kind, ids = info["kind"], {str(k): int(v) for k, v in info["special_tokens"].items()}
-        specials = Specials(ids, info["eos_id"], info["bos_id"], info["pad_id"], info["unk_id"])
+        specials = Specials(
+            ids,
+            *(info[f"{role}_id"] for role in ("eos", "bos", "pad", "unk")),
+            mask=info.get("mask_id"),
+            sentinels=tuple(info.get("sentinel_ids", ())),
+        )
         saved = info["fingerprint"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{DESCRIPTION} is damaged: {error!r}") from None

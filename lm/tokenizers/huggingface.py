@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 
 from lm.config import ConfigError
-from lm.tokenizers.base import Specials, Tokenizer, first_loss
+from lm.tokenizers.base import MASKS, SENTINEL, Specials, Tokenizer, first_loss, sentinels
 from lm.tokenizers.config import END_OF_TEXT, TokenizerConfig
 
 # Roles as tokenizer_config.json names them, then the usual names where it is silent.
@@ -22,12 +22,12 @@ _ROLES = {
     "unk": ("unk_token",),
     "mask": ("mask_token",),
 }
-_USUAL = {
+USUAL_NAMES = {
     "eos": (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]"),
     "bos": ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]"),
     "pad": ("<pad>", "<|pad|>", "[PAD]", "<|padding|>"),
     "unk": ("<unk>", "[UNK]", "<|unknown|>"),
-    "mask": ("<mask>", "[MASK]"),
+    "mask": MASKS,
 }
 
 
@@ -66,7 +66,7 @@ class HuggingFaceTokenizer(Tokenizer):
         vocabulary = self._rust.get_vocab(with_added_tokens=True)
         names = {id: name for name, id in vocabulary.items()}
         if '"ByteLevel"' in self._decoder:
-            values = _byte_values()
+            values = byte_values()
             for id, name in names.items():
                 try:
                     table[id] = bytes([values[c] for c in name])
@@ -118,7 +118,7 @@ class HuggingFaceTokenizer(Tokenizer):
             return self._extra
         names = {id: name for name, id in self.special_ids.items()}
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        for role in ("eos", "bos", "pad", "unk"):
+        for role in ("eos", "bos", "pad", "unk", "mask"):
             id = getattr(self, f"{role}_id")
             if id is not None:
                 config[f"{role}_token"] = names[id]
@@ -156,22 +156,24 @@ class HuggingFaceTokenizer(Tokenizer):
         A vocabulary without an end-of-text token gets one, after its last id.
 
         Raises:
-          ConfigError: a file is damaged, or `config.eos_token` is not in the vocabulary.
+          ConfigError: a file is damaged, or `config.eos_token` or `bos_token` is not in the
+            vocabulary.
         """
         try:
             description = json.loads(data)
             engine = tokenizers.Tokenizer.from_str(data.decode())
             vocabulary = engine.get_vocab(with_added_tokens=True)
-            named = _named_roles(beside)
+            named = named_roles(beside)
         except Exception as error:  # JSON, UTF-8, and whatever the library finds wrong
             reason = (str(error).splitlines() or [repr(error)])[0]
             raise ConfigError(f"not a tokenizer.json that can be read: {reason}") from None
         added = {t["content"]: t for t in description.get("added_tokens") or []}
         ids = {name: vocabulary[name] for name, token in added.items() if token["special"]}
-        if config.eos_token:
-            if config.eos_token not in vocabulary:
-                raise ConfigError(f"eos_token={config.eos_token!r} is not in its vocabulary")
-            named["eos"] = config.eos_token
+        for role, name in (("eos", config.eos_token), ("bos", config.bos_token)):
+            if name:
+                if name not in vocabulary:
+                    raise ConfigError(f"{role}_token={name!r} is not in its vocabulary")
+                named[role] = name
         unk = description["model"].get("unk_token")
         if isinstance(unk, str):
             named.setdefault("unk", unk)
@@ -179,7 +181,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if isinstance(unk_id, int):
             named["unk"] = description["model"]["vocab"][unk_id][0]
         role_ids = {}
-        for role, usual in _USUAL.items():
+        for role, usual in USUAL_NAMES.items():
             names = [named[role]] if role in named else list(usual)
             for name in names:
                 # A role played by an ordinary word, such as padding with "!", makes no special.
@@ -189,11 +191,15 @@ class HuggingFaceTokenizer(Tokenizer):
         if "eos" not in role_ids:
             name = END_OF_TEXT if END_OF_TEXT not in vocabulary else "<|end of text|>"
             role_ids["eos"] = ids[name] = max(vocabulary.values()) + 1
-        role_ids.pop("mask", None)
-        return cls("huggingface", data, Specials(ids, **role_ids), extra=beside)
+        hidden = sentinels(vocabulary)
+        ids |= {SENTINEL.format(i): id for i, id in enumerate(hidden)}
+        if hidden and "bos" not in role_ids and "pad" in role_ids:
+            role_ids["bos"] = role_ids["pad"]  # T5: its decoder starts with padding
+        specials = Specials(ids, **role_ids, sentinels=hidden)
+        return cls("huggingface", data, specials, extra=beside)
 
 
-def _named_roles(beside: dict[str, bytes]) -> dict[str, str]:
+def named_roles(beside: dict[str, bytes]) -> dict[str, str]:
     """The names of specials by role, from tokenizer_config.json and special_tokens_map.json."""
     named: dict[str, str] = {}
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -233,7 +239,7 @@ def _engine(description: dict[str, Any], specials: Specials) -> tokenizers.Token
 
 
 @functools.cache
-def _byte_values() -> dict[str, int]:
+def byte_values() -> dict[str, int]:
     """GPT-2's printable stand-ins for the 256 bytes → the bytes.
 
     Printable Latin-1 characters stand for themselves; the others are numbered from U+0100 on.
@@ -245,4 +251,4 @@ def _byte_values() -> dict[str, int]:
 
 def byte_string(name: str) -> bytes:
     """The bytes that a byte-level vocabulary entry stands for."""
-    return bytes(_byte_values()[c] for c in name)
+    return bytes(byte_values()[c] for c in name)

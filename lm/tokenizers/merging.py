@@ -7,6 +7,7 @@ Nakajima 2012, with BERT's word splitting; this trainer, like the library's, mer
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 
 from tokenizers import (
@@ -20,7 +21,7 @@ from tokenizers import (
     trainers,
 )
 
-from lm.tokenizers.base import Specials, roles
+from lm.tokenizers.base import roles
 from lm.tokenizers.config import TokenizerConfig, pattern
 from lm.tokenizers.huggingface import HuggingFaceTokenizer
 
@@ -46,7 +47,8 @@ def train_bpe(config: TokenizerConfig, texts: list[str], prefix: str) -> Hugging
     )
     tokenizer.train_from_iterator(texts, trainer, len(texts))
     ids = _add_specials(tokenizer, config.specials)
-    return HuggingFaceTokenizer("bpe", _json(tokenizer), roles(ids, config.specials[0]), "")
+    named = roles(ids, config.specials[0], config.bos_token)
+    return HuggingFaceTokenizer("bpe", _json(tokenizer), named, "")
 
 
 def train_wordpiece(config: TokenizerConfig, texts: list[str], prefix: str) -> HuggingFaceTokenizer:
@@ -90,12 +92,12 @@ def train_wordpiece(config: TokenizerConfig, texts: list[str], prefix: str) -> H
     plain["added_tokens"] = []  # the characters were special to the trainer only
     tokenizer = Tokenizer.from_str(json.dumps(plain))
     ids = _add_specials(tokenizer, (UNKNOWN, *config.specials))
-    named = roles(ids, config.specials[0])
+    named = roles(ids, config.specials[0], config.bos_token)
     case = "case, accents, " if config.lowercase else ""
     return HuggingFaceTokenizer(
         "wordpiece",
         _json(tokenizer),
-        Specials(ids, named.eos, pad=named.pad, unk=ids[UNKNOWN]),
+        dataclasses.replace(named, unk=ids[UNKNOWN]),
         f"{case}line breaks, repeated spaces and spaces around punctuation are normalised; unknown "
         "characters and words over 100 characters become unknown",
     )

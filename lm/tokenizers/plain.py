@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import json
 from collections.abc import Iterable
@@ -42,7 +43,7 @@ class ByteTokenizer(Tokenizer):
 def byte(config: TokenizerConfig) -> ByteTokenizer:
     """The byte tokenizer with the config's specials."""
     ids = {name: 256 + i for i, name in enumerate(config.specials)}
-    return ByteTokenizer(roles(ids, config.specials[0]))
+    return ByteTokenizer(roles(ids, config.specials[0], config.bos_token))
 
 
 class CharTokenizer(Tokenizer):
@@ -103,6 +104,6 @@ def train_char(config: TokenizerConfig, texts: Iterable[str], prefix: str) -> Ch
     # Ties are decided by code point, so the order of the texts does not matter.
     kept = sorted(sorted(counts), key=lambda c: -counts[c])[:room]
     ids = {name: len(kept) + i for i, name in enumerate([UNKNOWN, *config.specials])}
-    named = roles(ids, config.specials[0])
-    specials = Specials(ids, named.eos, pad=named.pad, unk=ids[UNKNOWN])
+    named = roles(ids, config.specials[0], config.bos_token)
+    specials = dataclasses.replace(named, unk=ids[UNKNOWN])
     return CharTokenizer(sorted(kept), specials)

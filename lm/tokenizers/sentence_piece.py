@@ -9,17 +9,18 @@ encoding and written as their bytes, which decode to themselves.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import sentencepiece
 
 from lm.config import ConfigError
-from lm.tokenizers.base import Specials, Tokenizer, first_loss
+from lm.tokenizers.base import Specials, Tokenizer, first_loss, roles, sentinels
 from lm.tokenizers.config import END_OF_TEXT, TokenizerConfig
 
 SPACE = "▁"
@@ -93,10 +94,20 @@ class SentencePieceTokenizer(Tokenizer):
         return cls(info["kind"], files["tokenizer.model"], specials, info["lossy_because"])
 
     @classmethod
-    def from_model(cls, data: bytes, config: TokenizerConfig):
+    def from_model(
+        cls, data: bytes, config: TokenizerConfig, added: Mapping[str, int] | None = None
+    ):
         """A tokenizer from the bytes of any SentencePiece model.
 
         A vocabulary without an end-of-text token gets one, after its last id.
+
+        Args:
+          data: the model.
+          config: may name the end and the begin of text.
+          added: specials that the model does not know, name → id, such as T5's sentinels.
+
+        Raises:
+          ConfigError: not a model, or a token that it does not have.
         """
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -108,21 +119,29 @@ class SentencePieceTokenizer(Tokenizer):
             for id in range(size)
             if processor.is_control(id) or processor.is_unknown(id)
         }
-        eos = processor.eos_id()
-        if config.eos_token:
-            if config.eos_token not in ids:
+        ids |= {name: id for name, id in (added or {}).items() if id >= size}
+        for role in ("eos_token", "bos_token"):
+            name = getattr(config, role)
+            if name and name not in ids:
                 known = ", ".join(map(repr, ids))
-                raise ConfigError(f"eos_token={config.eos_token!r} is not one of {known}")
+                raise ConfigError(f"{role}={name!r} is not one of {known}")
+        eos, bos, pad = processor.eos_id(), processor.bos_id(), processor.pad_id()
+        if config.eos_token:
             eos = ids[config.eos_token]
         elif eos < 0:
-            eos = ids[END_OF_TEXT] = ids.get(END_OF_TEXT, size)
-        bos, pad = processor.bos_id(), processor.pad_id()
-        specials = Specials(
-            ids,
-            eos,
-            bos if bos >= 0 else None,
-            pad if pad >= 0 else None,
-            processor.unk_id(),
+            free = max(size, *(id + 1 for id in ids.values()))
+            eos = ids[END_OF_TEXT] = ids.get(END_OF_TEXT, free)
+        if config.bos_token:
+            bos = ids[config.bos_token]
+        hidden = sentinels(ids)
+        if hidden and bos < 0 and added:
+            bos = pad  # T5: its decoder starts with padding
+        by_name = roles(ids, next(name for name, id in ids.items() if id == eos))
+        specials = dataclasses.replace(
+            by_name,
+            bos=bos if bos >= 0 else None,
+            pad=pad if pad >= 0 else by_name.pad,
+            unk=processor.unk_id(),
         )
         kind = "sentencepiece_unigram" if _is_unigram(processor) else "sentencepiece_bpe"
         return cls(kind, data, specials)
@@ -164,10 +183,7 @@ def train_sentencepiece(
         raise ConfigError(_explain(config, str(error), prefix)) from None
     data = model.getvalue()
     loaded = SentencePieceTokenizer.from_model(data, config)
-    pads = [loaded.special_ids.get(name) for name in ("<|pad|>", "<pad>", "[PAD]")]
-    pad = next((id for id in pads if id is not None), None)
-    specials = Specials(loaded.special_ids, loaded.eos_id, pad=pad, unk=loaded.unk_id)
-    return SentencePieceTokenizer(config.kind, data, specials, "")
+    return SentencePieceTokenizer(config.kind, data, loaded.specials, "")
 
 
 def _sentences(texts: Iterable[str]) -> Iterable[str]:

@@ -109,7 +109,12 @@ class TiktokenTokenizer(Tokenizer):
             ids = {token: start + i for i, token in enumerate(config.specials)}
         eos = config.eos_token or END_OF_TEXT
         check(eos in ids, f"eos_token={eos!r} is not one of {', '.join(map(repr, ids))}")
-        return cls(ranks, pattern(named, "tokenizer.pattern"), roles(ids, eos))
+        bos = config.bos_token
+        check(
+            bos is None or bos in ids,
+            f"bos_token={bos!r} is not one of {', '.join(map(repr, ids))}",
+        )
+        return cls(ranks, pattern(named, "tokenizer.pattern"), roles(ids, eos, bos))
 
 
 def as_tiktoken(tokenizer: HuggingFaceTokenizer, pattern: str) -> TiktokenTokenizer:
