@@ -4,6 +4,7 @@ Division happens once, over the global batch, so packing, accumulation, data par
 cannot change the loss.
 """
 
-from lm.objectives.causal import ObjectiveConfig, causal
+from lm.objectives.config import OBJECTIVES, ObjectiveConfig, check_objective
+from lm.objectives.tokens import token_loss
 
-__all__ = ["ObjectiveConfig", "causal"]
+__all__ = ["OBJECTIVES", "ObjectiveConfig", "check_objective", "token_loss"]

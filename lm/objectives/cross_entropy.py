@@ -9,6 +9,7 @@ matrix products in all, as without chunks, where recomputing the logits would ta
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,28 +27,44 @@ def chunk_length(batch: int, length: int, vocab: int, limit: int = CHUNK_ELEMENT
     return max(n for n in range(1, length + 1) if length % n == 0 and (n <= most or n == 1))
 
 
+class Shape(NamedTuple):
+    """What bends the loss away from plain cross-entropy of the logits."""
+
+    z_loss: float = 0.0  # coefficient of Σ w·log²Z (Chowdhery et al. 2022, §5)
+    label_smoothing: float = 0.0  # share of the target spread over the vocabulary
+    softcap: float = 0.0  # c in c·tanh(logits/c); 0: none
+
+
 def linear_cross_entropy(
     x_BTD: jax.Array,
     head_VD: jax.Array,
     targets_BT: jax.Array,
     weights_BT: jax.Array,
+    *,
+    bias_V: jax.Array | None = None,
     z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
     chunk: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed cross-entropy of logits x·headᵀ, and its regulariser.
+    """Summed cross-entropy of logits x·headᵀ + bias, and its regularisers.
 
     Args:
       x_BTD: hidden states, in the compute dtype.
       head_VD: the output head.
       targets_BT: the right token at each position.
       weights_BT: how much each position counts.
+      bias_V: the head's bias.
       z_loss: coefficient of Σ w·log²Z, which keeps the softmax's normaliser Z near one
         (Chowdhery et al. 2022, §5).
+      label_smoothing: the share ε of the target that is spread evenly over the vocabulary
+        (Szegedy et al. 2016, §7; 0.1 in Vaswani et al. 2017).
+      softcap: logits are c·tanh(·/c); 0: as they are.
       chunk: positions a chunk; 0 chooses.
 
     Returns:
-      (loss, nats): scalars, float32. `nats` is Σ w·(-log p(target)); `loss` adds the z-loss. Only
-      `loss` has a gradient, and only with respect to hidden states and head.
+      (loss, nats): scalars, float32. `nats` is Σ w·(-log p(target)); `loss` has the regularisers
+      too. Only `loss` has a gradient, and only with respect to hidden states, head and bias.
 
     Raises:
       ConfigError: `chunk` does not divide the sequence length.
@@ -61,18 +78,40 @@ def linear_cross_entropy(
             f"config.objective.chunk={chunk} does not divide the sequence length {length}: "
             f"use {closest}, or 0 to choose it"
         )
-    return _summed(float(z_loss), chunk, x_BTD, head_VD, targets_BT, weights_BT)
+    shape = Shape(float(z_loss), float(label_smoothing), float(softcap))
+    return _summed(shape, chunk, x_BTD, head_VD, bias_V, targets_BT, weights_BT)
 
 
-def _chunk_loss(z_loss, x, head, targets, weights):
+def _chunk_loss(shape, x, head, bias, targets, weights):
     """(loss, nats, logits, log_z) of one chunk."""
     logits = contract("btd,vd->btv", x, head, jnp.float32)
+    if bias is not None:
+        logits += bias
+    if shape.softcap:
+        logits = shape.softcap * jnp.tanh(logits / shape.softcap)
     logits = constrain(logits, "batch", "length", "vocab")
     log_z = jax.nn.logsumexp(logits, -1)
     chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    nats = jnp.sum(weights * (log_z - chosen))
-    loss = nats + z_loss * jnp.sum(weights * log_z**2) if z_loss else nats
+    nats = loss = jnp.sum(weights * (log_z - chosen))
+    if shape.label_smoothing:
+        loss += shape.label_smoothing * jnp.sum(weights * (chosen - logits.mean(-1)))
+    if shape.z_loss:
+        loss += shape.z_loss * jnp.sum(weights * log_z**2)
     return loss, nats, logits, log_z
+
+
+def _logit_gradient(shape, logits, log_z, targets, weights):
+    """The gradient of a chunk's loss with respect to x·headᵀ + bias."""
+    softmax_scale = weights * (1 + 2 * shape.z_loss * log_z) if shape.z_loss else weights
+    gradient = jnp.exp(logits - log_z[..., None]) * softmax_scale[..., None]
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    kept = weights * (1 - shape.label_smoothing) if shape.label_smoothing else weights
+    gradient -= jnp.where(hit, kept[..., None], 0)
+    if shape.label_smoothing:
+        gradient -= (weights * (shape.label_smoothing / logits.shape[-1]))[..., None]
+    if shape.softcap:
+        gradient *= 1 - (logits / shape.softcap) ** 2
+    return gradient
 
 
 def _split(array, chunk):
@@ -83,10 +122,10 @@ def _split(array, chunk):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(z_loss, chunk, x_BTD, head_VD, targets_BT, weights_BT):
+def _summed(shape, chunk, x_BTD, head_VD, bias_V, targets_BT, weights_BT):
     def step(total, part):
         x, targets, weights = part
-        loss, nats, *_ = _chunk_loss(z_loss, x, head_VD, targets, weights)
+        loss, nats, *_ = _chunk_loss(shape, x, head_VD, bias_V, targets, weights)
         return (total[0] + loss, total[1] + nats), None
 
     if chunk == x_BTD.shape[1]:
@@ -95,34 +134,34 @@ def _summed(z_loss, chunk, x_BTD, head_VD, targets_BT, weights_BT):
     return jax.lax.scan(step, (jnp.float32(0), jnp.float32(0)), parts)[0]
 
 
-def _summed_forward(z_loss, chunk, x_BTD, head_VD, targets_BT, weights_BT):
+def _summed_forward(shape, chunk, x_BTD, head_VD, bias_V, targets_BT, weights_BT):
     def step(carry, part):
-        loss_sum, nats_sum, dhead = carry
+        loss_sum, nats_sum, dhead, dbias = carry
         x, targets, weights = part
-        loss, nats, logits, log_z = _chunk_loss(z_loss, x, head_VD, targets, weights)
-        softmax_scale = weights * (1 + 2 * z_loss * log_z) if z_loss else weights
-        dlogits = jnp.exp(logits - log_z[..., None]) * softmax_scale[..., None]
-        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-        dlogits = (dlogits - jnp.where(hit, weights[..., None], 0)).astype(x.dtype)
-        dlogits = jax.lax.optimization_barrier(dlogits)
+        loss, nats, logits, log_z = _chunk_loss(shape, x, head_VD, bias_V, targets, weights)
+        dlogits = _logit_gradient(shape, logits, log_z, targets, weights)
+        if bias_V is not None:
+            dbias += dlogits.sum((0, 1))
+        dlogits = jax.lax.optimization_barrier(dlogits.astype(x.dtype))
         dx = contract("btv,vd->btd", dlogits, head_VD)
         dhead += contract("btv,btd->vd", dlogits, x, jnp.float32)
-        return (loss_sum + loss, nats_sum + nats, dhead), dx
+        return (loss_sum + loss, nats_sum + nats, dhead, dbias), dx
 
-    carry = (jnp.float32(0), jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32))
+    dbias = None if bias_V is None else jnp.zeros(bias_V.shape, jnp.float32)
+    carry = (jnp.float32(0), jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32), dbias)
     if chunk == x_BTD.shape[1]:
-        (loss, nats, dhead), dx = step(carry, (x_BTD, targets_BT, weights_BT))
+        (loss, nats, dhead, dbias), dx = step(carry, (x_BTD, targets_BT, weights_BT))
     else:
         parts = tuple(_split(a, chunk) for a in (x_BTD, targets_BT, weights_BT))
-        (loss, nats, dhead), dx = jax.lax.scan(step, carry, parts)
+        (loss, nats, dhead, dbias), dx = jax.lax.scan(step, carry, parts)
         dx = jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape)
-    return (loss, nats), (dx, dhead.astype(head_VD.dtype))
+    return (loss, nats), (dx, dhead.astype(head_VD.dtype), dbias)
 
 
-def _summed_backward(z_loss, chunk, saved, gradient):
-    scale, _ = gradient  # nats are reported, never differentiated
-    dx, dhead = ((array * scale).astype(array.dtype) for array in saved)  # scale is float32
-    return dx, dhead, None, None
+def _summed_backward(shape, chunk, saved, gradient):
+    scale, _ = gradient  # nats are reported, never differentiated; scale is float32
+    dx, dhead, dbias = jax.tree.map(lambda array: (array * scale).astype(array.dtype), saved)
+    return dx, dhead, dbias, None, None
 
 
 _summed.defvjp(_summed_forward, _summed_backward)

@@ -18,31 +18,33 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import errno
 import json
 import logging
-import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from lm.config import ConfigError, check
-from lm.training.manifests import MANIFEST, damage, sync_directory, write_durably, write_manifest
+from lm.config import check
+from lm.training.manifests import sync_directory, write_durably, write_manifest
+from lm.training.saved import (
+    CheckpointError,
+    best_step,
+    load_tree,
+    newest_intact,
+    orbax_context,
+    reason,
+    require_intact,
+    saved_steps,
+    step_path,
+)
 
 _EXTRA = "extra.json"
-_BEST = "eval_loss"  # the metric, recorded with a save, whose lowest value makes it the best one
 _log = logging.getLogger(__name__)
-
-
-class CheckpointError(ConfigError):
-    """A checkpoint that cannot be written or read: one line naming the directory and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +61,6 @@ class CheckpointConfig:
         """Raises `ConfigError` for a negative interval or when nothing would be kept."""
         check(self.every >= 0, f"{prefix}.every={self.every} must be 0 (only at the end) or more")
         check(self.keep >= 1, f"{prefix}.keep={self.keep} must be at least 1")
-
-    def due(self, step: int, stride: int = 1) -> bool:
-        """Whether to save after `step`, reached `stride` steps after the last time asked."""
-        return self.every > 0 and step // self.every > (step - stride) // self.every
 
 
 class Restored(NamedTuple):
@@ -124,13 +122,13 @@ class Checkpointer:
           CheckpointError: the disk is full or cannot be written to, now or at the save before.
         """
         self._settle()
-        path = _path(self._directory, step)
+        path = step_path(self._directory, step)
         scratch = path.with_suffix(".saving")
         extra_json = json.dumps(extra or {})
         metrics = {key: float(value) for key, value in (metrics or {}).items()}
         try:
             self._sweep()
-            with _orbax():
+            with orbax_context():
                 writing = ocp.save_async(scratch, state)
         except Exception as error:
             self._sweep()
@@ -170,7 +168,7 @@ class Checkpointer:
           CheckpointError: the checkpoint holds other arrays or shapes than `abstract_state`.
         """
         self.wait()
-        step = _newest_intact(self._directory, self._config.checksums)
+        step = newest_intact(self._directory, self._config.checksums)
         return None if step is None else self._read(step, abstract_state)
 
     def restore(self, step: int, abstract_state: Any) -> Restored:
@@ -180,12 +178,12 @@ class Checkpointer:
           CheckpointError: there is none, it is damaged, or it does not fit `abstract_state`.
         """
         self.wait()
-        _require_intact(self._directory, step, self._config.checksums)
+        require_intact(self._directory, step, self._config.checksums)
         return self._read(step, abstract_state)
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, ascending; one still being written is not."""
-        return _steps(self._directory)
+        return saved_steps(self._directory)
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
@@ -193,7 +191,7 @@ class Checkpointer:
 
     def best(self) -> int | None:
         """The complete step with the lowest `eval_loss`, or None when none recorded any."""
-        return _best(self._directory)
+        return best_step(self._directory)
 
     def discard_after(self, step: int) -> None:
         """Deletes the checkpoints newer than `step`: a run rolled back there has left them."""
@@ -236,8 +234,8 @@ class Checkpointer:
             pending.result()
 
     def _read(self, step: int, abstract_state: Any) -> Restored:
-        path = _path(self._directory, step)
-        state = _load(path, abstract_state, partial=False)
+        path = step_path(self._directory, step)
+        state = load_tree(path, abstract_state, partial=False)
         return Restored(step, state, json.loads((path / _EXTRA).read_text()))
 
     def _retire(self, newest: int) -> None:
@@ -251,7 +249,7 @@ class Checkpointer:
 
     def _delete(self, step: int, sweep: bool = True) -> None:
         # Renamed first: a deletion killed half-way must not leave half a checkpoint under its name.
-        path = _path(self._directory, step)
+        path = step_path(self._directory, step)
         path.rename(path.with_suffix(".deleting"))
         if sweep:
             self._sweep()
@@ -266,205 +264,6 @@ class Checkpointer:
                     path.unlink(missing_ok=True)
 
     def _error(self, what: str, error: Exception) -> CheckpointError:
-        steps = _steps(self._directory)
+        steps = saved_steps(self._directory)
         intact = f"; the checkpoint of step {steps[-1]} is untouched" if steps else ""
-        return CheckpointError(f"{self._directory}: {what}: {_reason(error)}{intact}")
-
-
-def restore_parameters(
-    directory: str | os.PathLike[str],
-    step: int | str | None = None,
-    abstract: Any = None,
-) -> tuple[int, dict[str, jax.Array]]:
-    """The step and the parameters (the state's `params`) of a checkpoint, and nothing else of it.
-
-    Reads only; safe while a run is writing to `directory`.
-
-    Args:
-      directory: the run's `checkpoints` directory.
-      step: a step, "best" (lowest `eval_loss`), or "latest" or None: the newest intact one.
-      abstract: dict name -> `jax.ShapeDtypeStruct`; its shardings place the parameters and its
-        dtypes convert them. None loads all as saved, onto the first device.
-
-    Raises:
-      CheckpointError: no such checkpoint, a damaged one, or other parameters than `abstract`.
-    """
-    directory = pathlib.Path(directory).absolute()
-    if step is None or step == "latest":
-        chosen = _newest_intact(directory, checksums=True)
-        _require(chosen is not None, f"{directory} holds no intact checkpoint")
-    else:
-        if step == "best":
-            chosen = _best(directory)
-            _require(chosen is not None, f"{directory} holds no checkpoint with an {_BEST}")
-        else:
-            chosen = step
-            _require(isinstance(step, int), f"step={step!r} must be a number, 'latest' or 'best'")
-        _require_intact(directory, chosen, checksums=True)
-    path = _path(directory, chosen)
-    if abstract is None:
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-            _describe(path)["params"],
-            is_leaf=_is_array,
-        )
-    return chosen, _load(path, {"params": abstract}, partial=True)["params"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise CheckpointError(message)
-
-
-def _orbax() -> ocp.Context:
-    """How Orbax writes here: few files, and no work twice."""
-    context = ocp.Context()
-    # Made in the background, a directory that cannot be created would leave Orbax's other threads,
-    # and the end of the process, waiting for it for 20 minutes.
-    context.asynchronous.create_directories_asynchronously = False
-    saving = context.array.saving
-    saving.use_compression = False  # trained float32 weights shrink by a twelfth: not worth it
-    saving.array_metadata_store = None
-    saving.enable_write_sharding_file = False
-    saving.enable_post_merge_validation = False  # the manifest has the sizes and checksums
-    return context
-
-
-def _load(path: pathlib.Path, abstract: Any, partial: bool) -> Any:
-    """The tree at `path` shaped like `abstract`; `partial` leaves out what it does not name."""
-    _check_fits(path, abstract, partial)
-    context = _orbax()
-    context.pytree.loading.partial_load = partial
-    try:
-        with context:
-            return ocp.load(path, abstract)
-    except Exception as error:
-        raise CheckpointError(f"{path} could not be read: {_reason(error)}") from error
-
-
-def _describe(path: pathlib.Path) -> Any:
-    """The tree at `path` with a shape and dtype for every array."""
-    try:
-        return ocp.metadata(path).metadata
-    except Exception as error:
-        raise CheckpointError(f"{path} could not be read: {_reason(error)}") from error
-
-
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
-def _arrays(tree: Any) -> dict[str, Any]:
-    """Every array of `tree` by its path; nodes that hold none (optax's EmptyState) drop out."""
-    flat, _ = jax.tree.flatten_with_path(tree, is_leaf=_is_array)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in flat
-        if _is_array(leaf)
-    }
-
-
-def _check_fits(path: pathlib.Path, abstract: Any, partial: bool) -> None:
-    """Orbax reads missing arrays as nothing and casts silently; both would be a wrong resume."""
-    saved, wanted = _arrays(_describe(path)), _arrays(abstract)
-
-    def show(leaf: Any) -> str:
-        return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-
-    differences = []
-    names = wanted if partial else {**wanted, **saved}
-    for name in sorted(names, key=lambda name: not name.startswith("params/")):
-        there, here = saved.get(name), wanted.get(name)
-        if there is None or here is None:
-            differences.append(
-                f"{name} is only in the {'checkpoint' if there else 'configuration'}"
-            )
-        elif tuple(there.shape) != tuple(here.shape) or (
-            not partial and np.dtype(there.dtype) != np.dtype(here.dtype)
-        ):
-            differences.append(f"{name} is {show(there)} there and {show(here)} here")
-    if differences:
-        more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
-        raise CheckpointError(
-            f"{path} was saved with another configuration: {differences[0]}{more}; restore the "
-            "configuration it was saved with, or choose an empty --workdir"
-        )
-
-
-def _path(directory: pathlib.Path, step: int) -> pathlib.Path:
-    return directory / f"{step:08d}"
-
-
-def _steps(directory: pathlib.Path) -> list[int]:
-    try:
-        names = [path.name for path in directory.iterdir() if (path / MANIFEST).exists()]
-    except OSError:
-        return []
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def _best(directory: pathlib.Path) -> int | None:
-    losses = {}
-    for step in _steps(directory):
-        try:
-            manifest = json.loads((_path(directory, step) / MANIFEST).read_text())
-            losses[step] = float(manifest["metrics"][_BEST])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # no evaluation at that step, or a damaged manifest
-    losses = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
-    return min(losses, key=lambda step: losses[step]) if losses else None
-
-
-def _newest_intact(directory: pathlib.Path, checksums: bool) -> int | None:
-    """Process 0 verifies; all hosts take its word, for they must resume from the same step."""
-
-    def search() -> int:
-        for step in reversed(_steps(directory)):
-            path = _path(directory, step)
-            reason = damage(path, checksums)
-            if reason is None:
-                return step
-            _log.warning("%s is damaged (%s): using the checkpoint before it", path, reason)
-        return -1
-
-    step = _from_first_process(search)
-    return None if step < 0 else step
-
-
-def _require_intact(directory: pathlib.Path, step: int, checksums: bool) -> None:
-    steps = _steps(directory)
-    others = f"only of {', '.join(map(str, steps))}" if steps else "nor of any other"
-    _require(step in steps, f"{directory} holds no checkpoint of step {step}, {others}")
-    path = _path(directory, step)
-    reasons: list[str | None] = [None]
-
-    def verify() -> int:
-        reasons[0] = damage(path, checksums)
-        return int(reasons[0] is not None)
-
-    damaged = _from_first_process(verify)
-    _require(not damaged, f"{path} is damaged ({reasons[0] or 'says process 0'}): choose another")
-
-
-def _from_first_process(function: Callable[[], int]) -> int:
-    if jax.process_count() == 1:
-        return function()
-    value = function() if jax.process_index() == 0 else 0
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong and what to do about it, in one line, whichever library raised it."""
-    text = " ".join(str(error).split())[:300]
-    code = error.errno if isinstance(error, OSError) else None
-    if code == errno.ENOSPC or "No space left" in text:
-        return (
-            "no space left on the disk; free some, lower config.checkpoint.keep or choose another "
-            "--workdir"
-        )
-    if code == errno.EDQUOT or "quota exceeded" in text.lower():
-        return "the disk quota is used up; free some space or choose another --workdir"
-    if code is not None or any(sign in text for sign in ("Permission denied", "Read-only file")):
-        return f"{text}; choose a --workdir you may write to"
-    return f"{type(error).__name__}: {text}"
+        return CheckpointError(f"{self._directory}: {what}: {reason(error)}{intact}")

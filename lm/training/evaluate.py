@@ -20,8 +20,8 @@ def evaluate(
     Batch n+1 is dispatched before the result of batch n is read.
 
     Returns:
-      `eval_loss` (nats per target token), `eval_bits_per_byte` (all nats, end-of-text tokens'
-      included, over the bytes of the text) and `eval_tokens`.
+      `eval_loss` (nats per target token), `eval_tokens` and, where all of a text is predicted,
+      `eval_bits_per_byte` (all nats, end-of-text tokens' included, over the bytes of the text).
     """
     nats = weight = 0.0
     pending = None
@@ -31,8 +31,7 @@ def evaluate(
             nats, weight = nats + float(pending["nats"]), weight + float(pending["weight"])
         pending = result
     nats, weight = nats + float(pending["nats"]), weight + float(pending["weight"])
-    return {
-        "eval_loss": nats / weight,
-        "eval_bits_per_byte": nats / math.log(2) / max(1, batches.num_bytes),
-        "eval_tokens": weight,
-    }
+    results = {"eval_loss": nats / weight, "eval_tokens": weight}
+    if batches.num_bytes is not None:
+        results["eval_bits_per_byte"] = nats / math.log(2) / max(1, batches.num_bytes)
+    return results

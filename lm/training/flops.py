@@ -1,15 +1,6 @@
 """What a step costs: FLOPs, the peak they are measured against, and memory.
 
-FLOPs of a token, the one definition behind every MFU this project reports:
-
-    forward   2 × (every parameter that multiplies) + 4·H·C·(T+1)/2 for each layer
-    training  3 × forward
-
-A parameter that multiplies is one of a projection or of the output head, tied or not. Embedding
-look-ups, gains and biases do not multiply; softmax, norms and what a remat policy recomputes are
-not counted. The second term is the attention scores and the mixing of values, 2·H·C each for every
-key a query sees; under the causal mask it sees (T+1)/2 of T keys on average, and only those count.
-(Chowdhery et al. 2022, appendix B, has the same sum with all T keys.)
+The definition of FLOPs is that of `lm.models.costs`.
 """
 
 from __future__ import annotations
@@ -26,43 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lm.models import ModelConfig, bind, param_specs
+from lm.models import ModelConfig, bind, param_specs, skeleton
+from lm.models.costs import training_flops_per_token as training_flops_per_token
 from lm.models.numerics import compute_dtype
-from lm.models.transformer import Block, Context, rematerialized
+from lm.models.stack import Block, Context, rematerialized
 from lm.objectives.cross_entropy import chunk_length
 from lm.parallel.mesh import batch_ways
 from lm.parallel.params import ParamSpec
 from lm.parallel.sharding import parameter_shardings
-
-# ---- FLOPs -----------------------------------------------------------------------------------
-
-
-def multiplying_parameters(config: ModelConfig) -> int:
-    """Parameters that multiply the residual stream of a token: projections and output head."""
-    D, F, H, K, C = (
-        config.width,
-        config.feed_forward,
-        config.num_heads,
-        config.kv_heads,
-        config.head_width,
-    )
-    attention = 2 * D * H * C + 2 * D * K * C
-    mlp = (3 if config.gated else 2) * D * F
-    return config.num_layers * (attention + mlp) + config.vocab_size * D
-
-
-def forward_flops_per_token(config: ModelConfig, block_size: int) -> float:
-    """FLOPs of the forward pass for each token of a sequence of `block_size`."""
-    heads = config.num_heads * config.head_width
-    attention = config.num_layers * 4 * heads * (block_size + 1) / 2
-    return 2 * multiplying_parameters(config) + attention
-
-
-def training_flops_per_token(config: ModelConfig, block_size: int) -> float:
-    """FLOPs of forward and backward passes for each token: both operands of every product get a
-    gradient, each of which is a product of the same size."""
-    return 3 * forward_flops_per_token(config, block_size)
-
 
 # ---- Peak ------------------------------------------------------------------------------------
 
@@ -185,13 +147,16 @@ class ParameterRow(NamedTuple):
     bytes: int  # on all devices together, each value counted once
 
 
-def parameter_table(specs: Mapping[str, ParamSpec], mesh, dtype: Any = "float32"):
-    """A `ParameterRow` for each parameter, in the model's order."""
+def parameter_table(
+    specs: Mapping[str, ParamSpec], mesh: Mesh | None = None, dtype: Any = "float32"
+) -> list[ParameterRow]:
+    """A `ParameterRow` for each parameter, in the model's order; without a mesh none is split."""
     itemsize = jnp.dtype(dtype).itemsize
+    shardings = parameter_shardings(specs, mesh) if mesh is not None else {}
     rows = []
-    for name, sharding in parameter_shardings(specs, mesh).items():
-        spec = specs[name]
-        entries = (*sharding.spec, *(None,) * len(spec.shape))[: len(spec.shape)]
+    for name, spec in specs.items():
+        entries = (*shardings[name].spec,) if shardings else ()
+        entries = (*entries, *(None,) * len(spec.shape))[: len(spec.shape)]
         split = tuple((e,) if isinstance(e, str) else tuple(e or ()) for e in entries)
         rows.append(
             ParameterRow(name, spec.shape, spec.axes, split, spec.size, spec.size * itemsize)
@@ -228,15 +193,16 @@ def expected_memory(
     optimizer_state: Any = None,
     accumulation: int = 1,
     chunk: int = 0,
+    source_length: int | None = None,
+    max_targets: int = 0,
 ) -> Memory:
     """The memory of a training step on one device, from shapes alone.
 
     parameters   float32, as sharded
     gradients    the same again, twice with accumulation (the sum, and what is added to it)
     optimizer    its state's arrays, each sharded as the state says, or as the parameter it is of
-    activations  layers × rows × what the backward pass of one block keeps for a row (counted by
-                 `kept_by_block` on the block that runs, remat policy and all), and where a policy
-                 recomputes, one block without it
+    activations  rows × what the backward pass of all layers keeps for a row (`kept_by_row`), and
+                 where a policy recomputes, of one block without it
     logits       one chunk of float32 logits and their gradient, and the head's gradient
 
     A plan, not a promise: XLA reuses and fuses, mostly to less, and the CPU, which computes the
@@ -251,18 +217,23 @@ def expected_memory(
       optimizer_state: abstract state, e.g. `jax.eval_shape(optimizer.init, abstract_params)`.
       accumulation: how many such batches make a step.
       chunk: objective.chunk.
+      source_length: tokens of an encoder-decoder's source; `block_size` unless given.
+      max_targets: of how many tokens of a row logits are made; 0: of all.
     """
+    source_length = block_size if source_length is None else source_length
     shardings = parameter_shardings(specs, mesh)
     parameters = sum(
         4 * math.prod(shardings[name].shard_shape(spec.shape)) for name, spec in specs.items()
     )
     rows_here = -(-batch_size // batch_ways(mesh))
-    kept = kept_by_block(local_config(config, mesh), block_size)
-    activations = config.num_layers * kept
+    activations = kept_by_row(local_config(config, mesh), block_size, source_length)
     if config.remat != "none":
-        whole = dataclasses.replace(config, remat="none")
-        activations += kept_by_block(local_config(whole, mesh), block_size)
+        whole = local_config(dataclasses.replace(config, remat="none"), mesh)
+        blocks = _blocks(whole, block_size, source_length)
+        activations += max(kept_by_block(whole, *block) for _, *block in blocks)
     vocab_here = _split(config.vocab_size, mesh)
+    if 0 < max_targets < block_size:
+        chunk = chunk_length(batch_size, max_targets, config.vocab_size)
     chunk = chunk or chunk_length(batch_size, block_size, config.vocab_size)
     return Memory(
         parameters=parameters,
@@ -291,30 +262,105 @@ def local_config(config: ModelConfig, mesh) -> ModelConfig:
     )
 
 
+def kept_by_row(config: ModelConfig, length: int, source_length: int) -> int:
+    """Bytes that the backward pass of all layers keeps for one row.
+
+    Args:
+      config: the model's.
+      length: tokens of the row; of an encoder-decoder, of its target.
+      source_length: of its source.
+    """
+    if config.cell != "attention":
+        return _kept_by_recurrent(config, length, source_length)
+    blocks = _blocks(config, length, source_length)
+    kept = sum(count * kept_by_block(config, *block) for count, *block in blocks)
+    if config.architecture == "encoder_decoder":  # the encoder's output, once for all layers
+        kept += source_length * config.width * compute_dtype(config.compute_dtype).itemsize
+    return kept
+
+
+def _blocks(config: ModelConfig, length: int, source_length: int):
+    """(how many, and what `kept_by_block` needs) of each kind of block."""
+    mixture = config.num_experts > 0
+    if config.architecture == "encoder_decoder":
+        return [
+            (config.encoder_layers, source_length, 0, False),
+            (config.num_layers, length, source_length, False),
+        ]
+    dense = [(config.dense_layers, length, 0, False)] if config.dense_layers else []
+    return [*dense, (config.num_layers - config.dense_layers, length, 0, mixture)]
+
+
 @functools.lru_cache(maxsize=64)
-def kept_by_block(config: ModelConfig, length: int) -> int:
+def kept_by_block(
+    config: ModelConfig, length: int, source_length: int = 0, mixture: bool = False
+) -> int:
     """Bytes that the backward pass of one block keeps for one row of `length` tokens.
 
     Counted, not estimated: the block is differentiated on abstract values, and what its backward
-    pass closes over is added up, without parameters, mask and rotary angles, which all rows or
-    layers share.
+    pass closes over is added up, without parameters, mask, rotary angles, position biases and the
+    encoder's output, which all rows or layers share.
+
+    Args:
+      config: the model's.
+      length: tokens a row.
+      source_length: where the block also attends to an encoder, tokens of its output.
+      mixture: whether experts take the MLP's place.
     """
-    block = Block(config)
-    abstract = jax.ShapeDtypeStruct
-    params = {name: abstract(s.shape, jnp.float32) for name, s in param_specs(block).items()}
-    x_BTD = abstract((1, length, config.width), compute_dtype(config.compute_dtype))
-    half = abstract((1, length, 1, config.head_width // 2), jnp.float32)
-    rotary = (half, half) if config.positions == "rotary" else None
-    context = Context(abstract((1, length, length), bool), rotary, 0)
+    crosses = source_length > 0
+    block = Block(config, crosses, mixture)
+    params = _abstract_parameters(block)
+    dtype = compute_dtype(config.compute_dtype)
+    x_BTD = jax.ShapeDtypeStruct((1, length, config.width), dtype)
+    context = _abstract_context(config, length, source_length, dtype)
     key = jax.random.key(0) if config.dropout else None
 
     def backward(x_BTD, params, context):
         body = rematerialized(lambda b, x: b(x, context, key=key)[0], config)
         return jax.vjp(lambda p, x: body(bind(block, p), x), params, x_BTD)[1]
 
-    jaxpr = jax.make_jaxpr(backward)(x_BTD, params, context).jaxpr
-    shared = set(map(id, jaxpr.invars[1:]))
-    kept = {id(value): value.aval for value in jaxpr.outvars if id(value) not in shared}
+    return _closed_over(backward, x_BTD, params, context)
+
+
+def _abstract_context(
+    config: ModelConfig, length: int, source_length: int, dtype: jnp.dtype
+) -> Context:
+    abstract = jax.ShapeDtypeStruct
+    half = abstract((1, length, 1, config.rotary_dim // 2), jnp.float32)
+    bias = abstract((1, config.num_heads, length, length), jnp.float32)
+    return Context(
+        abstract((1, length, length), bool),
+        rotary=(half, half) if config.positions == "rotary" else None,
+        bias_BHTS=bias if config.positions in ("relative", "alibi") else None,
+        memory_BSD=abstract((1, source_length, config.width), dtype) if source_length else None,
+        memory_mask_BTS=abstract((1, length, source_length), bool) if source_length else None,
+    )
+
+
+def _kept_by_recurrent(config: ModelConfig, length: int, source_length: int) -> int:
+    """`kept_by_row` of a recurrent model, differentiated whole."""
+    model = skeleton(config)
+    texts = [jax.ShapeDtypeStruct((1, length), jnp.int32)]
+    if config.architecture == "encoder_decoder":
+        texts.insert(0, jax.ShapeDtypeStruct((1, source_length), jnp.int32))
+    key = jax.random.key(0) if config.dropout else None
+
+    def backward(texts, params):
+        return jax.vjp(lambda p: bind(model, p).hidden(*texts, dropout_key=key), params)[1]
+
+    return _closed_over(backward, texts, _abstract_parameters(model))
+
+
+def _abstract_parameters(model) -> dict[str, jax.ShapeDtypeStruct]:
+    specs = param_specs(model)
+    return {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
+
+
+def _closed_over(backward, x, *shared) -> int:
+    """Bytes that `backward(x, *shared)`, a backward pass, has kept, without `shared` itself."""
+    jaxpr = jax.make_jaxpr(backward)(x, *shared).jaxpr
+    without = set(map(id, jaxpr.invars[len(jax.tree.leaves(x)) :]))
+    kept = {id(value): value.aval for value in jaxpr.outvars if id(value) not in without}
     return sum(aval.size * aval.dtype.itemsize for aval in kept.values())
 
 

@@ -11,6 +11,7 @@ import contextlib
 import pathlib
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -180,30 +181,37 @@ class Loop:
     def _reset_interval(self, extra: dict[str, Any] | None = None) -> None:
         """Starts the sums behind the next loss record, where the checkpoint left them."""
         self._started, self._waited, self._paused = time.perf_counter(), 0.0, 0.0
-        self._nats, self._weight = (extra or {}).get("interval", (0.0, 0.0))
-        self._earlier = self._weight  # not trained on since `_started`
+        saved = (extra or {}).get("interval")
+        self._sums = Counter(saved if isinstance(saved, dict) else {})
+        self._earlier = self._sums["tokens"]  # not trained on since `_started`
 
     def _read(self, step: int, metrics: Any) -> bool:
         """Waits for one dispatch's metrics and reports them; whether to roll back."""
         values = {name: np.asarray(value) for name, value in metrics.items()}
         good = values["skipped"] == 0
-        self._nats += float(np.sum(values["nats"], where=good))
-        self._weight += float(np.sum(values["weight"], where=good))
-        self.tokens += float(np.sum(values["weight"], where=good))
+        sums = {
+            name: float(np.sum(value, where=good))
+            for name, value in values.items()
+            if name not in ("grad_norm", "skipped")
+        }
+        self._sums.update(sums)
+        self.tokens += sums["tokens"]
         rollback = False
         for index in np.flatnonzero(~good):
             rollback |= self._spike(step - self.stride + int(index), values, int(index))
-        if self._due(step, self.config.log_every) and self._weight:
+        if self._due(step, self.config.log_every) and self._sums["weight"]:
             elapsed = max(1e-9, time.perf_counter() - self._started - self._paused)
-            rate = (self._weight - self._earlier) / elapsed
+            rate = (self._sums["tokens"] - self._earlier) / elapsed
+            means = {name: total / self._sums["weight"] for name, total in self._sums.items()}
             record = {
-                "loss": self._nats / self._weight,
+                "loss": means.pop("nats"),
                 "grad_norm": float(values["grad_norm"][-1]),
                 "learning_rate": float(self.schedule(step - 1)),
                 "tokens": self.tokens,
                 "tokens_per_second": rate,
                 "mfu": rate * self.flops_per_token / self.peak,
                 "data_wait": self._waited / elapsed,
+                **{name: mean for name, mean in means.items() if name not in ("weight", "tokens")},
             }
             self.writer.write(step, record)
             self.progress.update(step, record)
@@ -262,7 +270,7 @@ class Loop:
             "tokens": self.tokens,
             "spikes": self.spikes,
             "ahead": self._ahead,
-            "interval": (self._nats, self._weight),
+            "interval": dict(self._sums),
             "stride": self.stride,
         }
         self.checkpointer.save(step, state, extra, results, wait=wait)

@@ -6,7 +6,8 @@ Each record holds `step` and whatever was measured there; the names that other t
     eval_loss             the same on the validation split
     eval_bits_per_byte    the validation loss in bits per byte of text
     learning_rate, grad_norm
-    tokens, tokens_per_second    target tokens seen so far, and their rate
+    tokens, tokens_per_second    tokens seen so far and their rate, without padding and, for an
+                          encoder-decoder, without the source
     data_wait             share of the time spent waiting for data, 0 to 1
     mfu                   model FLOPs utilisation, 0 to 1
 

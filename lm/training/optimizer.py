@@ -25,7 +25,8 @@ from lm.training import schedules
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 DECAYED = ("matrices", "no_embeddings", "all")
-_TABLE_AXES = {"vocab", "length"}  # rows looked up or scored one by one: embeddings and the head
+# Rows looked up or scored one by one: embeddings, position biases and the head.
+_TABLE_AXES = {"vocab", "length", "distance", "type"}
 
 _HEAD_AXES = {"heads", "kv_heads", "head_dim"}  # together, one side of an attention projection
 

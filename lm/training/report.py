@@ -32,6 +32,8 @@ def describe_run(
     optimizer_state: Any = None,
     accumulation: int = 1,
     chunk: int = 0,
+    source_length: int | None = None,
+    max_targets: int = 0,
 ) -> None:
     """Prints the start-up report.
 
@@ -45,6 +47,8 @@ def describe_run(
       optimizer_state: its abstract state, for the memory.
       accumulation: how many such batches make a step.
       chunk: objective.chunk.
+      source_length: tokens of an encoder-decoder's source; `block_size` unless given.
+      max_targets: of how many tokens of a row logits are made; 0: of all.
     """
     dtype = compute_dtype(model_config.compute_dtype)
     peak = flops.peak_flops(mesh.devices.flat[0], dtype)
@@ -57,26 +61,24 @@ def describe_run(
         optimizer_state=optimizer_state,
         accumulation=accumulation,
         chunk=chunk,
+        source_length=source_length,
+        max_targets=max_targets,
     )
-    per_token = flops.training_flops_per_token(model_config, block_size)
+    per_token = flops.training_flops_per_token(model_config, block_size, source_length, max_targets)
     tokens = batch_size * accumulation * block_size
     seconds = per_token * tokens / (peak.flops * mesh.size)
 
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold cyan", no_wrap=True)
-    facts.add_column()
+    facts = facts_table()
     facts.add_row("devices", _devices(mesh))
     facts.add_row("mesh", describe(mesh))
-    facts.add_row("model", _model(model_config, dtype.name))
+    facts.add_row("model", f"{model_line(model_config)}, computed in {dtype.name}")
     console.print(facts)
-    console.print(_parameters(specs, mesh, console.width))
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold cyan", no_wrap=True)
-    facts.add_column()
-    facts.add_row("compute", f"{_si(per_token)}FLOPs a token × {tokens:,} tokens a step")
+    console.print(parameters_table(specs, console.width, mesh))
+    facts = facts_table()
+    facts.add_row("compute", f"{si(per_token)}FLOPs a token × {tokens:,} tokens a step")
     facts.add_row(
         "peak",
-        f"{_si(peak.flops * mesh.size)}FLOPs a second in {dtype.name} ({peak.source}): "
+        f"{si(peak.flops * mesh.size)}FLOPs a second in {dtype.name} ({peak.source}): "
         f"at best {_seconds(seconds)} a step",
     )
     facts.add_row("memory", _memory(memory, mesh))
@@ -93,20 +95,51 @@ def _devices(mesh) -> str:
     return f"{', '.join(names)} in {processes} process{'es' if processes > 1 else ''}"
 
 
-def _model(config: ModelConfig, dtype: str) -> str:
+def facts_table() -> Table:
+    """An empty table of names and what is to say of each."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column()
+    return table
+
+
+def model_line(config: ModelConfig) -> str:
+    """A model's architecture in a line or two."""
+    layers = f"{config.num_layers} layers"
+    if config.architecture == "encoder_decoder":
+        layers = f"{config.encoder_layers} + {layers}"
+    kind = config.architecture.replace("_", "-")
+    head = "tied" if config.tie_embeddings else "untied"
+    if config.cell != "attention":
+        looks = ", additive attention" if kind != "decoder" and config.cross_attention else ""
+        return f"{config.cell} {kind} of {layers}, width {config.width}{looks}, {head} head"
     heads = f"{config.num_heads} heads"
     if config.kv_heads != config.num_heads:
         heads += f" over {config.kv_heads}"
-    head = "tied" if config.tie_embeddings else "untied"
+    hidden = f"{config.activation} {config.feed_forward:,}"
+    if config.num_experts:
+        shared = f" + {config.shared_experts}" if config.shared_experts else ""
+        hidden = (
+            f"{config.experts_per_token} of {config.num_experts}{shared} experts of "
+            f"{config.activation} {config.expert_feed_forward:,}"
+        )
+    local = sum(config.is_local(layer) for layer in range(config.num_layers))
+    window = f", {local} layers with a window of {config.window:,}" if local else ""
     return (
-        f"{config.num_layers} layers, width {config.width}, {heads} of {config.head_width}, "
-        f"{config.activation} {config.feed_forward:,}, {config.norm_position}-{config.norm}, "
-        f"{config.positions} positions, {head} head, computed in {dtype}"
+        f"{kind} of {layers}, width {config.width}, {heads} of {config.head_width}{window}, "
+        f"{hidden}, {'parallel ' if config.parallel else ''}{config.norm_position}-{config.norm}, "
+        f"{config.positions} positions, {head} head"
     )
 
 
-def _parameters(specs: Mapping[str, ParamSpec], mesh, width: int) -> Table:
-    """Name, shape (768/fsdp: split over that mesh axis), logical axes if wide, count, bytes."""
+def parameters_table(
+    specs: Mapping[str, ParamSpec], width: int, mesh: jax.sharding.Mesh | None = None
+) -> Table:
+    """Every parameter and their total, to be printed `width` columns wide.
+
+    Name, shape (768/fsdp: split over that axis of `mesh`), logical axes where there is room,
+    count, and bytes in float32.
+    """
     rows = flops.parameter_table(specs, mesh)
     wide = width >= WIDE
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold cyan", show_edge=False)
@@ -167,7 +200,7 @@ def binary(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def _si(value: float) -> str:
+def si(value: float) -> str:
     """A number with its decimal prefix, to put before a unit: `2.4 M`."""
     for scale, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * scale:

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm.models import Transformer, bind
-from lm.objectives import ObjectiveConfig, causal
+from lm.models import Model, bind
+from lm.objectives import ObjectiveConfig, token_loss
 from lm.training.config import TrainConfig
 from lm.training.optimizer import global_norm
 
@@ -62,11 +62,12 @@ def gradients(loss_fn: Callable, params, batch: Batch, accumulation: int, key) -
 
 
 def make_train_step(
-    skeleton: Transformer,
+    skeleton: Model,
     objective: ObjectiveConfig,
     optimizer: optax.GradientTransformation,
     config: TrainConfig,
     seed: int,
+    max_targets: int = 0,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """A function (state, batches [N, B, T]) → (state after N steps, metrics [N]).
 
@@ -74,12 +75,20 @@ def make_train_step(
     or gradient is not finite, or whose loss is a spike, changes nothing but the step count; its
     `skipped` metric is 1. Jit it, donating the state.
 
-    Metrics: `nats` and `weight` (sums), `grad_norm`, `skipped`.
+    Metrics: those of `lm.objectives.token_loss` (sums), `grad_norm`, `skipped`.
+
+    Args:
+      skeleton: the model.
+      objective: the loss.
+      optimizer: gradients to updates.
+      config: accumulation, and what counts as a spike.
+      seed: of dropout.
+      max_targets: at most so many targets in a row; 0: any number.
     """
     dropout_root = jax.random.key(seed) if skeleton.config.dropout else None
 
     def loss_fn(params, batch, key):
-        return causal(bind(skeleton, params), batch, objective, key)
+        return token_loss(bind(skeleton, params), batch, objective, key, max_targets)
 
     def one_step(state: State, batch: Batch):
         key = None if dropout_root is None else jax.random.fold_in(dropout_root, state["step"])
@@ -112,10 +121,17 @@ def make_train_step(
     return steps
 
 
-def make_eval_step(skeleton: Transformer) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """A function (params, batch [B, T]) → summed `nats` and `weight`, without dropout."""
+def make_eval_step(
+    skeleton: Model, max_targets: int = 0
+) -> Callable[[Any, Batch], dict[str, jax.Array]]:
+    """A function (params, batch [B, T]) → summed metrics, `nats` and `weight` among them.
+
+    Without dropout and regularisers; the arguments are as of `make_train_step`.
+    """
 
     def step(params, batch: Batch):
-        return causal(bind(skeleton, params), batch, ObjectiveConfig())[1]
+        return token_loss(
+            bind(skeleton, params), batch, ObjectiveConfig(), max_targets=max_targets
+        )[1]
 
     return step

@@ -10,7 +10,7 @@ import tiny_models
 
 from lm.config import ConfigError
 from lm.models import Transformer, bind
-from lm.objectives import ObjectiveConfig, causal
+from lm.objectives import ObjectiveConfig, token_loss
 from lm.objectives.cross_entropy import CHUNK_ELEMENTS, chunk_length, linear_cross_entropy
 
 B, T, D, V = 2, 12, 8, 30
@@ -44,7 +44,7 @@ def test_every_chunk_length_gives_the_plain_loss_and_gradients(chunk, z_loss):
 
     ours = differentiate(
         lambda x, h, t, w: (lambda pair: (3 * pair[0], pair[1]))(
-            linear_cross_entropy(x, h, t, w, z_loss, chunk)
+            linear_cross_entropy(x, h, t, w, z_loss=z_loss, chunk=chunk)
         )
     )
     plain = differentiate(
@@ -54,6 +54,34 @@ def test_every_chunk_length_gives_the_plain_loss_and_gradients(chunk, z_loss):
     (_, nats), (dx, _) = ours
     np.testing.assert_allclose(nats, linear_cross_entropy(x, head, targets, weights)[0], rtol=1e-6)
     assert np.all(dx[:, [3, 4, 11]] == 0)  # positions without weight
+
+
+@pytest.mark.parametrize("chunk", [4, 12])
+@pytest.mark.parametrize("bends", [{"label_smoothing": 0.1}, {"softcap": 2.0}, {"z_loss": 0.01}])
+def test_bias_smoothing_and_soft_cap_have_the_gradients_of_their_definitions(bends, chunk):
+    x, head, targets, weights = problem()
+    bias = np.random.default_rng(5).normal(size=V).astype(np.float32)
+
+    def ours(x, head, bias):
+        return linear_cross_entropy(x, head, targets, weights, bias_V=bias, chunk=chunk, **bends)
+
+    def plain(x, head, bias):
+        logits = jnp.einsum("btd,vd->btv", x, head) + bias
+        if "softcap" in bends:
+            logits = bends["softcap"] * jnp.tanh(logits / bends["softcap"])
+        smooth = bends.get("label_smoothing", 0.0)
+        wanted = (1 - smooth) * jax.nn.one_hot(targets, V) + smooth / V
+        log_p = jax.nn.log_softmax(logits)
+        loss = -jnp.sum(wanted * log_p, -1)
+        loss += bends.get("z_loss", 0.0) * jax.nn.logsumexp(logits, -1) ** 2
+        nats = -jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+        return jnp.sum(weights * loss), jnp.sum(weights * nats)
+
+    results = [
+        tiny_models.compiled(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(x, head, bias)
+        for f in (ours, plain)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), *results)
 
 
 def test_a_token_without_weight_changes_nothing():
@@ -118,7 +146,7 @@ def test_a_chunk_that_does_not_divide_the_length_is_refused_with_one_that_does()
 def loss_and_gradient(config, values, batch):
     """((summed loss, metrics), gradient) of a batch."""
     return jax.value_and_grad(
-        lambda p: causal(bind(Transformer(config), p), batch, ObjectiveConfig(z_loss=1e-3)),
+        lambda p: token_loss(bind(Transformer(config), p), batch, ObjectiveConfig(z_loss=1e-3)),
         has_aux=True,
     )(values)
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from lm.config import ConfigError
 from lm.models import Transformer, bind, param_specs
-from lm.objectives import ObjectiveConfig, causal
+from lm.objectives import ObjectiveConfig, token_loss
 from lm.parallel.mesh import MeshConfig, batch_sharding, batch_ways, describe, make_mesh
 from lm.parallel.sharding import (
     ACTIVATION_RULES,
@@ -39,7 +39,7 @@ def problem():
     skeleton = Transformer(config)
 
     def loss(values, batch):
-        return causal(bind(skeleton, values), batch, ObjectiveConfig(chunk=4))[0]
+        return token_loss(bind(skeleton, values), batch, ObjectiveConfig(chunk=4))[0]
 
     return param_specs(skeleton), tiny_models.params(config), batch, jax.value_and_grad(loss)
 

@@ -15,8 +15,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.config import ConfigError
-from lm.training import checkpoints
-from lm.training.checkpoints import CheckpointConfig, Checkpointer, CheckpointError
+from lm.training import checkpoints, manifests, saved
+from lm.training.checkpoints import CheckpointConfig, Checkpointer
+from lm.training.saved import CheckpointError
 
 
 def make_state(seed=0, optimizer=None, width=8):
@@ -162,7 +163,7 @@ def test_damaged_newest_is_named_and_the_one_before_used(tmp_path, caplog, harm)
         assert "00000002 is damaged" in warning and "\n" not in warning
         with pytest.raises(CheckpointError, match="00000002 is damaged"):
             checkpointer.restore(2, abstract(first))
-        step, _ = checkpoints.restore_parameters(tmp_path)
+        step, _ = saved.restore_parameters(tmp_path)
         assert step == 1
         checkpointer.save(2, second, wait=True)  # the run comes by again and mends it
         assert checkpointer.restore_latest(abstract(second)).step == 2
@@ -183,18 +184,18 @@ def test_parameters_alone(tmp_path):
         for step, loss in {1: 2.0, 2: 1.0, 3: 1.5}.items():
             checkpointer.save(step, states[step], metrics={"eval_loss": loss})
     for asked, step in {None: 3, "latest": 3, "best": 2, 1: 1}.items():
-        got, params = checkpoints.restore_parameters(tmp_path, asked)
+        got, params = saved.restore_parameters(tmp_path, asked)
         assert got == step
         assert_same_bits(params, states[step]["params"])
     target = {"half": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=states[1]["step"].sharding)}
-    _, some = checkpoints.restore_parameters(tmp_path, 1, target)
+    _, some = saved.restore_parameters(tmp_path, 1, target)
     assert some["half"].dtype == jnp.float32 and list(some) == ["half"]
     np.testing.assert_array_equal(some["half"], states[1]["params"]["half"].astype(jnp.float32))
     for asked, message in {"newest": "'latest' or 'best'", 9: "no checkpoint of step 9"}.items():
         with pytest.raises(CheckpointError, match=message):
-            checkpoints.restore_parameters(tmp_path, asked)
+            saved.restore_parameters(tmp_path, asked)
     with pytest.raises(CheckpointError, match="no intact checkpoint"):
-        checkpoints.restore_parameters(tmp_path / "missing")
+        saved.restore_parameters(tmp_path / "missing")
 
 
 def test_another_configuration_is_refused_by_name(tmp_path):
@@ -215,7 +216,7 @@ def test_another_configuration_is_refused_by_name(tmp_path):
             assert "\n" not in str(error.value)
     wider = {"embed": jax.ShapeDtypeStruct((16, 12), jnp.float32)}
     with pytest.raises(CheckpointError, match="another configuration"):
-        checkpoints.restore_parameters(tmp_path, abstract=wider)
+        saved.restore_parameters(tmp_path, abstract=wider)
 
 
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
@@ -306,7 +307,7 @@ def test_a_killed_save_never_looks_complete(tmp_path, caplog):
         process.stdout.close()
         with Checkpointer(tmp_path) as checkpointer:
             for step in checkpointer.steps():
-                assert checkpoints.damage(tmp_path / f"{step:08d}") is None
+                assert manifests.damage(tmp_path / f"{step:08d}") is None
             restored = checkpointer.restore_latest(abstract(target))
             assert restored.extra == {"step": restored.step} and restored.step >= steps - 2
             np.testing.assert_array_equal(restored.state["w"], float(restored.step))
@@ -321,13 +322,6 @@ def test_manifest_says_what_the_checkpoint_holds(tmp_path):
     files = {p for p in (tmp_path / "00000007").rglob("*") if p.is_file()}
     assert manifest["step"] == 7 and manifest["metrics"] == {"eval_loss": 1.5, "loss": 1.4}
     assert len(manifest["files"]) == len(files) - 1 <= 10
-
-
-def test_due_at_multiples_whatever_the_stride():
-    config = CheckpointConfig(every=10)
-    assert [s for s in range(1, 31) if config.due(s)] == [10, 20, 30]
-    assert [s for s in range(4, 41, 4) if config.due(s, stride=4)] == [12, 20, 32, 40]
-    assert not CheckpointConfig(every=0).due(10)
 
 
 @pytest.mark.parametrize("field, value", [("every", -1), ("keep", 0)])

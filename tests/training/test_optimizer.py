@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from lm.config import ConfigError
+from lm.models import ModelConfig, param_specs, skeleton
 from lm.parallel.params import ParamSpec
 from lm.training import optimizer, schedules
 from lm.training.optimizer import OptimizerConfig, make_optimizer
@@ -166,6 +167,27 @@ def test_muon_updates_are_near_orthogonal_matrices():
         np.testing.assert_allclose(np.abs(change[name]), 1.0, rtol=1e-2)
     (direction, *_) = [part for part in state if isinstance(part, dict)]
     assert set(direction["adam"].mu) == set(params) - set(direction["muon"][0].mu)
+
+
+def test_muon_leaves_every_table_of_every_architecture_to_adamw():
+    config = ModelConfig(
+        architecture="encoder_decoder", positions="relative", vocab_size=16, max_length=8
+    )
+    bert = ModelConfig(
+        architecture="encoder", positions="learned", token_types=2, vocab_size=16, max_length=8
+    )
+    for model, tables in (
+        (config, {"embedding.tokens", "relative_bias", "encoder.relative_bias"}),
+        (bert, {"embedding.tokens", "embedding.positions", "embedding.types"}),
+    ):
+        specs = param_specs(skeleton(model))
+        optimizer = make_optimizer(OptimizerConfig(name="muon"), 1000, specs)
+        shapes = {n: jax.ShapeDtypeStruct(s.shape, jnp.float32) for n, s in specs.items()}
+        state = jax.eval_shape(optimizer.init, shapes)
+        (direction, *_) = [part for part in state if isinstance(part, dict)]
+        in_muon = set(direction["muon"][0].mu)
+        assert tables <= set(specs) - in_muon
+        assert "blocks.attention.query" in in_muon
 
 
 def test_muon_rms_matches_adamw():

@@ -1,0 +1,58 @@
+"""What the loss is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lm.config import check, check_choice
+from lm.models import ModelConfig
+
+# What a batch asks of the model (`lm.data` makes it) → the architectures that can answer.
+OBJECTIVES = {
+    "causal": ("decoder",),  # the next token
+    "prefix": ("decoder",),  # the next token, after a prefix that sees itself whole
+    "masked": ("encoder",),  # the tokens that are hidden (Devlin et al. 2019)
+    "span_corruption": ("encoder_decoder",),  # the spans that are hidden (Raffel et al. 2020)
+    "seq2seq": ("encoder_decoder",),  # a text's counterpart, with teacher forcing
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """What the loss is."""
+
+    name: str = "causal"  # causal | prefix | masked | span_corruption | seq2seq
+    z_loss: float = 0.0  # coefficient of log²Z (Chowdhery et al. 2022); 1e-4 where it is used
+    label_smoothing: float = 0.0  # share of the target spread over the vocabulary; 2017: 0.1
+    load_balancing: float = 0.01  # experts: coefficient of the load-balancing loss
+    router_z: float = 0.001  # experts: coefficient of the router's z-loss
+    chunk: int = 0  # positions whose logits exist at once; 0 chooses
+
+    def validate(self, prefix: str = "config.objective") -> None:
+        """Raises ConfigError on an unknown objective, or a coefficient out of range."""
+        check_choice(f"{prefix}.name", self.name, OBJECTIVES)
+        for name in ("z_loss", "load_balancing", "router_z"):
+            value = getattr(self, name)
+            check(value >= 0, f"{prefix}.{name}={value} must not be negative")
+        check(
+            0 <= self.label_smoothing < 1,
+            f"{prefix}.label_smoothing={self.label_smoothing} must be in [0, 1)",
+        )
+        check(self.chunk >= 0, f"{prefix}.chunk={self.chunk} must be positive, or 0 to choose it")
+
+
+def check_objective(objective: ObjectiveConfig, model: ModelConfig, prefix: str) -> None:
+    """Raises ConfigError unless `model` can be trained for `objective`."""
+    allowed = OBJECTIVES[objective.name]
+    fitting = [name for name, kinds in OBJECTIVES.items() if model.architecture in kinds]
+    check(
+        model.architecture in allowed,
+        f"{prefix}.model.architecture={model.architecture!r} cannot be trained for "
+        f"{prefix}.objective.name={objective.name!r}, which needs {' or '.join(allowed)}: set one "
+        f"or the other (objectives of this architecture: {', '.join(fitting)})",
+    )
+    check(
+        objective.name != "prefix" or model.cell == "attention",
+        f"{prefix}.objective.name='prefix' needs {prefix}.model.cell='attention', not "
+        f"{model.cell!r}: a recurrent network reads in order",
+    )

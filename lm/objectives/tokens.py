@@ -1,0 +1,84 @@
+"""Predicting tokens: next ones, hidden ones, or those of a counterpart.
+
+One loss for all of them. What is to be predicted, and from what, is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from lm.models import Model
+from lm.objectives.config import ObjectiveConfig
+from lm.objectives.cross_entropy import linear_cross_entropy
+from lm.objectives.router import router_loss
+
+Batch = Mapping[str, jax.Array]
+
+
+def token_loss(
+    model: Model,
+    batch: Batch,
+    config: ObjectiveConfig,
+    dropout_key: jax.Array | None = None,
+    max_targets: int = 0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Summed loss of a batch's targets (see `lm.data` for its fields).
+
+    A batch whose rows are one document each may leave out `positions` and `segment_ids`.
+
+    Args:
+      model: bound.
+      batch: of arrays [B, T], or [B, S] on an encoder-decoder's source side.
+      config: the regularisers.
+      dropout_key: turns dropout on.
+      max_targets: no row has more targets than this; where it is fewer than the row's places,
+        logits are made at that many places alone. 0: any number.
+
+    Returns:
+      The summed loss to differentiate, and summed metrics: `nats` (cross-entropy without
+      regularisers), `weight` (targets), `tokens` (places that are not padding) and, where there
+      are experts, the router's.
+    """
+    texts = [batch["source"], batch["inputs"]] if "source" in batch else [batch["inputs"]]
+    arguments = {
+        "positions_BT": batch.get("positions"),
+        "segments_BT": batch.get("segment_ids"),
+        "prefix_BT": batch.get("prefix"),
+        "source_positions_BS": batch.get("source_positions"),
+        "source_segments_BS": batch.get("source_segment_ids"),
+    }
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    x_BTD, router = model.hidden_and_router(*texts, dropout_key=dropout_key, **arguments)
+    targets_BT, weights_BT = batch["targets"], batch["weights"]
+    if 0 < max_targets < weights_BT.shape[1]:
+        x_BTD, targets_BT, weights_BT = _gathered(max_targets, x_BTD, targets_BT, weights_BT)
+    loss, nats = linear_cross_entropy(
+        model.readout(x_BTD),
+        model.output_weights(),
+        targets_BT,
+        weights_BT,
+        bias_V=model.output_bias(),
+        z_loss=config.z_loss,
+        label_smoothing=config.label_smoothing,
+        softcap=model.config.logits_softcap,
+        chunk=config.chunk if weights_BT is batch["weights"] else 0,
+    )
+    weight = jnp.sum(batch["weights"])
+    segments_BT = batch.get("segment_ids")
+    tokens = weight if segments_BT is None else jnp.sum(segments_BT > 0, dtype=jnp.float32)
+    metrics = {"nats": nats, "weight": weight, "tokens": tokens}
+    if router is not None:
+        routing, routing_metrics = router_loss(router, config, weight)
+        loss, metrics = loss + routing, {**metrics, **routing_metrics}
+    return loss, metrics
+
+
+def _gathered(count: int, x_BTD, targets_BT, weights_BT):
+    """The same at each row's `count` heaviest places alone: all of its targets, if no more."""
+    weights_BM, places_BM = jax.lax.top_k(weights_BT, count)
+    targets_BM = jnp.take_along_axis(targets_BT, places_BM, axis=1)
+    x_BMD = jnp.take_along_axis(x_BTD, places_BM[..., None], axis=1)
+    return x_BMD, targets_BM, weights_BM
