@@ -19,6 +19,9 @@ JOBS = {
     "train": "lm.jobs.train",  # text → a trained model that writes
     "generate": "lm.jobs.generate",  # a run directory and a prompt → text
     "tokenizer": "lm.jobs.tokenizer",  # compare tokenizers; see how one builds a word
+    "why_attention": "lm.jobs.why_attention",  # recurrent networks, and what cured them
+    "convert": "lm.jobs.convert",  # Hugging Face weights in and out
+    "describe": "lm.jobs.describe",  # what a known model is made of and costs
 }
 
 _CONFIG = config_flags.DEFINE_config_file(

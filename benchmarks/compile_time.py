@@ -2,7 +2,7 @@
 
     python benchmarks/compile_time.py
 
-Layers beyond `lm.models.transformer.UNROLLED_LAYERS` (on accelerators, all of them) are scanned, so
+Layers beyond `lm.models.stack.UNROLLED_LAYERS` (on accelerators, all of them) are scanned, so
 compile time should not grow with depth: the ratio of 48 layers to 12 is what to quote.
 """
 

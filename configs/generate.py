@@ -8,6 +8,9 @@
     python main.py --config=configs/generate.py --config.num_samples=4 --config.seed=1
     echo "Once upon a time" | python main.py --config=configs/generate.py --config.prompt=-
 
+An encoder-decoder, such as configs/translate.py trains, reads the prompt as its source, and its
+target alone is printed. An encoder cannot generate; see Run.embed and Run.fill of lm.load.
+
 The text goes to standard output as it is drawn; the time to the first token, the time between
 tokens and the tokens per second follow on standard error. An empty prompt starts a new document.
 """

@@ -12,18 +12,19 @@ __all__ = ["load"]
 
 
 def load(directory: str | os.PathLike[str], step: int | str | None = None) -> Run:
-    """Opens a run directory: its config, tokenizer, parameters and metrics.
+    """Opens a run directory, or a Hugging Face directory: config, tokenizer, parameters, metrics.
 
         run = lm.load("runs/quickstart")
         logits_BTV = run.model(tokens_BT)
         print(run.generate("The cat sat on the", max_new_tokens=20))
 
     Args:
-      directory: what a training job wrote.
+      directory: what a training or convert job wrote, or config.json with safetensors.
       step: which checkpoint: a step, "best" (the lowest evaluation loss), or the latest.
 
     Raises:
-      ConfigError: not a run directory, no such checkpoint, or one that its tokenizer does not fit.
+      ConfigError: neither of them, no such checkpoint, or one that its tokenizer does not fit; a
+        Hugging Face model that is not understood to the last tensor and field.
     """
     from lm.run import Run  # JAX is imported when it is needed
 

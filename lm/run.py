@@ -1,10 +1,9 @@
-"""A run, opened: what its directory holds, ready to be asked."""
+"""A run, opened: what its directory holds, ready to be asked. Or a Hugging Face directory."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import warnings
@@ -14,15 +13,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm.config import ConfigError, check, nearest, view
-from lm.inference import Generator, SamplingConfig, TextGenerator
-from lm.models import ModelConfig, Transformer, bind, param_specs
+from lm.config import ConfigError, check, view
+from lm.inference import (
+    Candidate,
+    Framing,
+    Generator,
+    SamplingConfig,
+    TextGenerator,
+    embed,
+    fill,
+    fill_spans,
+)
+from lm.jobs.sources import CONFIG, open_source
+from lm.models import Model, bind, skeleton
 from lm.tokenizers import Tokenizer
-from lm.tokenizers import load as load_tokenizer
-from lm.training.checkpoints import restore_parameters
 from lm.training.metrics import read_metrics
-
-CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer", "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,7 +37,7 @@ class Run:
     Attributes:
       directory: where it was read from.
       config: the whole configuration of the run, as nested dicts.
-      tokenizer: text ⇄ ids.
+      tokenizer: text ⇄ ids; None for a Hugging Face model that came without one.
       skeleton: the model without its parameters: what `lm.models.bind` and `param_specs` take.
       params: dotted name → array, float32.
       step: the optimizer step of the checkpoint.
@@ -40,55 +45,48 @@ class Run:
 
     directory: pathlib.Path
     config: dict[str, Any]
-    tokenizer: Tokenizer
-    skeleton: Transformer
+    tokenizer: Tokenizer | None
+    skeleton: Model
     params: dict[str, jax.Array]
     step: int
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], step: int | str | None = None) -> Run:
         """See `lm.load`."""
-        path = pathlib.Path(directory).expanduser()
-        _check_is_run(path)
-        config = _read_config(path)
-        tokenizer = load_tokenizer(path / TOKENIZER)
-        skeleton = Transformer(view(ModelConfig, config["model"], f"{path / CONFIG}: model"))
-        _check_tokenizer(path, config, tokenizer, skeleton.config)
-        checkpoints = path / CHECKPOINTS
-        check(
-            checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir()),
-            f"{path} has no checkpoint yet: the run saves one every config.checkpoint.every steps "
-            "and at its end; train it further, or wait",
-        )
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = {
-            name: jax.ShapeDtypeStruct(spec.shape, "float32", sharding=device)
-            for name, spec in param_specs(skeleton).items()
-        }
-        step, params = restore_parameters(checkpoints, step, abstract)
-        return cls(path, config, tokenizer, skeleton, params, step)
+        source = open_source(directory)
+        step, params = source.parameters(step)
+        model = skeleton(source.model)
+        return cls(source.directory, source.config, source.tokenizer, model, params, step)
 
-    def model(self, tokens_BT: Any, **arguments: Any) -> jax.Array:
-        """Logits [B, T, V], float32, of the token after each position.
+    def model(self, tokens_BT: Any, targets_BT: Any = None, **arguments: Any) -> jax.Array:
+        """Logits [B, T, V], float32, of the token after each position, or at it (encoder).
 
         Compiled for each shape; with a `tap` it runs operation by operation, so that the tap may
         keep what it sees.
 
         Args:
-          tokens_BT: token ids, as an array or lists of equal length; see `encode`.
+          tokens_BT: token ids, as an array or lists of equal length; see `encode`. An
+            encoder-decoder's source.
+          targets_BT: what its decoder reads, from its start token on.
           **arguments: as of `lm.models.Transformer.__call__`.
 
         Raises:
           ConfigError: rows of unequal length, too long, or with ids the model does not have.
         """
-        tokens_BT = self._checked(tokens_BT)
+        both = self.skeleton.config.architecture == "encoder_decoder"
+        check(
+            both == (targets_BT is not None),
+            f"a model with architecture={self.skeleton.config.architecture!r} reads "
+            + ("two texts: source_BS and targets_BT" if both else "one text, and no targets_BT"),
+        )
+        tokens = [self._checked(x) for x in (tokens_BT, targets_BT) if x is not None]
         if "tap" in arguments:
-            return self.transformer(tokens_BT, **arguments)
-        return self._forward(self.params, tokens_BT, **arguments)
+            return self.transformer(*tokens, **arguments)
+        return self._forward(self.params, *tokens, **arguments)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens the model reads for `text`: after begin-of-text, if it was trained so."""
-        return self.text_generator.encode(text)
+        """The tokens the model reads for `text`: those around it too (`lm.inference.Framing`)."""
+        return self.framing.encode(self.tokenizer, text)
 
     def generate(
         self,
@@ -103,8 +101,9 @@ class Run:
     ) -> str | list[str]:
         """The prompt followed by its continuation, up to end-of-text.
 
-        The prompt is returned as it was given; the rest is what the tokens decode to. The same
-        arguments give the same text.
+        The prompt is returned as it was given; the rest is what the tokens decode to. Of an
+        encoder-decoder the prompt is the source, and the target alone is returned: a translation.
+        The same arguments give the same text.
 
         Args:
           prompt: one text or several, which are continued together.
@@ -119,19 +118,66 @@ class Run:
           A string; for several prompts or samples a list, the samples of a prompt side by side.
 
         Raises:
-          ConfigError: a prompt longer than the model's context, or a setting out of range.
+          ConfigError: a prompt longer than the model's context, a setting out of range, or an
+            encoder, which cannot generate.
         """
         sampling = SamplingConfig(temperature, top_k, top_p, max_new_tokens, num_samples)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             return []
         stream = self.text_generator.generate(prompts, sampling, seed)
-        texts = [text for text in prompts for _ in range(num_samples)]
+        texts = [self.text_generator.opening(t) for t in prompts for _ in range(num_samples)]
         for row, text in stream:
             texts[row] += text
         for notice in stream.notices:
             warnings.warn(notice, stacklevel=2)
         return texts[0] if isinstance(prompt, str) and num_samples == 1 else texts
+
+    def embed(self, texts: str | Sequence[str], pooling: str = "mean") -> np.ndarray:
+        """A vector for each text, float32 [N, D], or [D] for a single one.
+
+        Args:
+          texts: one or several; a text's vector does not depend on the others.
+          pooling: "mean" over the tokens, "first", "last" or "pooler"; see `lm.inference.embed`.
+
+        Raises:
+          ConfigError: a text longer than the model's context, or a pooling the model does not have.
+        """
+        several = [texts] if isinstance(texts, str) else list(texts)
+        ids = [self.encode(text) for text in several]
+        vectors_ND = embed(self.skeleton.config, self.params, ids, pooling)
+        return vectors_ND[0] if isinstance(texts, str) else vectors_ND
+
+    def fill(self, text: str, top_k: int = 5) -> list[list[Candidate]]:
+        """The likeliest tokens in place of each mask in `text`; for an encoder.
+
+            for token, probability, _ in run.fill("The cat [MASK] on the mat.")[0]:
+                print(f"{probability:.2f}{token}")
+
+        Args:
+          text: with the mask token's name where a token is to be guessed.
+          top_k: how many candidates for each mask.
+
+        Raises:
+          ConfigError: a model that is not an encoder, or a text without a mask, or too long.
+        """
+        config = self.skeleton.config
+        return fill(config, self.params, self.tokenizer, self.framing, text, top_k)
+
+    def fill_spans(self, text: str, max_new_tokens: int = 100) -> list[str]:
+        """What stands behind each sentinel in `text`; for an encoder-decoder trained as T5 was.
+
+            run.fill_spans("The cat <extra_id_0> on the <extra_id_1>.")
+
+        Args:
+          text: with sentinels, numbered from 0, where something is to be filled in.
+          max_new_tokens: of all stretches together.
+
+        Raises:
+          ConfigError: another kind of model, or a text without sentinels, or too long.
+        """
+        generator = self.text_generator.generator
+        return fill_spans(generator, self.tokenizer, self.framing, text, max_new_tokens)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -139,9 +185,20 @@ class Run:
         return read_metrics(self.directory)
 
     @functools.cached_property
-    def transformer(self) -> Transformer:
+    def transformer(self) -> Model:
         """The model with its parameters bound, for all that `model` does not do."""
         return bind(self.skeleton, self.params)
+
+    @functools.cached_property
+    def framing(self) -> Framing:
+        """The special tokens around a text: as the config's section `framing` says, or as usual."""
+        check(
+            self.tokenizer is not None,
+            f"{self.directory} has no tokenizer: its model reads ids (Run.model), and no text",
+        )
+        given = view(Framing, self.config.get("framing", {}), f"{self.directory / CONFIG}: framing")
+        begins = self.config.get("data", {}).get("end_of_text", True)
+        return given.filled(self.skeleton.config, self.tokenizer, begins)
 
     @functools.cached_property
     def text_generator(self) -> TextGenerator:
@@ -149,16 +206,16 @@ class Run:
         generator = Generator(
             self.skeleton,
             self.params,
-            end_of_text=self.tokenizer.eos_id,
+            end_of_text=self.framing.end_of_text,
             vocab_size=self.tokenizer.vocab_size,
+            decoder_start=self.framing.decoder_start,
         )
-        begins = self.config.get("data", {}).get("end_of_text", True)
-        return TextGenerator(generator, self.tokenizer, begins)
+        return TextGenerator(generator, self.tokenizer, self.framing)
 
     @functools.cached_property
     def _forward(self):
         skeleton = self.skeleton
-        return jax.jit(lambda params, tokens_BT, **a: bind(skeleton, params)(tokens_BT, **a))
+        return jax.jit(lambda params, *tokens, **a: bind(skeleton, params)(*tokens, **a))
 
     def _checked(self, tokens_BT: Any) -> np.ndarray:
         config = self.skeleton.config
@@ -187,49 +244,3 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r}, step={self.step})"
-
-
-def _check_is_run(path: pathlib.Path) -> None:
-    if not path.exists():
-        siblings = []
-        if path.parent.is_dir():
-            siblings = [p.name for p in path.parent.iterdir() if (p / CONFIG).is_file()]
-        raise ConfigError(f"{path} does not exist{nearest(path.name, siblings)}")
-    check(path.is_dir(), f"{path} is a file, not a run directory")
-    missing = [name for name in (CONFIG, TOKENIZER) if not (path / name).exists()]
-    if (path / CONFIG).is_file() and "model" not in _read_config(path, sections=()):
-        if "model_type" in _read_config(path, sections=()):
-            raise ConfigError(
-                f"{path} is a Hugging Face model, which lm.load does not open yet: give it the "
-                "directory of a training run"
-            )
-        missing.append(f"the section 'model' in {CONFIG}")
-    check(not missing, f"{path} is not the directory of a training run: no {', no '.join(missing)}")
-
-
-def _read_config(path: pathlib.Path, sections: tuple[str, ...] = ("model",)) -> dict[str, Any]:
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path / CONFIG} cannot be read: {error}") from None
-    check(
-        isinstance(config, dict) and all(isinstance(config.get(s), dict) for s in sections),
-        f"{path / CONFIG} must be an object with sections of fields",
-    )
-    return config
-
-
-def _check_tokenizer(
-    path: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer, model: ModelConfig
-) -> None:
-    trained = config.get("tokenizer_fingerprint")
-    check(
-        trained in (None, tokenizer.fingerprint),
-        f"{path / TOKENIZER} is not the tokenizer the model was trained with: its fingerprint is "
-        f"{tokenizer.fingerprint}, the run's {trained}; put the original back",
-    )
-    check(
-        tokenizer.vocab_size <= model.vocab_size,
-        f"{path / TOKENIZER} has {tokenizer.vocab_size} tokens but the model only "
-        f"{model.vocab_size}: put the tokenizer back that the model was trained with",
-    )

@@ -18,7 +18,7 @@ import numpy as np
 from lm.config import defaults
 from lm.jobs import train
 from lm.parallel.mesh import make_mesh
-from lm.training.checkpoints import restore_parameters
+from lm.training.saved import restore_parameters
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 

@@ -8,6 +8,8 @@ does not wait for the host to print.
 Shapes are rounded up, so that prompts of similar lengths share what was compiled. Rows of different
 lengths stand together: padding comes first, at position -1, where nothing attends to it. A row's
 tokens depend on its prompt, its key and its limit, not on its companions or on the chunks.
+
+An encoder-decoder reads the prompts with its encoder, and its decoder continues a start token.
 """
 
 from __future__ import annotations
@@ -25,14 +27,22 @@ import numpy as np
 
 from lm.config import check
 from lm.inference.config import SamplingConfig
+from lm.inference.prepare import (
+    Prompt,
+    bound,
+    check_ids,
+    for_decoding,
+    for_reading,
+    padded,
+    padded_after,
+    round_up,
+)
 from lm.inference.sampling import sample
-from lm.models import Transformer, bind, param_specs
-from lm.models.numerics import compute_dtype
-from lm.models.transformer import Cache, Layers
-from lm.parallel.params import ParamSpec
+from lm.models import Model
+from lm.models.cache import Cache
+from lm.models.recurrent import RecurrentCache
 
 CHUNK = 8  # tokens a row draws in one dispatch: what a reader sees appear at once
-UNROLLED_LAYERS = 24  # up to here the time to compile them one by one is bearable
 NOTHING = -1  # in place of a token, in a row that has ended
 
 
@@ -41,7 +51,7 @@ NOTHING = -1  # in place of a token, in a row that has ended
 class State:
     """Where a batch of continuations stands, between two tokens."""
 
-    cache: Cache
+    cache: Cache | RecurrentCache
     token_B: jax.Array  # drawn last, not in the cache yet
     position_B: jax.Array  # its position
     done_B: jax.Array  # whether the row has ended
@@ -85,39 +95,54 @@ class Generator:
     """A model ready to write; holds its parameters in the compute dtype and what it compiled.
 
     Args:
-      model: the skeleton.
+      model: the skeleton: a decoder or an encoder-decoder, of whatever cells.
       params: its parameters.
-      end_of_text: the id that ends a row.
+      end_of_text: the id that ends a row, or several of which each does.
       vocab_size: ids from here up are never drawn, for models whose vocabulary is padded.
+      decoder_start: the id, or ids, that an encoder-decoder's decoder continues.
+
+    Raises:
+      ConfigError: an encoder, which predicts no next token; no `decoder_start` where one must be.
     """
 
     def __init__(
         self,
-        model: Transformer,
+        model: Model,
         params: Mapping[str, jax.Array],
         *,
-        end_of_text: int,
+        end_of_text: int | Sequence[int],
         vocab_size: int | None = None,
+        decoder_start: int | Sequence[int] = (),
     ):
+        check(
+            model.config.architecture != "encoder",
+            "config.model.architecture='encoder' sees both sides of a token and cannot generate: "
+            "ask it for vectors (Run.embed) or for what a mask hides (Run.fill)",
+        )
         self.model = model = for_decoding(model)
-        self.end_of_text = end_of_text
+        self.end_of_text = _ids(end_of_text)
+        self.decoder_start = _ids(decoder_start)
+        check(
+            not self.encodes or len(self.decoder_start) > 0,
+            "decoder_start=() must name the token that the decoder starts from",
+        )
         self.vocab_size = vocab_size or model.config.vocab_size
-        self.params = in_compute_dtype(model, params)
-        if not model.config.scan_layers:
-            self.params = {
-                name: tuple(array) if "layers" in spec.axes else array
-                for (name, spec), array in zip(param_specs(model).items(), self.params.values())
-            }
+        self.params = for_reading(model, params)
         self._programs: dict[tuple, tuple[jax.stages.Compiled, Any]] = {}
 
     @property
+    def encodes(self) -> bool:
+        """Whether prompts go to an encoder, so that only what is drawn is the decoder's text."""
+        return self.model.config.architecture == "encoder_decoder"
+
+    @property
     def context(self) -> int:
-        """The longest text, in tokens, that the model was made for."""
+        """The longest text, in tokens, that the model was made for: read, written, or each."""
         return self.model.config.max_length
 
     def room(self, prompt_length: int) -> int:
         """How many tokens can follow a prompt; the last one drawn needs no place of its own."""
-        return self.context - prompt_length + 1
+        return self.context - (len(self.decoder_start) if self.encodes else prompt_length) + 1
 
     def generate(
         self,
@@ -127,6 +152,8 @@ class Generator:
         chunk: int = CHUNK,
     ) -> Generation:
         """Continues every prompt `sampling.num_samples` times; iterate over the result.
+
+        An encoder-decoder reads the prompt as its source; what comes is the target alone.
 
         Sample s of prompt p is a function of the prompt, `sampling` and (seed, p, s). A row ends
         after end-of-text, after `max_new_tokens`, or where the model's context is full.
@@ -142,19 +169,20 @@ class Generator:
         """
         sampling.validate("sampling")
         for ids in prompts:
-            check(len(ids) >= 1, "prompt='' must have at least one token to start from")
-            check(
-                len(ids) <= self.context,
-                f"prompt is {len(ids)} tokens long, but the model's context is {self.context}: "
-                f"shorten it by {len(ids) - self.context}, or train with a larger "
-                "config.model.max_length",
-            )
-            check(
-                min(ids) >= 0 and max(ids) < self.model.config.vocab_size,
-                f"prompt has token ids outside 0 … {self.model.config.vocab_size - 1}: they come "
-                "from another tokenizer",
-            )
+            check_ids("prompt", ids, self.model.config)
         return Generation(self, prompts, sampling, seed, chunk)
+
+    def prompt(self, prompts: Sequence[Sequence[int]]) -> Prompt:
+        """The prompts in rows."""
+        if not self.encodes:
+            return Prompt(*padded(prompts, self.context))
+        start = np.array(self.decoder_start, np.int32)
+        shape = (len(prompts), len(start))
+        return Prompt(
+            np.broadcast_to(start, shape),
+            np.broadcast_to(np.arange(len(start), dtype=np.int32), shape),
+            *padded_after(prompts, self.context),
+        )
 
     def programs(self, sampling: SamplingConfig, length: int, chunk: int, arguments: tuple):
         """`prefill` and `decode`, compiled, and the seconds that took: 0 if they were before.
@@ -167,16 +195,15 @@ class Generator:
         """
         start = time.perf_counter()
         sampling = dataclasses.replace(sampling, max_new_tokens=1)  # decides limits, not programs
-        stop = self.end_of_text if sampling.stop_at_end_of_text else NOTHING
+        stop = self.end_of_text if sampling.stop_at_end_of_text else ()
         settings = Settings(self.model, sampling, length, chunk, stop, self.vocab_size)
-        prompts, longest = arguments[1].shape
         known = len(self._programs)
-        key = (sampling, length, prompts, longest)
+        key = (sampling, length, _shapes(arguments[1]))
         if key not in self._programs:
             lowered = jax.jit(functools.partial(prefill, settings)).lower(*arguments)
             self._programs[key] = lowered.compile(), lowered.out_info[0]
         prefilling, state = self._programs[key]
-        key = (sampling, length, prompts, "decode", chunk)
+        key = (sampling, chunk, _shapes(state))
         if key not in self._programs:
             # The state is donated: the cache is written where it lies, never copied.
             decoding = jax.jit(functools.partial(decode, settings), donate_argnums=1)
@@ -204,14 +231,13 @@ class Generation:
         self._generator, self._sampling, self._chunk = generator, sampling, chunk
         limits = [min(sampling.max_new_tokens, generator.room(len(ids))) for ids in prompts]
         self._limit = max(limits)
-        tokens_PT, positions_PT = padded(prompts, generator.context)
         limits_P, seed = np.array(limits, np.int32), np.uint32(seed % 2**32)
-        self._arguments = (generator.params, tokens_PT, positions_PT, limits_P, seed)
+        self._arguments = (generator.params, generator.prompt(prompts), limits_P, seed)
         self.timing = Timing()
 
     def __iter__(self) -> Iterator[np.ndarray]:
         # The last token drawn is not read, so the cache has room for one fewer.
-        length = round_up(self._arguments[1].shape[1] + self._limit - 1, 64)
+        length = round_up(self._arguments[1].tokens_PT.shape[1] + self._limit - 1, 64)
         self.timing = timing = Timing()
         prefill, decode, timing.compile_seconds = self._generator.programs(
             self._sampling, length, self._chunk, self._arguments
@@ -247,31 +273,31 @@ class Generation:
 class Settings(NamedTuple):
     """What `prefill` and `decode` are compiled for."""
 
-    model: Transformer
+    model: Model
     sampling: SamplingConfig
     length: int  # slots in the cache
     chunk: int  # most tokens a row draws in one `decode`
-    stop: int  # the id that ends a row; NOTHING for none
+    stop: tuple[int, ...]  # the ids that end a row
     vocab_size: int  # ids from here up are never drawn
 
 
-def prefill(settings: Settings, params, tokens_PT, positions_PT, limits_P, seed):
+def prefill(settings: Settings, params, prompt: Prompt, limits_P, seed):
     """Reads the prompts and draws the first token of every sample.
 
     Args:
       settings: static.
       params: as `Generator` holds them.
-      tokens_PT, positions_PT: from `padded`.
+      prompt: from `Generator.prompt`.
       limits_P: how many tokens may follow each prompt.
       seed: uint32.
 
     Returns:
       The `State`, the tokens [B, 1] with B = P · num_samples, and whether every row has ended.
     """
-    model = _bind(settings.model, params)
-    P, samples = tokens_PT.shape[0], settings.sampling.num_samples
-    cache = Cache.empty(model.config, P, settings.length)
-    x_PTD, cache = model.extend(tokens_PT, positions_PT, cache)
+    model = bound(settings.model, params)
+    P, samples = prompt.tokens_PT.shape[0], settings.sampling.num_samples
+    cache = model.new_cache(P, settings.length, prompt.source_PS, prompt.segments_PS)
+    x_PTD, cache = model.extend(prompt.tokens_PT, prompt.positions_PT, cache)
     key = jax.random.key(seed)
     keys_P = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(P))
     keys_PN = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(
@@ -281,13 +307,10 @@ def prefill(settings: Settings, params, tokens_PT, positions_PT, limits_P, seed)
     def spread(x, axis=0):
         return jnp.repeat(x, samples, axis)
 
-    keys, values = spread(cache.keys_LBSKC, 1), spread(cache.values_LBSKC, 1)
-    if not model.config.scan_layers:
-        keys, values = tuple(keys), tuple(values)
     state = State(
-        cache=Cache(keys, values, spread(cache.positions_BS), cache.slot),
+        cache=cache.repeat(samples),
         token_B=jnp.zeros(P * samples, jnp.int32),
-        position_B=spread(positions_PT[:, -1]),
+        position_B=spread(prompt.positions_PT[:, -1]),
         done_B=jnp.zeros(P * samples, bool),
         limit_B=spread(limits_P),
         key_B=keys_PN.reshape(-1),
@@ -303,7 +326,7 @@ def decode(settings: Settings, params, state: State):
     Returns:
       The `State`, the tokens [B, chunk] (`NOTHING` after a row's end), whether every row has ended.
     """
-    model = _bind(settings.model, params)
+    model = bound(settings.model, params)
     drawn_BN = jnp.full((len(state.token_B), settings.chunk), NOTHING, jnp.int32)
 
     def unfinished(carry):
@@ -325,79 +348,26 @@ def decode(settings: Settings, params, state: State):
     return state, drawn_BN, state.done_B.all()
 
 
-def _draw(settings: Settings, model: Transformer, state: State, x_B1D, cache: Cache) -> State:
+def _draw(settings: Settings, model: Model, state: State, x_B1D, cache) -> State:
     """The state after drawing a token from the residual stream of each row's last one."""
     logits_BV = model.unembed(x_B1D)[:, 0, : settings.vocab_size]
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.count)
     token_B = sample(logits_BV, keys_B, settings.sampling)
+    stops_B = (token_B[:, None] == jnp.array(settings.stop, jnp.int32)).any(-1)
     count = state.count + 1
     return dataclasses.replace(
         state,
         cache=cache,
         token_B=token_B,
         position_B=state.position_B + 1,
-        done_B=state.done_B | (token_B == settings.stop) | (count >= state.limit_B),
+        done_B=state.done_B | stops_B | (count >= state.limit_B),
         count=count,
     )
 
 
-def for_decoding(model: Transformer) -> Transformer:
-    """The same skeleton, set up for reading all its weights for every token.
-
-    On the CPU that means float32 unless the config names a dtype: a product with few rows spends
-    its time reading weights, and widening bfloat16 ones takes longer than reading twice the bytes.
-    Layers are unrolled, unless they are many: a loop over stacked layers would copy the weights of
-    each before using them.
-    """
-    config = model.config
-    dtype = config.compute_dtype
-    if dtype == "auto" and jax.default_backend() == "cpu":
-        dtype = "float32"
-    scan = config.num_layers > UNROLLED_LAYERS
-    return Transformer(dataclasses.replace(config, compute_dtype=dtype, scan_layers=scan))
+def _ids(ids: int | Sequence[int]) -> tuple[int, ...]:
+    return tuple(int(id) for id in np.atleast_1d(ids))
 
 
-def _bind(model: Transformer, params) -> Transformer:
-    layers = {name: Layers(x) if isinstance(x, tuple) else x for name, x in params.items()}
-    return bind(model, layers)
-
-
-def in_compute_dtype(model: Transformer, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """`params` with every matrix that is multiplied in the compute dtype, once for all tokens.
-
-    The model casts them anyway, but inside the loop. What it adds or scales in float32 stays:
-    gains, biases, and embeddings but for tokens that are also the output head.
-    """
-    dtype = compute_dtype(model.config.compute_dtype)
-
-    def multiplied(name: str, spec: ParamSpec) -> bool:
-        if name.startswith("embedding."):
-            return name == "embedding.tokens" and model.config.tie_embeddings
-        return len(set(spec.axes) - {"layers"}) >= 2
-
-    return {
-        name: jnp.asarray(params[name], dtype if multiplied(name, spec) else None)
-        for name, spec in param_specs(model).items()
-    }
-
-
-def padded(prompts: Sequence[Sequence[int]], context: int) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts as rows of tokens and positions, int32 [P, T], padding (position -1) first.
-
-    T is the longest prompt's length rounded up, to a power of two and from 64 on to a multiple of
-    64, but not beyond `context`.
-    """
-    longest = max(len(ids) for ids in prompts)
-    length = round_up(longest, 64) if longest > 32 else max(8, 1 << (longest - 1).bit_length())
-    length = max(longest, min(length, context))
-    tokens_PT = np.zeros((len(prompts), length), np.int32)
-    positions_PT = np.full((len(prompts), length), -1, np.int32)
-    for row, ids in enumerate(prompts):
-        tokens_PT[row, length - len(ids) :] = ids
-        positions_PT[row, length - len(ids) :] = np.arange(len(ids))
-    return tokens_PT, positions_PT
-
-
-def round_up(number: int, multiple: int) -> int:
-    """The next multiple of `multiple` from `number` up."""
-    return -(-number // multiple) * multiple
+def _shapes(tree: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(leaf.shape for leaf in jax.tree.leaves(tree))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lm.config import check
 from lm.inference.config import SamplingConfig
+from lm.inference.framing import Framing
 from lm.inference.generate import CHUNK, NOTHING, Generator, Timing
 from lm.tokenizers import Tokenizer
 
@@ -13,35 +13,25 @@ from lm.tokenizers import Tokenizer
 class TextGenerator:
     """A `Generator` that reads and writes text.
 
+    A decoder's prompt is the start of a text. An encoder-decoder's is the source: what comes is a
+    text of its own, its translation or whatever else the model was trained to make of it.
+
     Args:
       generator: the model.
       tokenizer: the one the model was trained with.
-      begins: whether documents began with the begin-of-text token in training, so prompts do too.
+      framing: what stands around a text; complete (`Framing.filled`).
     """
 
-    def __init__(self, generator: Generator, tokenizer: Tokenizer, begins: bool = True):
-        self.generator, self.tokenizer, self.begins = generator, tokenizer, begins
+    def __init__(self, generator: Generator, tokenizer: Tokenizer, framing: Framing):
+        self.generator, self.tokenizer, self.framing = generator, tokenizer, framing
 
     def encode(self, prompt: str) -> list[int]:
-        """The tokens the model reads: begin-of-text where documents had it, then the prompt's.
+        """The tokens the model reads; see `Framing.encode`."""
+        return self.framing.encode(self.tokenizer, prompt)
 
-        A model trained on one stream without separators starts an empty prompt from a line break.
-
-        Raises:
-          ConfigError: nothing to start from.
-        """
-        ids = self.tokenizer.encode(prompt)
-        if self.begins:
-            return [self.tokenizer.bos_id, *ids]
-        if not ids:
-            newline = self.tokenizer.encode("\n")
-            ids = newline if newline != [self.tokenizer.unk_id] else []
-        check(
-            bool(ids),
-            f"prompt={prompt!r} has no tokens, and the model was trained without separators "
-            "between documents (config.data.end_of_text=False): give it a prompt to start from",
-        )
-        return ids
+    def opening(self, prompt: str) -> str:
+        """What of the prompt belongs to the text that is made: all, or nothing of a source."""
+        return "" if self.generator.encodes else prompt
 
     def generate(
         self,
@@ -58,7 +48,8 @@ class TextGeneration:
     """One call of `TextGenerator.generate`: iterates over `(row, text)` as the text comes.
 
     `text` is what row `row` has gained; the joined texts of a row are its continuation, without
-    its prompt. When the iteration is over, `timing`, `ended` and `notices` are complete.
+    its prompt, or an encoder-decoder's target. When the iteration is over, `timing`, `ended` and
+    `notices` are complete.
 
     Attributes:
       notices: what the reader should know, one line each.
@@ -78,6 +69,8 @@ class TextGeneration:
         self._prompts = [owner.encode(prompt) for prompt in prompts]
         self._tokens = owner.generator.generate(self._prompts, sampling, seed, chunk)
         self._wanted, self._context = sampling.max_new_tokens, owner.generator.context
+        self._end = set(owner.generator.end_of_text)
+        self._read = [[] if owner.generator.encodes else ids for ids in self._prompts]
         self.notices: list[str] = []
         unknown = sum(ids.count(owner.tokenizer.unk_id) for ids in self._prompts)
         if unknown:
@@ -94,13 +87,13 @@ class TextGeneration:
         streams = [self._tokenizer.decode_stream() for _ in self.ended]
         for row, stream in enumerate(streams):
             # What a token adds to the text may depend on whether it is the first.
-            for id in self._prompts[row // self._samples]:
+            for id in self._read[row // self._samples]:
                 stream.push(id)
         for tokens_BN in self._tokens:
             for row, ids in enumerate(tokens_BN.tolist()):
                 ids = [id for id in ids if id != NOTHING]
                 drawn[row] += len(ids)
-                self.ended[row] |= self._tokenizer.eos_id in ids
+                self.ended[row] |= not self._end.isdisjoint(ids)
                 text = "".join(map(streams[row].push, ids))
                 if text:
                     yield row, text

@@ -1,4 +1,4 @@
-"""Continues a prompt with a trained model, printing as it goes."""
+"""Continues a prompt, or translates a source, with a trained model, printing as it goes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GenerateJob(SamplingConfig):
 
     job: str = "generate"
     seed: int = 0  # of the random draws: the same seed, the same text
-    init_from: str = ""  # the directory of a training run
+    init_from: str = ""  # the directory of a run, or a Hugging Face directory
     prompt: str = ""  # "-" reads it from standard input
     prompt_file: str = ""  # read it from this file instead; "-" is standard input
 
@@ -37,16 +37,19 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
     """Prints what a `GenerateJob` asks for; notices and timing go to standard error.
 
     Returns:
-      The texts, prompt included, one for each sample. Nothing is written to `workdir`.
+      The texts, one for each sample: the prompt and what follows, or an encoder-decoder's target.
+      Nothing is written to `workdir`.
 
     Raises:
-      ConfigError: no such run, a prompt that cannot be read or is longer than the model's context.
+      ConfigError: no such run, a prompt that cannot be read or is longer than the model's context,
+        or a model that cannot generate.
     """
     job = view(GenerateJob, config)
     prompt = _read_prompt(job)
     loaded = lm.load(job.init_from)
-    stream = loaded.text_generator.generate([prompt], job, job.seed)
-    texts = _print(stream, prompt, job.num_samples)
+    writer = loaded.text_generator
+    stream = writer.generate([prompt], job, job.seed)
+    texts = _print(stream, writer.opening(prompt), job.num_samples)
     for notice in stream.notices:
         print(f"note: {notice}", file=sys.stderr)
     where = f"{loaded.directory} at step {loaded.step:,}"
@@ -73,13 +76,13 @@ def _read_prompt(job: GenerateJob) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _print(stream: TextGeneration, prompt: str, samples: int) -> list[str]:
-    """Prints the samples one below the other.
+def _print(stream: TextGeneration, opening: str, samples: int) -> list[str]:
+    """Prints the samples one below the other, each after `opening`.
 
     They are drawn together: the first appears as it comes, and each other one when those before it
     have ended, with what it has by then.
     """
-    texts = [prompt] * samples
+    texts = [opening] * samples
     shown = [0] * samples
     current = 0
 

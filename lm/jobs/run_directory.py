@@ -13,15 +13,24 @@ from typing import Any
 
 import jax
 
-from lm.config import ConfigError, check, nearest
+from lm.config import ConfigError, check, nearest, to_dict, view
+from lm.models import ModelConfig
+from lm.models.huggingface.exact import essence
+from lm.models.huggingface.read import is_checkpoint, read_config
 from lm.tokenizers import Tokenizer
+from lm.tokenizers.files import has_tokenizer
 
 # What may differ between a run directory and the config that goes on with it.
 FREE_SECTIONS = ("train", "checkpoint", "mesh", "prompt", "sample", "init_from")
 # Fields of `model` that decide what its parameters mean, and so must be those of `init_from`.
 _SHAPING = (
-    "num_layers", "num_heads", "num_kv_heads", "width", "head_dim", "mlp_width", "vocab_size",
-    "positions", "norm", "norm_position", "activation", "bias", "tie_embeddings",
+    "architecture", "cell", "cross_attention", "num_layers", "num_encoder_layers", "num_heads",
+    "num_kv_heads", "width", "head_dim", "mlp_width", "vocab_size", "tie_embeddings",
+    "embedding_scale", "embedding_norm", "token_types", "positions", "position_offset",
+    "relative_buckets", "qk_norm", "norm", "norm_position", "norm_unit_offset", "final_norm",
+    "parallel", "shared_norm", "activation", "bias", "qkv_bias", "attention_bias", "norm_bias",
+    "num_experts", "expert_width", "shared_experts", "dense_layers", "head_transform", "head_bias",
+    "output_scale", "pooler", "classifier", "num_labels",
 )  # fmt: skip
 
 
@@ -89,31 +98,55 @@ def claim(directory: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer)
 
 
 def check_init_from(init_from: str, model: dict[str, Any]) -> None:
-    """Raises ConfigError unless `init_from` is empty or a run whose parameters fit `model`.
+    """Raises ConfigError unless `init_from` is empty or has a model whose parameters fit `model`.
 
+    It is a run directory or a Hugging Face directory.
     `model` is the model section of the config, as a dict; a field it lacks is not compared.
     """
     if not init_from:
         return
-    source, field = pathlib.Path(init_from), f"config.init_from={init_from!r}"
+    source, field = pathlib.Path(init_from).expanduser(), f"config.init_from={init_from!r}"
     if not source.exists():
         there = [str(p) for p in source.parent.glob("*") if (p / "config.json").exists()]
         raise ConfigError(f"{field} does not exist{nearest(str(source), there)}")
-    for name in ("config.json", "tokenizer", "checkpoints"):
-        check(
-            (source / name).exists(),
-            f"{field} is not the directory of a training run: it has no {name}",
-        )
-    theirs = _read_config(source / "config.json", field).get("model")
-    check(isinstance(theirs, dict), f"{field}: its config.json has no section 'model'")
-    shaping = (*_SHAPING, "max_length") if model["positions"] == "learned" else _SHAPING
-    for name in shaping:
-        if name in model and name in theirs:
+    if is_checkpoint(source):
+        check(has_tokenizer(source), f"{field} is a Hugging Face model without a tokenizer")
+        theirs = to_dict(read_config(source)[1])
+    else:
+        for name in ("config.json", "tokenizer", "checkpoints"):
             check(
-                theirs[name] == model[name],
-                f"{field} has model.{name}={theirs[name]!r}, and this config says "
-                f"{model[name]!r}: set config.model.{name}={theirs[name]!r}",
+                (source / name).exists(),
+                f"{field} is not the directory of a training run: it has no {name}",
             )
+        theirs = _read_config(source / "config.json", field).get("model")
+        check(isinstance(theirs, dict), f"{field}: its config.json has no section 'model'")
+    there, here = (_shaping(fields) for fields in (theirs, model))
+    wrong = [
+        name
+        for name in there
+        if name in theirs
+        and name in model
+        and there[name] != here.get(name)
+        # What follows from another field, such as a head's width, is mended with that field.
+        and theirs[name] != model[name]
+    ]
+    if wrong:
+        given = " and ".join(f"model.{name}={theirs[name]!r}" for name in wrong)
+        says = " and ".join(f"{model[name]!r}" for name in wrong)
+        remedy = " ".join(f"config.model.{name}={theirs[name]!r}" for name in wrong)
+        raise ConfigError(f"{field} has {given}, and this config says {says}: set {remedy}")
+
+
+def _shaping(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a model section that decide what its parameters mean, defaults resolved."""
+    config = view(ModelConfig, fields, "config.model")
+    known = essence(config)
+    learned = config.positions == "learned"
+    return {
+        name: known[name]
+        for name in known
+        if name in _SHAPING or (learned and name == "max_length")
+    }
 
 
 def _read_config(path: pathlib.Path, field: str) -> dict[str, Any]:

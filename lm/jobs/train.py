@@ -1,11 +1,10 @@
-"""Pre-training: text to a trained model that writes.
+"""Pre-training: text to a trained model.
 
 One linear story: config, tokenizer, data, mesh, model, state, step, loop, samples.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -18,23 +17,24 @@ import ml_collections
 from rich.console import Console
 
 from lm import tokenizers
-from lm.config import ConfigError, check, to_dict, view
+from lm.config import check, to_dict, view
 from lm.data import DataConfig, documents, evaluation_batches, prepare, train_batches
 from lm.inference.config import SamplingConfig
+from lm.jobs.finish import finish
 from lm.jobs.run_directory import check_directory, check_init_from, claim
-from lm.models import ModelConfig, Transformer, param_specs
-from lm.objectives import ObjectiveConfig
+from lm.jobs.sources import open_source
+from lm.models import ModelConfig, param_specs, skeleton
+from lm.objectives import ObjectiveConfig, check_objective
 from lm.parallel.host_memory import keep_buffers
 from lm.parallel.mesh import MeshConfig, batch_sharding, batch_ways, make_mesh
 from lm.tokenizers import TokenizerConfig
 from lm.training import flops
-from lm.training.checkpoints import CheckpointConfig, Checkpointer, restore_parameters
+from lm.training.checkpoints import CheckpointConfig, Checkpointer
 from lm.training.config import TrainConfig, check_dispatch, dispatch_steps
 from lm.training.evaluate import evaluate
 from lm.training.loop import Loop
 from lm.training.metrics import MetricsWriter
 from lm.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
-from lm.training.plots import plot_losses
 from lm.training.progress import Progress
 from lm.training.report import describe_run
 from lm.training.state import abstract_state, create_state
@@ -47,7 +47,7 @@ class TrainJob:
 
     job: str = "train"
     seed: int = 0  # of the parameters, the data order, dropout and the samples
-    init_from: str = ""  # start from the parameters and tokenizer of this run directory
+    init_from: str = ""  # start from the parameters and tokenizer of this run, or Hugging Face's
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -56,16 +56,27 @@ class TrainJob:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    prompt: str | tuple[str, ...] = ()  # what to continue in samples.txt when training ends
+    # When training ends, samples.txt gets continuations of these; or of an encoder's hidden words
+    # the likeliest; or of an encoder-decoder's sources the targets.
+    prompt: str | tuple[str, ...] = ()
     sample: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    exact_match: int = 0  # seq2seq: validation pairs whose targets are then compared word for word
 
     def validate(self, prefix: str = "config") -> None:
         """Raises ConfigError where sections contradict each other."""
         longest = self.model.max_length
+        for name in ("block_size", "source_length"):
+            length = getattr(self.data, name)
+            check(
+                not longest or length <= longest,
+                f"{prefix}.data.{name}={length} is longer than {prefix}.model.max_length={longest}",
+            )
+        check_objective(self.objective, self.model, prefix)
+        check(self.exact_match >= 0, f"{prefix}.exact_match={self.exact_match} must be at least 0")
         check(
-            not longest or self.data.block_size <= longest,
-            f"{prefix}.data.block_size={self.data.block_size} is longer than "
-            f"{prefix}.model.max_length={longest}",
+            not self.exact_match or self.objective.name == "seq2seq",
+            f"{prefix}.exact_match={self.exact_match} needs {prefix}.objective.name='seq2seq', not "
+            f"{self.objective.name!r}: only pairs of texts have a right answer",
         )
         make_schedule(self.optimizer, self.train.steps)  # for its errors, before any work
         check_dispatch(self.train.steps_per_dispatch, self.cadences)
@@ -81,7 +92,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     """Trains as `config` says, or goes on where `workdir` left off.
 
     Returns:
-      The last evaluation: `eval_loss`, `eval_bits_per_byte`.
+      The last evaluation: `eval_loss`, `eval_bits_per_byte` and, where asked for, `exact_match`.
     """
     console = Console(soft_wrap=False, highlight=False)
     job = view(TrainJob, config)
@@ -115,12 +126,18 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
         check_init_from(job.init_from, _settled(resolved)["model"])
 
     train_corpora, validation_corpora = prepare(job.data, tokenizer, job.seed, console.print)
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = train_batches(job.data, train_corpora, seed=job.seed, **hosts)
+    reading = {
+        "objective": job.objective.name,
+        "tokenizer": tokenizer,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+    batches = train_batches(job.data, train_corpora, seed=job.seed, **reading)
     tokens = sum(corpus.num_tokens for corpus in train_corpora)
     console.print(
         f"data: {tokens:,} training tokens, {batches.batches_per_epoch:,} steps an epoch, "
         f"{batches.padding_fraction:.1%} padding"
+        + (f", {batches.num_dropped:,} pairs too long" if batches.num_dropped else "")
     )
     check(
         batches.num_batches is None or batches.num_batches >= job.train.steps,
@@ -128,8 +145,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
         f"config.data.epochs={job.data.epochs}: lower it, or raise the other",
     )
 
-    skeleton = Transformer(model_config)
-    specs = param_specs(skeleton)
+    validation = None
+    if validation_corpora:
+        batch_size = job.train.eval_batch_size or job.data.batch_size
+        data = dataclasses.replace(job.data, batch_size=batch_size)
+        validation = evaluation_batches(data, validation_corpora, **reading)
+
+    model = skeleton(model_config)
+    specs = param_specs(model)
     optimizer = make_optimizer(job.optimizer, job.train.steps, specs)
     claim(
         directory, to_dict(resolved), tokenizer
@@ -141,7 +164,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
             model_config=model_config,
             specs=specs,
             mesh=mesh,
-            block_size=job.data.block_size,
+            block_size=batches.block_size,
+            source_length=batches.source_length or None,
+            max_targets=batches.max_targets_per_row,
             batch_size=job.data.batch_size // job.train.accumulation,
             optimizer_state=abstract["optimizer"],
             accumulation=job.train.accumulation,
@@ -158,22 +183,24 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
                 batches.set_state(extra["data"])
                 console.print(f"resuming at step {start}")
             results, finished = _train(
-                resolved, mesh, skeleton, optimizer, abstract, state, start, extra,
-                batches, validation_corpora, checkpointer, directory, console,
+                resolved, mesh, model, optimizer, abstract, state, start, extra,
+                batches, validation, checkpointer, directory, console,
             )  # fmt: skip
     if finished and jax.process_index() == 0:
-        _finish(resolved, directory, console)
+        results |= finish(resolved, directory, console)
     return results
 
 
 def _train(
-    job, mesh, skeleton, optimizer, abstract, state, start, extra,
-    batches, validation_corpora, checkpointer, directory, console,
+    job, mesh, model, optimizer, abstract, state, start, extra,
+    batches, validation, checkpointer, directory, console,
 ):  # fmt: skip
     """Compiles the step and runs the loop; the last evaluation, and whether all steps are done."""
-    flops_per_token = flops.training_flops_per_token(job.model, job.data.block_size)
+    flops_per_token = flops.training_flops_per_token(
+        job.model, batches.block_size, batches.source_length or None, batches.max_targets_per_row
+    )
     peak = flops.total_peak_flops(job.model.compute_dtype)
-    tokens_per_step = job.data.batch_size * job.data.block_size
+    tokens_per_step = job.data.batch_size * batches.block_size
     cadences = (*job.cadences, start)
     asked = job.train.steps_per_dispatch or extra.get("stride", 0)
     if not job.train.steps_per_dispatch and any(cadence % asked for cadence in cadences if asked):
@@ -190,21 +217,13 @@ def _train(
             functools.partial(jax.make_array_from_process_local_data, sharding), batch
         )
 
-    step_fn = make_train_step(skeleton, job.objective, optimizer, job.train, job.seed)
+    max_targets = batches.max_targets_per_row
+    step_fn = make_train_step(model, job.objective, optimizer, job.train, job.seed, max_targets)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
     evaluator = None
-    if validation_corpora:
-        data = dataclasses.replace(
-            job.data, batch_size=job.train.eval_batch_size or job.data.batch_size
-        )
-        validation = evaluation_batches(
-            data,
-            validation_corpora,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
-        eval_step = jax.jit(make_eval_step(skeleton))
+    if validation is not None:
+        eval_step = jax.jit(make_eval_step(model, max_targets))
 
         def evaluator(state):
             put_one = functools.partial(put, leading=0)
@@ -254,7 +273,7 @@ def _tokenizer(job: TrainJob, directory: pathlib.Path):
     if saved.exists():
         return tokenizers.load(saved)
     if job.init_from:
-        return tokenizers.load(pathlib.Path(job.init_from) / "tokenizer")
+        return open_source(job.init_from).tokenizer
     return tokenizers.train(job.tokenizer, documents(job.data, "train", job.seed))
 
 
@@ -270,8 +289,9 @@ def resolve_model(job: TrainJob, tokenizer) -> ModelConfig:
         f"config.model.vocab_size={vocab_size} is smaller than the tokenizer's "
         f"{tokenizer.vocab_size}: raise it, or set it to 0",
     )
+    longest = max(job.data.block_size, job.data.source_length)
     return dataclasses.replace(
-        job.model, vocab_size=vocab_size, max_length=job.model.max_length or job.data.block_size
+        job.model, vocab_size=vocab_size, max_length=job.model.max_length or longest
     )
 
 
@@ -288,32 +308,5 @@ def _initial_parameters(job: TrainJob, abstract: dict[str, Any]) -> dict[str, ja
     """The parameters of `init_from`, if it is set."""
     if not job.init_from:
         return None
-    return restore_parameters(pathlib.Path(job.init_from) / "checkpoints", abstract=abstract)[1]
-
-
-def _finish(job: TrainJob, directory: pathlib.Path, console: Console) -> None:
-    """Draws loss.png, and writes and prints samples.txt."""
-    import lm
-
-    with contextlib.suppress(ConfigError):  # a run too short to have logged a loss
-        console.print(f"loss curve: {plot_losses(directory)}")
-    prompts = (job.prompt,) if isinstance(job.prompt, str) else job.prompt
-    if not prompts:
-        return
-    trained = lm.load(str(directory))
-    lines = []
-    for prompt in prompts:
-        texts = trained.generate(
-            prompt,
-            max_new_tokens=job.sample.max_new_tokens,
-            temperature=job.sample.temperature,
-            top_k=job.sample.top_k,
-            top_p=job.sample.top_p,
-            num_samples=job.sample.num_samples,
-            seed=job.seed,
-        )
-        lines += [texts] if isinstance(texts, str) else texts
-    text = "\n\n".join(line.strip() for line in lines) + "\n"
-    (directory / "samples.txt").write_text(text)
-    console.print("samples:")
-    console.print(text, markup=False, soft_wrap=True)
+    shardings = {name: leaf.sharding for name, leaf in abstract.items()}
+    return open_source(job.init_from).parameters(shardings=shardings)[1]

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from tiny_run import tiny_model
 
-from lm.inference.generate import padded
+from lm.inference.prepare import padded
 from lm.models import bind
 from lm.models.config import POSITIONS
-from lm.models.transformer import Cache
 
 KV_HEADS = {"multi-head": None, "grouped-query": 2, "multi-query": 1}
 
@@ -53,7 +52,7 @@ def test_prefill_and_single_steps_equal_the_full_forward_pass(
 
     prompts = [row[:n].tolist() for row, n in zip(tokens, lengths)]
     tokens_BT, positions_BT = padded(prompts, model.config.max_length)
-    cache = Cache.empty(bound.config, 3, tokens_BT.shape[1] + steps)
+    cache = bound.new_cache(3, tokens_BT.shape[1] + steps)
     logits_BTV, cache = extend(params, tokens_BT, positions_BT, cache)
     for row, n in enumerate(lengths):
         np.testing.assert_allclose(logits_BTV[row, -n:], expected_BTV[row, :n], atol=1e-5)
@@ -69,7 +68,7 @@ def test_a_row_that_has_ended_leaves_no_trace():
     # A token at position -1, as generation feeds for rows that have ended, changes no later logits.
     model, params = tiny_model(positions="learned")
     bound = bind(model, params)
-    cache = Cache.empty(model.config, 1, 4)
+    cache = model.new_cache(1, 4)
     for token, position in [(5, 0), (9, -1), (6, 1)]:
         x_BTD, cache = bound.extend(jnp.array([[token]]), jnp.array([[position]]), cache)
     np.testing.assert_allclose(

@@ -8,7 +8,8 @@ from tiny_run import tiny_model
 
 from lm.config import ConfigError
 from lm.inference import Generator, SamplingConfig
-from lm.inference.generate import NOTHING, in_compute_dtype, padded
+from lm.inference.generate import NOTHING
+from lm.inference.prepare import in_compute_dtype, padded
 from lm.models import bind
 
 NO_END = -2  # no token has this id
@@ -46,7 +47,7 @@ def test_greedy_equals_a_plain_loop_over_full_forward_passes(tiny, generator):
 
 
 def test_many_layers_are_scanned_and_draw_the_same(tiny, generator, monkeypatch):
-    monkeypatch.setattr("lm.inference.generate.UNROLLED_LAYERS", 1)
+    monkeypatch.setattr("lm.inference.prepare.UNROLLED_LAYERS", 1)
     scanned = Generator(*tiny, end_of_text=NO_END)
     assert scanned.model.config.scan_layers and not generator.model.config.scan_layers
     sampling = SamplingConfig(temperature=0, max_new_tokens=11)

@@ -137,7 +137,7 @@ def test_directories_that_are_not_runs_are_told_apart(directory, tmp_path):
         with pytest.raises(ConfigError, match=words):
             lm.load(path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ConfigError, match="Hugging Face model"):
+    with pytest.raises(ConfigError, match="has no weights"):
         lm.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):

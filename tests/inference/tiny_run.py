@@ -1,12 +1,14 @@
 """A run directory as training leaves it, with random parameters."""
 
 import json
+import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm.config import to_dict
-from lm.models import ModelConfig, Transformer, init, param_specs
+from lm.models import ModelConfig, init, param_specs, skeleton
 from lm.tokenizers import TokenizerConfig, train
 from lm.training.checkpoints import CheckpointConfig, Checkpointer
 
@@ -25,8 +27,18 @@ def tiny_model(seed=0, **fields):
     """A skeleton and its random parameters."""
     config = ModelConfig(**{**TINY, **fields})
     config.validate()
-    model = Transformer(config)
+    model = skeleton(config)
     return model, init(param_specs(model), jax.random.key(seed))
+
+
+def general_params(model):
+    """Values in general position: no gain is one, no bias zero, no two layers are alike."""
+    params = {}
+    for name, spec in param_specs(model).items():
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        gain = name.endswith("scale") and not model.config.norm_unit_offset
+        params[name] = jnp.asarray(rng.normal(float(gain), 0.2, spec.shape), jnp.float32)
+    return params
 
 
 def write_tiny_run(directory, end_of_text=True, steps=(3,), tokenizer=None, **fields):

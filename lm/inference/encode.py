@@ -1,0 +1,192 @@
+"""What a model makes of whole texts: a vector for each, or a guess at what a mask hides."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.config import check, check_choice
+from lm.inference.framing import Framing
+from lm.inference.prepare import check_ids, padded_after
+from lm.models import ModelConfig, bind, skeleton
+from lm.tokenizers import Tokenizer
+
+POOLINGS = ("mean", "first", "last", "pooler")
+BATCH = 32  # texts read at once
+
+
+class Candidate(NamedTuple):
+    """A token that may stand where the mask does."""
+
+    text: str  # what it adds to the text, its space included; the name of a special
+    probability: float
+    id: int
+
+
+def embed(
+    config: ModelConfig,
+    params: Mapping[str, jax.Array],
+    texts: Sequence[Sequence[int]],
+    pooling: str = "mean",
+) -> np.ndarray:
+    """A vector for each text, float32 [N, D], of the last residual stream.
+
+    That of the encoder where there is one, else of the decoder; after its final norm. A text's
+    vector does not depend on the others, nor on padding.
+
+    Args:
+      config: the model's, of any architecture.
+      params: its parameters.
+      texts: token ids, framed as the model has seen them.
+      pooling: "mean" over the tokens; the "first" one or the "last", which alone has seen all of a
+        decoder's text; or the "pooler", an encoder's trained projection of the first (Devlin et al.
+        2019), if it has one.
+
+    Raises:
+      ConfigError: an unknown pooling, a pooler that is not there, a text that is empty or longer
+        than the model's context.
+    """
+    check_choice("pooling", pooling, POOLINGS)
+    check(
+        pooling != "pooler" or config.pooler,
+        "pooling='pooler' needs a model with config.model.pooler=True: use 'mean' or 'first'",
+    )
+    for ids in texts:
+        check_ids("text", ids, config)
+    # With a capacity, padding and other texts could take a token's place at its expert.
+    config = dataclasses.replace(config, capacity_factor=0.0)
+    vectors_ND = np.zeros((len(texts), config.width), np.float32)
+    # Texts of similar lengths are read together, so that little of a batch is padding.
+    order = sorted(range(len(texts)), key=lambda n: len(texts[n]))
+    for start in range(0, len(texts), BATCH):
+        chosen = order[start : start + BATCH]
+        rows = min(BATCH, 1 << (len(chosen) - 1).bit_length())  # few shapes, so few compilations
+        batch = [texts[n] for n in chosen] + [()] * (rows - len(chosen))
+        pooled = _pooled(config, pooling, params, *padded_after(batch, config.max_length))
+        vectors_ND[chosen] = np.asarray(pooled)[: len(chosen)]
+    return vectors_ND
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pooled(config: ModelConfig, pooling: str, params, tokens_NS, segments_NS):
+    model = bind(skeleton(config), params)
+    if config.architecture == "encoder_decoder":
+        x_NSD = model.encode(tokens_NS, segments_BS=segments_NS)
+    else:
+        x_NSD = model.hidden(tokens_NS, segments_BT=segments_NS)
+    if pooling == "pooler":
+        return model.pool(x_NSD).astype(jnp.float32)
+    x_NSD = x_NSD.astype(jnp.float32)
+    if pooling == "first":
+        return x_NSD[:, 0]
+    lengths_N1 = segments_NS.sum(1, keepdims=True)
+    if pooling == "last":
+        return jnp.take_along_axis(x_NSD, jnp.maximum(lengths_N1 - 1, 0)[..., None], 1)[:, 0]
+    return jnp.where(segments_NS[..., None] > 0, x_NSD, 0).sum(1) / jnp.maximum(lengths_N1, 1)
+
+
+def fill(
+    config: ModelConfig,
+    params: Mapping[str, jax.Array],
+    tokenizer: Tokenizer,
+    framing: Framing,
+    text: str,
+    top_k: int = 5,
+) -> list[list[Candidate]]:
+    """The likeliest tokens in place of each mask, by a masked language model.
+
+    Each mask is one token, guessed with the others unseen. Where words carry the space before
+    them, the space before a mask is part of what it hides.
+
+    Args:
+      config: the model's, an encoder.
+      params: its parameters.
+      tokenizer: has a mask token; its name in `text`, such as "[MASK]", stands for it.
+      framing: what stands around the text, complete (`Framing.filled`).
+      text: "The cat [MASK] on the mat."
+      top_k: how many candidates for each mask.
+
+    Returns:
+      For each mask its candidates, likeliest first.
+
+    Raises:
+      ConfigError: not an encoder, no mask in the tokenizer or the text, or a text that is too long.
+    """
+    check(
+        config.architecture == "encoder",
+        f"config.model.architecture={config.architecture!r} cannot fill a mask: it needs 'encoder'",
+    )
+    check(top_k >= 1, f"top_k={top_k} must be at least 1")
+    ids = [*(framing.before or ()), *mask_ids(tokenizer, text), *(framing.after or ())]
+    check_ids("text", ids, config)
+    tokens_1S, segments_1S = padded_after([ids], config.max_length)
+    logits_1SV = _logits(config, params, tokens_1S, segments_1S)
+    shares_SV = np.asarray(jax.nn.softmax(logits_1SV[0, :, : tokenizer.vocab_size]))
+    names = {id: name for name, id in tokenizer.special_ids.items()}
+    filled = []
+    for place in np.flatnonzero(tokens_1S[0] == tokenizer.mask_id):
+        best = np.argsort(-shares_SV[place], kind="stable")[:top_k].tolist()
+        filled.append(
+            [
+                Candidate(
+                    names.get(id, tokenizer.token_bytes(id).decode("utf-8", "replace")),
+                    float(shares_SV[place, id]),
+                    id,
+                )
+                for id in best
+            ]
+        )
+    return filled
+
+
+def mask_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of `text`, in which the name of the mask token stands for it.
+
+    Raises:
+      ConfigError: the tokenizer has no mask token, or the text does not.
+    """
+    check(
+        tokenizer.mask_id is not None,
+        "the tokenizer has no mask token: train one with config.tokenizer.mask_token=True",
+    )
+    name = next(name for name, id in tokenizer.special_ids.items() if id == tokenizer.mask_id)
+    check(name in text, f"text={text!r} must have {name!r} where a token is to be guessed")
+    return marked_ids(tokenizer, text, {name: tokenizer.mask_id})
+
+
+def marked_ids(tokenizer: Tokenizer, text: str, marks: Mapping[str, int]) -> list[int]:
+    """The ids of `text`, in which some names stand for special tokens.
+
+    Args:
+      tokenizer: encodes what lies between.
+      text: where words carry the space before them, the space before a mark belongs to the mark.
+      marks: name → id.
+    """
+    names = "|".join(re.escape(name) for name in sorted(marks, key=len, reverse=True))
+    space = " ?" if _carries_space(tokenizer) else ""
+    first, *others = re.split(f"{space}({names})", text)
+    ids = tokenizer.encode(first)
+    for mark, part in zip(others[::2], others[1::2], strict=True):
+        # Encoding puts that space there by itself.
+        part = part.removeprefix(" ") if tokenizer.drops_first_space else part
+        ids += [marks[mark], *tokenizer.encode(part)]
+    return ids
+
+
+@functools.lru_cache(maxsize=8)
+def _carries_space(tokenizer: Tokenizer) -> bool:
+    """Whether tokens begin with the space before their word."""
+    tokens = map(tokenizer.token_bytes, range(tokenizer.vocab_size))
+    return any(data[:1] == b" " and len(data) > 1 for data in tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: ModelConfig, params, tokens_NS, segments_NS):
+    return bind(skeleton(config), params)(tokens_NS, segments_BT=segments_NS)

@@ -1,0 +1,65 @@
+"""The special tokens around a text: what a model reads before its first token and after its last.
+
+A model has seen texts framed in one way, and a prompt must be framed alike.
+
+| architecture    | reads                                | writes                               |
+|-----------------|--------------------------------------|--------------------------------------|
+| decoder         | begin-of-text, text                  | what follows, up to end-of-text      |
+| encoder         | begin-of-text, text, end-of-text     |                                      |
+| encoder_decoder | text, end-of-text                    | after begin-of-text, to end-of-text  |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from lm.config import check
+from lm.models import ModelConfig
+from lm.tokenizers import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Framing:
+    """The section `framing` of a run's config, for models that do not follow the table above."""
+
+    before: tuple[int, ...] | None = None  # ids in front of every text that is read; None: as above
+    after: tuple[int, ...] | None = None  # ids behind it
+    decoder_start: tuple[int, ...] | None = None  # what an encoder-decoder's decoder continues
+    end_of_text: tuple[int, ...] | None = None  # each ends what is written
+
+    def filled(self, model: ModelConfig, tokenizer: Tokenizer, begins: bool = True) -> Framing:
+        """With the table's choice for each field that is None.
+
+        Args:
+          model: says which row.
+          tokenizer: has the ids.
+          begins: whether documents were told apart in training; False: a decoder's or encoder's
+            text is a part of one stream, with nothing around it.
+        """
+        bos, eos = (tokenizer.bos_id,), (tokenizer.eos_id,)
+        both = model.architecture == "encoder_decoder"
+        usual = Framing(
+            before=() if both or not begins else bos,
+            after=eos if both or (begins and model.architecture == "encoder") else (),
+            decoder_start=bos if both else (),
+            end_of_text=eos,
+        )
+        given = {name: ids for name, ids in dataclasses.asdict(self).items() if ids is not None}
+        return dataclasses.replace(usual, **given)
+
+    def encode(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """The tokens the model reads for `text`; for nothing at all, a line break.
+
+        Raises:
+          ConfigError: nothing to start from.
+        """
+        ids = [*(self.before or ()), *tokenizer.encode(text), *(self.after or ())]
+        if not ids:
+            newline = tokenizer.encode("\n")
+            ids = newline if newline != [tokenizer.unk_id] else []
+        check(
+            bool(ids),
+            f"prompt={text!r} has no tokens, and the model was trained without separators "
+            "between documents (config.data.end_of_text=False): give it a prompt to start from",
+        )
+        return ids

@@ -1,0 +1,272 @@
+"""The convert job: there and back, and other jobs on what it makes or on the source itself."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny_huggingface as tiny
+import tiny_jobs
+from safetensors.numpy import load_file
+
+import lm
+from lm.config import ConfigError, defaults
+from lm.jobs import convert
+from lm.jobs.convert import ConvertJob
+from lm.models import ModelConfig, init, param_specs, skeleton
+from lm.models.huggingface.read import open_checkpoint
+from lm.tokenizers import TokenizerConfig, train
+from lm.training.checkpoints import CheckpointConfig, Checkpointer
+
+
+def run(source, target, **fields):
+    config = defaults(ConvertJob)
+    config.init_from = str(source)
+    config.update_from_flattened_dict({n.replace("__", "."): v for n, v in fields.items()})
+    return convert.run(config, str(target))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny.write_directory(tmp_path_factory.mktemp("hf") / "gpt2")
+
+
+@pytest.fixture(scope="module")
+def converted(source, tmp_path_factory):
+    target = tmp_path_factory.mktemp("runs") / "gpt2"
+    run(source, target)
+    return target
+
+
+def tensors(path):
+    return load_file(path / "model.safetensors")
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert all(one[n].dtype == other[n].dtype for n in one)
+    assert all(one[n].tobytes() == other[n].tobytes() for n in one)
+
+
+def greedy(opened):
+    return opened.generate("The cat", max_new_tokens=6, temperature=0)
+
+
+def test_there_and_back_is_the_same_to_the_last_bit(converted, source, tmp_path, capsys):
+    summary = run(converted, tmp_path / "hf", to="hf")
+    assert summary["family"] == "gpt2" and summary["parameters"] == 47_296
+    assert "47,296" in capsys.readouterr().out
+    assert_same(tensors(tmp_path / "hf"), tiny.tensors())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes()
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    kept = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "eos_token_id")
+    assert {name: config[name] for name in kept} == {name: tiny.CONFIG[name] for name in kept}
+
+
+def test_a_run_and_its_source_write_alike(converted, source):
+    from_run, from_source = lm.load(converted), lm.load(source)
+    assert from_run.step == from_source.step == 0
+    tokens = [from_run.encode("A cat.")]
+    np.testing.assert_array_equal(from_run.model(tokens), from_source.model(tokens))
+    assert greedy(from_run) == greedy(from_source)
+    with pytest.raises(ConfigError, match="single step 0"):
+        lm.load(source, step=3)
+
+
+def test_a_mesh_changes_nothing(source, tmp_path):
+    run(source, tmp_path / "run", mesh__data=1, mesh__fsdp=4, mesh__tensor=2)
+    run(tmp_path / "run", tmp_path / "hf", to="hf", mesh__data=1, mesh__fsdp=2, mesh__tensor=4)
+    assert_same(tensors(tmp_path / "hf"), tiny.tensors())
+
+
+def test_bfloat16_is_kept_in_half_the_space(tmp_path):
+    weights = {n: t.astype("bfloat16") for n, t in tiny.tensors().items()}
+    tiny.write_directory(tmp_path / "a", weights)
+    assert run(tmp_path / "a", tmp_path / "run", dtype="bfloat16")["bytes"] == 2 * 47_296
+    run(tmp_path / "run", tmp_path / "b", to="hf", dtype="bfloat16")
+    assert_same(tensors(tmp_path / "b"), weights)
+
+
+def test_roles_of_ids_and_settings_of_generation_survive(tmp_path):
+    path = tiny.write_directory(tmp_path / "a", bos_token_id=3)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 256]}))
+    assert lm.load(path).framing.end_of_text == (5, 256)
+    run(path, tmp_path / "run")
+    assert lm.load(tmp_path / "run").framing.end_of_text == (5, 256)
+    run(tmp_path / "run", tmp_path / "b", to="hf")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["bos_token_id"] == 3
+    generation = json.loads((tmp_path / "b" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [5, 256]}
+
+
+def test_texts_are_framed_as_the_tokenizer_frames_them(tmp_path):
+    path = tiny.write_directory(tmp_path / "hf")
+    described = json.loads((path / "tokenizer.json").read_text())
+    end = "<|endoftext|>"
+    text, special = {"Sequence": {"id": "A", "type_id": 0}}, {"id": end, "type_id": 0}
+    described["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": special}, text],
+        "pair": [text, text],
+        "special_tokens": {end: {"id": end, "ids": [256], "tokens": [end]}},
+    }
+    assert lm.load(path).encode("a") == [97]
+    (path / "tokenizer.json").write_text(json.dumps(described))
+    assert lm.load(path).encode("a") == [256, 97]
+
+
+def test_a_model_trained_here_goes_out_as_the_family_it_is(tmp_path):
+    tokenizer = train(TokenizerConfig(kind="byte"), [])
+    model = ModelConfig(
+        num_layers=2, num_heads=4, num_kv_heads=2, width=16, mlp_width=24, activation="swiglu",
+        vocab_size=tokenizer.vocab_size, max_length=16,
+    )  # fmt: skip
+    write_run(tmp_path / "run", model, tokenizer)
+    assert run(tmp_path / "run", tmp_path / "hf", to="hf")["family"] == "llama"
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["eos_token_id"] == 256 and config["tie_word_embeddings"] is True
+    back = open_checkpoint(tmp_path / "hf").parameters()
+    for name, array in lm.load(tmp_path / "run").params.items():
+        np.testing.assert_array_equal(array, back[name], name)
+    assert lm.load(tmp_path / "hf").tokenizer.encode("é") == tokenizer.encode("é")
+
+
+def test_a_model_of_no_family_stays(tmp_path):
+    tokenizer = train(TokenizerConfig(kind="byte"), [])
+    model = ModelConfig(num_layers=1, width=16, vocab_size=tokenizer.vocab_size, max_length=16)
+    write_run(tmp_path / "run", model, tokenizer)
+    with pytest.raises(ConfigError, match=r"activation='geglu', not 'gelu_tanh'"):
+        run(tmp_path / "run", tmp_path / "hf", to="hf")
+    assert not (tmp_path / "hf").exists()
+
+
+def write_run(path, model, tokenizer):
+    params = init(param_specs(skeleton(model)), jax.random.key(0))
+    tokenizer.save(path / "tokenizer")
+    with Checkpointer(path / "checkpoints", CheckpointConfig()) as checkpointer:
+        checkpointer.save(4, {"params": params}, wait=True)
+    config = {"job": "train", "model": vars(model), "tokenizer_fingerprint": tokenizer.fingerprint}
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_without_a_tokenizer_there_are_ids_only(tmp_path):
+    path = tiny.write_directory(tmp_path / "hf", tokenizer=False)
+    run(path, tmp_path / "run")
+    for opened in (lm.load(path), lm.load(tmp_path / "run")):
+        assert opened.tokenizer is None and opened.model([[1, 2]]).shape == (1, 2, 261)
+        with pytest.raises(ConfigError, match="has no tokenizer"):
+            opened.encode("a")
+    assert run(tmp_path / "run", tmp_path / "back", to="hf")["parameters"] == 47_296
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="has no checkpoint"):
+        lm.load(tmp_path / "run")
+
+
+def test_what_was_ignored_is_said(tmp_path, capsys):
+    weights = {**tiny.tensors(), "cls.extra": np.ones(2, np.float32)}
+    path = tiny.write_directory(tmp_path / "hf", weights)
+    assert run(path, tmp_path / "run", ignore="cls")["ignored"] == ["cls.extra"]
+    assert "cls.extra" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"init_from": ""}, "config.init_from='' must name"),
+        ({"init_from": "./nowhere"}, "does not exist"),
+        ({"to": "huggingface"}, "config.to='huggingface' is not one of 'run', 'hf'"),
+        ({"to": "hf"}, "is a Hugging Face directory already"),
+        ({"dtype": "int8"}, "config.dtype='int8'"),
+        ({"shard_gigabytes": 0.0}, "config.shard_gigabytes=0.0 must be positive"),
+        ({"mesh__fsdp": 3}, "config.mesh"),
+    ],
+)
+def test_mistakes_are_named(source, tmp_path, fields, words):
+    with pytest.raises(ConfigError, match=words):
+        run(source, tmp_path / "out", **fields)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_not_converted_to_a_run(converted, tmp_path):
+    with pytest.raises(ConfigError, match="is a run directory already"):
+        run(converted, tmp_path / "out")
+
+
+def test_nothing_is_overwritten(source, converted):
+    with pytest.raises(ConfigError, match="is not empty"):
+        run(source, converted)
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path):
+    weights = tiny.tensors()
+    weights["transformer.ln_f.bias"][0] = 1e9
+    path = tiny.write_directory(tmp_path / "hf", weights)
+    with pytest.raises(ConfigError, match="beyond float16"):
+        run(path, tmp_path / "run", dtype="float16")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_tokenizer_may_not_have_more_ids_than_the_embedding(tmp_path):
+    weights = tiny.tensors()
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:200]
+    path = tiny.write_directory(tmp_path / "hf", weights, vocab_size=200)
+    for open_it in (lm.load, lambda p: run(p, tmp_path / "run")):
+        with pytest.raises(ConfigError, match="257 ids and its embedding 200 rows"):
+            open_it(path)
+
+
+GPT2 = {
+    "model__num_layers": 3,
+    "model__num_heads": 4,
+    "model__width": 32,
+    "model__mlp_width": 128,
+    "model__vocab_size": 261,
+    "model__max_length": 24,
+    "model__positions": "learned",
+    "model__norm": "layernorm",
+    "model__bias": True,
+    "data__block_size": 24,
+}
+
+
+def test_fine_tuning_starts_from_either(converted, source, tmp_path):
+    steps = {"train__steps": 2, "train__log_every": 2, "train__steps_per_dispatch": 1, **GPT2}
+    trained = [
+        tiny_jobs.run(tmp_path, name, init_from=str(origin), **steps)
+        for name, origin in (("a", converted), ("b", source))
+    ]
+    tiny_jobs.assert_same_run(*trained)
+    moved = tiny_jobs.parameters(trained[0])["final_norm.scale"]
+    start = tiny.tensors()["transformer.ln_f.weight"]
+    assert 0 < np.abs(moved - start).max() < 0.05
+    assert run(trained[0], tmp_path / "hf", to="hf")["family"] == "gpt2"
+
+
+def test_a_model_section_that_does_not_fit_is_told_all_at_once(source, tmp_path):
+    fields = {**GPT2, "model__width": 48, "model__num_layers": 2, "model__mlp_width": None}
+    remedy = "says 2 and 48: set config.model.num_layers=3 config.model.width=32"
+    with pytest.raises(ConfigError, match=remedy):
+        tiny_jobs.run(tmp_path, "run", init_from=str(source), **fields)
+
+
+@pytest.mark.slow
+def test_the_command_line(source, tmp_path):
+    def main(*arguments):
+        command = [sys.executable, "main.py", "--config=configs/convert.py", *arguments]
+        return subprocess.run(command, cwd=tiny_jobs.REPOSITORY, capture_output=True, text=True)
+
+    here = f"--config.init_from={source}"
+    done = main(here, f"--workdir={tmp_path / 'run'}", "--config.dtype=bfloat16")
+    assert done.returncode == 0 and "GPT2LMHeadModel" in done.stdout, done.stderr
+    again = main(here, f"--workdir={tmp_path / 'run'}")
+    assert again.returncode == 2 and again.stderr.count("\n") == 1
+    weights = {**tiny.tensors(), "cls.extra": np.ones(2, np.float32)}
+    other = tiny.write_directory(tmp_path / "hf", weights)
+    here = f"--config.init_from={other}"
+    wrong = main(here, f"--workdir={tmp_path / 'x'}", "--config.ignore=(")
+    assert wrong.returncode == 2 and "not a regular expression" in wrong.stderr
+    found = main(here, f"--workdir={tmp_path / 'x'}", "--config.ignore=cls")
+    assert found.returncode == 0 and "cls.extra" in found.stdout, found.stderr
