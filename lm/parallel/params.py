@@ -17,8 +17,9 @@ class ParamSpec:
     """A parameter's shape, its logical axes (one name per dimension) and how it starts.
 
     Logical axes: `vocab`, `embed`, `mlp`, `heads`, `kv_heads`, `head_dim`, `layers`, `length`,
-    `expert`, `distance`, `type`, or None for a dimension that is never sharded. `initializer(key, shape, dtype)` gives
-    the initial value of the whole array, stacked layers included.
+    `expert`, `distance`, `type`, or None for a dimension that is never sharded.
+    `initializer(key, shape, dtype)` gives the initial value of the whole array, stacked layers
+    included.
     """
 
     shape: tuple[int, ...]
