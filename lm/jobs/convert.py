@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from lm.config import ConfigError, check, check_choice, view
+from lm.inference import Framing
 from lm.jobs.imported import GENERATION, open_imported
 from lm.jobs.sources import open_source
 from lm.models import ModelConfig, count, param_specs, skeleton
@@ -25,7 +26,7 @@ from lm.models.huggingface.write import check_new, save_pretrained
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.sharding import parameter_shardings
 from lm.tokenizers import Tokenizer
-from lm.tokenizers.export import huggingface_files
+from lm.tokenizers.export import framed, huggingface_files
 from lm.training.checkpoints import CheckpointConfig, Checkpointer
 from lm.training.report import binary, facts_table, model_line
 
@@ -167,6 +168,12 @@ def _to_huggingface(job: ConvertJob, source, target, mesh) -> tuple[dict[str, An
             fields = _token_ids(tokenizer, family, model)
         try:
             files |= huggingface_files(tokenizer)
+            if not origin:
+                begins = opened.config.get("data", {}).get("end_of_text", True)
+                framing = view(Framing, opened.config.get("framing", {}), "framing")
+                framing = framing.filled(model, tokenizer, begins)
+                data = files["tokenizer.json"]
+                files["tokenizer.json"] = framed(data, framing.before, framing.after)
         except ConfigError as error:
             kind = f"not written: {error}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import sentencepiece
@@ -58,6 +59,24 @@ def huggingface_files(tokenizer: Tokenizer) -> dict[str, bytes]:
         "tokenizer.json": engine.to_str(pretty=True).encode(),
         "tokenizer_config.json": _config(tokenizer),
     }
+
+
+def framed(data: bytes, before: Sequence[int], after: Sequence[int]) -> bytes:
+    """A `tokenizer.json` that puts special tokens around every text, as training did.
+
+    Args:
+      data: the file.
+      before, after: their ids.
+    """
+    if not before and not after:
+        return data
+    engine = tokenizers.Tokenizer.from_str(data.decode())
+    ids = {engine.id_to_token(id): id for id in (*before, *after)}
+    template = [*map(engine.id_to_token, before), "$A", *map(engine.id_to_token, after)]
+    engine.post_processor = tokenizers.processors.TemplateProcessing(
+        single=template, special_tokens=list(ids.items())
+    )
+    return engine.to_str(pretty=True).encode()
 
 
 def _config(tokenizer: Tokenizer) -> bytes:

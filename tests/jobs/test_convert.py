@@ -132,6 +132,9 @@ def test_a_model_trained_here_goes_out_as_the_family_it_is(tmp_path):
     for name, array in lm.load(tmp_path / "run").params.items():
         np.testing.assert_array_equal(array, back[name], name)
     assert lm.load(tmp_path / "hf").tokenizer.encode("é") == tokenizer.encode("é")
+    # Read as it was in training: after begin-of-text.
+    assert lm.load(tmp_path / "hf").encode("é") == lm.load(tmp_path / "run").encode("é")
+    assert lm.load(tmp_path / "hf").encode("é")[0] == tokenizer.bos_id
 
 
 def test_a_model_of_no_family_stays(tmp_path):
