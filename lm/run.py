@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm.config import ConfigError, check, view
+from lm.config import ConfigError, check
 from lm.inference import (
     Candidate,
     Framing,
@@ -196,9 +196,8 @@ class Run:
             self.tokenizer is not None,
             f"{self.directory} has no tokenizer: its model reads ids (Run.model), and no text",
         )
-        given = view(Framing, self.config.get("framing", {}), f"{self.directory / CONFIG}: framing")
-        begins = self.config.get("data", {}).get("end_of_text", True)
-        return given.filled(self.skeleton.config, self.tokenizer, begins)
+        where = f"{self.directory / CONFIG}: framing"
+        return Framing.of_run(self.config, self.skeleton.config, self.tokenizer, where)
 
     @functools.cached_property
     def text_generator(self) -> TextGenerator:

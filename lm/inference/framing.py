@@ -12,8 +12,10 @@ A model has seen texts framed in one way, and a prompt must be framed alike.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from lm.config import check
+from lm.config import check, view
 from lm.models import ModelConfig
 from lm.tokenizers import Tokenizer
 
@@ -26,6 +28,20 @@ class Framing:
     after: tuple[int, ...] | None = None  # ids behind it
     decoder_start: tuple[int, ...] | None = None  # what an encoder-decoder's decoder continues
     end_of_text: tuple[int, ...] | None = None  # each ends what is written
+
+    @classmethod
+    def of_run(
+        cls, config: Mapping[str, Any], model: ModelConfig, tokenizer: Tokenizer, where: str
+    ) -> Framing:
+        """The framing of a run's texts, complete: as its config's section says, or as usual.
+
+        Args:
+          config: the whole config of the run.
+          model, tokenizer: the run's.
+          where: what errors call the section.
+        """
+        begins = config.get("data", {}).get("end_of_text", True)
+        return view(cls, config.get("framing", {}), where).filled(model, tokenizer, begins)
 
     def filled(self, model: ModelConfig, tokenizer: Tokenizer, begins: bool = True) -> Framing:
         """With the table's choice for each field that is None.

@@ -169,9 +169,8 @@ def _to_huggingface(job: ConvertJob, source, target, mesh) -> tuple[dict[str, An
         try:
             files |= huggingface_files(tokenizer)
             if not origin:
-                begins = opened.config.get("data", {}).get("end_of_text", True)
-                framing = view(Framing, opened.config.get("framing", {}), "framing")
-                framing = framing.filled(model, tokenizer, begins)
+                where = f"{source / CONFIG}: framing"
+                framing = Framing.of_run(opened.config, model, tokenizer, where)
                 data = files["tokenizer.json"]
                 files["tokenizer.json"] = framed(data, framing.before, framing.after)
         except ConfigError as error:
