@@ -39,6 +39,7 @@ from lm.models.cells import (
     zeros,
 )
 from lm.models.config import ModelConfig
+from lm.models.head import LanguageModel
 from lm.models.layers import embedding_initializer, weight_initializer
 from lm.models.numerics import add_bias, compute_dtype, contract
 from lm.models.stack import unstack
@@ -120,7 +121,7 @@ class AttentionalOutput(nnx.Module):
         return jnp.tanh(add_bias(out, self.bias[...])).astype(x_TBD.dtype)
 
 
-class Recurrent(nnx.Module):
+class Recurrent(LanguageModel):
     """A recurrent language model, or encoder and decoder; `config.cell` is rnn, gru or lstm.
 
     Every layer has `width` cells and the embedding has as many dimensions. With additive attention
@@ -151,24 +152,6 @@ class Recurrent(nnx.Module):
         if config.head_bias:
             initializer = jax.nn.initializers.zeros
             self.head_bias = declare((config.vocab_size,), ("vocab",), initializer)
-
-    def __call__(
-        self,
-        tokens_BT: jax.Array,
-        targets_BT: jax.Array | None = None,
-        *,
-        tap: Tap = no_tap,
-        **arguments,
-    ) -> jax.Array:
-        """Logits [B, T, V], float32, of the token after each position.
-
-        Args:
-          tokens_BT: token ids; the source's [B, S] for an encoder-decoder.
-          targets_BT: an encoder-decoder's inputs to the decoder.
-          tap: reads or replaces named activations (`lm.models.taps`).
-          **arguments: as of `hidden`.
-        """
-        return self.unembed(self.hidden(tokens_BT, targets_BT, tap=tap, **arguments), tap=tap)
 
     def hidden_and_router(self, tokens_BT, targets_BT=None, **arguments) -> tuple[jax.Array, None]:
         """`hidden`, and None: there are no experts."""
@@ -302,25 +285,6 @@ class Recurrent(nnx.Module):
         x_BTD, finals = self._decode(tokens_BT, live, starts, None, memory, tap=tap)
         states_LBD = tuple(map(jnp.stack, zip(*finals)))
         return x_BTD, dataclasses.replace(cache, states_LBD=states_LBD)
-
-    def readout(self, x_BTD: jax.Array) -> jax.Array:
-        """What the output head multiplies: `x_BTD`."""
-        return x_BTD
-
-    def output_weights(self) -> jax.Array:
-        """The output head [V, D]: the token embedding when tied."""
-        return self.embedding.tokens[...] if self.config.tie_embeddings else self.head[...]
-
-    def output_bias(self) -> jax.Array | None:
-        """The output head's bias [V], if it has one."""
-        return self.head_bias[...] if self.config.head_bias else None
-
-    def unembed(self, x_BTD: jax.Array, tap: Tap = no_tap) -> jax.Array:
-        """Logits [B, T, V], float32, of what `hidden` or `extend` returned."""
-        logits_BTV = contract("btd,vd->btv", x_BTD, self.output_weights(), jnp.float32)
-        if self.config.head_bias:
-            logits_BTV += self.head_bias[...]
-        return tap("logits", constrain(logits_BTV, "batch", "length", "vocab"))
 
     def _embed(self, tokens_BT: jax.Array, tap: Tap) -> jax.Array:
         """Embedded tokens [T, B, D]."""

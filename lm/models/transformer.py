@@ -15,7 +15,8 @@ from lm.models.build import declare
 from lm.models.cache import Cache
 from lm.models.config import ModelConfig
 from lm.models.experts import RouterStats
-from lm.models.numerics import compute_dtype, contract
+from lm.models.head import LanguageModel
+from lm.models.numerics import compute_dtype
 from lm.models.positions import rotary_angles, sinusoids
 from lm.models.stack import Context, Stack, unstack
 from lm.models.taps import Tap, no_tap, within
@@ -91,7 +92,7 @@ class HeadTransform(layers.Projection):
         return self.norm(layers.activate(self.activation, super().__call__(x_BTD)), no_tap)
 
 
-class Transformer(Stack):
+class Transformer(LanguageModel, Stack):
     """A language model: decoder, encoder, or encoder and decoder.
 
     It is itself the stack whose output the head reads; an encoder-decoder has another stack,
@@ -122,24 +123,6 @@ class Transformer(Stack):
             self.pooler = layers.Projection(config, config.width)
         if config.classifier != "none":
             self.classifier = layers.Projection(config, config.num_labels)
-
-    def __call__(
-        self,
-        tokens_BT: jax.Array,
-        targets_BT: jax.Array | None = None,
-        *,
-        tap: Tap = no_tap,
-        **arguments,
-    ) -> jax.Array:
-        """Logits [B, T, V], float32: of the token after each position, or at it (encoder).
-
-        Args:
-          tokens_BT: token ids; the source's [B, S] for an encoder-decoder.
-          targets_BT: an encoder-decoder's inputs to the decoder.
-          tap: reads or replaces named activations (`lm.models.taps`).
-          **arguments: as of `hidden`.
-        """
-        return self.unembed(self.hidden(tokens_BT, targets_BT, tap=tap, **arguments), tap=tap)
 
     def hidden(self, tokens_BT, targets_BT=None, **arguments) -> jax.Array:
         """The last residual stream [B, T, D], after the final norm; see `hidden_and_router`."""
@@ -300,24 +283,6 @@ class Transformer(Stack):
         if self.config.output_scale != 1:
             x_BTD = x_BTD * (self.config.output_scale or self.config.width**-0.5)
         return self.head_transform(x_BTD) if self.config.head_transform else x_BTD
-
-    def output_weights(self) -> jax.Array:
-        """The output head [V, D]: the token embedding when tied."""
-        return self.embedding.tokens[...] if self.config.tie_embeddings else self.head[...]
-
-    def output_bias(self) -> jax.Array | None:
-        """The output head's bias [V], if it has one."""
-        return self.head_bias[...] if self.config.head_bias else None
-
-    def unembed(self, x_BTD: jax.Array, tap: Tap = no_tap) -> jax.Array:
-        """Logits [B, T, V], float32, of a last residual stream."""
-        read_BTD = self.readout(x_BTD)
-        logits_BTV = contract("btd,vd->btv", read_BTD, self.output_weights(), jnp.float32)
-        if self.config.head_bias:
-            logits_BTV += self.head_bias[...]
-        if cap := self.config.logits_softcap:
-            logits_BTV = cap * jnp.tanh(logits_BTV / cap)
-        return tap("logits", constrain(logits_BTV, "batch", "length", "vocab"))
 
     def pool(self, x_BTD: jax.Array) -> jax.Array:
         """One vector a row [B, D]: BERT's tanh projection of the first token."""
