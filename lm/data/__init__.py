@@ -1,11 +1,17 @@
 """Corpora and synthetic worlds → packed, resumable batches.
 
     config.py     the `data` section
-    files.py      local files → documents
+    files.py      files → documents
+    storage.py    files here and on object stores
+    hashes.py     files → digests, remembered
+    report.py     what was read, and what was left out and why
     stdlib.py     the running Python's documentation and source → documents
     storyworld/   generated stories together with what is true in them, and an invented language
     corpora.py    corpora by name; training and validation splits
-    cache.py      documents → tokens on disk
+    cache.py      documents → tokens on disk, found again
+    entry.py      what is on disk
+    shards.py     long arrays in files of bounded size
+    large.py      the same by many machines: parts.py is what each does, beam.py how they are told
     packing.py    tokens → rows
     two_sided.py  pairs, and documents with hidden spans → rows for an encoder and a decoder
     transforms.py what each objective hides and predicts
@@ -28,10 +34,11 @@ from absl import logging
 
 from lm.config import check
 from lm.data.batches import BatchIterator, evaluation_batches, train_batches
-from lm.data.cache import TokenizedCorpus, Tokenizer, tokenize
+from lm.data.cache import TokenizedCorpus, Tokenizer, cache_directory, tokenize
 from lm.data.config import OBJECTIVES, CorruptionConfig, DataConfig
 from lm.data.corpora import CorpusReport, documents, pairs
 from lm.data.prefetch import prefetch_to_device
+from lm.parallel import hosts
 
 __all__ = [
     "OBJECTIVES",
@@ -58,6 +65,8 @@ def prepare(
 ) -> tuple[tuple[TokenizedCorpus, ...], tuple[TokenizedCorpus, ...]]:
     """The training and validation corpora of `config`, tokenised, from the cache where possible.
 
+    Of several processes the first tokenises, and the others find what it wrote.
+
     Args:
       config: the `data` section.
       tokenizer: see `lm.tokenizers`.
@@ -71,6 +80,19 @@ def prepare(
     Raises:
       ConfigError: a corpus cannot be used, or a split has no documents.
     """
+    with hosts.first_alone(cache_directory(config), notify):
+        train, validation = _tokenized(config, tokenizer, seed, notify)
+    for corpus in train:
+        check(corpus.num_documents > 0, _too_few(config, corpus, "train"))
+    # One small corpus of a mixture may do without validation documents, but not all.
+    if validation and not any(corpus.num_documents for corpus in validation):
+        check(False, _too_few(config, validation[0], "validate"))
+    return tuple(train), tuple(c for c in validation if c.num_documents)
+
+
+def _tokenized(
+    config: DataConfig, tokenizer: Tokenizer, seed: int, notify: Callable[[str], None]
+) -> tuple[list[TokenizedCorpus], list[TokenizedCorpus]]:
     separate = bool(config.validation_paths)
     train, validation = [], []
     for path in config.paths:
@@ -89,12 +111,7 @@ def prepare(
             notify=notify,
         )
         validation.append(held_out["train"])
-    for corpus in train:
-        check(corpus.num_documents > 0, _too_few(config, corpus, "train"))
-    # One small corpus of a mixture may do without validation documents, but not all.
-    if validation and not any(corpus.num_documents for corpus in validation):
-        check(False, _too_few(config, validation[0], "validate"))
-    return tuple(train), tuple(c for c in validation if c.num_documents)
+    return train, validation
 
 
 def _too_few(config: DataConfig, corpus: TokenizedCorpus, purpose: str) -> str:

@@ -1,10 +1,10 @@
 """Tokenised corpora → batches: batch n is a function of the seed, n and the global row number.
 
 The pipeline is a Grain `MapDataset` of row numbers: shuffled anew in every epoch, repeated, mixed,
-cut into batches of which each host takes its share, and only then turned into arrays, a whole
-batch at a time. Every stage is random access, so a position in it is one number, resuming costs
-nothing and is exact, and the number of hosts changes who computes a row but not which rows there
-are.
+cut into batches of which each host takes the rows its devices need (`lm.parallel.rows`), and only
+then turned into arrays, a host's part of a batch at a time. Every stage is random access, so a
+position in it is one number, resuming costs nothing and is exact, and the number of hosts changes
+who computes a row but not which rows there are.
 
 A batch is a dict of arrays [rows of this host, block_size]: `inputs` and `targets` int32, `weights`
 float32 (1 for a target, 0 for padding), `segment_ids` int32 (0 for padding, documents from 1) and
@@ -101,6 +101,23 @@ class _Limit(grain.MapDataset):
         return self._parent[index] if index < self.count else _EMPTY_ROW
 
 
+class _Chosen(grain.MapDataset):
+    """Of every `batch_size` elements, those at `rows`."""
+
+    def __init__(self, parent: grain.MapDataset, rows: np.ndarray, batch_size: int):
+        super().__init__(parent)
+        self.rows, self.batch_size = rows.tolist(), batch_size
+
+    def __len__(self) -> int:
+        return len(self._parent) // self.batch_size * len(self.rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, row = divmod(index, len(self.rows))
+        return self._parent[batch * self.batch_size + self.rows[row]]
+
+
 # What a state that does not say otherwise was taken with.
 _CAUSAL = {"objective": "causal", "corruption": None, "source_length": 0, "long_pairs": "refuse"}
 _SHUFFLE, _OFFSETS, _HIDING = 0, 1, 2
@@ -114,14 +131,12 @@ def _seed(seed: int, index: int, purpose: int) -> int:
     return int(np.random.SeedSequence([seed % 2**64, index, purpose]).generate_state(1)[0])
 
 
-def _host_share(config: DataConfig, process_index: int, process_count: int) -> int:
-    check(
-        config.batch_size % process_count == 0,
-        f"data.batch_size={config.batch_size} is not divisible by the {process_count} processes",
-    )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} is not below {process_count}")
-    return config.batch_size // process_count
+def _chosen(rows: Sequence[int] | None, batch_size: int) -> np.ndarray:
+    """The rows of a batch to read, int64; all where `rows` is None."""
+    chosen = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
+    if not len(chosen) or chosen.min() < 0 or chosen.max() >= batch_size:
+        raise ValueError(f"rows={rows} must be rows of a batch of {batch_size}")
+    return chosen
 
 
 class _Described:
@@ -129,7 +144,9 @@ class _Described:
 
     Attributes:
       rows: those of each corpus.
-      shapes: field → shape of its array in a batch of this host.
+      batch_size: rows of a batch, of all hosts together.
+      local_rows: which of them this host reads, int64.
+      shapes: field → shape of its array in this host's part of a batch.
       block_size: length of `inputs` and `targets`.
       source_length: length of `source`; 0 for objectives without an encoder's rows.
       max_targets_per_row: the most positions of a row that can have a weight.
@@ -143,9 +160,10 @@ class _Described:
         corpora: Sequence[TokenizedCorpus],
         objective: str,
         tokenizer: Vocabulary | None,
-        local: int,
+        chosen: np.ndarray,
         seed: int | None,
     ):
+        self.batch_size, self.local_rows = config.batch_size, chosen
         self._transform = transform(objective, config, tokenizer)
         training = seed is not None
         self.rows = [
@@ -153,7 +171,7 @@ class _Described:
             for i, c in enumerate(corpora)
         ]
         self._gather = _Gather(self.rows, self._transform, _seed(seed or 0, int(training), _HIDING))
-        self.shapes = {name: (local, n) for name, n in self._transform.lengths.items()}
+        self.shapes = {name: (len(chosen), n) for name, n in self._transform.lengths.items()}
         self.block_size = self._transform.block_size
         self.source_length = self._transform.source_length
         self.max_targets_per_row = self._transform.max_targets_per_row
@@ -188,11 +206,10 @@ class BatchIterator(_Described, Iterator[Batch]):
         seed: int,
         objective: str = "causal",
         tokenizer: Vocabulary | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
     ):
-        local = _host_share(config, process_index, process_count)
-        super().__init__(config, corpora, objective, tokenizer, local, seed)
+        chosen = _chosen(rows, config.batch_size)
+        super().__init__(config, corpora, objective, tokenizer, chosen, seed)
         self.corpora = corpora
         self._config = config
         self._seed = seed
@@ -218,8 +235,9 @@ class BatchIterator(_Described, Iterator[Batch]):
         if config.epochs is not None:
             numbers = _Limit(numbers, config.epochs * gather.total, config.batch_size)
             self.num_batches = len(numbers) // config.batch_size
-        # Consecutive groups of `local` rows are the shares of hosts 0, 1, ..., of batch 0, 1, ...
-        dataset = numbers.batch(local, batch_fn=gather)[process_index::process_count]
+        if len(chosen) < config.batch_size:
+            numbers = _Chosen(numbers, chosen, config.batch_size)
+        dataset = numbers.batch(len(chosen), batch_fn=gather)
         self._dataset = dataset
         threads = config.num_threads if config.prefetch else 0
         options = grain.ReadOptions(
@@ -235,7 +253,7 @@ class BatchIterator(_Described, Iterator[Batch]):
         return batch
 
     def batch(self, n: int) -> Batch:
-        """This host's share of batch `n`, without moving the iterator."""
+        """This host's rows of batch `n`, without moving the iterator."""
         return self._dataset[n]
 
     def position(self, n: int | None = None) -> tuple[int, int]:
@@ -310,8 +328,7 @@ def train_batches(
     seed: int,
     objective: str = "causal",
     tokenizer: Vocabulary | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> BatchIterator:
     """Training batches from one corpus or several, mixed by `config.weights`.
 
@@ -321,16 +338,15 @@ def train_batches(
       seed: decides shuffles, window offsets and what is hidden.
       objective: what the batches are for, one of `OBJECTIVES`.
       tokenizer: the corpora's; objectives other than causal need it.
-      process_index: which host this is.
-      process_count: how many hosts share each batch.
+      rows: those of the `config.batch_size` rows of each batch that this host reads, rising; all
+        by default.
 
     Returns:
       An iterator without end, or over `config.epochs` epochs, of which the last batch is filled up
       with rows of padding.
 
     Raises:
-      ConfigError: a corpus is shorter than one block, or not what the objective needs, or the batch
-        cannot be shared evenly.
+      ConfigError: a corpus is shorter than one block, or not what the objective needs.
     """
     corpora = (corpora,) if isinstance(corpora, TokenizedCorpus) else tuple(corpora)
     check(len(corpora) > 0, "data.path names no corpus to train on")
@@ -340,8 +356,7 @@ def train_batches(
         seed=seed,
         objective=objective,
         tokenizer=tokenizer,
-        process_index=process_index,
-        process_count=process_count,
+        rows=rows,
     )
 
 
@@ -365,24 +380,21 @@ class EvaluationBatches(_Described):
         corpora: Sequence[TokenizedCorpus],
         objective: str = "causal",
         tokenizer: Vocabulary | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows: Sequence[int] | None = None,
     ):
-        self._local = _host_share(config, process_index, process_count)
-        super().__init__(config, corpora, objective, tokenizer, self._local, None)
-        self._first = process_index * self._local
-        self._batch_size = config.batch_size
+        chosen = _chosen(rows, config.batch_size)
+        super().__init__(config, corpora, objective, tokenizer, chosen, None)
         self.num_bytes = self._transform.num_bytes(list(corpora), self.rows)
         self.num_targets = None
         if self.num_bytes is not None:
             self.num_targets = sum(rows.num_targets for rows in self.rows)
 
     def __len__(self) -> int:
-        return math.ceil(self._gather.total / self._batch_size)
+        return math.ceil(self._gather.total / self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         for n in range(len(self)):
-            numbers = np.arange(self._local) + n * self._batch_size + self._first
+            numbers = self.local_rows + n * self.batch_size
             yield self._gather(np.where(numbers < self._gather.total, numbers, _EMPTY_ROW))
 
 
@@ -392,16 +404,15 @@ def evaluation_batches(
     *,
     objective: str = "causal",
     tokenizer: Vocabulary | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
 ) -> EvaluationBatches:
     """All of `corpora` (the validation split) as batches of one shape; see `EvaluationBatches`.
 
-    `objective` and `tokenizer` are as for `train_batches`.
+    `objective`, `tokenizer` and `rows` are as for `train_batches`.
 
     Raises:
-      ConfigError: there is nothing to evaluate on, or the batch cannot be shared evenly.
+      ConfigError: there is nothing to evaluate on.
     """
     corpora = (corpora,) if isinstance(corpora, TokenizedCorpus) else tuple(corpora)
     check(len(corpora) > 0, "data.validation_fraction=0.0 leaves nothing to evaluate on")
-    return EvaluationBatches(config, corpora, objective, tokenizer, process_index, process_count)
+    return EvaluationBatches(config, corpora, objective, tokenizer, rows)

@@ -2,9 +2,7 @@
 
 An entry is a directory named by a digest of everything its tokens depend on: the corpus, the
 tokenizer, and the settings that choose and split documents; batch settings are not among them.
-It holds, per split, `SPLIT.tokens.bin` (uint16 or uint32, documents one after the other, each
-ending with end-of-text if so configured) and `SPLIT.offsets.bin` (int64, where each document
-starts, then the end), and `meta.json`.
+What it holds is in `entry`. One process fills it, or many machines do with the same bytes (`beam`).
 
 Writers work in a temporary directory beside the entry and rename it when everything is on disk, so
 an entry is whole or absent, however a writer ends. A lock makes others wait instead of doing the
@@ -16,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -24,41 +21,33 @@ import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 from absl import logging
 
 from lm.config import ConfigError, check
-from lm.data import corpora
+from lm.data import corpora, storage
 from lm.data.config import DataConfig
-from lm.data.files import CorpusReport
+from lm.data.entry import (
+    META,
+    VERSION,
+    Fill,
+    Tokenizer,
+    fill_alone,
+    meta_bytes,
+    offsets_of,
+    read_meta,
+    tokens_of,
+)
+from lm.data.shards import Sharded, load_shards, read_shards
+from lm.data.storage import sync_folder
 
 try:
     import fcntl
 except ImportError:  # not a POSIX system: writers race, and the first rename wins
     fcntl = None
 
-_VERSION = 1
-_SPLITS = ("train", "validation")
-# Texts are encoded in groups of about this many characters, which bounds the memory in use, and a
-# longer document is encoded in parts that end with a line.
-_CHUNK_CHARS = 4 << 20
-
-
-class Tokenizer(Protocol):
-    """What this module needs of a tokenizer."""
-
-    vocab_size: int
-    eos_id: int
-    bos_id: int
-    fingerprint: str
-
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, without special tokens."""
-
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes a token contributes to the text."""
+HASHES = "hashes.json"  # beside the entries: digests of files, see `hashes`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +55,7 @@ class TokenizedCorpus:
     """One split of one corpus as tokens.
 
     Attributes:
-      tokens: [num_tokens] memory-mapped uint16 or uint32; every document's tokens in order, each
+      tokens: [num_tokens] uint16 or uint32, on disk: the tokens of every document in order, each
         followed by end-of-text if `end_of_text`.
       offsets: [num_documents + 1] int64; document i is tokens[offsets[i]:offsets[i + 1]].
       num_bytes: UTF-8 bytes of the text the tokens were made from.
@@ -82,7 +71,7 @@ class TokenizedCorpus:
       pairs: documents 2i and 2i + 1 are the source and the target of pair i.
     """
 
-    tokens: np.ndarray
+    tokens: np.ndarray | Sharded
     offsets: np.ndarray
     num_bytes: int
     first_token_bytes: int
@@ -106,14 +95,24 @@ class TokenizedCorpus:
         return len(self.offsets) - 1
 
 
+def cache_name(config: DataConfig) -> str:
+    """`config.cache_dir`, or $LM_CACHE_DIR, or ~/.cache/lm/tokens."""
+    return config.cache_dir or os.environ.get("LM_CACHE_DIR") or "~/.cache/lm/tokens"
+
+
 def cache_directory(config: DataConfig) -> Path:
-    """`config.cache_dir`, or $LM_CACHE_DIR, or ~/.cache/lm/tokens; created if need be.
+    """The directory of that name, created if need be.
 
     Raises:
-      ConfigError: it cannot be created.
+      ConfigError: it cannot be created, or is no directory.
     """
-    name = config.cache_dir or os.environ.get("LM_CACHE_DIR") or "~/.cache/lm/tokens"
+    name = cache_name(config)
     path = Path(name).expanduser()
+    check(
+        not storage.is_url(name),
+        f"data.cache_dir={name!r} must be a directory: tokens are mapped into memory; mount the "
+        "store, or copy what is there",
+    )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -133,6 +132,7 @@ def tokenize(
     split: bool = True,
     field: str = "data.path",
     notify: Callable[[str], None] = logging.info,
+    fill: Fill | None = None,
 ) -> dict[str, TokenizedCorpus]:
     """The splits of the corpus at `path` as tokens, from the cache or made now.
 
@@ -144,6 +144,7 @@ def tokenize(
       split: False to put every document in "train".
       field: the config field `path` comes from, for messages.
       notify: receives one line for each thing worth knowing (what is written, what was skipped).
+      fill: makes an entry that is not there; by default this process does it alone.
 
     Returns:
       {"train": ..., "validation": ...}; a split may have no documents.
@@ -156,7 +157,7 @@ def tokenize(
     if not split:
         config = dataclasses.replace(config, validation_fraction=0.0)
     corpus = corpora.source(path, config, seed, field)
-    key = _key(config, corpus, tokenizer, folder / "hashes.json")
+    key = entry_key(config, corpus, tokenizer, str(folder / HASHES))
     entry = folder / key
     try:
         if (found := _open(entry, path, tokenizer, notify)) is not None:
@@ -167,7 +168,7 @@ def tokenize(
             # Somebody else may have finished it while we waited for the lock.
             if (found := _open(entry, path, tokenizer, notify)) is not None:
                 return found
-            _write(entry, config, corpus, tokenizer, field, notify)
+            _write(entry, fill or fill_alone, corpus, tokenizer, field, notify)
         found = _open(entry, path, tokenizer, notify)
     except OSError as error:
         raise ConfigError(
@@ -178,9 +179,12 @@ def tokenize(
     return found
 
 
-def _key(config: DataConfig, corpus: corpora.Source, tokenizer: Tokenizer, sidecar: Path) -> str:
+def entry_key(
+    config: DataConfig, corpus: corpora.Source, tokenizer: Tokenizer, sidecar: str
+) -> str:
+    """The name of an entry. `sidecar` remembers hashes of files."""
     facts = {
-        "version": _VERSION,
+        "version": VERSION,
         "corpus": corpus.fingerprint(sidecar),
         "tokenizer": tokenizer.fingerprint,
         "split": config.split if config.validation_fraction else None,
@@ -194,7 +198,7 @@ def _key(config: DataConfig, corpus: corpora.Source, tokenizer: Tokenizer, sidec
 
 def _write(
     entry: Path,
-    config: DataConfig,
+    fill: Fill,
     corpus: corpora.Source,
     tokenizer: Tokenizer,
     field: str,
@@ -202,31 +206,13 @@ def _write(
 ) -> None:
     temporary = entry.parent / f".tmp-{entry.name}-{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
     temporary.mkdir()
-    report = CorpusReport()
     try:
         notify(f"tokenising {corpus.path} into {entry}")
-        with contextlib.ExitStack() as stack:
-            writers = {
-                name: stack.enter_context(_SplitWriter(temporary, name, tokenizer, config))
-                for name in _SPLITS
-            }
-            for split, texts in corpora.splits(corpus, report):
-                for text in texts:
-                    writers[split].add(text)
-            described = {name: writer.finish() for name, writer in writers.items()}
+        described, report = fill(str(temporary), corpus, tokenizer)
         if not report.num_documents:
             raise corpora.no_documents(field, corpus.path, report)
-        meta = {
-            "version": _VERSION,
-            "end_of_text": config.end_of_text,
-            "pairs": corpus.pairs,
-            "splits": described,
-            "skipped": report.lines(),
-        }
-        with open(temporary / "meta.json", "w") as file:
-            json.dump(meta, file, indent=1)
-            _sync(file)
-        _sync_directory(temporary)
+        storage.write_bytes(str(temporary / META), meta_bytes(corpus, described, report))
+        sync_folder(temporary)
         for line in report.lines():
             notify(line)
         _publish(temporary, entry)
@@ -239,86 +225,14 @@ def _publish(temporary: Path, entry: Path) -> None:
     with contextlib.suppress(OSError):
         os.rename(temporary, entry)  # fails where a non-empty directory has the name
     if temporary.exists():
-        if _read_meta(entry) is not None:
+        if read_meta(entry) is not None:
             return
         damaged = temporary.with_name(temporary.name + "-damaged")
         with contextlib.suppress(FileNotFoundError):
             os.rename(entry, damaged)
         shutil.rmtree(damaged, ignore_errors=True)
         os.rename(temporary, entry)
-    _sync_directory(entry.parent)
-
-
-class _SplitWriter:
-    """Encodes texts in groups and appends them to the files of one split."""
-
-    def __init__(self, folder: Path, split: str, tokenizer: Tokenizer, config: DataConfig):
-        self.tokenizer = tokenizer
-        self.end_of_text = config.end_of_text
-        self.dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
-        self.tokens = open(folder / f"{split}.tokens.bin", "wb")  # noqa: SIM115
-        self.offsets = open(folder / f"{split}.offsets.bin", "wb")  # noqa: SIM115
-        np.zeros(1, np.int64).tofile(self.offsets)
-        self.num_tokens = self.num_documents = self.num_bytes = 0
-        self.first_token_bytes: int | None = None
-        self.pending: list[list[str]] = []
-        self.pending_chars = 0
-
-    def __enter__(self) -> _SplitWriter:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.tokens.close()
-        self.offsets.close()
-
-    def add(self, text: str) -> None:
-        """Appends one document."""
-        self.num_bytes += len(text) if text.isascii() else len(text.encode())
-        self.pending.append(_parts(text))
-        self.pending_chars += len(text)
-        if self.pending_chars >= _CHUNK_CHARS:
-            self._flush()
-
-    def _flush(self) -> None:
-        ids = iter(self.tokenizer.encode_batch(list(itertools.chain(*self.pending))))
-        pieces, lengths = [], []
-        eos = np.array([self.tokenizer.eos_id] if self.end_of_text else [], self.dtype)
-        for parts in self.pending:
-            document = [np.asarray(next(ids)).astype(self.dtype) for _ in parts] + [eos]
-            pieces += document
-            lengths.append(sum(map(len, document)))
-        if pieces:
-            chunk = np.concatenate(pieces)
-            if self.first_token_bytes is None and len(chunk):
-                self.first_token_bytes = len(self.tokenizer.token_bytes(int(chunk[0])))
-            chunk.tofile(self.tokens)
-            (self.num_tokens + np.cumsum(lengths, dtype=np.int64)).tofile(self.offsets)
-            self.num_tokens += len(chunk)
-            self.num_documents += len(lengths)
-        self.pending, self.pending_chars = [], 0
-
-    def finish(self) -> dict[str, Any]:
-        """Writes what is left; returns what `meta.json` says of this split."""
-        self._flush()
-        _sync(self.tokens)
-        _sync(self.offsets)
-        return {
-            "dtype": self.dtype.name,
-            "num_tokens": self.num_tokens,
-            "num_documents": self.num_documents,
-            "num_bytes": self.num_bytes,
-            "first_token_bytes": self.first_token_bytes or 0,
-        }
-
-
-def _parts(text: str, size: int = _CHUNK_CHARS) -> list[str]:
-    """`text` cut after line ends into parts of at most about `size` characters."""
-    parts, start = [], 0
-    while len(text) - start > size:
-        cut = text.rfind("\n", start, start + size) + 1 or start + size
-        parts.append(text[start:cut])
-        start = cut
-    return [*parts, text[start:]]
+    sync_folder(entry.parent)
 
 
 def _open(
@@ -327,14 +241,14 @@ def _open(
     """The entry's splits, or None if there is no such entry or it is damaged."""
     if not entry.exists():
         return None
-    meta = _read_meta(entry)
+    meta = read_meta(entry)
     if meta is None:
         notify(f"{entry} is damaged and is made again")
         return None
     return {
         split: TokenizedCorpus(
-            tokens=_map(entry / f"{split}.tokens.bin", facts["dtype"], facts["num_tokens"]),
-            offsets=np.fromfile(entry / f"{split}.offsets.bin", np.int64),
+            tokens=read_shards(entry, *tokens_of(split, meta)),
+            offsets=load_shards(entry, *offsets_of(split, meta)),
             num_bytes=facts["num_bytes"],
             first_token_bytes=facts["first_token_bytes"],
             bos_id=tokenizer.bos_id,
@@ -348,36 +262,6 @@ def _open(
         )
         for split, facts in meta["splits"].items()
     }
-
-
-def _map(path: Path, dtype: str, length: int) -> np.ndarray:
-    if not length:  # an empty file cannot be mapped
-        return np.zeros(0, dtype)
-    return np.memmap(path, dtype, mode="r", shape=(length,))
-
-
-def _read_meta(entry: Path) -> dict[str, Any] | None:
-    """`meta.json` if the entry is whole: files of the right size, offsets that add up."""
-    try:
-        meta = json.loads((entry / "meta.json").read_text())
-        if meta["version"] != _VERSION or set(meta["splits"]) != set(_SPLITS):
-            return None
-        for split, facts in meta["splits"].items():
-            size = np.dtype(facts["dtype"]).itemsize * facts["num_tokens"]
-            if os.path.getsize(entry / f"{split}.tokens.bin") != size:
-                return None
-            offsets = np.fromfile(entry / f"{split}.offsets.bin", np.int64)
-            if len(offsets) != facts["num_documents"] + 1:
-                return None
-            if (
-                offsets[0] != 0
-                or offsets[-1] != facts["num_tokens"]
-                or (np.diff(offsets) < 0).any()
-            ):
-                return None
-        return meta
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 @contextlib.contextmanager
@@ -415,17 +299,3 @@ def _clean_leftovers(folder: Path, key: str) -> None:
 def _temporaries(folder: Path) -> Iterable[Path]:
     # Locks may not reach across machines, so another machine's work is never touched.
     return sorted(folder.glob(f".tmp-*-{socket.gethostname()}-*"))
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system lets a directory be synced
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

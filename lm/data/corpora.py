@@ -7,6 +7,7 @@ when the content may have, and its documents in an order that never changes.
 from __future__ import annotations
 
 import abc
+import copy
 import hashlib
 import itertools
 import os
@@ -18,7 +19,9 @@ from typing import Any
 from lm.config import ConfigError, check, check_choice
 from lm.data import files
 from lm.data.config import DataConfig
-from lm.data.files import CorpusReport
+from lm.data.files import Span
+from lm.data.hashes import content_hashes
+from lm.data.report import CorpusReport
 
 __all__ = ["CorpusReport", "Source", "documents", "pairs", "source", "split_of", "splits"]
 
@@ -45,16 +48,28 @@ class Source(abc.ABC):
         What is left out is noted in `report`.
         """
 
+    @property
+    def files(self) -> list[str]:
+        """The files whose content the fingerprint covers."""
+        return []
+
     def documents(self, report: CorpusReport) -> Iterator[str]:
         """Yields the documents, those of a pair one after the other."""
         return itertools.chain.from_iterable(self.items(report))
 
     @abc.abstractmethod
-    def fingerprint(self, sidecar: Path | None = None) -> dict[str, Any]:
+    def fingerprint(self, sidecar: str | None = None) -> dict[str, Any]:
         """What the documents depend on, as JSON: equal fingerprints mean equal documents.
 
-        `sidecar` may remember file hashes between calls (see `files.content_hash`).
+        `sidecar` may remember file hashes between calls (see `hashes.content_hashes`).
         """
+
+    def parts(self, size: int) -> list[Source]:
+        """This corpus as consecutive parts of about `size` bytes, as far as it can be cut.
+
+        Their items, one part after the other, are those of the whole.
+        """
+        return [self]
 
 
 def source(path: str, config: DataConfig, seed: int, field: str = "data.path") -> Source:
@@ -76,64 +91,84 @@ def source(path: str, config: DataConfig, seed: int, field: str = "data.path") -
     return _Files(path, config, field)
 
 
-class _Storyworld(Source):
-    """Stories from `lm.data.storyworld`, numbered 0, 1, … for a seed."""
+class _Generated(Source):
+    """Items made by code, numbered 0, 1, … for a seed."""
 
     def __init__(self, path: str, config: DataConfig, seed: int):
         super().__init__(path, config)
         self.seed = seed
+        self.numbers = range(config.num_documents)
 
-    def items(self, report: CorpusReport) -> Iterator[tuple[str]]:
+    def items(self, report: CorpusReport) -> Iterator[tuple[str, ...]]:
+        for number in self.numbers:
+            report.num_documents += 1
+            yield self.item(number)
+
+    @abc.abstractmethod
+    def item(self, number: int) -> tuple[str, ...]:
+        """The item of that number."""
+
+    @abc.abstractmethod
+    def code(self) -> list[Path]:
+        """The files that decide what the items are."""
+
+    def fingerprint(self, sidecar: str | None = None) -> dict[str, Any]:
+        digest = hashlib.blake2b(digest_size=16)
+        for file in sorted(self.code()):
+            digest.update(file.read_bytes())
+        return {
+            "corpus": self.path,
+            "generator": digest.hexdigest(),
+            "seed": self.seed,
+            "num_documents": self.config.num_documents,
+        }
+
+    def parts(self, size: int) -> list[Source]:
+        each = max(1, size // _GENERATED_BYTES)
+        starts = range(0, len(self.numbers), each)
+        return [_with(self, numbers=self.numbers[start : start + each]) for start in starts]
+
+
+class _Storyworld(_Generated):
+    """Stories from `lm.data.storyworld`."""
+
+    def item(self, number: int) -> tuple[str]:
         from lm.data.storyworld import generate
 
-        for index in range(self.config.num_documents):
-            report.num_documents += 1
-            yield (generate(self.seed, index).text,)
+        return (generate(self.seed, number).text,)
 
-    def fingerprint(self, sidecar: Path | None = None) -> dict[str, Any]:
+    def code(self) -> list[Path]:
         import lm.data.storyworld as package
 
         files = Path(package.__file__).parent.glob("*.py")
-        return _generated(self, [file for file in files if file.name not in _TRANSLATION_FILES])
+        return [file for file in files if file.name not in _TRANSLATION_FILES]
 
 
 _TRANSLATION_FILES = ("language.py", "language_words.py")
+_GENERATED_BYTES = 512  # of a generated item, roughly
 
 
-class _Translation(Source):
+class _Translation(_Generated):
     """Pairs of `lm.data.storyworld.language`: English and an invented language."""
 
     pairs = True
 
-    def __init__(self, path: str, config: DataConfig, seed: int):
-        super().__init__(path, config)
-        self.seed = seed
-
-    def items(self, report: CorpusReport) -> Iterator[tuple[str, str]]:
+    def item(self, number: int) -> tuple[str, str]:
         from lm.data.storyworld.language import pair
 
-        for index in range(self.config.num_documents):
-            report.num_documents += 1
-            yield pair(self.seed, index)
+        return pair(self.seed, number)
 
-    def fingerprint(self, sidecar: Path | None = None) -> dict[str, Any]:
+    def code(self) -> list[Path]:
         import lm.data.storyworld as package
 
         folder = Path(package.__file__).parent
-        return _generated(self, [folder / name for name in _TRANSLATION_FILES])
+        return [folder / name for name in _TRANSLATION_FILES]
 
 
-def _generated(corpus: _Storyworld | _Translation, files: list[Path]) -> dict[str, Any]:
-    """The fingerprint of a generated corpus: the code in `files`, the seed and the number."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(files):
-        digest.update(file.read_bytes())
-    return {
-        "corpus": corpus.path,
-        "generator": digest.hexdigest(),
-        "seed": corpus.seed,
-        "num_documents": corpus.config.num_documents,
-    }
+def _with(corpus: Source, **changes: Any) -> Source:
+    changed = copy.copy(corpus)
+    vars(changed).update(changes)
+    return changed
 
 
 class _Files(Source):
@@ -143,28 +178,49 @@ class _Files(Source):
         super().__init__(path, config)
         self.field = field
         self.pairs = len(config.text_fields) == 2
-        self.files = files.find(path, field)
+        self.spans = [Span(file) for file in files.find(path, field)]
+
+    @property
+    def files(self) -> list[str]:
+        """Their paths, in order."""
+        return [span.path for span in self.spans]
 
     def items(self, report: CorpusReport) -> Iterator[tuple[str, ...]]:
-        for file in self.files:
-            for item in files.read(file, self.config, report):
+        for span in self.spans:
+            for item in files.read(span, self.config, report):
                 report.num_documents += 1
                 yield item
 
-    def fingerprint(self, sidecar: Path | None = None) -> dict[str, Any]:
+    def parts(self, size: int) -> list[Source]:
+        """Files together, or a span of one file."""
+        groups: list[list[Span]] = []
+        left: int | None = None
+        for file in self.files:
+            length = files.size_or_nothing(file)
+            found = files.spans(file, length, size, self.config)
+            if len(found) > 1:
+                groups += [[span] for span in found]
+                left = None
+                continue
+            if left is None or left < length:
+                groups.append([])
+                left = size
+            groups[-1] += found
+            left -= length
+        return [_with(self, spans=group) for group in groups]
+
+    def fingerprint(self, sidecar: str | None = None) -> dict[str, Any]:
         try:
-            contents = [
-                # The suffix decides how the bytes are read.
-                ["".join(Path(file).suffixes[-2:]), files.content_hash(file, sidecar)]
-                for file in self.files
-            ]
+            hashes = content_hashes(self.files, sidecar)
         except OSError as error:
             raise ConfigError(
                 f"{self.field}={self.path!r}: cannot read {error.filename}, {error.strerror}"
             ) from None
+        # The suffix decides how the bytes are read.
+        suffixes = ["".join(Path(file).suffixes[-2:]) for file in self.files]
         return {
             "corpus": "files",
-            "contents": contents,
+            "contents": list(map(list, zip(suffixes, hashes))),
             "encoding": self.config.encoding,
             "text_field": self.config.text_field,
         }
@@ -197,6 +253,11 @@ class _Hub(Source):
             report.num_documents += 1
             yield item
 
+    @property
+    def files(self) -> list[str]:
+        """Those of a directory."""
+        return files.find(self.name, self.field) if os.path.isdir(self.name) else []
+
     def _records(self) -> Iterator[dict[str, Any]]:
         try:
             import datasets
@@ -226,15 +287,10 @@ class _Hub(Source):
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"{self.field}={self.path!r} cannot be read: {reason}") from error
 
-    def fingerprint(self, sidecar: Path | None = None) -> dict[str, Any]:
-        contents: Any = [self.name, self.subset]
-        if os.path.isdir(self.name):
-            contents = [
-                files.content_hash(file, sidecar) for file in files.find(self.name, self.field)
-            ]
+    def fingerprint(self, sidecar: str | None = None) -> dict[str, Any]:
         return {
             "corpus": "hf",
-            "contents": contents,
+            "contents": content_hashes(self.files, sidecar) or [self.name, self.subset],
             "text_field": self.config.text_field,
             "num_documents": self.config.num_documents,
         }
@@ -247,30 +303,49 @@ def split_of(text: str, validation_fraction: float) -> Split:
     return "validation" if held_out else "train"
 
 
-def splits(corpus: Source, report: CorpusReport) -> Iterator[tuple[Split, tuple[str, ...]]]:
+def splits(
+    corpus: Source, report: CorpusReport, left: int | None = None
+) -> Iterator[tuple[Split, tuple[str, ...]]]:
     """Every item of `corpus` with its split, in order, in one pass where possible.
 
     A pair goes where its source belongs. "position" reads the corpus twice: with n characters in
     all, the first int(n * (1 - validation_fraction)) are for training. A document across the cut is
-    cut; a pair across it is held out.
+    cut; a pair across it is held out. `left` says how many of those are in `corpus` and after it,
+    where it is a part of another; then it is read once.
     """
     config = corpus.config
-    if config.split == "hash" or not config.validation_fraction:
+    if not by_position(config):
         for item in corpus.items(report):
             yield split_of(item[0], config.validation_fraction), item
         return
-    length = sum(len(text) for text in corpus.documents(CorpusReport()))
-    left = int(length * (1 - config.validation_fraction))
+    if left is None:
+        left = training_characters(num_characters(corpus), config)
     for item in corpus.items(report):
         if corpus.pairs:
             left -= sum(map(len, item))
             yield ("train" if left >= 0 else "validation"), item
             continue
+        left = max(0, left)
         (text,) = item
         for split, part in (("train", text[:left]), ("validation", text[left:])):
             if part:
                 yield split, (part,)
-        left = max(0, left - len(text))
+        left -= len(text)
+
+
+def by_position(config: DataConfig) -> bool:
+    """Whether documents are held out by their place in the corpus."""
+    return config.split == "position" and config.validation_fraction > 0
+
+
+def num_characters(corpus: Source) -> int:
+    """Characters in all documents of `corpus`."""
+    return sum(len(text) for text in corpus.documents(CorpusReport()))
+
+
+def training_characters(length: int, config: DataConfig) -> int:
+    """How many of a corpus' characters come before the part held out by position."""
+    return int(length * (1 - config.validation_fraction))
 
 
 def documents(
@@ -333,8 +408,8 @@ def _items(
 
 def no_documents(field: str, path: str, report: CorpusReport) -> ConfigError:
     """The error for a corpus in which nothing could be read."""
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in report.skipped[:3])
-    skipped = f": {len(report.skipped)} skipped ({reasons})" if reasons else ""
+    reasons = "; ".join(f"{bad.name}: {bad.reason}" for bad in report.skipped[:3])
+    skipped = f": {report.num_skipped} skipped ({reasons})" if reasons else ""
     return ConfigError(f"{field}={path!r} holds no documents{skipped}")
 
 

@@ -2,54 +2,41 @@
 
 A text file is one document. A record of a JSON or Parquet file is one document: its text field.
 With two text fields it is a pair of them, and so is a line of a .tsv file. Documents are yielded as
-they are read, so a file need not fit in memory unless it is plain text.
+they are read, so a file need not fit in memory unless it is plain text. Files of lines and Parquet
+can be read in spans, by several machines. Paths may be URLs (gs://, s3://); see `storage`.
 """
 
 from __future__ import annotations
 
 import codecs
 import contextlib
-import dataclasses
 import glob
 import gzip
-import hashlib
 import io
-import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from lm.config import ConfigError, nearest
+from lm.data import storage
 from lm.data.config import DataConfig
+from lm.data.report import BadFileError, CorpusReport, Tally, reject
 
 _COMPRESSION = (".gz", ".zst")
 _RECORDS = (".json", ".jsonl", ".ndjson")
+_LINES = (".jsonl", ".ndjson", ".tsv")
 
 
-@dataclasses.dataclass
-class CorpusReport:
-    """What was read and what was left out, and why.
+class Span(NamedTuple):
+    """A stretch of a file, in bytes of a file of lines or row groups of a Parquet file.
 
-    Attributes:
-      num_documents: documents read, before any split.
-      skipped: (file or record, reason) for everything left out.
+    A line belongs to the span in which it begins.
     """
 
-    num_documents: int = 0
-    skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-
-    def lines(self, most: int = 20) -> list[str]:
-        """One line per skipped item, at most `most` of them, then one line for the rest."""
-        lines = [f"skipped {name}: {reason}" for name, reason in self.skipped[:most]]
-        if len(self.skipped) > most:
-            lines.append(f"skipped {len(self.skipped) - most} more, {len(self.skipped)} in all")
-        return lines
-
-
-class BadFileError(Exception):
-    """A file or record that cannot be used; the message is the reason."""
+    path: str
+    start: int = 0
+    stop: int | None = None  # None: the end of the file
 
 
 def find(path: str, field: str) -> list[str]:
@@ -58,6 +45,14 @@ def find(path: str, field: str) -> list[str]:
     Raises:
       ConfigError: there is nothing there.
     """
+    if storage.is_url(path):
+        try:
+            found = storage.matching(path)
+        except OSError as error:
+            raise ConfigError(f"{field}={path!r} cannot be read: {error}") from None
+        if not found:
+            raise ConfigError(f"{field}={path!r} does not exist")
+        return found
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
         found = []
@@ -91,8 +86,32 @@ def _listing(folder: str) -> list[str]:
         return []
 
 
-def read(path: str, config: DataConfig, report: CorpusReport) -> Iterator[tuple[str, ...]]:
-    """The documents of one file, each as a tuple of one, or its pairs.
+def spans(path: str, total: int, size: int, config: DataConfig) -> list[Span]:
+    """A file of `total` bytes cut into spans of about `size`, as far as its format allows."""
+    stem = path.lower()
+    lines = _LINES if len(config.text_fields) == 2 else _LINES[:2]  # one text is the whole .tsv
+    if total > size and stem.endswith(lines):
+        starts = range(0, total, size)
+        return [Span(path, start, min(start + size, total)) for start in starts]
+    if total > size and stem.endswith(".parquet"):
+        with contextlib.suppress(Exception), _parquet(path) as file:  # reading it says what is bad
+            number = file.metadata.num_row_groups
+            each = max(1, number * size // total)
+            starts = range(0, number, each)
+            return [Span(path, start, min(start + each, number)) for start in starts]
+    return [Span(path)]
+
+
+def size_or_nothing(path: str) -> int:
+    """Bytes in a file; 0 where it cannot be read."""
+    try:
+        return storage.size(path)
+    except OSError:  # reading it says why
+        return 0
+
+
+def read(path: str | Span, config: DataConfig, report: CorpusReport) -> Iterator[tuple[str, ...]]:
+    """The documents of one file or span, each as a tuple of one, or its pairs.
 
     What cannot be used (binary, mis-encoded, empty) is noted in `report`, or refused where
     `config.on_bad_file` is "refuse".
@@ -101,20 +120,23 @@ def read(path: str, config: DataConfig, report: CorpusReport) -> Iterator[tuple[
       ConfigError: a record format without `config.text_field`, a missing optional package, or a
         bad file to be refused.
     """
+    span = path if isinstance(path, Span) else Span(path)
+    path, first = span.path, span.start == 0
     stem = path.lower()
     for suffix in _COMPRESSION:
         stem = stem.removesuffix(suffix)
     try:
-        if os.path.getsize(path) == 0:
+        if storage.size(path) == 0:
             raise BadFileError("empty")
         if stem.endswith(".parquet"):
-            yield from items(_parquet_records(path, config), path, config, report)
+            yield from items(_parquet_records(span, config), path, config, report, first)
         elif stem.endswith(_RECORDS):
-            yield from items(_json_records(path, stem, config, report), path, config, report)
+            records = _json_records(span, stem, config, report)
+            yield from items(records, path, config, report, first)
         elif len(config.text_fields) == 1:
             yield (_plain_text(path, config),)
         elif stem.endswith(".tsv"):
-            yield from items(_tsv_records(path, config, report), path, config, report)
+            yield from items(_tsv_records(span, config, report), path, config, report, first)
         else:
             raise BadFileError("pairs are read from .jsonl, .json, .parquet and .tsv files")
     except BadFileError as error:
@@ -123,56 +145,56 @@ def read(path: str, config: DataConfig, report: CorpusReport) -> Iterator[tuple[
         reject(path, f"unreadable, {error.strerror or error}", config, report)
 
 
-def reject(name: str, reason: str, config: DataConfig, report: CorpusReport) -> None:
-    """Notes in `report` that `name` is left out, or raises if bad files are to be refused."""
-    if config.on_bad_file == "refuse":
-        raise ConfigError(
-            f"data.on_bad_file='refuse' and {name} is bad: {reason}; "
-            "remove it or set data.on_bad_file='skip'"
-        )
-    report.skipped.append((name, reason))
-
-
 def items(
-    records: Iterable[Any], name: str, config: DataConfig, report: CorpusReport
+    records: Iterable[Any],
+    name: str,
+    config: DataConfig,
+    report: CorpusReport,
+    first: bool = True,
 ) -> Iterator[tuple[str, ...]]:
     """The text field of each record as a tuple of one, or its two text fields.
 
-    A record that is itself a string is its own text.
+    A record that is itself a string is its own text. Where the records are not the `first` of their
+    file, what would be an error is left to those before, as `report.tally.doubt`.
 
     Raises:
       ConfigError: the first records have no such field, or it is not text.
     """
     fields = config.text_fields
-    some_were_good = False
+    tally = report.tally = Tally()
     for number, record in enumerate(records, 1):
+        tally.records = number
         found = {field: record for field in fields if len(fields) == 1}
         if isinstance(record, dict):
             found = {field: record[field] for field in fields if field in record}
         missing = [field for field in fields if field not in found]
         values = tuple(found.values())
         if not missing and all(isinstance(text, str) and text for text in values):
-            some_were_good = True
+            tally.good = True
             if all(map(_is_unicode, values)):
                 yield values
             else:  # JSON can spell half a surrogate pair, which no encoding can write
-                reject(f"{name} record {number}", "half a surrogate pair", config, report)
-        elif isinstance(record, dict) and missing and not some_were_good:
+                reject(name, "half a surrogate pair", config, report, "record", number)
+            continue
+        textless = missing or any(text is None or text == "" for text in values)
+        mistake = ""
+        if isinstance(record, dict) and missing:
             known = sorted(map(str, record))
-            raise ConfigError(
+            mistake = (
                 f"data.text_field={missing[0]!r} is not a field of {name}, "
                 f"which has {', '.join(map(repr, known))}{nearest(missing[0], known)}"
             )
-        elif missing or any(text is None or text == "" for text in values):
-            reject(f"{name} record {number}", "no text", config, report)
-        elif not some_were_good:
+        elif not textless:
             bad = next(text for text in values if not isinstance(text, str))
-            raise ConfigError(
+            mistake = (
                 f"data.text_field={config.text_field!r} of {name} holds "
                 f"{type(bad).__name__}, not text"
             )
-        else:
-            reject(f"{name} record {number}", "not text", config, report)
+        if mistake and not tally.good:
+            if first:
+                raise ConfigError(mistake)
+            tally.doubt = tally.doubt or mistake
+        reject(name, "no text" if textless else "not text", config, report, "record", number)
 
 
 def _is_unicode(text: str) -> bool:
@@ -183,15 +205,18 @@ def _is_unicode(text: str) -> bool:
         return False
 
 
-def _open(path: str) -> BinaryIO:
-    if path.lower().endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.lower().endswith(".zst"):
-        zstandard = _optional("zstandard", path, "data")
-        return zstandard.ZstdDecompressor().stream_reader(
-            open(path, "rb"), read_across_frames=True, closefd=True
-        )
-    return open(path, "rb")
+@contextlib.contextmanager
+def _open(path: str) -> Iterator[BinaryIO]:
+    """A file's bytes, decompressed."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(storage.open_file(path))
+        if path.lower().endswith(".gz"):
+            file = stack.enter_context(gzip.open(file, "rb"))
+        elif path.lower().endswith(".zst"):
+            zstandard = _optional("zstandard", path, "data")
+            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            file = stack.enter_context(reader)
+        yield file
 
 
 def _optional(package: str, path: str, extra: str) -> Any:
@@ -240,41 +265,72 @@ class _decompressing:
             raise BadFileError(f"damaged archive, {error}") from None
 
 
-def _json_records(path: str, stem: str, config: DataConfig, report: CorpusReport) -> Iterator[Any]:
-    with _decompressing(path), _open(path) as file:
-        if stem.endswith(".json"):
-            yield from _json_array(decode(file.read(), config.encoding))
-            return
-        for number, line in enumerate(io.BufferedReader(file), 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(decode(line, config.encoding))
-            except (ValueError, RecursionError):
-                reject(f"{path} line {number}", "not JSON", config, report)
-            except BadFileError as error:
-                reject(f"{path} line {number}", str(error), config, report)
-            else:
-                yield record
+def _lines(span: Span, report: CorpusReport) -> Iterator[tuple[int, bytes]]:
+    """The lines that begin within `span`, numbered from 1."""
+    with _decompressing(span.path), _open(span.path) as opened:
+        file = io.BufferedReader(opened)
+        position = span.start
+        if span.start:  # one byte back, lest a line that begins right here is taken for a rest
+            file.seek(span.start - 1)
+            position += len(file.readline()) - 1
+        for number, line in enumerate(file, 1):
+            if span.stop is not None and position >= span.stop:
+                return
+            position += len(line)
+            report.tally.lines = number
+            yield number, line
 
 
-def _tsv_records(path: str, config: DataConfig, report: CorpusReport) -> Iterator[dict[str, str]]:
+def _json_records(span: Span, stem: str, config: DataConfig, report: CorpusReport) -> Iterator[Any]:
+    if stem.endswith(".json"):
+        with _decompressing(span.path), _open(span.path) as file:
+            data = file.read()
+        yield from _json_array(decode(data, config.encoding))
+        return
+    for number, line in _lines(span, report):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(decode(line, config.encoding))
+        except (ValueError, RecursionError):
+            reject(span.path, "not JSON", config, report, "line", number)
+        except BadFileError as error:
+            reject(span.path, str(error), config, report, "line", number)
+        else:
+            yield record
+
+
+def _tsv_records(span: Span, config: DataConfig, report: CorpusReport) -> Iterator[dict[str, str]]:
     """The lines of a table: the columns that its header names, or else the first two."""
     columns = (0, 1)
-    with _decompressing(path), _open(path) as file:
-        for number, line in enumerate(io.BufferedReader(file), 1):
-            try:
-                cells = decode(line, config.encoding).rstrip("\r\n").split("\t")
-            except BadFileError as error:
-                reject(f"{path} line {number}", str(error), config, report)
-                continue
-            if number == 1 and set(config.text_fields) <= set(cells):
-                columns = tuple(map(cells.index, config.text_fields))
-            elif len(cells) <= max(columns):
-                if any(cells):
-                    reject(f"{path} line {number}", "not two columns", config, report)
-            else:
-                yield {name: cells[i] for name, i in zip(config.text_fields, columns)}
+    if span.start:
+        header = next(_lines(Span(span.path), CorpusReport()))[1]
+        with contextlib.suppress(BadFileError):
+            columns = _columns(_cells(header, config), config) or columns
+    for number, line in _lines(span, report):
+        try:
+            cells = _cells(line, config)
+        except BadFileError as error:
+            reject(span.path, str(error), config, report, "line", number)
+            continue
+        if number == 1 and not span.start and (named := _columns(cells, config)):
+            columns = named
+        elif len(cells) <= max(columns):
+            if any(cells):
+                reject(span.path, "not two columns", config, report, "line", number)
+        else:
+            yield {name: cells[i] for name, i in zip(config.text_fields, columns)}
+
+
+def _cells(line: bytes, config: DataConfig) -> list[str]:
+    return decode(line, config.encoding).rstrip("\r\n").split("\t")
+
+
+def _columns(cells: list[str], config: DataConfig) -> tuple[int, ...] | None:
+    """Where a header has the text fields, if it is one."""
+    if set(config.text_fields) <= set(cells):
+        return tuple(map(cells.index, config.text_fields))
+    return None
 
 
 def _json_array(text: str) -> list[Any]:
@@ -289,55 +345,29 @@ def _json_array(text: str) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _parquet_records(path: str, config: DataConfig) -> Iterator[Any]:
+@contextlib.contextmanager
+def _parquet(path: str) -> Iterator[Any]:
     _optional("pyarrow", path, "data")
-    import pyarrow
     import pyarrow.parquet
 
+    with storage.open_file(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+        yield file
+
+
+def _parquet_records(span: Span, config: DataConfig) -> Iterator[Any]:
+    pyarrow = _optional("pyarrow", span.path, "data")
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with _parquet(span.path) as file:
             names = file.schema_arrow.names
             if not set(config.text_fields) <= set(names):
                 yield dict.fromkeys(names)
                 return
-            for batch in file.iter_batches(batch_size=1024, columns=list(config.text_fields)):
+            stop = file.metadata.num_row_groups if span.stop is None else span.stop
+            for batch in file.iter_batches(
+                batch_size=1024,
+                row_groups=range(span.start, stop),
+                columns=list(config.text_fields),
+            ):
                 yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise BadFileError(f"not Parquet, {str(error).splitlines()[0]}") from None
-
-
-def content_hash(path: str, sidecar: Path | None = None) -> str:
-    """BLAKE2 digest of a file's bytes.
-
-    With `sidecar`, a JSON file, digests are remembered by (path, size, modification time), so an
-    unchanged corpus is not read again just to recognise it.
-    """
-    known = _remembered(sidecar)
-    stat = os.stat(path)
-    name = os.path.abspath(path)
-    stamp = [stat.st_size, stat.st_mtime_ns]
-    if name in known and known[name][:2] == stamp:
-        return known[name][2]
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if sidecar is not None:
-        # Read again: another process may have added entries meanwhile. Losing one only costs time.
-        known = _remembered(sidecar) | {name: [*stamp, digest.hexdigest()]}
-        temporary = sidecar.with_name(f".{sidecar.name}.{os.getpid()}.{next(_unique)}")
-        with contextlib.suppress(OSError):  # a cache that can only be read still serves
-            temporary.write_text(json.dumps(known))
-            os.replace(temporary, sidecar)
-    return digest.hexdigest()
-
-
-_unique = itertools.count()
-
-
-def _remembered(sidecar: Path | None) -> dict[str, list[Any]]:
-    try:
-        known = json.loads(sidecar.read_text()) if sidecar else {}
-        return known if isinstance(known, dict) else {}
-    except (OSError, ValueError):
-        return {}

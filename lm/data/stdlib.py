@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.data.corpora import Source, python_version
-from lm.data.files import CorpusReport
+from lm.data.report import CorpusReport, Skipped
 
 _LEFT_OUT = ("site-packages", "dist-packages", "__pycache__")
 
@@ -48,13 +48,13 @@ class StandardLibrary(Source):
                 encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
                 text = data.decode(encoding)
             except (OSError, SyntaxError, UnicodeDecodeError, LookupError):
-                report.skipped.append((os.path.relpath(path, root), "mis-encoded"))
+                report.skipped.append(Skipped(os.path.relpath(path, root), "mis-encoded"))
                 continue
             if text.strip():
                 report.num_documents += 1
                 yield (text,)
 
-    def fingerprint(self, sidecar: Path | None = None) -> dict[str, Any]:
+    def fingerprint(self, sidecar: str | None = None) -> dict[str, Any]:
         """The Python version and the names and sizes of the files."""
         root = sysconfig.get_paths()["stdlib"]
         listing = [(os.path.relpath(p, root), os.path.getsize(p)) for p in source_files(root)]

@@ -9,19 +9,22 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Callable
 from typing import Any
 
-import jax
-
+from lm import tokenizers
 from lm.config import ConfigError, check, nearest, to_dict, view
 from lm.models import ModelConfig
 from lm.models.huggingface.exact import essence
 from lm.models.huggingface.read import is_checkpoint, read_config
+from lm.parallel import hosts
 from lm.tokenizers import Tokenizer
 from lm.tokenizers.files import has_tokenizer
 
 # What may differ between a run directory and the config that goes on with it.
-FREE_SECTIONS = ("train", "checkpoint", "mesh", "prompt", "sample", "init_from")
+FREE_SECTIONS = (
+    "train", "checkpoint", "mesh", "strategy", "zero", "hosts", "prompt", "sample", "init_from",
+)  # fmt: skip
 # Fields of `model` that decide what its parameters mean, and so must be those of `init_from`.
 _SHAPING = (
     "architecture", "cell", "cross_attention", "num_layers", "num_encoder_layers", "num_heads",
@@ -69,16 +72,55 @@ def check_directory(
     )
 
 
+def check_shared(directory: pathlib.Path) -> None:
+    """Raises ConfigError unless all processes of the run see the same `directory`."""
+    try:
+        without = hosts.blind(directory)
+    except OSError as error:
+        raise _unwritable(directory, error) from error
+    check(
+        not without,
+        f"--workdir={directory}: {', '.join(without)} cannot see what process 0 writes there, and "
+        "checkpoints need it: choose a directory on a file system that all hosts share",
+    )
+
+
+def shared_tokenizer(directory: pathlib.Path, make: Callable[[], Tokenizer]) -> Tokenizer:
+    """`make()`, called by process 0 alone; the others read what it made.
+
+    Training one may depend on the machine, and two that differ would be two runs. It passes through
+    `directory`, which all must share, and leaves nothing there.
+    """
+    if hosts.count() == 1:
+        return make()
+    scratch = directory / ".tokenizer.shared"
+    if hosts.index() == 0:
+        tokenizer = make()
+        shutil.rmtree(scratch, ignore_errors=True)
+        tokenizer.save(scratch)
+    hosts.barrier()
+    if hosts.index() != 0:
+        tokenizer = tokenizers.load(scratch)
+    hosts.barrier()
+    if hosts.index() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return tokenizer
+
+
 def claim(directory: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Writes config.json and, into a new run directory, the tokenizer.
+    """Writes config.json and, into a new run directory, the tokenizer; process 0 does, for all.
 
     Raises:
       ConfigError: the directory cannot be written.
     """
+    if hosts.index() == 0:
+        _write_claim(directory, config, tokenizer)
+    hosts.barrier()
+
+
+def _write_claim(directory: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
     wanted = json.loads(json.dumps(config))
     wanted["tokenizer_fingerprint"] = tokenizer.fingerprint
-    if jax.process_index() != 0:
-        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / "tokenizer").exists():
@@ -92,9 +134,11 @@ def claim(directory: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer)
         scratch.write_text(json.dumps(wanted, indent=2) + "\n")
         scratch.rename(directory / "config.json")
     except OSError as error:
-        raise ConfigError(
-            f"--workdir={directory} cannot be written: {error.strerror or error}"
-        ) from error
+        raise _unwritable(directory, error) from error
+
+
+def _unwritable(directory: pathlib.Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--workdir={directory} cannot be written: {error.strerror or error}")
 
 
 def check_init_from(init_from: str, model: dict[str, Any]) -> None:

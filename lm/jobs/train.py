@@ -21,15 +21,26 @@ from lm.config import check, to_dict, view
 from lm.data import DataConfig, documents, evaluation_batches, prepare, train_batches
 from lm.inference.config import SamplingConfig
 from lm.jobs.finish import finish
-from lm.jobs.run_directory import check_directory, check_init_from, claim
+from lm.jobs.run_directory import (
+    check_directory,
+    check_init_from,
+    check_shared,
+    claim,
+    shared_tokenizer,
+)
 from lm.jobs.sources import open_source
 from lm.models import ModelConfig, param_specs, skeleton
 from lm.objectives import ObjectiveConfig, check_objective
+from lm.parallel import hosts
+from lm.parallel.cluster import HostsConfig
 from lm.parallel.host_memory import keep_buffers
-from lm.parallel.mesh import MeshConfig, batch_sharding, batch_ways, make_mesh
+from lm.parallel.layout import Layout, lay_out
+from lm.parallel.mesh import MeshConfig, batch_sharding
+from lm.parallel.rows import assemble, local_rows
 from lm.tokenizers import TokenizerConfig
 from lm.training import flops
 from lm.training.checkpoints import CheckpointConfig, Checkpointer
+from lm.training.checks import check_layout
 from lm.training.config import TrainConfig, check_dispatch, dispatch_steps
 from lm.training.evaluate import evaluate
 from lm.training.loop import Loop
@@ -37,7 +48,7 @@ from lm.training.metrics import MetricsWriter
 from lm.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from lm.training.progress import Progress
 from lm.training.report import describe_run
-from lm.training.state import abstract_state, create_state
+from lm.training.state import abstract_state, create_state, gradient_shardings
 from lm.training.step import make_eval_step, make_train_step
 
 
@@ -56,6 +67,11 @@ class TrainJob:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig)
+    strategy: str = ""  # a name of lm.parallel.strategies: sets zero, and mesh axes left alone
+    # What data parallelism over fsdp, expert and context splits besides the batch: 0 nothing, 1 the
+    # optimizer's state, 2 gradients too, 3 parameters too; -1: what the strategy says, 3 without.
+    zero: int = -1
     # When training ends, samples.txt gets continuations of these; or of an encoder's hidden words
     # the likeliest; or of an encoder-decoder's sources the targets.
     prompt: str | tuple[str, ...] = ()
@@ -94,22 +110,25 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     Returns:
       The last evaluation: `eval_loss`, `eval_bits_per_byte` and, where asked for, `exact_match`.
     """
-    console = Console(soft_wrap=False, highlight=False)
     job = view(TrainJob, config)
-    directory = pathlib.Path(workdir)
+    with hosts.together(job.hosts):
+        return _run(job, pathlib.Path(workdir))
+
+
+def _run(job: TrainJob, directory: pathlib.Path) -> dict[str, float]:
+    console = Console(soft_wrap=False, highlight=False, quiet=hosts.index() > 0)
     _prepare_process(job)
-    mesh = make_mesh(job.mesh)
-    shares = job.train.accumulation * batch_ways(mesh)
-    check(
-        job.data.batch_size % shares == 0,
-        f"config.data.batch_size={job.data.batch_size} must be a multiple of {shares}: "
-        f"{batch_ways(mesh)} device(s) that share it × train.accumulation={job.train.accumulation}",
+    layout = lay_out(job.strategy, job.mesh, job.zero)
+    check_layout(
+        job.model,
+        layout,
+        batch_size=job.data.batch_size,
+        block_size=job.data.block_size,
+        accumulation=job.train.accumulation,
+        eval_batch_size=job.train.eval_batch_size,
+        source_length=job.data.source_length,
     )
-    check(
-        job.train.eval_batch_size % batch_ways(mesh) == 0,
-        f"config.train.eval_batch_size={job.train.eval_batch_size} must be a multiple of the "
-        f"{batch_ways(mesh)} devices that share it",
-    )
+    check_shared(directory)
     check_directory(directory, _settled(job))
     if not (directory / "checkpoints").exists():  # a run under way needs its source no more
         check_init_from(job.init_from, _settled(job)["model"])
@@ -126,13 +145,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
         check_init_from(job.init_from, _settled(resolved)["model"])
 
     train_corpora, validation_corpora = prepare(job.data, tokenizer, job.seed, console.print)
-    reading = {
-        "objective": job.objective.name,
-        "tokenizer": tokenizer,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
-    }
-    batches = train_batches(job.data, train_corpora, seed=job.seed, **reading)
+    reading = {"objective": job.objective.name, "tokenizer": tokenizer}
+    rows = local_rows(batch_sharding(layout.mesh), job.data.batch_size)
+    batches = train_batches(job.data, train_corpora, seed=job.seed, rows=rows, **reading)
     tokens = sum(corpus.num_tokens for corpus in train_corpora)
     console.print(
         f"data: {tokens:,} training tokens, {batches.batches_per_epoch:,} steps an epoch, "
@@ -149,7 +164,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     if validation_corpora:
         batch_size = job.train.eval_batch_size or job.data.batch_size
         data = dataclasses.replace(job.data, batch_size=batch_size)
-        validation = evaluation_batches(data, validation_corpora, **reading)
+        eval_rows = local_rows(batch_sharding(layout.mesh), batch_size)
+        validation = evaluation_batches(data, validation_corpora, rows=eval_rows, **reading)
 
     model = skeleton(model_config)
     specs = param_specs(model)
@@ -157,13 +173,13 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     claim(
         directory, to_dict(resolved), tokenizer
     )  # last, so that a mistake above can simply be mended
-    with jax.set_mesh(mesh):
-        abstract = abstract_state(specs, optimizer, mesh)
+    with layout.active():
+        abstract = abstract_state(specs, optimizer, layout.mesh, layout.zero)
         describe_run(
             console,
             model_config=model_config,
             specs=specs,
-            mesh=mesh,
+            layout=layout,
             block_size=batches.block_size,
             source_length=batches.source_length or None,
             max_targets=batches.max_targets_per_row,
@@ -183,16 +199,16 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
                 batches.set_state(extra["data"])
                 console.print(f"resuming at step {start}")
             results, finished = _train(
-                resolved, mesh, model, optimizer, abstract, state, start, extra,
+                resolved, layout, model, optimizer, abstract, state, start, extra,
                 batches, validation, checkpointer, directory, console,
             )  # fmt: skip
-    if finished and jax.process_index() == 0:
+    if finished and hosts.index() == 0:
         results |= finish(resolved, directory, console)
     return results
 
 
 def _train(
-    job, mesh, model, optimizer, abstract, state, start, extra,
+    job, layout: Layout, model, optimizer, abstract, state, start, extra,
     batches, validation, checkpointer, directory, console,
 ):  # fmt: skip
     """Compiles the step and runs the loop; the last evaluation, and whether all steps are done."""
@@ -205,20 +221,27 @@ def _train(
     asked = job.train.steps_per_dispatch or extra.get("stride", 0)
     if not job.train.steps_per_dispatch and any(cadence % asked for cadence in cadences if asked):
         asked = 0  # what the run chose before does not fit its new rhythm
-    stride = dispatch_steps(asked, cadences, flops_per_token * tokens_per_step, peak)
+    flops_per_step = flops_per_token * tokens_per_step
+    stride = int(  # every host may have measured another peak
+        hosts.from_first(lambda: str(dispatch_steps(asked, cadences, flops_per_step, peak)))
+    )
 
-    def put(batch, leading=1):
+    def put(batch, whose=batches, leading=1):
         if batches.single_segment:
             batch = {k: v for k, v in batch.items() if k not in ("segment_ids", "positions")}
-        sharding = batch_sharding(mesh, leading)
-        if jax.process_count() == 1:
-            return jax.device_put(batch, sharding)
-        return jax.tree.map(
-            functools.partial(jax.make_array_from_process_local_data, sharding), batch
-        )
+        sharding = batch_sharding(layout.mesh, leading)
+        return assemble(batch, sharding, whose.local_rows, whose.batch_size, leading)
 
     max_targets = batches.max_targets_per_row
-    step_fn = make_train_step(model, job.objective, optimizer, job.train, job.seed, max_targets)
+    step_fn = make_train_step(
+        model,
+        job.objective,
+        optimizer,
+        job.train,
+        job.seed,
+        max_targets,
+        gradient_shardings(param_specs(model), layout.mesh, layout.zero),
+    )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
     evaluator = None
@@ -226,7 +249,7 @@ def _train(
         eval_step = jax.jit(make_eval_step(model, max_targets))
 
         def evaluator(state):
-            put_one = functools.partial(put, leading=0)
+            put_one = functools.partial(put, whose=validation, leading=0)
             return evaluate(eval_step, state["params"], validation, put_one)
 
     began = time.perf_counter()
@@ -274,7 +297,10 @@ def _tokenizer(job: TrainJob, directory: pathlib.Path):
         return tokenizers.load(saved)
     if job.init_from:
         return open_source(job.init_from).tokenizer
-    return tokenizers.train(job.tokenizer, documents(job.data, "train", job.seed))
+    return shared_tokenizer(
+        directory,
+        lambda: tokenizers.train(job.tokenizer, documents(job.data, "train", job.seed)),
+    )
 
 
 def resolve_model(job: TrainJob, tokenizer) -> ModelConfig:

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from lm.models import kernels
 from lm.models.build import declare
 from lm.models.config import ModelConfig
 from lm.models.layers import Norm, dropout, weight_initializer
+from lm.models.marks import Marks
 from lm.models.numerics import add_bias, contract, contract_each, masked_softmax
 from lm.models.positions import rotate
+from lm.models.ring_attention import HEADS
 from lm.models.taps import Tap, no_tap, within
 from lm.parallel.sharding import constrain
 
@@ -63,6 +66,8 @@ def attend(
     softcap: float = 0.0,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    marks: Marks | None = None,
+    key_marks: Marks | None = None,
     tap: Tap = no_tap,
 ) -> jax.Array:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1); the reference implementation.
@@ -77,6 +82,7 @@ def attend(
       scale: multiplies the queries; C^-½ unless given.
       softcap: c in c·tanh(scores/c) (Gemma 2 report, §2); 0: none.
       dropout_rate, dropout_key: dropout of the pattern.
+      marks, key_marks: of the queries and of the keys, if dropout is on.
       tap: see `lm.models.taps`.
 
     Returns:
@@ -94,7 +100,15 @@ def attend(
         scores_BHTS += bias_BHTS
     scores_BHTS = tap("scores", scores_BHTS)
     pattern_BHTS = masked_softmax(scores_BHTS, mask_BTS[:, None], query_BTHC.dtype)
-    pattern_BHTS = dropout(tap("pattern", pattern_BHTS), dropout_rate, dropout_key)
+    pattern_BHTS = tap("pattern", pattern_BHTS)
+    if dropout_key is not None and dropout_rate:
+        row, place = (
+            marks.rows_B[:, None, None],
+            marks.slots_1T[:, None] * H + jnp.arange(H)[:, None],
+        )
+        pattern_BHTS = dropout(
+            pattern_BHTS, dropout_rate, dropout_key, row, place, key_marks.slots_1T[0]
+        )
     pattern = pattern_BHTS.reshape(B, K, H // K, T, -1)
     return contract("bkgts,bskc->btkgc", pattern, value_BSKC).reshape(B, T, H, C)
 
@@ -139,7 +153,8 @@ class Attention(nnx.Module):
           tap: see `lm.models.taps`.
         """
         weights = (self.query[...], self.key[...], self.value[...])
-        query_BTHC, *pair = contract_each("btd,dhc->bthc", x_BTD, weights)
+        kind = self.config.quantization
+        query_BTHC, *pair = contract_each("btd,dhc->bthc", x_BTD, weights, quantization=kind)
         query_BTHC = self._query(query_BTHC, context.rotary, tap)
         key_BTKC, value_BTKC = self._pair(*pair, context.rotary, tap)
         key_BSKC, value_BSKC = key_BTKC, value_BTKC
@@ -149,27 +164,29 @@ class Attention(nnx.Module):
                 for old, new in zip(cache, (key_BTKC, value_BTKC))
             )
             key_BSKC, value_BSKC = cache
-        heads_BTHC = self._attend(
-            query_BTHC,
-            key_BSKC,
-            value_BSKC,
-            context.mask_BTS,
-            context.bias_BHTS,
-            dropout_key,
-            tap,
-        )
+        heads_BTHC = self._attend(query_BTHC, key_BSKC, value_BSKC, context, dropout_key, tap)
         return self._write(heads_BTHC, tap), cache
 
     def remember(self, memory_BSD: jax.Array, tap: Tap = no_tap) -> Pair:
         """Keys and values [B, S, K, C] of an encoder's output, for `recall`."""
-        pair = contract_each("btd,dhc->bthc", memory_BSD, (self.key[...], self.value[...]))
+        weights, kind = (self.key[...], self.value[...]), self.config.quantization
+        pair = contract_each("btd,dhc->bthc", memory_BSD, weights, quantization=kind)
         return self._pair(*pair, None, tap)
 
-    def recall(self, x_BTD, pair: Pair, mask_BTS, *, dropout_key=None, tap: Tap = no_tap):
-        """Cross-attention (Vaswani et al. 2017, §3.2.3): what it adds to the residual stream."""
-        query_BTHC = contract("btd,dhc->bthc", x_BTD, self.query[...])
+    def recall(self, x_BTD, pair: Pair, context, *, dropout_key=None, tap: Tap = no_tap):
+        """Cross-attention (Vaswani et al. 2017, §3.2.3): what it adds to the residual stream.
+
+        Args:
+          x_BTD: the normalised residual stream.
+          pair: from `remember`.
+          context: the layer's `Context`, `across` to the encoder.
+          dropout_key: turns dropout on.
+          tap: see `lm.models.taps`.
+        """
+        kind = self.config.quantization
+        query_BTHC = contract("btd,dhc->bthc", x_BTD, self.query[...], quantization=kind)
         query_BTHC = self._query(query_BTHC, None, tap)
-        heads_BTHC = self._attend(query_BTHC, *pair, mask_BTS, None, dropout_key, tap)
+        heads_BTHC = self._attend(query_BTHC, *pair, context, dropout_key, tap)
         return self._write(heads_BTHC, tap)
 
     def _query(self, query_BTHC, rotary, tap):
@@ -195,37 +212,32 @@ class Attention(nnx.Module):
         return checkpoint_name(key_BSKC, "key"), checkpoint_name(value_BSKC, "value")
 
     def _write(self, heads_BTHC, tap):
-        out_BTD = contract("bthc,hcd->btd", tap("heads", heads_BTHC), self.output[...])
+        heads_BTHC, kind = tap("heads", heads_BTHC), self.config.quantization
+        out_BTD = contract("bthc,hcd->btd", heads_BTHC, self.output[...], quantization=kind)
+        out_BTD = constrain(out_BTD, "batch", "norm_length", "embed")
         if hasattr(self, "output_bias"):
             out_BTD = add_bias(out_BTD, self.output_bias[...])
         return tap("output", out_BTD)
 
-    def _attend(self, query, key, value, mask, bias, dropout_key, tap):
+    def _attend(self, query, key, value, context, dropout_key, tap):
         config = self.config
-        kernel = config.attention
-        if kernel == "auto":
-            kernel = "cudnn" if jax.default_backend() == "gpu" else "xla"
         dropped = dropout_key is not None and config.dropout > 0
-        needs_scores = tap is not no_tap or config.attention_softcap > 0 or dropped
-        if kernel == "cudnn" and not needs_scores and query.dtype != jnp.float32:
-            return jax.nn.dot_product_attention(
-                query,
-                key,
-                value,
-                None if bias is None else bias.astype(query.dtype),
-                mask[:, None],
-                scale=config.attention_scale,
-                implementation="cudnn",
-            )
-        return attend(
+        tapped = tap is not no_tap
+        kernel = kernels.choose(config, query, key, context, dropped=dropped, tapped=tapped)
+        if kernel != "xla":
+            return kernels.compute(kernel, config, query, key, value, context, dropout_key)
+        heads_BTHC = attend(
             query,
             key,
             value,
-            mask,
-            bias_BHTS=bias,
+            context.mask_BTS,
+            bias_BHTS=context.bias_BHTS,
             scale=config.attention_scale,
             softcap=config.attention_softcap,
             dropout_rate=config.dropout,
             dropout_key=dropout_key,
+            marks=context.marks,
+            key_marks=context.key_marks,
             tap=tap,
         )
+        return checkpoint_name(heads_BTHC, HEADS)

@@ -83,7 +83,7 @@ class Loop(NamedTuple):
     watched: bool = False  # whether a tap wants the gates
 
 
-class Marks(NamedTuple):
+class Bounds(NamedTuple):
     """Which tokens change the state, and before which it starts anew; None: all, and none."""
 
     live_TB1: jax.Array | None = None
@@ -111,10 +111,10 @@ class Passed(NamedTuple):
 
 
 def _loop(loop: Loop, weights, projected_TBGD, start: State, rest) -> Passed:
-    kind, restarts, (marks, starts, memory) = KINDS[loop.cell], None, rest
+    kind, restarts, (bounds, starts, memory) = KINDS[loop.cell], None, rest
     # Whole on every device: a loop that moves parts of them at every token would only move them.
     weights = {n: constrain(w.astype(loop.dtype), None, None, None) for n, w in weights.items()}
-    if marks.restart_TB1 is not None:
+    if bounds.restart_TB1 is not None:
         restarts = starts or jax.tree.map(lambda s: jnp.zeros((), s.dtype), start)
     scanned_starts = restarts if starts else None
 
@@ -135,7 +135,7 @@ def _loop(loop: Loop, weights, projected_TBGD, start: State, rest) -> Passed:
         return after, Passed(after, read, gates, context, pattern)
 
     mask_TBS = None if memory is None else memory.mask_TBS
-    now = (projected_TBGD, marks.live_TB1, marks.restart_TB1, scanned_starts, mask_TBS)
+    now = (projected_TBGD, bounds.live_TB1, bounds.restart_TB1, scanned_starts, mask_TBS)
     return jax.lax.scan(step, start, now, reverse=loop.backwards)[1]
 
 
@@ -151,7 +151,7 @@ def through_time(loop: Loop, weights, projected_TBGD, start: State, rest) -> Pas
       weights: `state` [D, U, D] and, with attention, `context` [D, I, D], float32.
       projected_TBGD: what input and bias bring to the gates, float32.
       start: the state before the first token, each [B, D].
-      rest: `Marks`, the states [T, B, D] to restart from (None: zeros), and `Memory` or None.
+      rest: `Bounds`, the states [T, B, D] to restart from (None: zeros), and `Memory` or None.
     """
     return _loop(loop, weights, projected_TBGD, start, rest)
 
@@ -196,13 +196,13 @@ def _look_back(hidden_BD: jax.Array, memory: Memory, mask_BS: jax.Array | None):
     return contract("bs,bsd->bd", pattern_BS, memory.values_BSD), pattern_BS
 
 
-def marks(segments_BT: jax.Array | None, backwards: bool = False) -> Marks:
+def bounds(segments_BT: jax.Array | None, backwards: bool = False) -> Bounds:
     """Where the state changes and restarts, read in either direction, along segment ids.
 
     Padding (segment 0) changes nothing: the segment goes on behind it.
     """
     if segments_BT is None:
-        return Marks()
+        return Bounds()
     order = segments_BT[:, ::-1] if backwards else segments_BT
     live = order != 0
     latest = jax.lax.cummax(jnp.where(live, jnp.arange(order.shape[1]), -1), 1)
@@ -211,7 +211,7 @@ def marks(segments_BT: jax.Array | None, backwards: bool = False) -> Marks:
     restart = live & ((before < 0) | (order != previous))
     if backwards:
         live, restart = live[:, ::-1], restart[:, ::-1]
-    return Marks(live.T[..., None], restart.T[..., None])
+    return Bounds(live.T[..., None], restart.T[..., None])
 
 
 # ---- A layer ---------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ class Cells(nnx.Module):
         self,
         x_TBD: jax.Array,
         start: State,
-        marks: Marks,
+        bounds: Bounds,
         starts: State | None = None,
         memory: Memory | None = None,
         *,
@@ -259,7 +259,7 @@ class Cells(nnx.Module):
 
         Args:
           x_TBD: its input.
-          start, marks, starts, memory: see `through_time`.
+          start, bounds, starts, memory: see `through_time`.
           context_TBD: what a lower layer's attention found, instead of `memory`.
           backwards: whether the last token is read first.
           tap: see `lm.models.taps`.
@@ -275,7 +275,7 @@ class Cells(nnx.Module):
         p = tapped(tap, "projected", constrain(p, None, "batch", None, None))
         start = tuple(constrain(state, "batch", None) for state in start)
         loop = Loop(self.config.cell, dtype, backwards, tap is not no_tap)
-        passed = through_time(loop, weights, p, start, (marks, starts, memory))
+        passed = through_time(loop, weights, p, start, (bounds, starts, memory))
         if tap is not no_tap:
             if passed.gates:
                 tapped(tap, "gates", jnp.stack(passed.gates, 2))
@@ -316,11 +316,21 @@ def zeros(config: ModelConfig, *shape: int) -> State:
     return (jnp.zeros(shape, jnp.float32),) * KINDS[config.cell].states
 
 
-def drop_between(x: jax.Array, config: ModelConfig, key: jax.Array | None, index: int) -> jax.Array:
+class Noise(NamedTuple):
+    """What dropout is a function of: a key, and the number of each row in the whole batch."""
+
+    key: jax.Array
+    rows_B: jax.Array
+
+
+def drop_between(
+    x_TBD: jax.Array, config: ModelConfig, noise: Noise | None, index: int
+) -> jax.Array:
     """Dropout between layers alone, never along time (Zaremba et al. 2014)."""
-    if key is None or not config.dropout:
-        return x
-    return dropout(x, config.dropout, jax.random.fold_in(key, index))
+    if noise is None or not config.dropout:
+        return x_TBD
+    key = jax.random.fold_in(noise.key, index)
+    return dropout(x_TBD, config.dropout, key, noise.rows_B, jnp.arange(x_TBD.shape[0])[:, None])
 
 
 # ---- The encoder -----------------------------------------------------------------------------
@@ -345,12 +355,12 @@ class Encoder(nnx.Module):
         self.blocks = stack(EncoderLayer(config), config.encoder_layers)
 
     def run(
-        self, x_SBD: jax.Array, segments_BS, dropout_key, tap: Tap
+        self, x_SBD: jax.Array, segments_BS, noise: Noise | None, tap: Tap
     ) -> tuple[jax.Array, list[State]]:
         """The top layer's output, and the states of every layer's backward cells, [S, B, …]."""
         config, finals = self.config, []
         for index, layer in enumerate(unstack(self.blocks, config.encoder_layers)):
-            x_SBD, outputs = drop_between(x_SBD, config, dropout_key, index), []
+            x_SBD, outputs = drop_between(x_SBD, config, noise, index), []
             for name in ("forward", "backward"):
                 if not hasattr(layer, name):
                     continue
@@ -358,7 +368,7 @@ class Encoder(nnx.Module):
                 passed = cells(
                     x_SBD,
                     zeros(config, x_SBD.shape[1], cells.state.shape[0]),
-                    marks(segments_BS, backwards),
+                    bounds(segments_BS, backwards),
                     backwards=backwards,
                     tap=within(tap, f"blocks.{index}.{name}"),
                 )

@@ -19,9 +19,10 @@ RANGES = ("global", "local")
 ROUTER_SCORES = ("softmax", "sigmoid")
 CLASSIFIERS = ("none", "sequence", "token")
 INITIALIZERS = ("gpt2", "normal", "scaled_zero", "xavier", "lecun", "t5")
-REMAT = ("none", "full", "dots", "projections")
+REMAT = ("none", "full", "dots", "projections", "qkv")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ATTENTION = ("auto", "xla", "cudnn")
+QUANTIZATIONS = ("none", "int8", "fp8")
+ATTENTION = ("auto", "xla", "splash", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +112,9 @@ class ModelConfig:
     initializer: str = "gpt2"  # gpt2 | normal | scaled_zero | xavier | lecun | t5
     initializer_std: float = 0.02
     compute_dtype: str = "auto"  # auto: bfloat16 where the platform is fast at it
-    attention: str = "auto"  # auto | xla | cudnn
-    remat: str = "none"  # none | dots | projections | full: how much is recomputed backwards
+    quantization: str = "none"  # none | int8 | fp8: products with the blocks' weights, in training
+    attention: str = "auto"  # auto | xla | splash (TPU) | cudnn (GPU); see lm.models.kernels
+    remat: str = "none"  # none | dots | projections | qkv | full: how much is recomputed backwards
     scan_layers: bool | None = None  # None: scan, but for up to 12 layers on a CPU
 
     def validate(self, prefix: str = "config.model") -> None:
@@ -219,6 +221,11 @@ class ModelConfig:
                 not encoder_only,
                 f"{prefix}.architecture='encoder' needs cell='attention', not {self.cell!r}",
             )
+            check(
+                self.quantization == "none",
+                f"{prefix}.quantization={self.quantization!r} needs cell='attention', not "
+                f"{self.cell!r}",
+            )
         else:
             check(
                 self.cross_attention,
@@ -293,6 +300,7 @@ _CHOICES = {
     "classifier": CLASSIFIERS,
     "initializer": INITIALIZERS,
     "compute_dtype": DTYPES,
+    "quantization": QUANTIZATIONS,
     "attention": ATTENTION,
     "remat": REMAT,
 }

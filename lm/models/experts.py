@@ -14,9 +14,11 @@ its own, so that groups never wait for other devices. But a token may lose its p
 document packed into its row, and the room depends on the row's length: cached decoding, whose rows
 are one token long, drops nothing, and so may differ from the forward pass over the whole.
 
-On a mesh, `batch` rows stay where they are, every device applies the experts (and the part of each
-expert's hidden layer) it holds to its own tokens, and the parts are added: activations are not
-split over the `expert` axis, so there is nothing to exchange but that sum.
+On a mesh, the rows of a batch are split over `expert` as over `data`, and tokens travel to their
+experts and back by all-to-all (`lm.models.dispatch`). Where the rows do not divide, as in decoding,
+every device applies the experts it holds to all of its tokens and the parts are added; where the
+experts do not, every device holds all of them. The part of each expert's hidden layer that `tensor`
+leaves a device is a part of a sum, too.
 """
 
 from __future__ import annotations
@@ -30,14 +32,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
+from lm.models import quantized
 from lm.models.build import declare
 from lm.models.config import ModelConfig
+from lm.models.dispatch import (
+    by_turns,
+    from_rows,
+    plan_all,
+    plan_capacity,
+    swap,
+    to_rows,
+    weights_of_rows,
+)
 from lm.models.layers import MLP, activate, weight_initializer
 from lm.models.numerics import cheap, contract
 from lm.models.taps import Tap, within
-from lm.parallel.sharding import ACTIVATION_RULES, PARAMETER_RULES, constrain, partition
+from lm.parallel.platform import platform
+from lm.parallel.sharding import (
+    ACTIVATION_RULES,
+    PARAMETER_RULES,
+    automatic_axes,
+    constrain,
+    partition,
+)
 
 BLOCK_ROWS = {"cpu": 128, "gpu": 512}  # of one expert multiplied at once, at most
 
@@ -91,10 +110,12 @@ class Experts(nnx.Module):
         """
         config = self.config
         # The router is float32 throughout: rounding its logits changes which experts are chosen.
+        # It is small: where ZeRO splits it, gathering it is cheaper than passing sums around.
+        router_DE = constrain(self.router[...].astype(jnp.float32), None, None)
         logits_BTE = jnp.einsum(
             "btd,de->bte",
             x_BTD.astype(jnp.float32),
-            self.router[...].astype(jnp.float32),
+            router_DE,
             precision=jax.lax.Precision.HIGHEST,
         )
         logits_BTE = tap("router", checkpoint_name(logits_BTE, "product"))
@@ -113,43 +134,67 @@ class Experts(nnx.Module):
         out_BTD = self._dispatched(x_BTD, chosen_BTk, weights_BTk)
         if config.shared_experts:
             out_BTD += self.shared(x_BTD, within(tap, "shared"))
-        out_BTD = constrain(out_BTD, "batch", "length", "embed")
+        out_BTD = constrain(out_BTD, "batch", "norm_length", "embed")
         return tap("output", out_BTD), _stats(logits_BTE, scores_BTE, hits_BTkE, valid_BT, config)
 
     def _dispatched(self, x_BTD, chosen_BTk, weights_BTk):
         """The chosen experts' weighted sum, each device doing the share of the experts it holds."""
         config = self.config
         room = capacity(config, x_BTD.shape[1])
-        apply = functools.partial(_apply, activation=config.activation, room=room)
+        apply = functools.partial(_apply, config=config, room=room)
         experts_E = jnp.arange(config.num_experts)
         matrices = (self.up[...], self.gate[...], self.down[...])
-        mesh, names = _automatic_axes()
+        mesh, names = automatic_axes()
         if not names:
-            out_1BTD = apply(experts_E, x_BTD, chosen_BTk, weights_BTk, *matrices)
-            return out_1BTD[0].astype(x_BTD.dtype)
+            return apply(experts_E, x_BTD, chosen_BTk, weights_BTk, matrices)[0]
         # Capacity counts a whole row, which therefore must not be cut.
         length = None if room < x_BTD.shape[1] else "length"
         tokens = partition(("batch", length, None), x_BTD.shape, mesh, ACTIVATION_RULES)
         inward = partition(("expert", None, "mlp"), matrices[0].shape, mesh, PARAMETER_RULES)
         outward = PartitionSpec(inward[0], inward[2], None)
-        parts = tuple(name for name in (inward[0], inward[2]) if name)
+        axis = inward[0] if inward[0] in _names(tokens[0]) else None
+        # Where tokens do not travel, those who hold other experts have other parts of the sum.
+        parts = tuple(name for name in (inward[0], inward[2]) if name and name != axis)
         out_PBTD = jax.shard_map(
-            apply,
-            in_specs=(PartitionSpec(inward[0]), tokens, tokens, tokens, inward, inward, outward),
+            functools.partial(apply, axis=axis),
+            in_specs=(PartitionSpec(inward[0]), tokens, tokens, tokens, (inward, inward, outward)),
             out_specs=PartitionSpec(parts or None, *tokens),
             axis_names=names,
             check_vma=False,
-        )(experts_E, x_BTD, chosen_BTk, weights_BTk, *matrices)
-        # Added here and not by a psum inside, whose gradient would be one more sum over devices.
-        return jnp.sum(out_PBTD, 0).astype(x_BTD.dtype)
+        )(experts_E, x_BTD, chosen_BTk, weights_BTk, matrices)
+        # Added here and not by a psum inside, whose gradient would be one more sum over devices,
+        # and so that XLA scatters the sum where the residual stream's tokens are split. In the
+        # compute dtype, as XLA adds the parts of a dense layer: half the bytes.
+        return jax.lax.reduce_sum(out_PBTD, (0,))
 
 
-def _automatic_axes():
-    """The mesh set by `jax.set_mesh`, and its axes that XLA splits arrays over, if any do."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types)
-    names = {name for name, kind in kinds if kind is AxisType.Auto}
-    return mesh, names if any(mesh.shape[name] > 1 for name in names) else set()
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
+
+
+def _apply(experts_E, x_BTD, chosen_BTk, weights_BTk, matrices, *, config, room, axis=None):
+    """The weighted sum [1, B, T, D] of the chosen experts.
+
+    Of those that are among `experts_E`, which are consecutive and which the matrices are of; or of
+    all, where a mesh `axis` splits both tokens and experts. An expert takes at most `room` tokens
+    of a row.
+    """
+    B, T, D = x_BTD.shape
+    E, k = experts_E.size, chosen_BTk.shape[-1]
+    if not axis:
+        chosen_BTk = chosen_BTk - experts_E[0]
+        chosen_BTk = jnp.where((chosen_BTk >= 0) & (chosen_BTk < E), chosen_BTk, E)
+    if room < T:
+        out_ND = _visit_with_room(x_BTD, chosen_BTk, weights_BTk, matrices, config, room, axis)
+    else:
+        visit = functools.partial(_visit, config=config)
+        tokens = (x_BTD.reshape(-1, D), chosen_BTk.reshape(-1, k), weights_BTk.reshape(-1, k))
+        if axis:
+            out_ND = by_turns(visit, *tokens, matrices, experts=E, axis=axis)
+        else:
+            out_ND = visit(*tokens, matrices)
+    return out_ND.reshape(1, B, T, D).astype(x_BTD.dtype)
 
 
 def _best(scores_BTE: jax.Array, k: int) -> jax.Array:
@@ -158,7 +203,7 @@ def _best(scores_BTE: jax.Array, k: int) -> jax.Array:
     def best(scores_BTE):
         return jax.lax.top_k(scores_BTE, k)[1]
 
-    mesh, names = _automatic_axes()
+    mesh, names = automatic_axes()
     if not names:
         return best(scores_BTE)
     # Left to XLA, every device would choose for all tokens.
@@ -203,162 +248,70 @@ def _stats(logits_BTE, scores_BTE, hits_BTkE, valid_BT, config: ModelConfig) -> 
     )
 
 
-class _Plan(NamedTuple):
-    """Where every choice of an expert goes: to one of R rows, sorted by expert, or to none.
+def _visit(x_ND, chosen_Nk, weights_Nk, matrices, *, config: ModelConfig) -> jax.Array:
+    """The weighted sum [N, D], float32, of those of each token's experts that `matrices` are of.
 
-    An index past the end stands for none, on either side.
+    An expert takes all that chose it. The matrices may be a slice of each along F.
     """
+    E = matrices[0].shape[0]
+    block = 0 if _has_ragged_dot() else _block_rows(chosen_Nk.size, E)
+    plan, sizes_E = plan_all(chosen_Nk, E, block)
+    rows_RD, weights_R = to_rows(x_ND, plan), weights_of_rows(weights_Nk, plan)
+    product = lambda rows, w: grouped_contract(rows, w, sizes_E, block, config.quantization)  # noqa: E731
+    return from_rows(_mlp(product, config.activation, rows_RD, weights_R, matrices), plan)
 
-    choice_R: jax.Array  # the choice, t·k + j, that a row is for
-    row_NK: jax.Array  # the row of each token's j-th choice
-    sizes_E: jax.Array  # rows of each expert; with capacity, all have the same
 
+def _visit_with_room(x_BTD, chosen_BTk, weights_BTk, matrices, config, room: int, axis):
+    """As `_visit`, but an expert takes at most `room` tokens of a row.
 
-def _apply(
-    experts_E, x_BTD, chosen_BTk, weights_BTk, up_EDF, gate_EDF, down_EFD, *, activation, room
-):
-    """The weighted sum [1, B, T, D], float32, of those chosen experts that are among `experts_E`.
-
-    `experts_E` are consecutive, and the matrices are theirs, or a slice of each along F. An expert
-    takes at most `room` tokens of a row.
+    With a mesh `axis` that splits both tokens and experts, of all experts: tokens travel over it.
     """
-    B, T, D = x_BTD.shape
-    E, K = experts_E.size, chosen_BTk.shape[-1]
-    chosen_BTk = chosen_BTk - experts_E[0]
-    chosen_BTk = jnp.where((chosen_BTk >= 0) & (chosen_BTk < E), chosen_BTk, E)
-    if room < T:
-        plan = _plan_capacity(chosen_BTk, E, room)
+    D, k = x_BTD.shape[-1], chosen_BTk.shape[-1]
+    E = matrices[0].shape[0] * (jax.lax.axis_size(axis) if axis else 1)
+    plan = plan_capacity(chosen_BTk, E, room)
+    rows_ERD = to_rows(x_BTD.reshape(-1, D), plan).reshape(E, -1, D)
+    weights_ER = weights_of_rows(weights_BTk.reshape(-1, k), plan).reshape(E, -1)
+    if axis:
+        rows_ERD, weights_ER = swap(rows_ERD, axis, 0, 1), swap(weights_ER, axis, 0, 1)
+    product = functools.partial(contract, "erd,edf->erf", quantization=config.quantization)
+    out_ERD = _mlp(product, config.activation, rows_ERD, weights_ER, matrices)
+    if axis:
+        out_ERD = swap(out_ERD, axis, 1, 0)
+    return from_rows(out_ERD.reshape(-1, D), plan)
 
-        def product(rows_RD, w):
-            out = contract("ecd,edf->ecf", rows_RD.reshape(E, -1, rows_RD.shape[-1]), w)
-            return out.reshape(-1, w.shape[-1])
-    else:
-        block = 0 if _has_ragged_dot() else _block_rows(B * T * K, E)
-        plan = _plan_dropless(chosen_BTk, E, block)
 
-        def product(rows_RD, w):
-            return grouped_contract(rows_RD, w, plan.sizes_E, block)
+def _mlp(product, activation: str, rows, weights, matrices) -> jax.Array:
+    """Every row through its expert, and times its weight.
 
+    The weight multiplies the hidden layer, so that its gradient needs no output of the expert.
+    """
     # Named for remat policies, which would not keep a batched product.
     named = lambda rows, w: checkpoint_name(product(rows, w), "product")  # noqa: E731
-    rows_RD = _to_rows(x_BTD.reshape(B * T, D), plan)
-    hidden_RF = activate(activation, named(rows_RD, up_EDF), named(rows_RD, gate_EDF))
-    weights_R = _weights_of_rows(weights_BTk.reshape(B * T, K), plan)
-    out_RD = _weighted(named(hidden_RF, down_EFD), weights_R)
-    return _from_rows(out_RD, plan).reshape(1, B, T, D)
+    up, gate, down = matrices
 
+    @cheap
+    def hidden(up, gate, weights):
+        activated = activate(activation, up, gate)
+        return (activated.astype(jnp.float32) * weights[..., None]).astype(activated.dtype)
 
-def _sorted(chosen_GS, num_experts):
-    """Of each group: its choices in order of expert, each choice's place there, experts' sizes."""
-    order_GS = jnp.argsort(chosen_GS, -1, stable=True)
-    place_GS = jax.vmap(
-        lambda order: (
-            jnp.zeros_like(order)
-            .at[order]
-            .set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
-        )
-    )(order_GS)
-    sizes_GE = jnp.sum(chosen_GS[..., None] == jnp.arange(num_experts), 1, dtype=jnp.int32)
-    return order_GS, place_GS, sizes_GE
-
-
-def _plan_dropless(chosen_BTk, num_experts, spare_rows) -> _Plan:
-    """One row for every choice, and some to spare; the whole batch is one group."""
-    chosen_S = chosen_BTk.reshape(-1)
-    (order_S,), (place_S,), (sizes_E,) = _sorted(chosen_S[None], num_experts)
-    filled = jnp.arange(chosen_S.size) < jnp.sum(sizes_E)
-    choice_R = jnp.where(filled, order_S, chosen_S.size)
-    choice_R = jnp.pad(choice_R, (0, spare_rows), constant_values=chosen_S.size)
-    row_S = jnp.where(chosen_S < num_experts, place_S, choice_R.size)
-    return _Plan(choice_R, row_S.reshape(-1, chosen_BTk.shape[-1]), sizes_E)
-
-
-def _plan_capacity(chosen_BTk, num_experts, capacity) -> _Plan:
-    """`capacity` rows for every expert and row of the batch, in that order."""
-    B, T, K = chosen_BTk.shape
-    E, C = num_experts, capacity
-    chosen_BS = chosen_BTk.reshape(B, T * K)
-    order_BS, place_BS, sizes_BE = _sorted(chosen_BS, E)
-    starts_BE = jnp.cumsum(sizes_BE, -1) - sizes_BE
-    index_B = jnp.arange(B)[:, None]
-    rank_BS = place_BS - jnp.take_along_axis(starts_BE, jnp.minimum(chosen_BS, E - 1), -1)
-    kept_BS = (chosen_BS < E) & (rank_BS < C)
-    row_BS = jnp.where(kept_BS, (chosen_BS * B + index_B) * C + rank_BS, E * B * C)
-    place_BEC = starts_BE[..., None] + jnp.arange(C)
-    choice_BEC = jnp.take_along_axis(
-        order_BS, jnp.minimum(place_BEC, T * K - 1).reshape(B, E * C), -1
-    ).reshape(B, E, C)
-    taken_BEC = jnp.arange(C) < sizes_BE[..., None]
-    choice_BEC = jnp.where(taken_BEC, choice_BEC + index_B[..., None] * T * K, B * T * K)
-    choice_R = jnp.swapaxes(choice_BEC, 0, 1).reshape(-1)
-    return _Plan(choice_R, row_BS.reshape(B * T, K), jnp.full((E,), B * C, jnp.int32))
-
-
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """`x[index]`, zeros where the index is past the end."""
-    return x.at[index].get(mode="fill", fill_value=0)
-
-
-# A choice has at most one row and a row at most one choice, so the gradient of each look-up below
-# is another look-up. Autodiff would make it a scatter, row by row on the CPU.
-
-
-@jax.custom_vjp
-def _to_rows(x_ND: jax.Array, plan: _Plan) -> jax.Array:
-    """The token of every row [R, D]."""
-    return _take(x_ND, plan.choice_R // plan.row_NK.shape[1])
-
-
-@jax.custom_vjp
-def _from_rows(rows_RD: jax.Array, plan: _Plan) -> jax.Array:
-    """The sum of every token's rows [N, D], float32."""
-    # As a sum of look-ups XLA fuses it; over an axis of one look-up the CPU took 10 times as long.
-    parts = (_take(rows_RD, row_N).astype(jnp.float32) for row_N in plan.row_NK.T)
-    return functools.reduce(jnp.add, parts)
-
-
-_to_rows.defvjp(
-    lambda x_ND, plan: (_to_rows(x_ND, plan), plan),
-    lambda plan, gradient: (_from_rows(gradient, plan).astype(gradient.dtype), None),
-)
-_from_rows.defvjp(
-    lambda rows_RD, plan: (_from_rows(rows_RD, plan), (plan, rows_RD[:0])),
-    lambda saved, gradient: (_to_rows(gradient, saved[0]).astype(saved[1].dtype), None),
-)
-
-
-@jax.custom_vjp
-def _weights_of_rows(weights_NK: jax.Array, plan: _Plan) -> jax.Array:
-    """The weight of the choice that each row is for [R]."""
-    return _take(weights_NK.reshape(-1), plan.choice_R)
-
-
-_weights_of_rows.defvjp(
-    lambda weights_NK, plan: (_weights_of_rows(weights_NK, plan), plan),
-    lambda plan, gradient_R: (_take(gradient_R, plan.row_NK), None),
-)
-
-
-@cheap
-def _weighted(rows_RD: jax.Array, weights_R: jax.Array) -> jax.Array:
-    return (rows_RD.astype(jnp.float32) * weights_R[:, None]).astype(rows_RD.dtype)
+    return named(hidden(named(rows, up), named(rows, gate), weights), down)
 
 
 def _has_ragged_dot() -> bool:
     # Elsewhere XLA computes every row with every expert, in as many times the memory.
-    return jax.default_backend() == "tpu"
+    return platform() == "tpu"
 
 
 def _block_rows(rows: int, experts: int) -> int:
     """Rows to a block: about an expert's share, so that few are multiplied in vain."""
     share = -(-rows // experts)
-    most = BLOCK_ROWS.get(jax.default_backend(), BLOCK_ROWS["gpu"])
+    most = BLOCK_ROWS.get(platform(), BLOCK_ROWS["gpu"])
     return min(most, 1 << (share - 1).bit_length())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def grouped_contract(
-    x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, block: int
+    x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, block: int, quantization: str = "none"
 ) -> jax.Array:
     """Row r of `x_RD` times the matrix of the group it is in, as `contract` multiplies.
 
@@ -369,20 +322,25 @@ def grouped_contract(
       sizes_E: rows of each group.
       block: rows of a group multiplied at once, in a loop over the blocks that have any; the
         matrices of empty groups are not read. 0: one `jax.lax.ragged_dot`.
+      quantization: as for `contract`; but of the weights' gradient, which is as without.
 
     Returns:
       [R, F] in x's dtype.
     """
-    return _grouped("rd,df->rf", x_RD, w_EDF, sizes_E, block)
+    return _grouped(
+        "rd,df->rf", x_RD, w_EDF, sizes_E, block, quantized.RECIPES[quantization].forward
+    )
 
 
-def _grouped_forward(x_RD, w_EDF, sizes_E, block):
-    return grouped_contract(x_RD, w_EDF, sizes_E, block), (x_RD, w_EDF, sizes_E)
+def _grouped_forward(x_RD, w_EDF, sizes_E, block, quantization):
+    product_RF = grouped_contract(x_RD, w_EDF, sizes_E, block, quantization)
+    return product_RF, (x_RD, w_EDF, sizes_E)
 
 
-def _grouped_backward(block, saved, gradient_RF):
+def _grouped_backward(block, quantization, saved, gradient_RF):
     x_RD, w_EDF, sizes_E = saved
-    dx_RD = _grouped("rf,df->rd", gradient_RF, w_EDF, sizes_E, block)
+    kinds = quantized.RECIPES[quantization].to_x
+    dx_RD = _grouped("rf,df->rd", gradient_RF, w_EDF, sizes_E, block, kinds)
     dw_EDF = _grouped_outer(x_RD, gradient_RF, sizes_E, block)
     return dx_RD, dw_EDF.astype(w_EDF.dtype), None
 
@@ -390,20 +348,26 @@ def _grouped_backward(block, saved, gradient_RF):
 grouped_contract.defvjp(_grouped_forward, _grouped_backward)
 
 
-def _grouped(spec, x, w, sizes_E, block):
-    """`spec` of every group's rows of `x` and its matrix of `w`."""
+def _grouped(spec, x, w, sizes_E, block, kinds):
+    """`spec` of every group's rows of `x` and its matrix of `w`, in eight bits if of `kinds`."""
     transposed = spec == "rf,df->rd"
     if not block:
-        w = (jnp.swapaxes(w, 1, 2) if transposed else w).astype(x.dtype)
-        product = jax.lax.ragged_dot(x, w, sizes_E, preferred_element_type=jnp.float32)
-        return product.astype(x.dtype)
+        w = jnp.swapaxes(w, 1, 2) if transposed else w
+        if kinds:
+            return quantized.ragged_dot(x, w, sizes_E, kinds, x.dtype)
+        w = w.astype(x.dtype)
+        # Accumulated in float32 and rounded by the kernel: nothing would fuse with it.
+        return jax.lax.ragged_dot(x, w, sizes_E, preferred_element_type=x.dtype)
 
     # A block may reach into the next group, whose own blocks come later and write over it.
     def step(index, out):
         group, start, _ = at(index)
         rows = jax.lax.dynamic_slice_in_dim(x, start, block)
         matrix = jax.lax.dynamic_index_in_dim(w, group, 0, keepdims=False).astype(x.dtype)
-        product = jnp.einsum(spec, rows, matrix, preferred_element_type=jnp.float32)
+        if kinds:
+            product = quantized.einsum(spec, rows, matrix, kinds, jnp.float32)
+        else:
+            product = jnp.einsum(spec, rows, matrix, preferred_element_type=jnp.float32)
         return jax.lax.dynamic_update_slice_in_dim(out, product.astype(x.dtype), start, 0)
 
     count, at = _blocks(sizes_E, block)

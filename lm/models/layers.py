@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.random import threefry2x32_p
 
 from lm.models.build import declare
 from lm.models.config import ModelConfig
@@ -95,7 +96,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, hidden: int | None = None):
         D, F = config.width, hidden or config.feed_forward
-        self.activation = config.activation
+        self.activation, self.quantization = config.activation, config.quantization
         inward = weight_initializer(config, D, F)
         self.up = declare((D, F), ("embed", "mlp"), inward)
         if config.gated:
@@ -110,7 +111,8 @@ class MLP(nnx.Module):
     def __call__(self, x_BTD: jax.Array, tap: Tap) -> jax.Array:
         """What the MLP adds to the residual stream."""
         weights = [self.up[...], *([self.gate[...]] if hasattr(self, "gate") else [])]
-        hidden_BTF, *gates = contract_each("btd,df->btf", x_BTD, weights)
+        kind = self.quantization
+        hidden_BTF, *gates = contract_each("btd,df->btf", x_BTD, weights, quantization=kind)
         if hasattr(self, "up_bias"):
             hidden_BTF = add_bias(hidden_BTF, self.up_bias[...])
         if hasattr(self, "gate_bias"):
@@ -119,7 +121,8 @@ class MLP(nnx.Module):
         gate_BTF = tap("gate", gates[0]) if gates else None
         hidden_BTF = activate(self.activation, hidden_BTF, gate_BTF)
         hidden_BTF = tap("hidden", constrain(hidden_BTF, "batch", "length", "mlp"))
-        out_BTD = contract("btf,fd->btd", hidden_BTF, self.down[...])
+        out_BTD = contract("btf,fd->btd", hidden_BTF, self.down[...], quantization=kind)
+        out_BTD = constrain(out_BTD, "batch", "norm_length", "embed")
         if hasattr(self, "down_bias"):
             out_BTD = add_bias(out_BTD, self.down_bias[...])
         return tap("output", out_BTD)
@@ -162,9 +165,36 @@ class Projection(nnx.Module):
         return out.reshape(*x.shape[:-1], -1)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes a share `rate` of `x`, scaling the rest up (Srivastava et al. 2014), given a key."""
+def dropout(
+    x: jax.Array,
+    rate: float,
+    key: jax.Array | None,
+    row: jax.Array,
+    place: jax.Array,
+    column: jax.Array | None = None,
+) -> jax.Array:
+    """Zeroes a share `rate` of `x`, scaling the rest up (Srivastava et al. 2014), given a key.
+
+    Whether a number is kept depends on the key and on three coordinates alone, and so not on how
+    the batch is cut into micro-batches, sequences into parts, or tokens reordered.
+
+    Args:
+      x: of any shape.
+      rate: the share to drop.
+      key: of this call; None turns dropout off.
+      row, place: integers that broadcast against all axes of `x` but the last: the row of the
+        batch, and which of its vectors this is.
+      column: integers that broadcast against the last axis; 0, 1, 2, … unless given.
+    """
     if key is None or rate == 0:
         return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    # Threefry (Salmon et al. 2011) itself, since jax.random counts an array's elements in order.
+    first, second = jax.random.key_data(key)[-2:]
+    row = row.astype(jnp.uint32)
+    keys = threefry2x32_p.bind(*jnp.broadcast_arrays(first, second, jnp.uint32(0), row))
+    column = jnp.arange(x.shape[-1]) if column is None else column
+    counters = place[..., None].astype(jnp.uint32), column.astype(jnp.uint32)
+    operands = (*(k[..., None] for k in keys), *counters)
+    bits = threefry2x32_p.bind(*(jnp.broadcast_to(o, x.shape) for o in operands))[0]
+    keep = bits < jnp.uint32(min(round((1 - rate) * 2**32), 2**32 - 1))
     return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)

@@ -139,7 +139,6 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     return np.array(slopes, np.float32)
 
 
-def alibi_bias(distance_BTS: jax.Array, num_heads: int) -> jax.Array:
+def alibi_bias(slopes_H: jax.Array, distance_BTS: jax.Array) -> jax.Array:
     """What ALiBi adds to attention scores, float32 [B, H, T, S]: -slope × distance."""
-    slopes_H = alibi_slopes(num_heads)
     return slopes_H[:, None, None] * distance_BTS[:, None].astype(jnp.float32)

@@ -28,13 +28,14 @@ from flax import nnx
 from lm.config import check
 from lm.models.build import declare, stack
 from lm.models.cells import (
+    Bounds,
     Cells,
     Encoder,
-    Marks,
     Memory,
+    Noise,
     State,
+    bounds,
     drop_between,
-    marks,
     tapped,
     zeros,
 )
@@ -168,6 +169,7 @@ class Recurrent(LanguageModel):
         prefix_BT: None = None,
         source_positions_BS: jax.Array | None = None,
         source_segments_BS: jax.Array | None = None,
+        rows_B: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         tap: Tap = no_tap,
     ) -> jax.Array:
@@ -181,6 +183,7 @@ class Recurrent(LanguageModel):
             document starts from a state of its own, and a target sees the source of its number.
           types_BT, prefix_BT: not for recurrent models.
           source_segments_BS: likewise of an encoder-decoder's source.
+          rows_B: each row's number in the whole batch; 0, 1, 2, … unless given.
           dropout_key: turns dropout on.
           tap: see `lm.models.taps`.
 
@@ -193,19 +196,20 @@ class Recurrent(LanguageModel):
             "prefix or token types need cell='attention'",
         )
         del positions_BT, source_positions_BS
+        rows_B = jnp.arange(tokens_BT.shape[0]) if rows_B is None else rows_B
+        noise = None if dropout_key is None else Noise(dropout_key, rows_B)
         if self.config.architecture == "decoder":
             if targets_BT is not None:
                 raise TypeError("a model with architecture='decoder' reads one text")
             starts = [zeros(self.config, tokens_BT.shape[0], self.config.width)]
             starts *= self.config.num_layers
-            x_BTD, _ = self._decode(
-                tokens_BT, marks(segments_BT), starts, dropout_key=dropout_key, tap=tap
-            )
-            return x_BTD
+            return self._decode(tokens_BT, bounds(segments_BT), starts, noise=noise, tap=tap)[0]
         if targets_BT is None:
             raise TypeError("an encoder-decoder needs two arguments: source_BS and targets_BT")
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        memory_BSD, finals = self._encode(tokens_BT, source_segments_BS, keys[1], tap)
+        noises = (None, None)
+        if noise is not None:
+            noises = tuple(Noise(key, rows_B) for key in jax.random.split(dropout_key))
+        memory_BSD, finals = self._encode(tokens_BT, source_segments_BS, noises[1], tap)
         mask_BTS = None
         if source_segments_BS is not None:
             ones_BT = jnp.ones_like(targets_BT)
@@ -216,11 +220,11 @@ class Recurrent(LanguageModel):
             restarts = self._starts(finals, mask_BTS)
         x_BTD, _ = self._decode(
             targets_BT,
-            marks(segments_BT),
+            bounds(segments_BT),
             starts,
             restarts,
             self._memory(memory_BSD, mask_BTS),
-            dropout_key=keys[0],
+            noise=noises[0],
             tap=tap,
         )
         return x_BTD
@@ -236,7 +240,9 @@ class Recurrent(LanguageModel):
     ) -> jax.Array:
         """The encoder's output [B, S, D] of an encoder-decoder; arguments as of a call."""
         del positions_BS
-        return self._encode(source_BS, segments_BS, dropout_key, tap)[0]
+        rows_B = jnp.arange(source_BS.shape[0])
+        noise = None if dropout_key is None else Noise(dropout_key, rows_B)
+        return self._encode(source_BS, segments_BS, noise, tap)[0]
 
     def new_cache(
         self,
@@ -281,7 +287,7 @@ class Recurrent(LanguageModel):
         if cache.keys_BSD is not None:
             mask_BTS = jnp.repeat(cache.source_mask_BS[:, None], tokens_BT.shape[1], 1)
             memory = self._memory(cache.values_BSD, mask_BTS, cache.keys_BSD)
-        live = Marks((positions_BT >= 0).T[..., None])
+        live = Bounds((positions_BT >= 0).T[..., None])
         x_BTD, finals = self._decode(tokens_BT, live, starts, None, memory, tap=tap)
         states_LBD = tuple(map(jnp.stack, zip(*finals)))
         return x_BTD, dataclasses.replace(cache, states_LBD=states_LBD)
@@ -295,10 +301,10 @@ class Recurrent(LanguageModel):
         x_TBD = x_TBD.astype(compute_dtype(config.compute_dtype))
         return tapped(tap, "embedding", constrain(x_TBD, None, "batch", "embed"))
 
-    def _encode(self, source_BS, segments_BS, dropout_key, tap: Tap):
+    def _encode(self, source_BS, segments_BS, noise: Noise | None, tap: Tap):
         """The encoder's output [B, S, D], and the states of each layer's backward cells."""
         tap = within(tap, "encoder")
-        x_SBD, finals = self.encoder.run(self._embed(source_BS, tap), segments_BS, dropout_key, tap)
+        x_SBD, finals = self.encoder.run(self._embed(source_BS, tap), segments_BS, noise, tap)
         return x_SBD.swapaxes(0, 1), finals
 
     def _starts(self, finals: list[State], mask_BTS: jax.Array | None = None) -> list[State]:
@@ -345,17 +351,17 @@ class Recurrent(LanguageModel):
         )
 
     def _decode(
-        self, tokens_BT, marks: Marks, starts, restarts=None, memory=None, *,
-        dropout_key=None, tap: Tap = no_tap,
+        self, tokens_BT, bounds: Bounds, starts, restarts=None, memory=None, *,
+        noise: Noise | None = None, tap: Tap = no_tap,
     ) -> tuple[jax.Array, list[State]]:  # fmt: skip
         """What the head reads [B, T, D], and each layer's last state."""
         config, context_TBD, finals = self.config, None, []
         x_TBD = self._embed(tokens_BT, tap)
         for index, layer in enumerate(unstack(self.blocks, config.num_layers)):
             passed = layer(
-                drop_between(x_TBD, config, dropout_key, index),
+                drop_between(x_TBD, config, noise, index),
                 starts[index],
-                marks,
+                bounds,
                 restarts[index] if restarts else None,
                 memory if index == 0 else None,
                 context_TBD=context_TBD,
@@ -365,7 +371,7 @@ class Recurrent(LanguageModel):
                 context_TBD = passed.context
             finals.append(tuple(states[-1] for states in passed.states))
             x_TBD = passed.states[0].astype(x_TBD.dtype)
-        x_TBD = drop_between(x_TBD, config, dropout_key, config.num_layers)
+        x_TBD = drop_between(x_TBD, config, noise, config.num_layers)
         if memory is not None:
             x_TBD = self.output(x_TBD, context_TBD)
         return constrain(x_TBD.swapaxes(0, 1), "batch", "length", "embed"), finals

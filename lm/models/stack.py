@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,14 +11,18 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.models import layers
-from lm.models.attention import Attention, Pair
+from lm.models.attention import Attention, Pair, attention_mask
 from lm.models.build import declare, stack
 from lm.models.cache import Cache
 from lm.models.config import ModelConfig
 from lm.models.experts import Experts, RouterStats
+from lm.models.marks import Marks, same_document
 from lm.models.numerics import compute_dtype
-from lm.models.positions import alibi_bias, relative_bias, rotary_angles
+from lm.models.pipelined import KEPT, LAYER_INPUT, pipeline_stages, through_stages
+from lm.models.positions import alibi_bias, alibi_slopes, relative_bias, rotary_angles
+from lm.models.ring_attention import ScoreBias
 from lm.models.taps import Tap, no_tap, within
+from lm.parallel.platform import platform
 from lm.parallel.sharding import constrain
 
 # On the CPU up to this many layers are unrolled: a loop copies what each layer saves and reads,
@@ -28,28 +33,38 @@ UNROLLED_LAYERS = 12
 class Context(NamedTuple):
     """What every layer of one call shares."""
 
-    mask_BTS: jax.Array
+    mask_BTS: jax.Array  # which keys each query may see
+    marks: Marks | None = None  # of the queries; None in cached decoding
+    key_marks: Marks | None = None  # of the keys
     rotary: tuple[jax.Array, ...] | None = None
     bias_BHTS: jax.Array | None = None  # added to attention scores
+    bias: ScoreBias | None = None  # the same, as what it is made of; None in cached decoding
+    causal: bool = False  # whether later keys are hidden, unless of a prefix; see `mask_BTS`
+    window: jax.Array | int = 0  # each query sees this many keys up to its own; 0: all
     slot: jax.Array | int = 0  # where in the cache this call's keys go
-    local: tuple | None = None  # the mask and rotary angles of local layers
+    local: tuple | None = None  # mask, rotary angles and window of local layers
     memory_BSD: jax.Array | None = None  # the encoder's output, unless the cache has its keys
     memory_mask_BTS: jax.Array | None = None  # what of it each token may see
+    memory_marks: Marks | None = None
     valid_BT: jax.Array | None = None  # which tokens are not padding
 
     def of_layer(self, is_local: bool | jax.Array) -> Context:
-        """With the mask and the angles of a local layer, or of a global one."""
+        """With the mask, angles and window of a local layer, or of a global one."""
         if self.local is None or is_local is False:
             return self
         if is_local is True:
-            mask_BTS, rotary = self.local
+            mask_BTS, rotary, window = self.local
         else:
-            mask_BTS, rotary = jax.tree.map(
+            mask_BTS, rotary, window = jax.tree.map(
                 lambda local, other: jnp.where(is_local, local, other),
                 self.local,
-                (self.mask_BTS, self.rotary),
+                (self.mask_BTS, self.rotary, self.window),
             )
-        return self._replace(mask_BTS=mask_BTS, rotary=rotary)
+        return self._replace(mask_BTS=mask_BTS, rotary=rotary, window=window)
+
+    def across(self) -> Context:
+        """What attention to the encoder's output has."""
+        return Context(self.memory_mask_BTS, self.marks, self.memory_marks)
 
 
 class Block(nnx.Module):
@@ -112,46 +127,51 @@ class Block(nnx.Module):
         attended, cache = self.attention(
             read, context, cache, dropout_key=keys[0], tap=within(tap, "attention")
         )
-        attended = checkpoint_name(attended, "attention_output")
         if config.parallel:
             read = read if config.shared_norm else self._read("mlp", x_BTD, tap)
             written, router = self._feed_forward(read, context, tap)
-            x_BTD += layers.dropout(attended, config.dropout, keys[1])
-            x_BTD += layers.dropout(written, config.dropout, keys[2])
+            x_BTD += self._dropped(attended, keys[1], context)
+            x_BTD += self._dropped(written, keys[2], context)
             return self._finished(x_BTD, tap), cache, router
-        x_BTD = self._add("attention", x_BTD, attended, keys[1], tap)
-        x_BTD = tap("residual_middle", constrain(x_BTD, "batch", "length", "embed"))
+        x_BTD = self._add("attention", x_BTD, attended, keys[1], context, tap)
+        x_BTD = tap("residual_middle", constrain(x_BTD, "batch", "norm_length", "embed"))
 
         if hasattr(self, "cross_attention"):
             across = within(tap, "cross_attention")
             read = self._read("cross", x_BTD, tap)
             source = source or self.cross_attention.remember(context.memory_BSD, across)
             written = self.cross_attention.recall(
-                read, source, context.memory_mask_BTS, dropout_key=keys[3], tap=across
+                read, source, context.across(), dropout_key=keys[3], tap=across
             )
-            x_BTD = self._add("cross", x_BTD, written, keys[4], tap)
-            x_BTD = tap("residual_crossed", constrain(x_BTD, "batch", "length", "embed"))
+            x_BTD = self._add("cross", x_BTD, written, keys[4], context, tap)
+            x_BTD = tap("residual_crossed", constrain(x_BTD, "batch", "norm_length", "embed"))
 
         read = self._read("mlp", x_BTD, tap)
         written, router = self._feed_forward(read, context, tap)
-        x_BTD = self._add("mlp", x_BTD, written, keys[2], tap)
+        x_BTD = self._add("mlp", x_BTD, written, keys[2], context, tap)
         return self._finished(x_BTD, tap), cache, router
 
     def _read(self, sublayer: str, x_BTD: jax.Array, tap: Tap) -> jax.Array:
-        """What a sublayer reads of the residual stream."""
-        if self.config.norm_position == "post":
-            return x_BTD
-        return self._normed(f"{sublayer}_norm", x_BTD, tap)
+        """What a sublayer reads of the residual stream: whole sequences of it."""
+        if self.config.norm_position != "post":
+            x_BTD = self._normed(f"{sublayer}_norm", x_BTD, tap)
+        return constrain(x_BTD, "batch", "length", "embed")
 
-    def _add(self, sublayer: str, x_BTD, written_BTD, key, tap: Tap) -> jax.Array:
+    def _add(self, sublayer: str, x_BTD, written_BTD, key, context: Context, tap: Tap) -> jax.Array:
         """The residual stream after a sublayer has written to it."""
         config = self.config
         if config.norm_position == "sandwich":
             written_BTD = self._normed(f"{sublayer}_post_norm", written_BTD, tap)
-        x_BTD += layers.dropout(written_BTD, config.dropout, key)
+        x_BTD += self._dropped(written_BTD, key, context)
         if config.norm_position == "post":
             x_BTD = self._normed(f"{sublayer}_norm", x_BTD, tap)
         return x_BTD
+
+    def _dropped(self, written_BTD, key, context: Context) -> jax.Array:
+        if key is None:
+            return written_BTD
+        rows, slots = context.marks.rows_B[:, None], context.marks.slots_1T
+        return layers.dropout(written_BTD, self.config.dropout, key, rows, slots)
 
     def _normed(self, name: str, x_BTD: jax.Array, tap: Tap) -> jax.Array:
         normed = getattr(self, name)(x_BTD, within(tap, name))
@@ -163,7 +183,7 @@ class Block(nnx.Module):
         return self.mlp(read_BTD, within(tap, "mlp")), None
 
     def _finished(self, x_BTD: jax.Array, tap: Tap) -> jax.Array:
-        return tap("residual_after", constrain(x_BTD, "batch", "length", "embed"))
+        return tap("residual_after", constrain(x_BTD, "batch", "norm_length", "embed"))
 
 
 class Stack(nnx.Module):
@@ -192,6 +212,53 @@ class Stack(nnx.Module):
         if config.has_final_norm:
             self.final_norm = layers.Norm(config)
 
+    def context(
+        self,
+        marks: Marks,
+        memory_BSD: jax.Array | None = None,
+        memory_marks: Marks | None = None,
+        bias_BHTS: jax.Array | None = None,
+    ) -> Context:
+        """What the layers share of a whole text, and of the encoder's output where they cross.
+
+        The bias of attention scores can be given, where it is there already.
+        """
+        slots = marks.slots_1T
+        segments = marks.segments_BT
+        placed = {"bias_BHTS": bias_BHTS}
+        if bias_BHTS is None:
+            distance_1TS = slots[:, None, :] - slots[:, :, None]
+            placed = self.place(marks.positions_BT, distance_1TS)
+        context = Context(
+            attention_mask(
+                slots, slots, segments, segments,
+                causal=not self.encodes, prefix_BS=marks.prefix_BT,
+            ),
+            marks=marks,
+            key_marks=marks,
+            causal=not self.encodes,
+            memory_BSD=memory_BSD,
+            memory_marks=memory_marks,
+            valid_BT=marks.valid_BT,
+            **placed,
+        )  # fmt: skip
+        if memory_BSD is not None:
+            context = context._replace(memory_mask_BTS=same_document(marks, memory_marks))
+        return self.with_local(
+            context, marks.positions_BT, slots, slots, segments, segments, prefix_BS=marks.prefix_BT
+        )
+
+    def with_local(self, context: Context, positions_BT, *slots, **masking) -> Context:
+        """`context`, with what local layers have instead; the rest is `attention_mask`'s."""
+        config = self.config
+        if not config.window:
+            return context
+        mask_BTS = attention_mask(*slots, window=config.window, **masking)
+        rotary = None
+        if config.positions == "rotary":
+            rotary = rotary_angles(positions_BT, config, local=True)
+        return context._replace(local=(mask_BTS, rotary, config.window))
+
     def place(self, positions_BT: jax.Array, distance_BTS: jax.Array) -> dict:
         """What a `Context` says of positions.
 
@@ -205,10 +272,12 @@ class Stack(nnx.Module):
             return {"rotary": rotary_angles(positions_BT, config)}
         if config.positions == "relative":
             table = self.relative_bias[...]
-            return {"bias_BHTS": relative_bias(table, distance_BTS, config, self.encodes)}
-        if config.positions == "alibi":
-            return {"bias_BHTS": alibi_bias(distance_BTS, config.num_heads)}
-        return {}
+            of = functools.partial(relative_bias, config=config, bidirectional=self.encodes)
+        elif config.positions == "alibi":
+            table, of = jnp.asarray(alibi_slopes(config.num_heads)), alibi_bias
+        else:
+            return {}
+        return {"bias_BHTS": of(table, distance_BTS), "bias": ScoreBias(table, of)}
 
     def run(
         self,
@@ -227,10 +296,11 @@ class Stack(nnx.Module):
         keys = None
         if dropout_key is not None and self.config.dropout:
             keys = jax.random.split(dropout_key, self.num_layers)
-        if tap is not no_tap or not self.scanned:
+        stages = 1 if cache or tap is not no_tap else pipeline_stages(x_BTD.shape[0])
+        if tap is not no_tap or not (self.scanned or stages > 1):
             x_BTD, caches, router = self._unroll(x_BTD, context, cache, keys, tap)
         elif cache is None:
-            x_BTD, router = self._scan(x_BTD, context, keys)
+            x_BTD, router = self._scan(x_BTD, context, keys, stages)
             caches = None
         else:
             x_BTD, caches, router = self._scan_cached(x_BTD, context, cache)
@@ -244,7 +314,7 @@ class Stack(nnx.Module):
         """Whether the layers run under a loop."""
         if self.config.scan_layers is None:
             # Unrolled on the CPU, XLA merges the recomputation with what it was to replace.
-            unrolled = jax.default_backend() == "cpu" and self.config.remat == "none"
+            unrolled = platform() == "cpu" and self.config.remat == "none"
             return not unrolled or self.num_layers > UNROLLED_LAYERS
         return self.config.scan_layers
 
@@ -260,22 +330,39 @@ class Stack(nnx.Module):
         local = [self.config.is_local(layer) for layer in range(first, first + count)]
         return local[0] if len(set(local)) == 1 else jnp.array(local)
 
-    def _scan(self, x_BTD, context, keys):
-        def body(x, layer, fixed):
+    def _scan(self, x_BTD, context, keys, stages):
+        total = None
+        for blocks, first, count in self._groups():
+            part = None if keys is None else keys[first : first + count]
+            reach = self._reach(first, count)
+            if stages > 1 and blocks is self.blocks:
+                x_BTD, router = through_stages(self, x_BTD, context, part, reach)
+            else:
+                x_BTD, router = self.scan_blocks(blocks, x_BTD, context, part, reach)
+            total = _added(total, jax.tree.map(lambda s: s.sum(0), router))
+        return x_BTD, total
+
+    def scan_blocks(self, blocks, x_BTD, context, keys_L, reach_L):
+        """The residual stream after stacked blocks, and their routers' statistics [L].
+
+        Args:
+          blocks: stacked along a leading axis L.
+          x_BTD: the residual stream.
+          context: of all of them.
+          keys_L: of their dropout, or None.
+          reach_L: whether each is local; one answer where it is the same for all.
+        """
+        fixed, varying_L = (reach_L, None) if isinstance(reach_L, bool) else (None, reach_L)
+
+        def body(x, layer):
             block, key, is_local = layer
             is_local = fixed if is_local is None else is_local
             x, _, router = block(x, context.of_layer(is_local), key=key)
             return x, router
 
-        total = None
-        for blocks, first, count in self._groups():
-            reach = self._reach(first, count)
-            fixed, varying = (reach, None) if isinstance(reach, bool) else (None, reach)
-            part = None if keys is None else keys[first : first + count]
-            step = rematerialized(lambda x, layer: body(x, layer, fixed), self.config)  # noqa: B023
-            x_BTD, router = jax.lax.scan(step, x_BTD, (blocks, part, varying))
-            total = _added(total, jax.tree.map(lambda s: s.sum(0), router))
-        return x_BTD, total
+        body = rematerialized(body, self.config)
+        named = lambda x, layer: body(checkpoint_name(x, LAYER_INPUT), layer)  # noqa: E731
+        return jax.lax.scan(named, x_BTD, (blocks, keys_L, varying_L))
 
     def _scan_cached(self, x_BTD, context, cache):
         # The whole cache is carried and written in place; scanning over it would copy it.
@@ -361,10 +448,5 @@ def rematerialized(body, config: ModelConfig):
     """`body`, recomputing in the backward pass what `config.remat` does not keep."""
     if config.remat == "none":
         return body
-    policies = jax.checkpoint_policies
-    policy = {
-        "full": policies.nothing_saveable,
-        "dots": policies.save_only_these_names("product"),
-        "projections": policies.save_only_these_names("query", "key", "value", "attention_output"),
-    }[config.remat]
+    policy = jax.checkpoint_policies.save_only_these_names(*KEPT[config.remat])
     return jax.checkpoint(body, policy=policy)

@@ -16,10 +16,13 @@ from lm.models.cache import Cache
 from lm.models.config import ModelConfig
 from lm.models.experts import RouterStats
 from lm.models.head import LanguageModel
+from lm.models.lookup import lookup
+from lm.models.marks import Marks
 from lm.models.numerics import compute_dtype
-from lm.models.positions import rotary_angles, sinusoids
+from lm.models.positions import sinusoids
 from lm.models.stack import Context, Stack, unstack
 from lm.models.taps import Tap, no_tap, within
+from lm.parallel.ring import from_zigzag, to_zigzag, zigzag_divides
 from lm.parallel.sharding import constrain
 
 
@@ -63,17 +66,17 @@ class Embedding(nnx.Module):
           tap: see `lm.models.taps`.
         """
         config = self.config
-        x_BTD = jnp.take(self.tokens[...] if table is None else table, tokens_BT, axis=0)
+        x_BTD = lookup(self.tokens[...] if table is None else table, tokens_BT)
         if config.embedding_scale != 1:
             x_BTD *= config.embedding_scale or math.sqrt(config.width)
         if config.positions == "learned":
             rows_BT = positions_BT + config.position_offset
-            x_BTD += jnp.take(self.positions[...], rows_BT, axis=0)
+            x_BTD += lookup(self.positions[...], rows_BT)
         elif config.positions == "sinusoidal":
             x_BTD += sinusoids(positions_BT, config.width)
         if config.token_types:
             types = self.types[...]
-            x_BTD += types[0] if types_BT is None else jnp.take(types, types_BT, axis=0)
+            x_BTD += types[0] if types_BT is None else lookup(types, types_BT)
         if config.embedding_norm:
             x_BTD = self.norm(x_BTD, within(tap, "embedding_norm"))
         return x_BTD
@@ -139,6 +142,7 @@ class Transformer(LanguageModel, Stack):
         prefix_BT: jax.Array | None = None,
         source_positions_BS: jax.Array | None = None,
         source_segments_BS: jax.Array | None = None,
+        rows_B: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         tap: Tap = no_tap,
     ) -> tuple[jax.Array, RouterStats | None]:
@@ -153,38 +157,27 @@ class Transformer(LanguageModel, Stack):
           types_BT: which part of a pair of texts each token is of (BERT's segment embedding).
           prefix_BT: true for tokens that all of their document may see.
           source_positions_BS, source_segments_BS: likewise of an encoder-decoder's source.
+          rows_B: each row's number in the whole batch, for dropout; 0, 1, 2, … unless given.
           dropout_key: turns dropout on.
           tap: see `lm.models.taps`.
         """
-        memory = {}
-        if self.config.architecture == "encoder_decoder":
+        memory, both = (), self.config.architecture == "encoder_decoder"
+        if both:
             if targets_BT is None:
                 raise TypeError("an encoder-decoder needs two arguments: source_BS and targets_BT")
             keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
             dropout_key, source_key = keys
-            memory_BSD = self.encode(
-                tokens_BT,
-                positions_BS=source_positions_BS,
-                segments_BS=source_segments_BS,
-                dropout_key=source_key,
-                tap=tap,
-            )
-            tokens_BT, length = targets_BT, tokens_BT.shape[1]
-            if source_segments_BS is None:
-                mask_BTS = jnp.ones((*tokens_BT.shape, length), bool)
-            else:
-                targets_1 = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT
-                mask_BTS = targets_1[:, :, None] == source_segments_BS[:, None, :]
-            memory = {"memory_BSD": memory_BSD, "memory_mask_BTS": mask_BTS}
+            source = Marks.of(tokens_BT, source_positions_BS, source_segments_BS, rows_B=rows_B)
+            memory = (self._encode(tokens_BT, source, source_key, tap), source)
         elif targets_BT is not None:
             raise TypeError(
                 f"a model with architecture={self.config.architecture!r} reads one text"
             )
-        x_BTD, router = self._read_text(
-            self, self.embedding, tokens_BT, positions_BT, segments_BT, types_BT, prefix_BT,
-            memory, dropout_key, tap,
-        )  # fmt: skip
-        return x_BTD, router
+        text_BT = targets_BT if both else tokens_BT
+        marks = Marks.of(text_BT, positions_BT, segments_BT, prefix_BT, rows_B)
+        return self._read_text(
+            self, self.embedding, text_BT, marks, types_BT, memory, dropout_key, tap
+        )
 
     def encode(
         self,
@@ -196,11 +189,8 @@ class Transformer(LanguageModel, Stack):
         tap: Tap = no_tap,
     ) -> jax.Array:
         """The encoder's output [B, S, D] of an encoder-decoder; arguments as of a call."""
-        x_BSD, _ = self._read_text(
-            self.encoder, self.encoder_embedding, source_BS, positions_BS, segments_BS, None, None,
-            {}, dropout_key, within(tap, "encoder"),
-        )  # fmt: skip
-        return x_BSD
+        marks = Marks.of(source_BS, positions_BS, segments_BS)
+        return self._encode(source_BS, marks, dropout_key, tap)
 
     def new_cache(
         self,
@@ -267,8 +257,10 @@ class Transformer(LanguageModel, Stack):
             **self.place(read_BT, keys_BS[:, None, :] - positions_BT[:, :, None]),
             **memory,
         )
-        context = self._with_local(context, read_BT, positions_BT, keys_BS)
-        x_BTD = self._embed(self.embedding, tokens_BT, read_BT, None, None, tap)
+        context = self.with_local(context, read_BT, positions_BT, keys_BS)
+        x_BTD = self._embed(
+            self.embedding, tokens_BT, Marks.of(tokens_BT, read_BT), None, None, tap
+        )
         x_BTD, (keys, values), _ = self.run(x_BTD, context, cache, tap=tap)
         return x_BTD, dataclasses.replace(
             cache,
@@ -297,48 +289,31 @@ class Transformer(LanguageModel, Stack):
             x_BTD = self.pool(x_BTD) if self.config.pooler else x_BTD[:, 0]
         return self.classifier(x_BTD).astype(jnp.float32)
 
+    def _encode(self, source_BS, marks: Marks, dropout_key, tap) -> jax.Array:
+        tap = within(tap, "encoder")
+        embedding = self.encoder_embedding
+        return self._read_text(
+            self.encoder, embedding, source_BS, marks, None, (), dropout_key, tap
+        )[0]
+
     def _read_text(
-        self, stack: Stack, embedding, tokens_BT, positions_BT, segments_BT, types_BT, prefix_BT,
-        memory, dropout_key, tap,
-    ):  # fmt: skip
+        self, stack: Stack, embedding, tokens_BT, marks: Marks, types_BT, memory, dropout_key, tap
+    ):
         """Embeds one text and runs a stack over all of it."""
-        # Slots, not positions, say what is later: positions restart at each packed document.
-        slots_1T = jnp.arange(tokens_BT.shape[1])[None]
-        slots_BT = jnp.broadcast_to(slots_1T, tokens_BT.shape)
-        positions_BT = slots_BT if positions_BT is None else positions_BT
-        prefix_BS = None if prefix_BT is None else prefix_BT.astype(bool)
-        mask_BTS = attention_mask(
-            slots_BT, slots_BT, segments_BT, segments_BT, causal=not stack.encodes,
-            prefix_BS=prefix_BS,
-        )  # fmt: skip
-        context = Context(
-            mask_BTS,
-            valid_BT=None if segments_BT is None else segments_BT > 0,
-            **stack.place(positions_BT, slots_1T[:, None, :] - slots_1T[:, :, None]),
-            **memory,
-        )
-        context = self._with_local(
-            context, positions_BT, slots_BT, slots_BT, segments_BT, segments_BT, prefix_BS=prefix_BS
-        )
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        x_BTD = self._embed(embedding, tokens_BT, positions_BT, types_BT, keys[0], tap)
+        turned = not stack.encodes and tap is no_tap and zigzag_divides(tokens_BT.shape[1])
+        if turned:  # devices that share a sequence then have as much to do as each other
+            marks = marks.to_zigzag()
+            tokens_BT, types_BT = jax.tree.map(to_zigzag, (tokens_BT, types_BT))
+        x_BTD = self._embed(embedding, tokens_BT, marks, types_BT, keys[0], tap)
+        context = stack.context(marks, *memory)
         x_BTD, _, router = stack.run(x_BTD, context, dropout_key=keys[1], tap=tap)
-        return x_BTD, router
+        return from_zigzag(x_BTD) if turned else x_BTD, router
 
-    def _with_local(self, context: Context, positions_BT, *slots, **masking) -> Context:
-        """`context`, with what local layers have instead."""
-        config = self.config
-        if not config.window:
-            return context
-        mask_BTS = attention_mask(*slots, window=config.window, **masking)
-        rotary = None
-        if config.positions == "rotary":
-            rotary = rotary_angles(positions_BT, config, local=True)
-        return context._replace(local=(mask_BTS, rotary))
-
-    def _embed(self, embedding: Embedding, tokens_BT, positions_BT, types_BT, dropout_key, tap):
+    def _embed(self, embedding: Embedding, tokens_BT, marks: Marks, types_BT, dropout_key, tap):
         dtype = compute_dtype(self.config.compute_dtype)
         table = self.embedding.tokens[...]
-        x_BTD = embedding(tokens_BT, positions_BT, types_BT, table, tap)
-        x_BTD = layers.dropout(x_BTD, self.config.dropout, dropout_key)
-        return tap("embedding", constrain(x_BTD.astype(dtype), "batch", "length", "embed"))
+        x_BTD = embedding(tokens_BT, marks.positions_BT, types_BT, table, tap)
+        rate = self.config.dropout
+        x_BTD = layers.dropout(x_BTD, rate, dropout_key, marks.rows_B[:, None], marks.slots_1T)
+        return tap("embedding", constrain(x_BTD.astype(dtype), "batch", "norm_length", "embed"))

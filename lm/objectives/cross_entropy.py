@@ -4,25 +4,43 @@ The sequence is cut into chunks; each chunk's logits are made, used and dropped.
 sum, its gradient with respect to the logits is known as soon as they are, so the forward pass makes
 the gradients of hidden states and head as well, and the backward pass only scales them: three
 matrix products in all, as without chunks, where recomputing the logits would take four.
+
+On a mesh every device does this for its own tokens and its own part of the vocabulary (`tensor`;
+Shoeybi et al. 2019, §3): only maxima and sums of a chunk's logits travel while it is worked on, and
+the head's gradient once, when all chunks are done. Left to itself, XLA adds that gradient up over
+all devices in every chunk.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lm.config import ConfigError
 from lm.models.numerics import contract
-from lm.parallel.sharding import constrain
+from lm.parallel.platform import platform
+from lm.parallel.sharding import ACTIVATION_RULES, PARAMETER_RULES, automatic_axes, partition
 
-CHUNK_ELEMENTS = 2**25  # logits held at once: 128 MiB of float32
+# Logits held at once: 128 MiB of float32, and four times that where there is a faster product to
+# feed, which otherwise waits for the head and its gradient to be read anew in every chunk.
+CHUNK_ELEMENTS = {"cpu": 2**25, "gpu": 2**27, "tpu": 2**27}
 
 
-def chunk_length(batch: int, length: int, vocab: int, limit: int = CHUNK_ELEMENTS) -> int:
-    """The largest divisor of `length` whose chunk of logits has at most `limit` elements."""
+def chunk_length(batch: int, length: int, vocab: int, limit: int = 0) -> int:
+    """The largest divisor of `length` whose chunk of logits has at most `limit` elements.
+
+    Args:
+      batch: rows on one device.
+      length: tokens of a row there.
+      vocab: the part of the vocabulary there.
+      limit: 0: the platform's.
+    """
+    limit = limit or CHUNK_ELEMENTS[platform()]
     most = max(1, limit // (batch * vocab))
     return max(n for n in range(1, length + 1) if length % n == 0 and (n <= most or n == 1))
 
@@ -33,6 +51,47 @@ class Shape(NamedTuple):
     z_loss: float = 0.0  # coefficient of Σ w·log²Z (Chowdhery et al. 2022, §5)
     label_smoothing: float = 0.0  # share of the target spread over the vocabulary
     softcap: float = 0.0  # c in c·tanh(logits/c); 0: none
+
+
+class Split(NamedTuple):
+    """How the mesh splits a loss; no names where it does not."""
+
+    names: frozenset = frozenset()  # axes over which arrays are split by hand
+    hidden: PartitionSpec = PartitionSpec()  # of x [B, T, D]
+    short: PartitionSpec = PartitionSpec()  # and of its gradient, when tokens are split further
+    head: PartitionSpec = PartitionSpec()  # of the head's gradient [V, D]
+
+    @classmethod
+    def of(cls, x_shape, head_shape) -> Split:
+        """On the mesh set by `jax.set_mesh`."""
+        mesh, names = automatic_axes()
+        if not names:
+            return cls()
+        return cls(
+            frozenset(names),
+            partition(("batch", "length", None), x_shape, mesh, ACTIVATION_RULES),
+            partition(("batch", "norm_length", None), x_shape, mesh, ACTIVATION_RULES),
+            partition(("vocab", "embed"), head_shape, mesh, PARAMETER_RULES),
+        )
+
+    @property
+    def vocab(self) -> str | None:
+        """The axis that splits the vocabulary."""
+        return self.head[0] if self.names else None
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The axes that split tokens."""
+        return _axes(self.hidden[0]) + _axes(self.hidden[1]) if self.names else ()
+
+    @property
+    def head_width(self) -> tuple[str, ...]:
+        """The axes over which the head's gradient, summed over tokens, is left split."""
+        return tuple(a for a in _axes(self.head[1]) if a in self.tokens) if self.names else ()
+
+
+def _axes(entry) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def linear_cross_entropy(
@@ -60,7 +119,7 @@ def linear_cross_entropy(
       label_smoothing: the share ε of the target that is spread evenly over the vocabulary
         (Szegedy et al. 2016, §7; 0.1 in Vaswani et al. 2017).
       softcap: logits are c·tanh(·/c); 0: as they are.
-      chunk: positions a chunk; 0 chooses.
+      chunk: positions a chunk, on one device; 0 chooses.
 
     Returns:
       (loss, nats): scalars, float32. `nats` is Σ w·(-log p(target)); `loss` has the regularisers
@@ -69,46 +128,74 @@ def linear_cross_entropy(
     Raises:
       ConfigError: `chunk` does not divide the sequence length.
     """
-    batch, length, _ = x_BTD.shape
-    chunk = chunk or chunk_length(batch, length, head_VD.shape[0])
+    split = Split.of(x_BTD.shape, head_VD.shape)
+    batch, length, vocab = _local_sizes(split, x_BTD.shape, head_VD.shape[0])
+    chunk = chunk or chunk_length(batch, length, vocab)
     if length % chunk:
         divisors = [n for n in range(1, length + 1) if length % n == 0]
         closest = min(divisors, key=lambda n: abs(n - chunk))
+        where = "the sequence length" if length == x_BTD.shape[1] else "each device's share"
         raise ConfigError(
-            f"config.objective.chunk={chunk} does not divide the sequence length {length}: "
+            f"config.objective.chunk={chunk} does not divide {where}, {length}: "
             f"use {closest}, or 0 to choose it"
         )
     shape = Shape(float(z_loss), float(label_smoothing), float(softcap))
-    return _summed(shape, chunk, x_BTD, head_VD, bias_V, targets_BT, weights_BT)
+    return _summed((shape, chunk, split), x_BTD, head_VD, bias_V, targets_BT, weights_BT)
 
 
-def _chunk_loss(shape, x, head, bias, targets, weights):
+def _local_sizes(split: Split, x_shape, vocab: int) -> tuple[int, int, int]:
+    """Rows, tokens of a row and vocabulary on one device."""
+    if not split.names:
+        return *x_shape[:2], vocab
+    mesh, _ = automatic_axes()
+    ways = [
+        math.prod(mesh.shape[axis] for axis in _axes(entry))
+        for entry in (*split.hidden[:2], split.vocab)
+    ]
+    return x_shape[0] // ways[0], x_shape[1] // ways[1], vocab // ways[2]
+
+
+# What follows runs on each device: `head` and `bias` are its part of the vocabulary, which starts
+# at token `first`; `axis` is the mesh axis over which the other parts are, or None.
+
+
+def _over(axis, reduce, x):
+    return x if axis is None else reduce(x, axis)
+
+
+def _chunk_loss(shape, axis, x, head, bias, first, targets, weights):
     """(loss, nats, logits, log_z) of one chunk."""
     logits = contract("btd,vd->btv", x, head, jnp.float32)
     if bias is not None:
         logits += bias
     if shape.softcap:
         logits = shape.softcap * jnp.tanh(logits / shape.softcap)
-    logits = constrain(logits, "batch", "length", "vocab")
-    log_z = jax.nn.logsumexp(logits, -1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    if axis is None:
+        log_z = jax.nn.logsumexp(logits, -1)
+        chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    else:
+        top = jax.lax.pmax(logits.max(-1), axis)
+        log_z = top + jnp.log(jax.lax.psum(jnp.exp(logits - top[..., None]).sum(-1), axis))
+        hit = jnp.arange(logits.shape[-1]) == (targets - first)[..., None]
+        chosen = jax.lax.psum(jnp.sum(jnp.where(hit, logits, 0), -1), axis)
     nats = loss = jnp.sum(weights * (log_z - chosen))
     if shape.label_smoothing:
-        loss += shape.label_smoothing * jnp.sum(weights * (chosen - logits.mean(-1)))
+        mean = _over(axis, jax.lax.pmean, logits.mean(-1))
+        loss += shape.label_smoothing * jnp.sum(weights * (chosen - mean))
     if shape.z_loss:
         loss += shape.z_loss * jnp.sum(weights * log_z**2)
     return loss, nats, logits, log_z
 
 
-def _logit_gradient(shape, logits, log_z, targets, weights):
+def _logit_gradient(shape, vocab, first, logits, log_z, targets, weights):
     """The gradient of a chunk's loss with respect to x·headᵀ + bias."""
     softmax_scale = weights * (1 + 2 * shape.z_loss * log_z) if shape.z_loss else weights
     gradient = jnp.exp(logits - log_z[..., None]) * softmax_scale[..., None]
-    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    hit = jnp.arange(logits.shape[-1]) == (targets - first)[..., None]
     kept = weights * (1 - shape.label_smoothing) if shape.label_smoothing else weights
     gradient -= jnp.where(hit, kept[..., None], 0)
     if shape.label_smoothing:
-        gradient -= (weights * (shape.label_smoothing / logits.shape[-1]))[..., None]
+        gradient -= (weights * (shape.label_smoothing / vocab))[..., None]
     if shape.softcap:
         gradient *= 1 - (logits / shape.softcap) ** 2
     return gradient
@@ -121,44 +208,107 @@ def _split(array, chunk):
     return jnp.moveaxis(array.reshape(shape), 1, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _summed(shape, chunk, x_BTD, head_VD, bias_V, targets_BT, weights_BT):
+def _losses(shape, chunk, axis, x, head, bias, first, targets, weights):
+    """(loss, nats), summed over all chunks."""
+
     def step(total, part):
         x, targets, weights = part
-        loss, nats, *_ = _chunk_loss(shape, x, head_VD, bias_V, targets, weights)
+        loss, nats, *_ = _chunk_loss(shape, axis, x, head, bias, first, targets, weights)
         return (total[0] + loss, total[1] + nats), None
 
-    if chunk == x_BTD.shape[1]:
-        return step((0.0, 0.0), (x_BTD, targets_BT, weights_BT))[0]
-    parts = tuple(_split(a, chunk) for a in (x_BTD, targets_BT, weights_BT))
+    if chunk == x.shape[1]:
+        return step((0.0, 0.0), (x, targets, weights))[0]
+    parts = tuple(_split(a, chunk) for a in (x, targets, weights))
     return jax.lax.scan(step, (jnp.float32(0), jnp.float32(0)), parts)[0]
 
 
-def _summed_forward(shape, chunk, x_BTD, head_VD, bias_V, targets_BT, weights_BT):
+def _losses_and_gradients(shape, chunk, axis, vocab, x, head, bias, first, targets, weights):
+    """Loss and nats, and the loss's gradient with respect to x, head and bias."""
+
     def step(carry, part):
         loss_sum, nats_sum, dhead, dbias = carry
         x, targets, weights = part
-        loss, nats, logits, log_z = _chunk_loss(shape, x, head_VD, bias_V, targets, weights)
-        dlogits = _logit_gradient(shape, logits, log_z, targets, weights)
-        if bias_V is not None:
+        loss, nats, logits, log_z = _chunk_loss(shape, axis, x, head, bias, first, targets, weights)
+        dlogits = _logit_gradient(shape, vocab, first, logits, log_z, targets, weights)
+        if bias is not None:
             dbias += dlogits.sum((0, 1))
         dlogits = jax.lax.optimization_barrier(dlogits.astype(x.dtype))
-        dx = contract("btv,vd->btd", dlogits, head_VD)
+        dx = contract("btv,vd->btd", dlogits, head)
         dhead += contract("btv,btd->vd", dlogits, x, jnp.float32)
         return (loss_sum + loss, nats_sum + nats, dhead, dbias), dx
 
-    dbias = None if bias_V is None else jnp.zeros(bias_V.shape, jnp.float32)
-    carry = (jnp.float32(0), jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32), dbias)
-    if chunk == x_BTD.shape[1]:
-        (loss, nats, dhead, dbias), dx = step(carry, (x_BTD, targets_BT, weights_BT))
+    dbias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
+    carry = (jnp.float32(0), jnp.float32(0), jnp.zeros(head.shape, jnp.float32), dbias)
+    if chunk == x.shape[1]:
+        (loss, nats, dhead, dbias), dx = step(carry, (x, targets, weights))
     else:
-        parts = tuple(_split(a, chunk) for a in (x_BTD, targets_BT, weights_BT))
+        parts = tuple(_split(a, chunk) for a in (x, targets, weights))
         (loss, nats, dhead, dbias), dx = jax.lax.scan(step, carry, parts)
-        dx = jnp.moveaxis(dx, 0, 1).reshape(x_BTD.shape)
+        dx = jnp.moveaxis(dx, 0, 1).reshape(x.shape)
+    return loss, nats, dx, dhead, dbias
+
+
+def _on_mesh(split: Split, function, out_specs, x, head, bias, targets, weights):
+    """`function` of each device's share of the arguments and the first token of its vocabulary."""
+    tokens, vocab = PartitionSpec(*split.hidden[:2]), PartitionSpec(split.vocab)
+    first_V = jnp.arange(head.shape[0], dtype=targets.dtype)
+    return jax.shard_map(
+        lambda x, head, bias, first_V, targets, weights: function(
+            x, head, bias, first_V[0], targets, weights
+        ),
+        in_specs=(split.hidden, vocab, vocab, vocab, tokens, tokens),
+        out_specs=out_specs,
+        axis_names=set(split.names),
+        check_vma=False,
+    )(x, head.astype(x.dtype), bias, first_V, targets, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(static, x_BTD, head_VD, bias_V, targets_BT, weights_BT):
+    shape, chunk, split = static
+    function = functools.partial(_losses, shape, chunk, split.vocab)
+    if not split.names:
+        return function(x_BTD, head_VD, bias_V, 0, targets_BT, weights_BT)
+
+    def local(*arguments):
+        return jax.lax.psum(function(*arguments), split.tokens)
+
+    return _on_mesh(split, local, PartitionSpec(), x_BTD, head_VD, bias_V, targets_BT, weights_BT)
+
+
+def _summed_forward(static, x_BTD, head_VD, bias_V, targets_BT, weights_BT):
+    shape, chunk, split = static
+    vocab = head_VD.shape[0]
+    function = functools.partial(_losses_and_gradients, shape, chunk, split.vocab, vocab)
+    arguments = x_BTD, head_VD, bias_V, targets_BT, weights_BT
+    if not split.names:
+        loss, nats, dx, dhead, dbias = function(x_BTD, head_VD, bias_V, 0, *arguments[3:])
+        return (loss, nats), (dx, dhead.astype(head_VD.dtype), dbias)
+
+    def local(*arguments):
+        loss, nats, dx, dhead, dbias = function(*arguments)
+        loss, nats, dbias = jax.lax.psum((loss, nats, dbias), split.tokens)
+        if split.vocab and split.short != split.hidden:
+            dx = jax.lax.psum_scatter(dx, split.vocab, scatter_dimension=1, tiled=True)
+        elif split.vocab:
+            dx = jax.lax.psum(dx, split.vocab)
+        if split.head_width:
+            dhead = jax.lax.psum_scatter(dhead, split.head_width, scatter_dimension=1, tiled=True)
+        rest = tuple(axis for axis in split.tokens if axis not in split.head_width)
+        return loss, nats, dx, jax.lax.psum(dhead, rest), dbias
+
+    out_specs = (
+        PartitionSpec(),
+        PartitionSpec(),
+        split.short if split.vocab else split.hidden,
+        PartitionSpec(split.vocab, split.head_width or None),
+        PartitionSpec(split.vocab),
+    )
+    loss, nats, dx, dhead, dbias = _on_mesh(split, local, out_specs, *arguments)
     return (loss, nats), (dx, dhead.astype(head_VD.dtype), dbias)
 
 
-def _summed_backward(shape, chunk, saved, gradient):
+def _summed_backward(static, saved, gradient):
     scale, _ = gradient  # nats are reported, never differentiated; scale is float32
     dx, dhead, dbias = jax.tree.map(lambda array: (array * scale).astype(array.dtype), saved)
     return dx, dhead, dbias, None, None

@@ -24,6 +24,7 @@ def token_loss(
     config: ObjectiveConfig,
     dropout_key: jax.Array | None = None,
     max_targets: int = 0,
+    rows_B: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Summed loss of a batch's targets (see `lm.data` for its fields).
 
@@ -36,6 +37,7 @@ def token_loss(
       dropout_key: turns dropout on.
       max_targets: no row has more targets than this; where it is fewer than the row's places,
         logits are made at that many places alone. 0: any number.
+      rows_B: each row's number in the whole batch, for dropout; 0, 1, 2, … unless given.
 
     Returns:
       The summed loss to differentiate, and summed metrics: `nats` (cross-entropy without
@@ -49,6 +51,7 @@ def token_loss(
         "prefix_BT": batch.get("prefix"),
         "source_positions_BS": batch.get("source_positions"),
         "source_segments_BS": batch.get("source_segment_ids"),
+        "rows_B": rows_B,
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}
     x_BTD, router = model.hidden_and_router(*texts, dropout_key=dropout_key, **arguments)

@@ -21,6 +21,7 @@ class TrainConfig:
 
     steps: int = 1000  # optimizer steps
     accumulation: int = 1  # micro-batches whose gradients make one step
+    offload_optimizer: bool = False  # keep the optimizer's state in the host's memory
     steps_per_dispatch: int = 0  # steps the device runs per call from the host; 0 chooses
     log_every: int = 10  # steps between records of the loss; 0 never
     eval_every: int = 0  # steps between evaluations on all validation data; 0: at the end alone

@@ -19,12 +19,15 @@ from jax.sharding import Mesh
 
 from lm.models import ModelConfig, bind, param_specs, skeleton
 from lm.models.costs import training_flops_per_token as training_flops_per_token
+from lm.models.marks import Marks
 from lm.models.numerics import compute_dtype
 from lm.models.stack import Block, Context, rematerialized
 from lm.objectives.cross_entropy import chunk_length
+from lm.parallel.layout import Layout
 from lm.parallel.mesh import batch_ways
 from lm.parallel.params import ParamSpec
-from lm.parallel.sharding import parameter_shardings
+from lm.parallel.sharding import parameter_shardings, zero_rules
+from lm.parallel.topology import published_peak as published_peak
 
 # ---- Peak ------------------------------------------------------------------------------------
 
@@ -34,64 +37,6 @@ class Peak(NamedTuple):
 
     flops: float  # a second
     source: str  # "published" or "measured"
-
-
-class _Chip(NamedTuple):
-    kind: str  # what `device_kind` contains, lower case
-    sixteen_bit: float  # teraFLOPs a second, dense, bfloat16 (float16 before Ampere)
-    thirty_two_bit: float  # of float32 products at JAX's default precision
-
-
-# The first entry contained in `device_kind` counts, so longer names come first. GPU data sheets
-# often print the rate with 2:4 sparsity; these are the dense rates, with float32 accumulation.
-# float32 products run by default as one bfloat16 pass on TPUs and as TF32 on GPUs since Ampere.
-_CHIPS = (
-    # cloud.google.com/tpu/docs/v2 … /tpu7x, "Peak compute per chip". A device of v2, v3 and 7x is
-    # one of the chip's two cores; every other device is a whole chip.
-    _Chip("tpu v2", 45 / 2, 45 / 2),
-    _Chip("tpu v3", 123 / 2, 123 / 2),
-    _Chip("tpu v4 lite", 138, 138),
-    _Chip("tpu v4", 275, 275),
-    _Chip("tpu v5 lite", 197, 197),
-    _Chip("tpu v5e", 197, 197),
-    _Chip("tpu v5p", 459, 459),
-    _Chip("tpu v5", 459, 459),  # the same
-    _Chip("tpu v6 lite", 918, 918),
-    _Chip("tpu v6e", 918, 918),
-    _Chip("tpu7x", 2307 / 2, 2307 / 2),
-    # nvidia.com data sheets: Blackwell (HGX B200, GB200 NVL72), H200, H100, A100, V100.
-    _Chip("gb200", 2500, 1250),
-    _Chip("b200", 2250, 1125),
-    _Chip("h200 nvl", 835.5, 417.5),
-    _Chip("h200", 989.4, 494.7),
-    _Chip("gh200", 989.4, 494.7),
-    _Chip("h100 pcie", 756.5, 378),
-    _Chip("h100 nvl", 835.5, 417.5),
-    _Chip("h100", 989.4, 494.7),
-    _Chip("a100", 312, 156),
-    _Chip("v100-pcie", 112, 14),
-    _Chip("v100", 125, 15.7),
-    _Chip("l40s", 362, 183),
-    _Chip("l4", 121, 60),
-    _Chip("a10g", 70, 35),
-    _Chip("a10", 125, 62.5),
-    _Chip("t4", 65, 8.1),
-    # NVIDIA's architecture papers: Ada (appendix A) and Ampere GA102 (table 3).
-    _Chip("rtx 4090", 165.2, 82.6),
-    _Chip("rtx 3090", 71, 35.6),
-)
-
-
-def published_peak(device_kind: str, dtype: Any) -> float | None:
-    """FLOPs a second of a device of this kind by its maker's data sheet; None if not listed."""
-    words = f"{device_kind.lower()} "
-    for chip in _CHIPS:
-        start = words.find(chip.kind)
-        # "l4" is no "l40", and "a10" no "a100".
-        if start >= 0 and not (chip.kind[-1].isdigit() and words[start + len(chip.kind)].isalnum()):
-            teraflops = chip.thirty_two_bit if jnp.dtype(dtype).itemsize > 2 else chip.sixteen_bit
-            return teraflops * 1e12
-    return None
 
 
 def peak_flops(device: jax.Device | None = None, dtype: Any = "float32") -> Peak:
@@ -186,7 +131,7 @@ class Memory:
 def expected_memory(
     config: ModelConfig,
     specs: Mapping[str, ParamSpec],
-    mesh,
+    layout: Layout,
     *,
     block_size: int,
     batch_size: int,
@@ -199,7 +144,7 @@ def expected_memory(
     """The memory of a training step on one device, from shapes alone.
 
     parameters   float32, as sharded
-    gradients    the same again, twice with accumulation (the sum, and what is added to it)
+    gradients    as sharded; twice with accumulation (the sum, and what is added to it)
     optimizer    its state's arrays, each sharded as the state says, or as the parameter it is of
     activations  rows × what the backward pass of all layers keeps for a row (`kept_by_row`), and
                  where a policy recomputes, of one block without it
@@ -211,7 +156,7 @@ def expected_memory(
     Args:
       config: with vocab_size and max_length set.
       specs: the model's parameters.
-      mesh: over which they are sharded.
+      layout: of the devices.
       block_size: tokens a sequence.
       batch_size: sequences whose gradient is taken at once, over all devices.
       optimizer_state: abstract state, e.g. `jax.eval_shape(optimizer.init, abstract_params)`.
@@ -221,27 +166,34 @@ def expected_memory(
       max_targets: of how many tokens of a row logits are made; 0: of all.
     """
     source_length = block_size if source_length is None else source_length
-    shardings = parameter_shardings(specs, mesh)
-    parameters = sum(
-        4 * math.prod(shardings[name].shard_shape(spec.shape)) for name, spec in specs.items()
+    mesh = layout.mesh
+    parameters, gradients = (
+        sum(4 * math.prod(shardings[name].shard_shape(spec.shape)) for name, spec in specs.items())
+        for shardings in (_shardings(specs, layout, what) for what in ("parameters", "gradients"))
     )
+    # A pipeline's stage keeps its share of the layers, for the rows of all stages.
     rows_here = -(-batch_size // batch_ways(mesh))
-    activations = kept_by_row(local_config(config, mesh), block_size, source_length)
+    block_here, source_here = (-(-n // mesh.shape["context"]) for n in (block_size, source_length))
+    activations = kept_by_row(local_config(config, mesh), block_here, source_here)
     if config.remat != "none":
         whole = local_config(dataclasses.replace(config, remat="none"), mesh)
-        blocks = _blocks(whole, block_size, source_length)
+        blocks = _blocks(whole, block_here, source_here)
         activations += max(kept_by_block(whole, *block) for _, *block in blocks)
     vocab_here = _split(config.vocab_size, mesh)
     if 0 < max_targets < block_size:
-        chunk = chunk_length(batch_size, max_targets, config.vocab_size)
-    chunk = chunk or chunk_length(batch_size, block_size, config.vocab_size)
+        chunk = chunk_length(rows_here, max_targets, vocab_here)
+    chunk = chunk or chunk_length(rows_here, block_here, vocab_here)
     return Memory(
         parameters=parameters,
-        gradients=parameters * (2 if accumulation > 1 else 1),
-        optimizer=_state_bytes(optimizer_state, specs, shardings),
+        gradients=gradients * (2 if accumulation > 1 else 1),
+        optimizer=_state_bytes(optimizer_state, specs, _shardings(specs, layout, "optimizer")),
         activations=rows_here * activations,
         logits=4 * vocab_here * (2 * rows_here * chunk + config.width),
     )
+
+
+def _shardings(specs: Mapping[str, ParamSpec], layout: Layout, what: str):
+    return parameter_shardings(specs, layout.mesh, zero_rules(layout.zero, what))
 
 
 def _split(size: int, mesh) -> int:
@@ -316,6 +268,7 @@ def kept_by_block(
     key = jax.random.key(0) if config.dropout else None
 
     def backward(x_BTD, params, context):
+        context = context._replace(window=0, slot=0)  # as every layer's is: not traced
         body = rematerialized(lambda b, x: b(x, context, key=key)[0], config)
         return jax.vjp(lambda p, x: body(bind(block, p), x), params, x_BTD)[1]
 
@@ -328,13 +281,22 @@ def _abstract_context(
     abstract = jax.ShapeDtypeStruct
     half = abstract((1, length, 1, config.rotary_dim // 2), jnp.float32)
     bias = abstract((1, config.num_heads, length, length), jnp.float32)
+    marks, memory_marks = _abstract_marks(length), _abstract_marks(source_length)
     return Context(
         abstract((1, length, length), bool),
+        marks=marks,
+        key_marks=marks,
         rotary=(half, half) if config.positions == "rotary" else None,
         bias_BHTS=bias if config.positions in ("relative", "alibi") else None,
         memory_BSD=abstract((1, source_length, config.width), dtype) if source_length else None,
         memory_mask_BTS=abstract((1, length, source_length), bool) if source_length else None,
+        memory_marks=memory_marks if source_length else None,
     )
+
+
+def _abstract_marks(length: int) -> Marks:
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    return Marks(tokens, tokens, jax.ShapeDtypeStruct((1,), jnp.int32))
 
 
 def _kept_by_recurrent(config: ModelConfig, length: int, source_length: int) -> int:

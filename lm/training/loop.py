@@ -20,6 +20,7 @@ import numpy as np
 
 from lm.data.batches import BatchIterator
 from lm.data.prefetch import prefetch_to_device
+from lm.parallel import hosts
 from lm.training.checkpoints import Checkpointer
 from lm.training.config import TrainConfig, TrainingStopped
 from lm.training.metrics import MetricsWriter
@@ -113,7 +114,7 @@ class Loop:
         self._reset_interval()
 
     def run(self, state: Any, start: int, extra: dict[str, Any]) -> tuple[Any, int]:
-        """Trains from step `start` to the last one, or until SIGTERM.
+        """Trains from step `start` to the last one, or until SIGTERM on any host.
 
         Args:
           state: the training state after `start` steps.
@@ -134,8 +135,12 @@ class Loop:
         self._saved = start if start else -1
         results: dict[str, float] = {}
         self._reset_interval(extra)
+        leaving = False
         with termination_flag() as terminated:
-            while step < config.steps and not terminated:
+            while step < config.steps:
+                leaving = hosts.agree(bool(terminated))
+                if leaving:
+                    break
                 self._profile(step)
                 waited = time.perf_counter()
                 batch = next(stacked, None)
@@ -168,7 +173,7 @@ class Loop:
                 state, step = self._roll_back(step), self._restored
             elif step != self._saved and step > start:
                 self._save(state, step, stacked.get_state(), results, wait=True)
-            if terminated:
+            if leaving:
                 self.progress.print(f"SIGTERM: saved step {step}; the same command goes on there")
         self.checkpointer.wait()
         self._profile(config.profile_start + config.profile_steps)
@@ -280,7 +285,7 @@ class Loop:
     def _profile(self, step: int) -> None:
         """Starts and stops the profiler at the edges of its window."""
         config = self.config
-        if not config.profile_steps:
+        if not config.profile_steps or hosts.index():
             return
         first = config.profile_start - config.profile_start % self.stride
         if step == first and not self._profiling:

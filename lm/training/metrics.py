@@ -26,9 +26,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from lm.config import ConfigError
+from lm.parallel import hosts
 
 FILE = "metrics.jsonl"
 _log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class MetricsWriter:
     ) -> None:
         self._file = self._events = None
         self._failed = False
-        if jax.process_index() == 0:
+        if hosts.index() == 0:
             self._open(pathlib.Path(workdir), start_step, tensorboard)
 
     def _open(self, workdir: pathlib.Path, start_step: int, tensorboard: bool) -> None:

@@ -110,7 +110,7 @@ def make_optimizer(
     steps = [_direction(config, specs)]
     if config.clip_norm:
         steps.insert(0, clip_by_global_norm(config.clip_norm))
-    if config.weight_decay and any(decayed.values()):
+    if config.weight_decay:
         steps.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
     steps.append(optax.scale_by_learning_rate(make_schedule(config, total_steps)))
     return optax.chain(*steps)

@@ -2,7 +2,8 @@
 
     step 1200/2000  loss 1.8734  eval 1.9021  52.1k tokens/s  mfu 41.3%  data 0.2%  0:00:43 left
 
-The fields keep this order; one that was not measured is left out.
+The fields keep this order; one that was not measured is left out. Of several processes only the
+first shows anything.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
+
+from lm.parallel import hosts
 
 
 class Progress:
@@ -37,10 +40,11 @@ class Progress:
     ) -> None:
         self._total, self._start, self._clock = total_steps, start_step, clock
         self._file = file or sys.stdout
+        self._silent = hosts.index() > 0
         self._first: tuple[int, float] | None = None
         self._fields: dict[str, str] = {}
         self._bar: Bar | None = None
-        if self._file.isatty():
+        if self._file.isatty() and not self._silent:
             # Drawn by rich's own thread, four times a second, whatever the rate of updates.
             self._bar = Bar(
                 BarColumn(bar_width=24, complete_style="cyan", finished_style="green"),
@@ -59,6 +63,8 @@ class Progress:
         `data_wait` (shares between 0 and 1), as numbers or arrays already on the host; others are
         ignored, and one not given keeps its last value in the bar.
         """
+        if self._silent:
+            return
         now = self._clock()
         if self._first is None:
             self._first = (step, now)  # what came before includes compilation
@@ -75,6 +81,8 @@ class Progress:
 
     def print(self, text: str) -> None:
         """Prints lines of text, above the bar if there is one."""
+        if self._silent:
+            return
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:

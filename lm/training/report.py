@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lm.models import ModelConfig, count
 from lm.models.numerics import compute_dtype
+from lm.parallel.layout import Layout
 from lm.parallel.mesh import describe
 from lm.parallel.params import ParamSpec
 from lm.training import flops
@@ -26,7 +27,7 @@ def describe_run(
     *,
     model_config: ModelConfig,
     specs: Mapping[str, ParamSpec],
-    mesh: jax.sharding.Mesh,
+    layout: Layout,
     block_size: int,
     batch_size: int,
     optimizer_state: Any = None,
@@ -41,7 +42,7 @@ def describe_run(
       console: where to; the table fits its width.
       model_config: with vocab_size and max_length set.
       specs: the model's parameters.
-      mesh: over which they are sharded.
+      layout: of the devices.
       block_size: tokens a sequence.
       batch_size: sequences whose gradient is taken at once, over all devices.
       optimizer_state: its abstract state, for the memory.
@@ -50,12 +51,12 @@ def describe_run(
       source_length: tokens of an encoder-decoder's source; `block_size` unless given.
       max_targets: of how many tokens of a row logits are made; 0: of all.
     """
-    dtype = compute_dtype(model_config.compute_dtype)
+    mesh, dtype = layout.mesh, compute_dtype(model_config.compute_dtype)
     peak = flops.peak_flops(mesh.devices.flat[0], dtype)
     memory = flops.expected_memory(
         model_config,
         specs,
-        mesh,
+        layout,
         block_size=block_size,
         batch_size=batch_size,
         optimizer_state=optimizer_state,
@@ -70,7 +71,9 @@ def describe_run(
 
     facts = facts_table()
     facts.add_row("devices", _devices(mesh))
-    facts.add_row("mesh", describe(mesh))
+    facts.add_row("mesh", describe(mesh) + (f", ZeRO {layout.zero}" if mesh.size > 1 else ""))
+    if pipeline := layout.pipeline(batch_size):
+        facts.add_row("pipeline", _pipeline(layout, *pipeline))
     facts.add_row("model", f"{model_line(model_config)}, computed in {dtype.name}")
     console.print(facts)
     console.print(parameters_table(specs, console.width, mesh))
@@ -83,6 +86,16 @@ def describe_run(
     )
     facts.add_row("memory", _memory(memory, mesh))
     console.print(facts)
+
+
+def _pipeline(layout: Layout, microbatches: int, bubble: float) -> str:
+    stages, rounds = layout.mesh.shape["stage"], layout.rounds
+    times = f"{rounds}·" if rounds > 1 else ""
+    return (
+        f"{microbatches} micro-batches through {stages} stages"
+        + (f", {rounds} times" if rounds > 1 else "")
+        + f": idle for {bubble:.1%} = (S - 1)/({times}M + S - 1)"
+    )
 
 
 def _devices(mesh) -> str:

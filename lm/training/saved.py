@@ -37,7 +37,8 @@ def restore_parameters(
 ) -> tuple[int, dict[str, jax.Array]]:
     """The step and the parameters (the state's `params`) of a checkpoint, and nothing else of it.
 
-    Reads only; safe while a run is writing to `directory`.
+    Reads only; safe while a run is writing to `directory`. Parameters for devices of this process
+    alone it reads alone; if they are for devices of several, all of these must call this.
 
     Args:
       directory: the run's `checkpoints` directory.
@@ -49,7 +50,8 @@ def restore_parameters(
       CheckpointError: no such checkpoint, a damaged one, or other parameters than `abstract`.
     """
     directory = pathlib.Path(directory).absolute()
-    chosen = _choose(directory, step)
+    alone = abstract is None or _own_devices_only(abstract)
+    chosen = _choose(directory, step, alone)
     path = step_path(directory, chosen)
     if abstract is None:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -74,8 +76,9 @@ class SavedParameters(Mapping[str, jax.Array]):
         abstract: Mapping[str, jax.ShapeDtypeStruct],
     ):
         directory = pathlib.Path(directory).absolute()
-        self.step = _choose(directory, step)
-        self._path, self._abstract = step_path(directory, self.step), dict(abstract)
+        self._abstract = dict(abstract)
+        self.step = _choose(directory, step, _own_devices_only(self._abstract))
+        self._path = step_path(directory, self.step)
         _check_fits(self._path, {"params": self._abstract}, partial=True)
 
     def __getitem__(self, name: str) -> jax.Array:
@@ -89,10 +92,16 @@ class SavedParameters(Mapping[str, jax.Array]):
         return len(self._abstract)
 
 
-def _choose(directory: pathlib.Path, step: int | str | None) -> int:
+def _own_devices_only(abstract: Any) -> bool:
+    """Whether arrays like these lie on devices of this process alone."""
+    placed = [leaf.sharding for leaf in jax.tree.leaves(abstract) if leaf.sharding is not None]
+    return all(sharding.is_fully_addressable for sharding in placed)
+
+
+def _choose(directory: pathlib.Path, step: int | str | None, alone: bool) -> int:
     """The step that `step` means; its checkpoint is intact."""
     if step is None or step == "latest":
-        chosen = newest_intact(directory, checksums=True)
+        chosen = newest_intact(directory, checksums=True, alone=alone)
         _require(chosen is not None, f"{directory} holds no intact checkpoint")
     else:
         if step == "best":
@@ -101,7 +110,7 @@ def _choose(directory: pathlib.Path, step: int | str | None) -> int:
         else:
             chosen = step
             _require(isinstance(step, int), f"step={step!r} must be a number, 'latest' or 'best'")
-        require_intact(directory, chosen, checksums=True)
+        require_intact(directory, chosen, checksums=True, alone=alone)
     return chosen
 
 
@@ -129,6 +138,11 @@ def load_tree(path: pathlib.Path, abstract: Any, partial: bool) -> Any:
     _check_fits(path, abstract, partial)
     context = orbax_context()
     context.pytree.loading.partial_load = partial
+    if jax.process_count() > 1 and _own_devices_only(abstract):
+        here = jax.process_index()
+        context.multiprocessing.primary_host = here
+        context.multiprocessing.active_processes = {here}
+        context.multiprocessing.barrier_sync_key_prefix = f"alone_{here}"
     try:
         with context:
             return ocp.load(path, abstract)
@@ -212,8 +226,12 @@ def best_step(directory: pathlib.Path) -> int | None:
     return min(losses, key=lambda step: losses[step]) if losses else None
 
 
-def newest_intact(directory: pathlib.Path, checksums: bool) -> int | None:
-    """Process 0 verifies; all hosts take its word, for they must resume from the same step."""
+def newest_intact(directory: pathlib.Path, checksums: bool, alone: bool = False) -> int | None:
+    """The newest undamaged step, if there is one.
+
+    Process 0 verifies; all take its word, for they must resume from the same step. If `alone`,
+    this process asks nobody.
+    """
 
     def search() -> int:
         for step in reversed(saved_steps(directory)):
@@ -224,12 +242,17 @@ def newest_intact(directory: pathlib.Path, checksums: bool) -> int | None:
             _log.warning("%s is damaged (%s): using the checkpoint before it", path, reason)
         return -1
 
-    step = _from_first_process(search)
+    step = search() if alone else _from_first_process(search)
     return None if step < 0 else step
 
 
-def require_intact(directory: pathlib.Path, step: int, checksums: bool) -> None:
-    """Raises CheckpointError unless the checkpoint of `step` is there and undamaged."""
+def require_intact(
+    directory: pathlib.Path, step: int, checksums: bool, alone: bool = False
+) -> None:
+    """Raises CheckpointError unless the checkpoint of `step` is there and undamaged.
+
+    Process 0 verifies for all, or each for itself if `alone`.
+    """
     steps = saved_steps(directory)
     others = f"only of {', '.join(map(str, steps))}" if steps else "nor of any other"
     _require(step in steps, f"{directory} holds no checkpoint of step {step}, {others}")
@@ -240,7 +263,7 @@ def require_intact(directory: pathlib.Path, step: int, checksums: bool) -> None:
         reasons[0] = damage(path, checksums)
         return int(reasons[0] is not None)
 
-    damaged = _from_first_process(verify)
+    damaged = verify() if alone else _from_first_process(verify)
     _require(not damaged, f"{path} is damaged ({reasons[0] or 'says process 0'}): choose another")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from lm.models import Model, bind
 from lm.objectives import ObjectiveConfig, token_loss
@@ -20,6 +21,9 @@ from lm.training.optimizer import global_norm
 
 State = dict[str, Any]
 Batch = Mapping[str, jax.Array]
+# (gradients, their norm, the optimizer's state, parameters, whether to skip this step) → the next
+# parameters and the optimizer's next state: as they were where the step is skipped.
+Update = Callable[[Any, jax.Array, Any, Any, jax.Array], tuple[Any, Any]]
 LOSS_MEMORY = 0.98  # the running mean of the loss forgets 2 % a step
 
 
@@ -35,30 +39,60 @@ def initial_state(
     }
 
 
-def gradients(loss_fn: Callable, params, batch: Batch, accumulation: int, key) -> tuple[Any, Any]:
+def gradients(
+    loss_fn: Callable,
+    params,
+    batch: Batch,
+    accumulation: int,
+    shardings: Mapping[str, NamedSharding] | None = None,
+) -> tuple[Any, Any]:
     """Gradient of the summed loss over `batch`, and its summed metrics.
 
     With accumulation the batch is cut into that many micro-batches of every n-th row, so that each
     keeps the batch's sharding, and sums are taken; a sum does not know how it was cut.
+
+    Args:
+      loss_fn: (params, batch, rows [B]) → (summed loss, summed metrics); `rows` are the numbers of
+        the batch's rows in the whole.
+      params: to differentiate by.
+      batch: arrays [B, …].
+      accumulation: micro-batches.
+      shardings: of the gradients; as XLA likes them unless given.
     """
     grad_fn = jax.grad(loss_fn, has_aux=True)
+
+    def summed(batch, rows_B):
+        grads, metrics = grad_fn(params, batch, rows_B)
+        if shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, dict(shardings))
+        return grads, metrics
+
+    rows_B = jnp.arange(jax.tree.leaves(batch)[0].shape[0], dtype=jnp.int32)
     if accumulation == 1:
-        return grad_fn(params, batch, key)
+        return summed(batch, rows_B)
 
     def cut(x):
         x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:])
         return jnp.moveaxis(x, 1, 0)
 
     def add(total, part):
-        micro_batch, index = part
-        micro_key = None if key is None else jax.random.fold_in(key, index)
-        return jax.tree.map(jnp.add, total, grad_fn(params, micro_batch, micro_key)), None
+        return jax.tree.map(jnp.add, total, summed(*part)), None
 
-    parts = (jax.tree.map(cut, dict(batch)), jnp.arange(accumulation))
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(lambda p: grad_fn(params, p[0], key), first)
+    parts = jax.tree.map(cut, (dict(batch), rows_B))
+    shapes = jax.eval_shape(lambda p: summed(*p), jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, parts)[0]
+
+
+def whole_update(optimizer: optax.GradientTransformation) -> Update:
+    """The update that has all of the optimizer's state at hand."""
+
+    def update(gradients, norm, state, params, skip):
+        updates, new_state = optimizer.update(gradients, state, params)
+        new = (optax.apply_updates(params, updates), new_state)
+        return jax.tree.map(lambda old, new: jnp.where(skip, old, new), (params, state), new)
+
+    return update
 
 
 def make_train_step(
@@ -68,6 +102,8 @@ def make_train_step(
     config: TrainConfig,
     seed: int,
     max_targets: int = 0,
+    shardings: Mapping[str, NamedSharding] | None = None,
+    update: Update | None = None,
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """A function (state, batches [N, B, T]) → (state after N steps, metrics [N]).
 
@@ -84,32 +120,34 @@ def make_train_step(
       config: accumulation, and what counts as a spike.
       seed: of dropout.
       max_targets: at most so many targets in a row; 0: any number.
+      shardings: of the gradients, by parameter (`lm.training.state.gradient_shardings`).
+      update: from gradients to the next state; `whole_update(optimizer)` unless given.
     """
+    update = update or whole_update(optimizer)
     dropout_root = jax.random.key(seed) if skeleton.config.dropout else None
-
-    def loss_fn(params, batch, key):
-        return token_loss(bind(skeleton, params), batch, objective, key, max_targets)
 
     def one_step(state: State, batch: Batch):
         key = None if dropout_root is None else jax.random.fold_in(dropout_root, state["step"])
-        summed, metrics = gradients(loss_fn, state["params"], batch, config.accumulation, key)
+
+        def loss_fn(params, batch, rows_B):
+            return token_loss(bind(skeleton, params), batch, objective, key, max_targets, rows_B)
+
+        summed, metrics = gradients(loss_fn, state["params"], batch, config.accumulation, shardings)
         weight = jnp.maximum(metrics["weight"], 1.0)
         mean = jax.tree.map(lambda g: g / weight, summed)
         loss, norm = metrics["nats"] / weight, global_norm(mean)
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         if config.spike_nats:
             bad |= loss > state["loss_mean"] + config.spike_nats
-        updates, new_optimizer = optimizer.update(mean, state["optimizer"], state["params"])
-        new_params = optax.apply_updates(state["params"], updates)
+        params, kept = update(mean, norm, state["optimizer"], state["params"], bad)
         settled = jnp.where(jnp.isnan(state["loss_mean"]), loss, state["loss_mean"])
-        changed = {
-            "params": new_params,
-            "optimizer": new_optimizer,
-            "loss_mean": LOSS_MEMORY * settled + (1 - LOSS_MEMORY) * loss,
+        loss_mean = LOSS_MEMORY * settled + (1 - LOSS_MEMORY) * loss
+        new_state = {
+            "params": params,
+            "optimizer": kept,
+            "step": state["step"] + 1,
+            "loss_mean": jnp.where(bad, state["loss_mean"], loss_mean),
         }
-        kept = {name: state[name] for name in changed}
-        new_state = jax.tree.map(lambda old, new: jnp.where(bad, old, new), kept, changed)
-        new_state["step"] = state["step"] + 1
         return new_state, {**metrics, "grad_norm": norm, "skipped": bad.astype(jnp.int32)}
 
     def steps(state: State, batches: Batch):

@@ -13,7 +13,7 @@ import pytest
 from bytes_tokenizer import ByteTokenizer, SeparateBosTokenizer
 
 from lm.config import ConfigError
-from lm.data import cache, prepare
+from lm.data import cache, entry, prepare, shards
 from lm.data.config import DataConfig
 
 TEXTS = [f"document {i}: " + "höher 🎈 " * (i % 7) for i in range(300)]
@@ -76,41 +76,41 @@ def test_written_once_and_keyed_by_what_matters(config):
 
 def test_chunks_and_parts_do_not_show(config, monkeypatch):
     whole, _, _ = prepared(config)
-    monkeypatch.setattr(cache, "_CHUNK_CHARS", 17)
-    monkeypatch.setattr(cache, "_parts", lambda text: cache_parts(text, 17))
+    monkeypatch.setattr(entry, "_CHUNK_CHARS", 17)
+    monkeypatch.setattr(entry, "_parts", lambda text: cut_parts(text, 17))
     config = dataclasses.replace(config, cache_dir=config.cache_dir + "2")
     small, _, _ = prepared(config)
     np.testing.assert_array_equal(whole.tokens, small.tokens)
     np.testing.assert_array_equal(whole.offsets, small.offsets)
 
 
-cache_parts = cache._parts
+cut_parts = entry._parts
 
 
 def test_parts_end_with_lines_and_lose_nothing():
     text = "".join("x" * n + "\n" for n in range(50))
-    parts = cache_parts(text, 60)
+    parts = cut_parts(text, 60)
     assert "".join(parts) == text and max(map(len, parts)) <= 60
     assert all(part.endswith("\n") for part in parts[:-1])
-    assert "".join(cache_parts("y" * 500, 60)) == "y" * 500
+    assert "".join(cut_parts("y" * 500, 60)) == "y" * 500
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda entry: os.truncate(entry / "train.tokens.bin", 100),
-        lambda entry: os.truncate(entry / "validation.offsets.bin", 16),
+        lambda entry: os.truncate(entry / "train.tokens-00000.bin", 100),
+        lambda entry: os.truncate(entry / "validation.offsets-00000.bin", 16),
         lambda entry: (entry / "meta.json").write_text("{"),
         lambda entry: (entry / "meta.json").unlink(),
-        lambda entry: (entry / "train.tokens.bin").unlink(),
+        lambda entry: (entry / "train.tokens-00000.bin").unlink(),
     ],
 )
 def test_a_damaged_entry_is_made_again_with_a_notice(config, damage):
     train, _, _ = prepared(config)
     expected = np.array(train.tokens)
     folder = cache.cache_directory(config)
-    (entry,) = [p for p in folder.iterdir() if (p / "meta.json").exists()]
-    damage(entry)
+    (made,) = [p for p in folder.iterdir() if (p / "meta.json").exists()]
+    damage(made)
     again, _, notes = prepared(config)
     assert any("damaged" in note for note in notes)
     np.testing.assert_array_equal(again.tokens, expected)
@@ -194,7 +194,7 @@ def test_a_full_disk_is_one_line(config, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache, "_sync", full)
+    monkeypatch.setattr(shards, "sync", full)
     with pytest.raises(ConfigError, match=r"data\.cache_dir=.*No space left"):
         prepared(config)
 

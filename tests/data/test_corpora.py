@@ -85,7 +85,7 @@ def test_unusable_files_are_counted_with_their_reason_or_refused(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n{"text": "\\ud800"}\n')
     report = CorpusReport()
     assert read(tmp_path, report) == ["fine", "good"]
-    reasons = {name.split("/")[-1]: reason for name, reason in report.skipped}
+    reasons = {bad.name.split("/")[-1]: bad.reason for bad in report.skipped}
     assert reasons.pop("cut.gz").startswith("damaged archive")
     assert reasons.pop("not.gz").startswith("damaged archive")
     assert reasons == {

@@ -58,7 +58,7 @@ def test_bad_pairs_are_counted_with_their_reason_or_refused(tmp_path):
     (tmp_path / "c.txt").write_text("running text")
     report = CorpusReport()
     assert read(tmp_path, report) == [("a", "b"), ("d", "e"), ("f", "g")]
-    assert [reason.split(",")[0] for _, reason in report.skipped] == [
+    assert [bad.reason.split(",")[0] for bad in report.skipped] == [
         "not two columns",
         "no text",
         "no text",

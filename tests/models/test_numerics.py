@@ -62,6 +62,6 @@ def test_no_product_of_the_backward_pass_has_float32_operands_in_bfloat16():
 
 
 def test_auto_is_bfloat16_exactly_where_it_is_fast():
-    fast = fast_bfloat16()
+    fast = fast_bfloat16(jax.default_backend())
     assert compute_dtype("auto") == (jnp.bfloat16 if fast else jnp.float32)
     assert compute_dtype("float32") == jnp.float32

@@ -11,7 +11,7 @@ import tiny_models
 
 from lm.config import ConfigError
 from lm.models import ModelConfig, bind, count, init, param_specs, skeleton
-from lm.models.cells import KINDS, Cells, marks, zeros
+from lm.models.cells import KINDS, Cells, bounds, zeros
 from lm.models.taps import reading, replacing
 from lm.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from lm.parallel.sharding import parameter_shardings
@@ -241,9 +241,9 @@ def test_packed_pairs_compute_what_they_compute_alone(cell, kind):
     close(packed[:, 3:7], logits(model_config, values, source[:, 5:7], target[:, 3:7]))
 
 
-def test_marks_say_where_states_change_and_restart_in_both_directions():
+def test_bounds_say_where_states_change_and_restart_in_both_directions():
     segments = jnp.array([[0, 1, 0, 1, 2, 2, 0]])
-    forward, backward = marks(segments), marks(segments, backwards=True)
+    forward, backward = bounds(segments), bounds(segments, backwards=True)
     assert forward.live_TB1[:, 0, 0].astype(int).tolist() == [0, 1, 0, 1, 1, 1, 0]
     assert forward.restart_TB1[:, 0, 0].astype(int).tolist() == [0, 1, 0, 0, 1, 0, 0]
     assert backward.restart_TB1[:, 0, 0].astype(int).tolist() == [0, 0, 0, 1, 0, 1, 0]
@@ -425,8 +425,8 @@ def test_a_layer_alone_starts_from_the_state_it_is_given():
     values = {n: v[0] for n, v in params(model_config).items() if n.startswith("blocks.")}
     cells = bind(cells, {name.removeprefix("blocks."): value for name, value in values.items()})
     x_TBD = np.random.default_rng(0).normal(size=(6, 2, 12)).astype(np.float32)
-    whole = cells(x_TBD, zeros(model_config, 2, 12), marks(None))
+    whole = cells(x_TBD, zeros(model_config, 2, 12), bounds(None))
     middle = tuple(states[2] for states in whole.states)
     assert len(middle) == kind.states
-    rest = cells(x_TBD[3:], middle, marks(None))
+    rest = cells(x_TBD[3:], middle, bounds(None))
     close(rest.states[0], whole.states[0][3:])

@@ -234,10 +234,24 @@ def test_dropout_is_off_without_a_key_and_random_with_one():
 
 def test_dropout_keeps_the_mean():
     x = jax.random.normal(jax.random.key(0), (1000,)) + 3
-    many = jax.vmap(lambda key: dropout(x, 0.3, key))(jax.random.split(jax.random.key(1), 2000))
+    vectors = jnp.broadcast_to(x, (40, 50, 1000))
+    many = dropout(vectors, 0.3, jax.random.key(1), jnp.arange(40)[:, None], jnp.arange(50))
+    many = many.reshape(2000, 1000)
     np.testing.assert_allclose((many == 0).mean(), 0.3, atol=0.005)
     np.testing.assert_allclose(many.mean(0), x, rtol=0.1)
     np.testing.assert_allclose(many.mean(), x.mean(), rtol=0.005)
+
+
+def test_dropout_is_a_function_of_each_number_s_coordinates():
+    x, rows, places = jnp.ones((6, 8, 10)), jnp.arange(6), jnp.arange(8)
+    key, columns = jax.random.key(1), jnp.arange(10)
+    whole = dropout(x, 0.5, key, rows[:, None], places)
+    order = (np.array([4, 1]), np.array([7, 0, 3]), np.array([9, 2, 5, 6]))
+    part = dropout(
+        x[:2, :3, :4], 0.5, key, rows[order[0]][:, None], places[order[1]], columns[order[2]]
+    )
+    np.testing.assert_array_equal(part, whole[np.ix_(*order)])
+    assert len(np.unique(np.asarray(whole).reshape(48, 10), axis=0)) > 40
 
 
 def test_dropout_differs_between_layers_and_not_between_scanned_and_unrolled():

@@ -14,6 +14,7 @@ from lm.parallel.mesh import MeshConfig, batch_sharding, batch_ways, describe, m
 from lm.parallel.sharding import (
     ACTIVATION_RULES,
     PARAMETER_RULES,
+    WHOLE_RULES,
     constrain,
     parameter_shardings,
     partition,
@@ -90,6 +91,18 @@ def test_partition_leaves_out_what_cannot_split():
         spec(("embed",), (8, 8))
 
 
+def test_zero_takes_what_the_batch_is_split_over_and_other_dimensions_leave():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, context=2))
+    axes, shape = ("expert", "embed", "mlp"), (4, 16, 8)
+    assert partition(axes, shape, mesh, PARAMETER_RULES) == PartitionSpec(
+        "expert", ("fsdp", "context"), None
+    )
+    assert partition(axes[1:], shape[1:], mesh, PARAMETER_RULES) == PartitionSpec(
+        ("fsdp", "expert", "context"), None
+    )
+    assert partition(axes, shape, mesh, WHOLE_RULES) == PartitionSpec("expert", None, None)
+
+
 def test_the_batch_splits_over_data_and_fsdp_as_far_as_it_divides():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
 
@@ -137,7 +150,8 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, message):
     [
         ({"tensor": 0}, r"config.mesh.tensor=0 must be positive"),
         ({"data": -1, "fsdp": -1}, r"only one axis may be -1, not data and fsdp"),
-        ({"stage": 2}, r"config.mesh.stage=2"),
+        ({"rounds": 2}, r"config.mesh.*rounds=2.*for a pipeline, and config.mesh.stage is 1"),
+        ({"stage": 4, "microbatches": 6}, r"microbatches=6 must be a multiple of stage=4"),
     ],
 )
 def test_impossible_mesh_sizes_are_refused(sizes, message):

@@ -12,6 +12,7 @@ from rich.console import Console
 from lm.models import ModelConfig, bind, count, param_specs, skeleton
 from lm.models.presets import preset
 from lm.objectives.cross_entropy import linear_cross_entropy
+from lm.parallel.layout import lay_out
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.training import flops
 from lm.training.report import binary, describe_run
@@ -67,9 +68,9 @@ DEEP = {"num_layers": 8, "num_heads": 4, "width": 64, "vocab_size": 64, "max_len
 
 
 def expected(config, mesh=None, **arguments):
-    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    layout = lay_out("", mesh or MeshConfig(), -1, None if mesh else jax.devices()[:1])
     sizes = {"block_size": config.max_length, "batch_size": 8} | arguments
-    return flops.expected_memory(config, param_specs(skeleton(config)), mesh, **sizes)
+    return flops.expected_memory(config, param_specs(skeleton(config)), layout, **sizes)
 
 
 FAMILIES = {
@@ -116,13 +117,13 @@ def test_memory_is_divided_by_the_mesh():
     alone = expected(config, optimizer_state=state)
     assert alone.parameters == alone.gradients == 4 * count(specs)
     assert alone.optimizer == 2 * alone.parameters + 4  # two moments and a step count
-    data = expected(config, make_mesh(MeshConfig(data=8)), optimizer_state=state)
+    data = expected(config, MeshConfig(data=8), optimizer_state=state)
     assert (data.parameters, data.optimizer) == (alone.parameters, alone.optimizer)
     assert data.activations * 8 == alone.activations
-    fsdp = expected(config, make_mesh(MeshConfig(data=1, fsdp=8)), optimizer_state=state)
+    fsdp = expected(config, MeshConfig(data=1, fsdp=8), optimizer_state=state)
     assert fsdp.parameters * 8 == alone.parameters
     assert (fsdp.optimizer - 4) * 8 == alone.optimizer - 4
-    tensor = expected(config, make_mesh(MeshConfig(data=4, tensor=2)), optimizer_state=state)
+    tensor = expected(config, MeshConfig(data=4, tensor=2), optimizer_state=state)
     assert alone.activations / 8 < tensor.activations < alone.activations / 4
 
 
@@ -133,14 +134,14 @@ def test_memory_is_divided_by_the_mesh():
 def test_the_report_fits_its_width_and_cuts_nothing(width):
     config = preset("gpt2_small")
     specs = param_specs(skeleton(config))
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    layout = lay_out("", MeshConfig(data=2, fsdp=2, tensor=2), -1)
     text = io.StringIO()
-    with jax.set_mesh(mesh):
+    with layout.active():
         describe_run(
             Console(file=text, width=width),
             model_config=config,
             specs=specs,
-            mesh=mesh,
+            layout=layout,
             block_size=1024,
             batch_size=8,
         )

@@ -1,0 +1,91 @@
+"""Tokenises a corpus too large for one machine, on Apache Beam, for training to find."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+
+import ml_collections
+import rich
+from rich import box
+from rich.table import Table
+
+from lm import tokenizers
+from lm.config import ConfigError, check, to_dict, view
+from lm.data import DataConfig, documents
+from lm.data.beam import BeamConfig, check_runner
+from lm.data.large import Made, prepare
+from lm.jobs.run_directory import check_directory, claim
+from lm.jobs.sources import open_source
+from lm.tokenizers import Tokenizer, TokenizerConfig
+from lm.tokenizers.files import has_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusJob:
+    """What to tokenise, with what, and who does it. The sections are those of a training run."""
+
+    job: str = "corpus"
+    seed: int = 0  # of generated corpora
+    init_from: str = ""  # take the tokenizer of this run, or Hugging Face directory
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    beam: BeamConfig = dataclasses.field(default_factory=BeamConfig)
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> list[Made]:
+    """Fills the token cache of a `CorpusJob`; run again, it goes on where it was.
+
+    Writes into `workdir`: `tokenizer/`, `config.json`, and `corpus.json` with what was made.
+
+    Raises:
+      ConfigError: a field that makes no sense, a corpus that cannot be read, a failed pipeline.
+    """
+    job = view(CorpusJob, config)
+    check_runner(job.beam)
+    directory = pathlib.Path(workdir)
+    wanted = to_dict(job)
+    del wanted["beam"]  # another runner may go on
+    check_directory(directory, wanted)
+    tokenizer = _tokenizer(job, directory)
+    check_directory(directory, wanted, tokenizer.fingerprint)
+    claim(directory, wanted, tokenizer)
+    print(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
+    began = time.perf_counter()
+    made = prepare(job.data, tokenizer, job.seed, job.beam, print)
+    seconds = time.perf_counter() - began
+    report = json.dumps([dataclasses.asdict(corpus) for corpus in made], indent=2)
+    try:
+        (directory / "corpus.json").write_text(report + "\n")
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+    rich.print(_table(made))
+    num_bytes = sum(split["num_bytes"] for corpus in made for split in corpus.splits.values())
+    print(f"{num_bytes / 1e6:,.1f} MB in {seconds:.1f} s")
+    return made
+
+
+def _tokenizer(job: CorpusJob, directory: pathlib.Path) -> Tokenizer:
+    """The tokenizer that a training run with the same sections has."""
+    saved = directory / "tokenizer"
+    if has_tokenizer(saved):
+        return tokenizers.load(saved)
+    if not job.init_from:
+        return tokenizers.train(job.tokenizer, documents(job.data, "train", job.seed))
+    tokenizer = open_source(job.init_from).tokenizer
+    check(tokenizer is not None, f"config.init_from={job.init_from!r} has no tokenizer")
+    return tokenizer
+
+
+def _table(made: list[Made]) -> Table:
+    table = Table(title="token cache", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("corpus")
+    for name in ("split", "documents", "bytes", "tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for corpus in made:
+        for name, split in corpus.splits.items():
+            counts = (split[what] for what in ("num_documents", "num_bytes", "num_tokens"))
+            table.add_row(corpus.path, name, *(f"{count:,}" for count in counts))
+    return table

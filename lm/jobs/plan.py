@@ -1,0 +1,386 @@
+"""Planning without hardware: does a run fit, and how fast will it be?
+
+Compiles the training step that would run, and prefill and a step of decoding, for devices that this
+machine has not got, and reads memory, FLOPs, traffic and time off the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+import ml_collections
+from rich.console import Console
+
+from lm.config import ConfigError, check, to_dict, view
+from lm.jobs import plan_report as report
+from lm.jobs.plan_analytic import on_paper
+from lm.jobs.plan_programs import Program, Workload, decode_programs, train_program
+from lm.jobs.plan_scaling import ScalingConfig, weak_scaling
+from lm.jobs.plan_search import advice, candidates, divisors, naive_mesh
+from lm.models import ModelConfig, costs
+from lm.models.presets import Overrides, preset
+from lm.objectives import ObjectiveConfig, check_objective
+from lm.parallel import strategies
+from lm.parallel.layout import lay_out
+from lm.parallel.mesh import MeshConfig, describe, make_mesh
+from lm.parallel.platform import compiling_for
+from lm.parallel.topology import Topology, open_topology
+from lm.training.config import TrainConfig
+from lm.training.optimizer import OptimizerConfig
+from lm.training.report import model_line
+
+PIPED_WIDTH = 120  # columns where standard output is no terminal
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedData:
+    """The shape of a batch; a plan needs no data."""
+
+    block_size: int = 0  # tokens a sequence; 0: the model's context
+    source_length: int = 0  # of an encoder-decoder's source; 0: as long as the block
+    batch_size: int = 0  # sequences a step, over all devices; 0: rows_per_device on each
+    rows_per_device: int = 1  # where batch_size is 0: sequences for each device there is
+    packed: bool = False  # rows hold several documents, with segments and positions
+
+    def validate(self, prefix: str = "config.data") -> None:
+        """Raises ConfigError on a negative size."""
+        for name in ("block_size", "source_length", "batch_size"):
+            value = getattr(self, name)
+            check(value >= 0, f"{prefix}.{name}={value} must be positive, or 0 to choose it")
+        check(
+            self.rows_per_device >= 1,
+            f"{prefix}.rows_per_device={self.rows_per_device} must be at least 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodePlan:
+    """Inference with the same model on the same devices."""
+
+    enabled: bool = False  # compile prefill and a decoding step too
+    batch_size: int = 0  # rows, over all devices; 0: 8 for each share of the mesh
+    prompt_length: int = 1024  # tokens read at once by prefill
+    cache_length: int = 0  # tokens the cache has room for; 0: data.block_size
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # as it is: chosen
+
+    def validate(self, prefix: str = "config.decode") -> None:
+        """Raises ConfigError on a size that is not positive."""
+        check(
+            self.prompt_length >= 1, f"{prefix}.prompt_length={self.prompt_length} must be positive"
+        )
+        for name in ("batch_size", "cache_length"):
+            value = getattr(self, name)
+            check(value >= 0, f"{prefix}.{name}={value} must be positive, or 0 to choose it")
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """Trying several meshes."""
+
+    meshes: int = 0  # how many of the most promising to compile and rank; 0: config.mesh alone
+    seconds: float = 420.0  # no further mesh is begun after this long
+    naive: bool = True  # compile a deliberately naive one beside them
+
+    def validate(self, prefix: str = "config.search") -> None:
+        """Raises ConfigError on a negative number."""
+        check(self.meshes >= 0, f"{prefix}.meshes={self.meshes} must not be negative")
+        check(self.seconds > 0, f"{prefix}.seconds={self.seconds} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanJob:
+    """What would run, and on what."""
+
+    job: str = "plan"
+    preset: str = ""  # a name of `lm.models.presets`; "": `model` says everything
+    model: Overrides = dataclasses.field(default_factory=Overrides)  # what is not as it says
+    topology: str = "v5p:4x4x4"  # v4, v5e, v5p, v6e or tpu7x and its shape; cpu:8: fake devices
+    slices: int = 1  # so many of them, connected by the data centre's network
+    data: PlannedData = dataclasses.field(default_factory=PlannedData)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    strategy: str = ""  # as in training
+    zero: int = -1  # as in training
+    search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
+    decode: DecodePlan = dataclasses.field(default_factory=DecodePlan)
+    scaling: ScalingConfig = dataclasses.field(default_factory=ScalingConfig)
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+    """Prints the plan, and writes it to `workdir`/plan.json.
+
+    Returns:
+      What the file holds.
+
+    Raises:
+      ConfigError: an unknown topology, model or field; sizes that do not divide; libtpu is missing.
+    """
+    job = view(PlanJob, config)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PIPED_WIDTH)
+    if job.scaling.presets:
+        result = weak_scaling(job.scaling, job.optimizer, console)
+        return _written(result, workdir, console)
+    topology = open_topology(job.topology, job.slices)
+    workload = _workload(job, topology)
+    mesh_config, zero = strategies.resolve(job.strategy, job.mesh, job.zero)
+    result: dict[str, Any] = {"config": to_dict(job), "topology": topology.name}
+    if job.search.meshes:
+        ranked, best = _search(job, workload, zero, topology, console)
+        result["ranking"] = ranked
+        mesh_config, program = best
+    else:
+        _introduce(job, workload, mesh_config, zero, topology, console)
+        layout = lay_out("", mesh_config, zero, topology.devices)
+        program = train_program(workload, layout, topology)
+    result["training"] = _show_training(workload, mesh_config, zero, topology, program, console)
+    if job.decode.enabled:
+        result["decoding"] = _decode(job, workload, topology, console)
+    return _written(result, workdir, console)
+
+
+def _written(result: dict[str, Any], workdir: str, console: Console) -> dict[str, Any]:
+    directory = pathlib.Path(workdir)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "plan.json"
+    path.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    console.print(f"\nwritten to {path}", style="dim")
+    return result
+
+
+def _workload(job: PlanJob, topology: Topology) -> Workload:
+    fields = {name: value for name, value in vars(job.model).items() if value is not None}
+    if job.preset:
+        model = preset(job.preset, **fields)
+    else:
+        model = view(ModelConfig, fields, "config.model")
+    check(
+        model.vocab_size > 0,
+        "config.model.vocab_size=0 must be positive: a plan has no tokenizer to ask; or name a "
+        "config.preset",
+    )
+    block = job.data.block_size or model.max_length
+    check(block > 0, "config.data.block_size=0 must be positive where model.max_length is 0")
+    both = model.architecture == "encoder_decoder"
+    source = (job.data.source_length or block) if both else 0
+    check(
+        not model.max_length or model.positions != "learned" or block <= model.max_length,
+        f"config.data.block_size={block} is longer than config.model.max_length={model.max_length}",
+    )
+    model = dataclasses.replace(model, max_length=max(model.max_length, block, source))
+    check_objective(job.objective, model, "config")
+    rows = job.data.batch_size or job.data.rows_per_device * len(topology.devices)
+    return Workload(
+        model, block, rows, source, job.data.packed, job.objective, job.optimizer, job.train
+    )
+
+
+def _introduce(job: PlanJob, workload: Workload, mesh, zero, topology, console) -> None:
+    with compiling_for(topology.platform):
+        line = model_line(workload.model)
+    name = f"{job.preset}: " if job.preset else ""
+    text = (
+        f"{workload.batch_size:,} × {workload.block_size:,} tokens a step"
+        + (f" in {job.train.accumulation} parts" if job.train.accumulation > 1 else "")
+        + f", {workload.optimizer.name}, remat {workload.model.remat}"
+    )
+    words = "searched for" if mesh is None else _words(mesh, topology)
+    report.header(console, topology, name + line, text, f"{words}, zero {zero}")
+
+
+def _words(mesh_config: MeshConfig, topology: Topology) -> str:
+    words = describe(make_mesh(mesh_config, topology.devices))
+    if mesh_config.stage != 1 and mesh_config.rounds > 1:
+        words += f" × {mesh_config.rounds} rounds"
+    return words
+
+
+def model_flops(workload: Workload, topology: Topology) -> float:
+    """FLOPs a step of one device's share, as every MFU of this project counts them."""
+    each = costs.training_flops_per_token(
+        workload.model, workload.block_size, workload.source_length or None
+    )
+    return each * workload.tokens / len(topology.devices)
+
+
+def _show_training(workload, mesh_config, zero, topology, program: Program, console) -> dict:
+    """Prints all there is to say of a training step, and returns it."""
+    grid = make_mesh(mesh_config, topology.devices)
+    least = on_paper(workload, mesh_config, zero, topology, grid)
+    flops = model_flops(workload, topology)
+    title = f"{program.name}, {describe(grid)}, zero {zero}: {report.LABEL}"
+    console.rule(title, align="left")
+    _show(program, flops, least, console)
+    if not program.fits:
+        changes = advice(workload, mesh_config, zero, topology, program)
+        console.print()
+        console.print(report.advice_table(changes, topology.chip.memory))
+    return _facts(program, flops, workload.tokens / len(topology.devices)) | {
+        "mesh": describe(grid),
+        "zero": zero,
+        "fits": program.fits,
+        "least": {
+            "flops": least.flops,
+            "bytes": least.bytes,
+            "received": least.received,
+            "memory": least.memory,
+        },
+    }
+
+
+def _show(program: Program, flops: float, least, console: Console) -> None:
+    console.print(report.memory_table(program.memory, program.estimate is not None))
+    if program.estimate is not None:
+        for table in (
+            report.work_table(program, flops, least),
+            report.collectives_table(program.estimate),
+            report.time_table(program.estimate, flops),
+        ):
+            console.print()
+            console.print(table)
+        once = program.compiler_flops
+        console.print(
+            f"compiled in {program.compile_seconds:.0f} s; the compiler's own analysis counts loop "
+            f"bodies once: {report.si(once)}FLOPs",
+            style="dim",
+        )
+
+
+def _facts(program: Program, flops: float, tokens: float) -> dict[str, Any]:
+    """A program in numbers, for plan.json."""
+    facts = {"memory": dataclasses.asdict(program.memory) | {"total": program.memory.total}}
+    found = program.estimate
+    if found is None:
+        return facts
+    names = ("flops", "bytes", "communicated", "ideal", "roofline", "seconds", "exposed")
+    facts |= {name: getattr(found, name) for name in names}
+    facts["terms"] = {
+        "compute": found.compute_seconds,
+        "memory": found.memory_seconds,
+        "network": found.network_seconds,
+        "compiler": found.compiler_seconds,
+    }
+    facts["collectives"] = [
+        {"kind": c.kind, "axes": c.along, "times": c.trips, "bytes": c.bytes, "received": c.total}
+        for c in report.summed(found.collectives)
+    ]
+    facts["model_flops"] = flops
+    facts["mfu"] = flops / found.seconds / found.chip.sixteen_bit
+    facts["tokens_per_second"] = tokens / found.seconds
+    return facts
+
+
+# ---- Ranking ---------------------------------------------------------------------------------
+
+
+def _search(job: PlanJob, workload: Workload, zero: int, topology: Topology, console: Console):
+    """Compiles the most promising meshes; their table's rows, and the best one."""
+    start = time.perf_counter()
+    _introduce(job, workload, None, zero, topology, console)
+    found = [(c.mesh, zero, "") for c in candidates(workload, topology, zero, job.search.meshes)]
+    if job.search.naive:
+        found.append((naive_mesh(workload.model, len(topology.devices)), 0, "naive"))
+    rows, programs = [], []
+    for index, (mesh_config, stage, note) in enumerate(found):
+        late = time.perf_counter() - start > job.search.seconds
+        if late and rows and not note:
+            console.print(f"{len(found) - index} meshes left out after {job.search.seconds:.0f} s")
+            continue
+        words = _words(mesh_config, topology)
+        with console.status(f"compiling {words}"):
+            row, program = _ranked(workload, mesh_config, stage, topology, words, note)
+        rows.append(row)
+        programs.append((mesh_config, program))
+    order = sorted(range(len(rows)), key=lambda i: (not rows[i]["fits"], rows[i]["seconds"]))
+    best = next((i for i in order if rows[i]["zero"] == zero and programs[i][1]), order[0])
+    check(
+        programs[best][1] is not None,
+        f"config.search.meshes={job.search.meshes}: none compiled: {rows[best]['note']}",
+    )
+    console.rule(f"meshes: {report.LABEL}", align="left")
+    console.print(report.ranking_table([rows[i] for i in order]))
+    console.print()
+    return [rows[i] for i in order], programs[best]
+
+
+def _ranked(workload, mesh_config, zero, topology, words, note):
+    row = dict(
+        mesh=words, zero=zero, fits=False, memory=0.0, limit=topology.chip.memory,
+        seconds=math.inf, mfu=0.0, tokens_per_second=0.0, note=note,
+    )  # fmt: skip
+    try:
+        layout = lay_out("", mesh_config, zero, topology.devices)
+        program = train_program(workload, layout, topology)
+    except (ConfigError, jax.errors.JaxRuntimeError, ValueError) as error:
+        return row | {"note": str(error).split("\n")[0][:60]}, None
+    tokens = workload.tokens / len(topology.devices)
+    facts = _facts(program, model_flops(workload, topology), tokens)
+    row |= {"fits": program.fits, "memory": program.memory.total}
+    row |= {k: facts[k] for k in ("seconds", "mfu", "tokens_per_second") if k in facts}
+    if not program.fits:
+        row["note"] = ", ".join(filter(None, (note, "does not fit")))
+    return row, program
+
+
+# ---- Decoding --------------------------------------------------------------------------------
+
+
+def _decode(job: PlanJob, workload: Workload, topology: Topology, console: Console) -> dict:
+    """Prefill, and a token more of every row."""
+    model, plan = workload.model, job.decode
+    check(
+        model.architecture == "decoder" and model.cell == "attention",
+        f"config.decode.enabled=True is for decoders, not {model.architecture!r} of "
+        f"{model.cell!r} cells",
+    )
+    mesh_config = plan.mesh
+    if mesh_config == MeshConfig():
+        mesh_config = decode_mesh(model, topology)
+    mesh = make_mesh(mesh_config, topology.devices)
+    shares = mesh.size // mesh.shape["tensor"] // mesh.shape["context"]
+    rows = plan.batch_size or 8 * shares
+    length = plan.cache_length or workload.block_size
+    check(
+        plan.prompt_length <= length,
+        f"config.decode.prompt_length={plan.prompt_length} is longer than the cache's {length}",
+    )
+    found = decode_programs(model, mesh_config, topology, rows, plan.prompt_length, length)
+    results = {"mesh": describe(mesh), "rows": rows, "cache_length": length}
+    for program in found:
+        prefill = program.name == "prefill"
+        tokens = rows * (plan.prompt_length if prefill else 1) / mesh.size
+        each = (
+            costs.prefill_flops_per_token(model, plan.prompt_length)
+            if prefill
+            else costs.decode_flops_per_token(model, length)
+        )
+        context = f"{plan.prompt_length:,} tokens" if prefill else f"a cache of {length:,}"
+        console.print()
+        console.rule(
+            f"{program.name}, {describe(mesh)}: {rows} rows, {context}: {report.LABEL}",
+            align="left",
+        )
+        _show(program, each * tokens, None, console)
+        results[program.name] = _facts(program, each * tokens, tokens)
+    return results
+
+
+def decode_mesh(model: ModelConfig, topology: Topology) -> MeshConfig:
+    """Tensor parallel over as few devices as hold the weights twice over, the rest data."""
+    devices = len(topology.devices)
+    weights = 2 * costs.parameters(model).total
+    fitting = [n for n in divisors(devices) if model.num_heads % n == 0]
+    enough = [n for n in fitting if weights / n < topology.chip.memory / 2]
+    tensor = enough[0] if enough else fitting[-1]
+    grouped = [n for n in fitting if n >= tensor and model.kv_heads % n == 0]
+    tensor = grouped[0] if grouped else tensor
+    return MeshConfig(data=devices // tensor, tensor=tensor)

@@ -1,0 +1,67 @@
+"""What is known of every token of a text besides its id."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm.parallel.ring import to_zigzag, zigzag_slots
+
+
+class Marks(NamedTuple):
+    """Enough to tell which tokens see which without a table of all pairs.
+
+    Tokens may stand in any order, as they do where a ring of devices shares a sequence: slots say
+    which come earlier.
+    """
+
+    slots_1T: jax.Array  # each token's place in its row, the same in all rows
+    positions_BT: jax.Array  # its place in its document, from 0 in each packed one
+    rows_B: jax.Array  # each row's number in the whole batch
+    segments_BT: jax.Array | None = None  # which document it is of; 0 is padding
+    prefix_BT: jax.Array | None = None  # true for tokens that all of their document may see
+
+    @classmethod
+    def of(
+        cls,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        prefix_BT: jax.Array | None = None,
+        rows_B: jax.Array | None = None,
+    ) -> Marks:
+        """Those of `tokens_BT`, one document a row unless said otherwise."""
+        rows, length = tokens_BT.shape
+        slots_1T = jnp.arange(length, dtype=jnp.int32)[None]
+        return cls(
+            slots_1T,
+            jnp.broadcast_to(slots_1T, tokens_BT.shape) if positions_BT is None else positions_BT,
+            jnp.arange(rows, dtype=jnp.int32) if rows_B is None else rows_B,
+            segments_BT,
+            None if prefix_BT is None else prefix_BT.astype(bool),
+        )
+
+    def to_zigzag(self) -> Marks:
+        """Of the same tokens in zig-zag order (`lm.parallel.ring`)."""
+        turned = jax.tree.map(to_zigzag, (self.positions_BT, self.segments_BT, self.prefix_BT))
+        slots_1T = zigzag_slots(self.slots_1T.shape[1])
+        return Marks(slots_1T, turned[0], self.rows_B, *turned[1:])
+
+    @property
+    def valid_BT(self) -> jax.Array | None:
+        """Which tokens are not padding; None: all."""
+        return None if self.segments_BT is None else self.segments_BT > 0
+
+
+def same_document(queries: Marks, keys: Marks) -> jax.Array:
+    """Whether token t of one text is of the document of the same number as token s of another.
+
+    Where a text has no segments, it is all document 1. A boolean [B, T, S].
+    """
+    segments = [
+        jnp.ones_like(marks.positions_BT) if marks.segments_BT is None else marks.segments_BT
+        for marks in (queries, keys)
+    ]
+    return segments[0][:, :, None] == segments[1][:, None, :]

@@ -1,0 +1,94 @@
+"""A stack of blocks whose layers the devices share in a pipeline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from lm.models.ring_attention import HEADS
+from lm.parallel.mesh import batch_ways
+from lm.parallel.pipeline import AXIS, choose_microbatches, current_schedule, pipeline
+from lm.parallel.sharding import automatic_axes
+
+if TYPE_CHECKING:
+    from lm.models.stack import Context, Stack
+
+LAYER_INPUT = "layer_input"  # the name, to remat policies, of what a layer starts from
+
+# What `config.remat` keeps of a layer for the backward pass besides that.
+KEPT = {
+    "full": (),
+    "dots": ("product",),
+    "qkv": ("query", "key", "value"),
+    "projections": ("query", "key", "value", HEADS),
+}
+
+
+def pipeline_stages(rows: int) -> int:
+    """How many stages share the layers in a call of so many rows.
+
+    That is one, and every device gets all layers in turn, where the rows are too few for all.
+    """
+    mesh, names = automatic_axes()
+    stages = mesh.shape[AXIS] if AXIS in names else 1
+    return stages if rows % stages == 0 else 1
+
+
+def through_stages(
+    stack: Stack, x_BTD: jax.Array, context: Context, keys_L: jax.Array | None, reach_L: Any
+) -> tuple[jax.Array, Any]:
+    """What `stack.scan_blocks` returns of its `blocks`, computed in a pipeline.
+
+    Rows travel with their marks, and each stage makes its own `Context` of them; only the bias of
+    attention scores, which all rows share, comes from outside. Of what happens in a layer, the
+    backward pass keeps what `config.remat` says, for every micro-batch.
+
+    Args:
+      stack: the stack.
+      x_BTD: the residual stream; B a multiple of the stages.
+      context: made by `stack.context`.
+      keys_L: of dropout in each layer, or None.
+      reach_L: whether each layer is local; one answer where it is the same for all.
+    """
+    mesh, _ = automatic_axes()
+    stages, schedule = mesh.shape[AXIS], current_schedule()
+    ways = batch_ways(mesh) // stages
+    marks, memory_marks = context.marks, context.memory_marks
+    slots = tuple(None if m is None else m.slots_1T for m in (marks, memory_marks))
+    rows = tuple(None if m is None else m._replace(slots_1T=None) for m in (marks, memory_marks))
+    fixed, varying_L = (reach_L, None) if isinstance(reach_L, bool) else (None, reach_L)
+
+    def stage_fn(blocks, first, x_BTD, along, shared):
+        (marks, memory_marks), memory_BSD = along
+        slots, layers, bias_BHTS = shared
+        marks = marks._replace(slots_1T=slots[0])
+        if memory_marks is not None:
+            memory_marks = memory_marks._replace(slots_1T=slots[1])
+        count = jax.tree.leaves(blocks)[0].shape[0]
+        keys_L, varying_L = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), layers
+        )
+        return stack.scan_blocks(
+            blocks,
+            x_BTD,
+            stack.context(marks, memory_BSD, memory_marks, bias_BHTS),
+            keys_L,
+            fixed if varying_L is None else varying_L,
+        )
+
+    policy = None
+    if stack.config.remat != "none":
+        kept = (LAYER_INPUT, *KEPT[stack.config.remat])
+        policy = jax.checkpoint_policies.save_only_these_names(*kept)
+    return pipeline(
+        stage_fn,
+        stack.blocks,
+        x_BTD,
+        (rows, context.memory_BSD),
+        (slots, (keys_L, varying_L), context.bias_BHTS),
+        microbatches=choose_microbatches(schedule.microbatches, stages, x_BTD.shape[0], ways),
+        rounds=schedule.rounds,
+        whole_axes=schedule.whole_axes,
+        policy=policy,
+    )

@@ -1,0 +1,129 @@
+"""A Transformer whose layers are shared in a pipeline is the same Transformer."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models
+
+from lm.config import ConfigError
+from lm.models import Transformer, bind, param_specs
+from lm.parallel.mesh import MeshConfig, batch_sharding, make_mesh
+from lm.parallel.pipeline import schedule
+from lm.parallel.sharding import parameter_shardings
+
+ROWS, LENGTH = 16, 8
+
+
+class Case(NamedTuple):
+    mesh: dict[str, int]
+    model: dict[str, Any]
+    microbatches: int = 0
+    rounds: int = 1
+
+
+T5 = {"architecture": "encoder_decoder", "positions": "relative"}
+EXPERTS = {"num_experts": 4, "activation": "swiglu"}
+CASES = {
+    "fsdp": Case({"stage": 4, "data": 1, "fsdp": 2}, {"remat": "full", "dropout": 0.3}, 8),
+    "tensor": Case({"stage": 2, "data": 2, "tensor": 2}, {}),
+    "circular": Case(
+        {"stage": 2, "data": 2, "tensor": 2}, {"remat": "dots", "dropout": 0.3}, 4, rounds=2
+    ),
+    "local": Case(
+        {"stage": 2, "data": 1, "fsdp": 4},
+        {"attention_pattern": ("local", "global"), "window": 3, "num_kv_heads": 2},
+        2,
+    ),
+    "crossing": Case(
+        {"stage": 2, "data": 2, "tensor": 2}, {**T5, "remat": "full", "dropout": 0.3}, 4
+    ),
+    "alibi": Case({"stage": 4, "data": 2}, {"positions": "alibi", "remat": "projections"}, 4),
+    "experts": Case(
+        {"stage": 2, "data": 2, "expert": 2}, {**EXPERTS, "num_layers": 6, "dense_layers": 2}, 4
+    ),
+}
+
+
+def problem(case: Case):
+    """Packed rows with padding, and a function of parameters and rows, with its gradient."""
+    config = tiny_models.config(
+        **{"num_layers": 4, "width": 16, "mlp_width": 24, "vocab_size": 40, **case.model}
+    )
+    rng = np.random.default_rng(0)
+
+    def text(tokens, segments):
+        segments_BT = np.sort(rng.integers(0, 3, (ROWS, LENGTH), np.int32), 1)[:, ::-1]
+        return {
+            tokens: rng.integers(1, 40, (ROWS, LENGTH), np.int32),
+            segments: np.ascontiguousarray(segments_BT),
+        }
+
+    batch = text("tokens_BT", "segments_BT")
+    if config.architecture == "encoder_decoder":
+        batch |= text("targets_BT", "source_segments_BS")
+    skeleton, key = Transformer(config), jax.random.key(1) if config.dropout else None
+
+    def score(values, batch):
+        x, router = bind(skeleton, values).hidden_and_router(**batch, dropout_key=key)
+        score = jnp.sum(jnp.sin(jnp.arange(x.size)) * x.reshape(-1))
+        if router is not None:
+            score += router.z
+            router = (router.tokens, router.z, router.dropped)  # which are sums over tokens
+        return score, (x, router)
+
+    function = tiny_models.compiled(jax.value_and_grad(score, has_aux=True))
+    return param_specs(skeleton), tiny_models.params(config), batch, function
+
+
+def on_mesh(case: Case, specs, values, batch, function):
+    mesh = make_mesh(MeshConfig(**case.mesh))
+    with jax.set_mesh(mesh), schedule(case.microbatches, case.rounds):
+        values = jax.device_put(values, parameter_shardings(specs, mesh))
+        return function(values, jax.device_put(batch, batch_sharding(mesh)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_pipelined_model_computes_what_one_device_does(name):
+    case = CASES[name]
+    specs, values, batch, function = problem(case)
+    (_, expected), expected_gradient = function(values, batch)
+    (_, actual), gradient = on_mesh(case, specs, values, batch, function)
+    assert actual[0].sharding.spec[0][0] == "stage"
+    jax.tree.map(
+        lambda e, a: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5), expected, actual
+    )
+    for parameter, wanted in expected_gradient.items():
+        np.testing.assert_allclose(
+            gradient[parameter],
+            wanted,
+            rtol=1e-4,
+            atol=1e-5 * max(1, np.abs(wanted).max()),
+            err_msg=parameter,
+        )
+
+
+def test_a_single_row_needs_no_pipeline():
+    config = tiny_models.config(num_layers=4)
+    values, tokens = tiny_models.params(config), tiny_models.tokens(1)
+    alone = tiny_models.logits(config, values, tokens)
+    with jax.set_mesh(make_mesh(MeshConfig(stage=4))):
+        np.testing.assert_allclose(
+            tiny_models.logits(config, values, tokens), alone, rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("microbatches", "layers", "message"),
+    [
+        (0, 6, r"stage=4 .* 6 layers .* config.model.num_layers"),
+        (12, 4, r"config.mesh.microbatches=12 .* 16 rows"),
+    ],
+)
+def test_what_does_not_divide_over_the_stages_is_refused(microbatches, layers, message):
+    case = Case({"stage": 4, "data": 2}, {"num_layers": layers}, microbatches)
+    with pytest.raises(ConfigError, match=message):
+        on_mesh(case, *problem(case))

@@ -1,0 +1,100 @@
+"""What a host reads is what its devices hold."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh
+
+from lm.parallel.mesh import AXES, BATCH_AXES, batch_sharding
+from lm.parallel.rows import assemble, local_rows
+
+SHAPES = [
+    shape
+    for shape in itertools.product((1, 2, 4, 8), repeat=len(AXES))
+    if np.prod(shape) == 8 and sum(size > 1 for size in shape) <= 3
+]
+
+
+def mesh_of(shape, order=range(8)):
+    devices = np.array([jax.devices()[i] for i in order]).reshape(shape)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def hosts_of(count):
+    """Eight devices dealt to so many hosts, in order."""
+    return np.array_split(np.array(jax.devices()[:8]), count)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.sampled_from(SHAPES),
+    order=st.permutations(range(8)),
+    count=st.sampled_from([1, 2, 4, 8]),
+    times=st.integers(1, 3),
+)
+def test_hosts_read_what_their_devices_hold_and_together_everything(shape, order, count, times):
+    mesh = mesh_of(shape, order)
+    ways = np.prod([mesh.shape[axis] for axis in BATCH_AXES])
+    size = int(ways * times)
+    sharding = batch_sharding(mesh)
+    held = {
+        device: set(range(size)[rows])
+        for device, (rows, _) in sharding.devices_indices_map((size, 8)).items()
+    }
+    shares = [local_rows(sharding, size, devices) for devices in hosts_of(count)]
+    for devices, rows in zip(hosts_of(count), shares):
+        assert (np.diff(rows) > 0).all()
+        assert set(rows) == set.union(*(held[device] for device in devices))
+    assert set(np.concatenate(shares)) == set(range(size))
+
+
+def test_hosts_side_by_side_share_rows_or_not_as_the_mesh_says():
+    def shares(count, **sizes):
+        shape = [sizes.get(axis, 1) for axis in AXES]
+        sharding = batch_sharding(mesh_of(shape))
+        return [local_rows(sharding, 8, devices).tolist() for devices in hosts_of(count)]
+
+    assert shares(2, data=8) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert shares(2, tensor=8) == [list(range(8))] * 2
+    assert shares(4, data=2, tensor=4) == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
+    assert shares(2, data=2, context=4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("leading", [0, 1])
+@pytest.mark.parametrize(
+    "sizes", [{"data": 8}, {"data": 2, "tensor": 4}, {"fsdp": 2, "context": 2, "tensor": 2}]
+)
+def test_the_global_array_is_the_batch(sizes, leading):
+    mesh = mesh_of([sizes.get(axis, 1) for axis in AXES], order=[3, 1, 7, 5, 0, 2, 6, 4])
+    whole = np.arange(3**leading * 16 * 4).reshape((3,) * leading + (16, 4))
+    rows = local_rows(batch_sharding(mesh), 16)
+    placed = assemble({"inputs": whole}, batch_sharding(mesh, leading), rows, 16, leading)
+    np.testing.assert_array_equal(placed["inputs"], whole)
+    assert placed["inputs"].sharding == batch_sharding(mesh, leading)
+
+
+def test_a_host_needs_no_other_rows_than_its_own(monkeypatch):
+    """What JAX asks this host for, it finds at the right place among its scattered rows."""
+    mesh = mesh_of([4 if axis == "data" else 2 if axis == "tensor" else 1 for axis in AXES])
+    sharding = batch_sharding(mesh)
+    mine = [mesh.devices.flat[i] for i in (0, 1, 4, 5)]  # rows 0, 1 and 4, 5 of 8
+    rows = local_rows(sharding, 8, mine)
+    assert rows.tolist() == [0, 1, 4, 5]
+    whole = np.arange(32).reshape(8, 4)
+    seen = {}
+
+    def make(shape, sharding, part):
+        assert shape == whole.shape
+        for device, index in sharding.devices_indices_map(shape).items():
+            if device in mine:
+                seen[device] = (part(index), whole[index])
+
+    monkeypatch.setattr(jax, "make_array_from_callback", make)
+    assemble({"inputs": whole[rows]}, sharding, rows, 8)
+    assert len(seen) == 4
+    for placed, wanted in seen.values():
+        np.testing.assert_array_equal(placed, wanted)
