@@ -22,6 +22,8 @@ JOBS = {
     "why_attention": "lm.jobs.why_attention",  # recurrent networks, and what cured them
     "convert": "lm.jobs.convert",  # Hugging Face weights in and out
     "describe": "lm.jobs.describe",  # what a known model is made of and costs
+    "plan": "lm.jobs.plan",  # whether a run fits hardware that is not here, and how fast it is
+    "corpus": "lm.jobs.corpus",  # a corpus too large for one machine → tokens, on Apache Beam
 }
 
 _CONFIG = config_flags.DEFINE_config_file(

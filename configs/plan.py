@@ -6,8 +6,9 @@
     python main.py --config=configs/plan.py --config.decode.enabled=True # prefill and decoding, too
 
     # another model (lm.models.presets), another TPU: v4, v5e, v5p, v6e, tpu7x; another batch
-    python main.py --config=configs/plan.py --config.preset=llama2_70b --config.topology=v5p:4x8x8 \\
-        --config.data.block_size=4096 --config.data.rows_per_device=4 --config.model.remat=qkv
+    python main.py --config=configs/plan.py --config.preset=llama2_70b \\
+        --config.topology=v5p:4x8x8 --config.data.block_size=4096 --config.data.rows_per_device=4 \\
+        --config.model.remat=qkv
 
     # a mesh by hand; fake devices of this machine's CPU, where there is no libtpu
     python main.py --config=configs/plan.py --config.mesh.fsdp=16 --config.mesh.tensor=4

@@ -17,7 +17,7 @@ import numpy as np
 
 from lm.config import defaults
 from lm.jobs import train
-from lm.parallel.mesh import make_mesh
+from lm.parallel.layout import lay_out
 from lm.training.saved import restore_parameters
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -57,8 +57,8 @@ def config(tmp_path: pathlib.Path, **fields):
 @contextlib.contextmanager
 def devices(count: int) -> Iterator[None]:
     """Jobs run in this process see `count` of its fake devices."""
-    some = functools.partial(make_mesh, devices=jax.devices()[:count])
-    with mock.patch.object(train, "make_mesh", some):
+    some = functools.partial(lay_out, devices=jax.devices()[:count])
+    with mock.patch.object(train, "lay_out", some):
         yield
 
 

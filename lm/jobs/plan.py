@@ -219,12 +219,13 @@ def _show_training(workload, mesh_config, zero, topology, program: Program, cons
     flops = model_flops(workload, topology)
     title = f"{program.name}, {describe(grid)}, zero {zero}: {report.LABEL}"
     console.rule(title, align="left")
-    _show(program, flops, least, console)
+    tokens = workload.tokens / len(topology.devices)
+    _show(program, flops, tokens, least.bytes, least.received, console)
     if not program.fits:
         changes = advice(workload, mesh_config, zero, topology, program)
         console.print()
         console.print(report.advice_table(changes, topology.chip.memory))
-    return _facts(program, flops, workload.tokens / len(topology.devices)) | {
+    return _facts(program, flops, tokens) | {
         "mesh": describe(grid),
         "zero": zero,
         "fits": program.fits,
@@ -237,13 +238,20 @@ def _show_training(workload, mesh_config, zero, topology, program: Program, cons
     }
 
 
-def _show(program: Program, flops: float, least, console: Console) -> None:
+def _show(
+    program: Program,
+    flops: float,
+    tokens: float,
+    least_bytes: float,
+    least_received: dict[str, float],
+    console: Console,
+) -> None:
     console.print(report.memory_table(program.memory, program.estimate is not None))
     if program.estimate is not None:
         for table in (
-            report.work_table(program, flops, least),
+            report.work_table(program, flops, least_bytes, least_received),
             report.collectives_table(program.estimate),
-            report.time_table(program.estimate, flops),
+            report.time_table(program.estimate, flops, tokens),
         ):
             console.print()
             console.print(table)
@@ -298,6 +306,9 @@ def _search(job: PlanJob, workload: Workload, zero: int, topology: Topology, con
         words = _words(mesh_config, topology)
         with console.status(f"compiling {words}"):
             row, program = _ranked(workload, mesh_config, stage, topology, words, note)
+        took = f"{time.perf_counter() - start:.0f} s"
+        said = "" if program is None else ": " + report.outcome(row)
+        console.print(f"{took}: {words}, zero {stage}{said}", style="dim")
         rows.append(row)
         programs.append((mesh_config, program))
     order = sorted(range(len(rows)), key=lambda i: (not rows[i]["fits"], rows[i]["seconds"]))
@@ -369,7 +380,13 @@ def _decode(job: PlanJob, workload: Workload, topology: Topology, console: Conso
             f"{program.name}, {describe(mesh)}: {rows} rows, {context}: {report.LABEL}",
             align="left",
         )
-        _show(program, each * tokens, None, console)
+        least = (
+            program.memory.parameters
+            + costs.cache_bytes(model, plan.prompt_length if prefill else length, "bfloat16")
+            * rows
+            / mesh.size
+        )
+        _show(program, each * tokens, tokens, least, {}, console)
         results[program.name] = _facts(program, each * tokens, tokens)
     return results
 

@@ -74,6 +74,18 @@ class Paper:
         return max(self.seconds - beside, beside)
 
 
+def strategy_of(collective: Collective) -> str:
+    """Which strategy of `Paper.received` a compiled collective serves."""
+    axes = set(collective.axes)
+    for axis in ("stage", "tensor", "data"):
+        if axis in axes:
+            return axis
+    if "all-to-all" in collective.kind and "expert" in axes:
+        return "expert"
+    ring = collective.kind == "collective-permute" and not collective.part
+    return "context" if ring and axes == {"context"} else "zero"
+
+
 @functools.lru_cache(maxsize=8)
 def _counted(model: ModelConfig):
     specs = param_specs(skeleton(model))

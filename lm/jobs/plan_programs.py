@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lm.config import check
 from lm.inference.prepare import bound, for_decoding, for_reading
 from lm.models import ModelConfig, param_specs, skeleton
+from lm.models.numerics import compute_dtype
 from lm.objectives import ObjectiveConfig
 from lm.parallel import hlo
 from lm.parallel.hlo_runs import stacks
@@ -190,7 +191,8 @@ def decode_programs(
         "devices that share it",
     )
     with jax.set_mesh(mesh), compiling_for(topology.platform):
-        model = for_decoding(skeleton(config))
+        dtype = compute_dtype(config.compute_dtype).name  # the platform's, not this machine's
+        model = for_decoding(skeleton(dataclasses.replace(config, compute_dtype=dtype)))
         params = _for_reading(model, mesh)
         cache = _cache(model, mesh, batch_size, cache_length)
         programs = []
@@ -276,13 +278,14 @@ def _compile(name, jitted, arguments, given, rest, topology, mesh, share) -> Pro
         memory = Memory(parameters, optimizer, rest, 0.0, 0.0, wanted, 0.0, limit)
         return Program(name, memory, None, 0.0, time.perf_counter() - start)
     text = compiled.as_text()
+    kept = stacks(hlo.parse(text)) if optimizer else 0.0
     stats = compiled.memory_analysis()
     memory = Memory(
         parameters=parameters,
         optimizer=optimizer,
         arguments=max(rest, stats.argument_size_in_bytes - parameters - optimizer),
         outputs=max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes),
-        kept=min(stacks(hlo.parse(text)), stats.temp_size_in_bytes),
+        kept=min(kept, stats.temp_size_in_bytes),
         temporaries=stats.temp_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
         limit=limit,

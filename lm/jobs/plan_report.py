@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lm.jobs.plan_analytic import Paper
+from lm.jobs.plan_analytic import strategy_of
 from lm.jobs.plan_programs import Memory, Program
 from lm.jobs.plan_search import Advice
 from lm.parallel.collectives import summed
@@ -17,6 +17,14 @@ from lm.parallel.topology import Topology
 from lm.training.report import binary, facts_table, si
 
 LABEL = "compiled, not measured"
+STRATEGIES = {
+    "zero": "ZeRO",
+    "data": "data parallelism",
+    "tensor": "tensor parallelism",
+    "context": "the ring of keys and values",
+    "expert": "experts",
+    "stage": "the pipeline",
+}
 
 
 def seconds(value: float) -> str:
@@ -94,7 +102,9 @@ def memory_table(memory: Memory, compiled: bool) -> Table:
     return table
 
 
-def work_table(program: Program, model_flops: float, paper: Paper | None) -> Table:
+def work_table(
+    program: Program, model_flops: float, least_bytes: float, least: Mapping[str, float]
+) -> Table:
     """FLOPs, bytes moved and bytes received, beside what is needed at least."""
     found = program.estimate
     table = plain_table("work of a device", "compiled", "at least", "ratio")
@@ -105,8 +115,17 @@ def work_table(program: Program, model_flops: float, paper: Paper | None) -> Tab
         table.add_row(name, f"{si(value)}{unit}", least_text, ratio)
 
     row("FLOPs", found.flops, model_flops, "FLOPs")
-    row("to and from HBM", found.bytes, paper.bytes if paper else 0.0, "B")
-    row("from other devices", found.communicated, sum(paper.received.values()) if paper else 0, "B")
+    row("to and from HBM", found.bytes, least_bytes, "B")
+    row("from other devices", found.communicated, sum(least.values()), "B")
+    served: dict[str, float] = {}
+    for collective in found.collectives:
+        strategy = strategy_of(collective)
+        served[strategy] = served.get(strategy, 0.0) + collective.total
+    for strategy in least if len({*least, *served}) > 1 else ():
+        row(f"  for {STRATEGIES[strategy]}", served.get(strategy, 0.0), least[strategy], "B")
+    for strategy in served if least else ():
+        if strategy not in least and served[strategy] > 0.001 * found.communicated:
+            row(f"  for {STRATEGIES[strategy]} besides", served[strategy], 0.0, "B")
     return table
 
 
@@ -137,7 +156,7 @@ def collectives_table(found: Estimate) -> Table:
     return table
 
 
-def time_table(found: Estimate, model_flops: float) -> Table:
+def time_table(found: Estimate, model_flops: float, tokens: float) -> Table:
     """The terms, and the estimates with their MFU."""
     table = plain_table(f"time ({LABEL})", "", "MFU")
     peak = found.chip.sixteen_bit
@@ -154,9 +173,17 @@ def time_table(found: Estimate, model_flops: float) -> Table:
     row("roofline: each operation's longest, and what is not hidden", found.roofline)
     if found.compiler_seconds != found.operation_seconds:
         row("estimate: the compiler's cycles, and what is not hidden", found.seconds, "bold")
+    table.add_row("tokens a second and device", f"{tokens / found.seconds:,.0f}")
     if not found.all_known:
         table.add_row(Text("a loop's length is not known: it counts once", "yellow"))
     return table
+
+
+def outcome(row: dict) -> str:
+    """A compiled mesh in a few words."""
+    if not row["mfu"]:
+        return row["note"]
+    return f"{binary(row['memory'])}, {seconds(row['seconds'])} a step"
 
 
 def ranking_table(rows: Sequence[dict]) -> Table:
@@ -170,7 +197,7 @@ def ranking_table(rows: Sequence[dict]) -> Table:
             str(row["zero"]),
             binary(row["memory"]) if row["memory"] else "",
             f"{row['memory'] / row['limit']:.0%}" if row["memory"] else "",
-            seconds(row["seconds"]) if row["seconds"] else "",
+            seconds(row["seconds"]) if row["mfu"] else "",
             f"{row['mfu']:.1%}" if row["mfu"] else "",
             f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else "",
             row["note"],

@@ -62,18 +62,32 @@ BLOCK_ROWS = {"cpu": 128, "gpu": 512}  # of one expert multiplied at once, at mo
 
 
 class RouterStats(NamedTuple):
-    """What routers did: float32 sums over tokens, which add up over layers and micro-batches.
+    """What routers did: float32 sums over tokens, so that those of a batch's parts add up to its.
 
-    Divided by `tokens`, each is a mean over the tokens and layers that it was taken over. Balance
-    and load are not sums over tokens by nature: they are taken per layer and micro-batch, then
-    multiplied by the tokens there.
+    Of one router, or of several along leading axes.
     """
 
     tokens: jax.Array  # tokens that are not padding
-    balance: jax.Array  # tokens · E·Σ_e f_e·P_e (Fedus et al. 2021, eq. 4), f over all k choices
+    chosen_E: jax.Array  # how often each expert was chosen
+    probability_E: jax.Array  # Σ of its scores, each token's adding up to one
     z: jax.Array  # Σ logsumexp(logits)² (Zoph et al. 2022, eq. 5)
     dropped: jax.Array  # the share of a token's choices that found no room, summed
-    max_load: jax.Array  # tokens · (the busiest expert's choices / an even share)
+
+    @property
+    def balance(self) -> jax.Array:
+        """tokens · E·Σ_e f_e·P_e (Fedus et al. 2021, eq. 4), f over all k choices."""
+        probability_E = self.probability_E / jnp.maximum(self.tokens, 1)[..., None]
+        experts = probability_E.shape[-1]
+        return self.tokens * experts * jnp.sum(self._frequency_E * probability_E, -1)
+
+    @property
+    def max_load(self) -> jax.Array:
+        """tokens · (the busiest expert's choices / an even share)."""
+        return self.tokens * self.chosen_E.shape[-1] * jnp.max(self._frequency_E, -1)
+
+    @property
+    def _frequency_E(self) -> jax.Array:
+        return self.chosen_E / jnp.maximum(jnp.sum(self.chosen_E, -1, keepdims=True), 1)
 
 
 class Experts(nnx.Module):
@@ -228,23 +242,18 @@ def capacity(config: ModelConfig, length: int) -> int:
 
 
 def _stats(logits_BTE, scores_BTE, hits_BTkE, valid_BT, config: ModelConfig) -> RouterStats:
-    B, T, E = logits_BTE.shape
+    B, T, _ = logits_BTE.shape
     valid_BT = jnp.ones((B, T)) if valid_BT is None else valid_BT.astype(jnp.float32)
-    tokens = jnp.sum(valid_BT)
-    some = jnp.maximum(tokens, 1)
     counts_BE = jnp.sum(hits_BTkE, (1, 2), dtype=jnp.float32)
-    frequency_E = jnp.sum(counts_BE, 0) / (some * config.experts_per_token)
     if config.router_score == "sigmoid":
         scores_BTE /= jnp.sum(scores_BTE, -1, keepdims=True) + 1e-20
-    probability_E = jnp.einsum("bte,bt->e", scores_BTE, valid_BT, precision="highest") / some
-    z = jnp.sum(valid_BT * jax.nn.logsumexp(logits_BTE, -1) ** 2)
     overflow_BE = jnp.maximum(counts_BE - capacity(config, T), 0)
     return RouterStats(
-        tokens=tokens,
-        balance=tokens * E * jnp.sum(frequency_E * probability_E),
-        z=z,
+        tokens=jnp.sum(valid_BT),
+        chosen_E=jnp.sum(counts_BE, 0),
+        probability_E=jnp.einsum("bte,bt->e", scores_BTE, valid_BT, precision="highest"),
+        z=jnp.sum(valid_BT * jax.nn.logsumexp(logits_BTE, -1) ** 2),
         dropped=jnp.sum(overflow_BE) / config.experts_per_token,
-        max_load=tokens * E * jnp.max(frequency_E),
     )
 
 

@@ -14,10 +14,13 @@ A layer has three products:
     dw = xᵀ · dy    in the compute dtype      e4m3 · e5m2
 
 fp8 is the assignment of Micikevicius et al. 2022: e5m2 has a range for gradients that differ a
-thousandfold, and rounds four times as coarsely. int8 has no such range, and dw sums over all tokens
-of the batch, whose gradients differ so; it stays as it is, as in SwitchBack (Wortsman et al. 2023,
-§2), and so does that of experts without a capacity. int8 is summed in int32, exactly, so that splitting such a sum over devices changes nothing,
-but what then travels is twice the size of bfloat16: use the mesh axis `tensor` sparingly.
+thousandfold, and rounds twice as coarsely. int8 has no such range, and dw sums over all tokens of
+the batch, whose gradients differ so; it stays as it is, as in SwitchBack (Wortsman et al. 2023,
+§2). So does that of experts without a capacity.
+
+int8 is summed in int32, exactly, so that splitting such a sum over devices changes nothing; but
+what then travels is twice the size of bfloat16: use the mesh axis `tensor` sparingly. Gathered
+weights travel as eight bits.
 
 TPU v5e, v5p and v6e are fast at int8; TPU v7 and NVIDIA GPUs since Ada at fp8. Elsewhere the
 compiler widens the numbers again, for the same results more slowly. The arithmetic is that of

@@ -291,7 +291,7 @@ class Stack(nnx.Module):
         """The residual stream after all blocks and the final norm.
 
         Returns:
-          That, the cache's keys and values updated (or None), and the routers' statistics summed.
+          That, the cache's keys and values updated (or None), and the routers' statistics [layers].
         """
         keys = None
         if dropout_key is not None and self.config.dropout:
@@ -331,16 +331,14 @@ class Stack(nnx.Module):
         return local[0] if len(set(local)) == 1 else jnp.array(local)
 
     def _scan(self, x_BTD, context, keys, stages):
-        total = None
         for blocks, first, count in self._groups():
             part = None if keys is None else keys[first : first + count]
             reach = self._reach(first, count)
             if stages > 1 and blocks is self.blocks:
-                x_BTD, router = through_stages(self, x_BTD, context, part, reach)
+                x_BTD, routers = through_stages(self, x_BTD, context, part, reach)
             else:
-                x_BTD, router = self.scan_blocks(blocks, x_BTD, context, part, reach)
-            total = _added(total, jax.tree.map(lambda s: s.sum(0), router))
-        return x_BTD, total
+                x_BTD, routers = self.scan_blocks(blocks, x_BTD, context, part, reach)
+        return x_BTD, routers  # of the last group, which alone has experts
 
     def scan_blocks(self, blocks, x_BTD, context, keys_L, reach_L):
         """The residual stream after stacked blocks, and their routers' statistics [L].
@@ -384,18 +382,17 @@ class Stack(nnx.Module):
             )
             return (x, caches_LBSKC), router
 
-        carry, total = (x_BTD, (cache.keys_LBSKC, cache.values_LBSKC)), None
+        carry = x_BTD, (cache.keys_LBSKC, cache.values_LBSKC)
         for blocks, first, count in self._groups():
             reach = self._reach(first, count)
             fixed, varying = (reach, None) if isinstance(reach, bool) else (None, reach)
             layer = (blocks, jnp.arange(first, first + count), varying)
-            carry, router = jax.lax.scan(lambda c, x: step(c, x, fixed), carry, layer)  # noqa: B023
-            total = _added(total, jax.tree.map(lambda s: s.sum(0), router))
-        return *carry, total
+            carry, routers = jax.lax.scan(lambda c, x: step(c, x, fixed), carry, layer)  # noqa: B023
+        return *carry, routers
 
     def _unroll(self, x_BTD, context, cache, keys, tap):
         """The same blocks one by one: for taps, and for a few layers without the loop's copies."""
-        caches, total = [], None
+        caches, routers = [], []
         blocks = [b for group, _, count in self._groups() for b in unstack(group, count)]
         for index, block in enumerate(blocks):
             key = None if keys is None else keys[index]
@@ -412,17 +409,12 @@ class Stack(nnx.Module):
             else:
                 x_BTD, layer, router = block(x_BTD, here, *cache.layer(index), tap=scope)
                 caches.append(layer)
-            total = _added(total, router)
+            routers += [] if router is None else [router]
+        routers = jax.tree.map(lambda *each: jnp.stack(each), *routers) if routers else None
         if cache is None:
-            return x_BTD, None, total
+            return x_BTD, None, routers
         join = tuple if isinstance(cache.keys_LBSKC, tuple) else jnp.stack
-        return x_BTD, tuple(map(join, zip(*caches))), total
-
-
-def _added(total: RouterStats | None, more: RouterStats | None) -> RouterStats | None:
-    if total is None or more is None:
-        return more if total is None else total
-    return jax.tree.map(jnp.add, total, more)
+        return x_BTD, tuple(map(join, zip(*caches))), routers
 
 
 class Layers:

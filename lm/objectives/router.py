@@ -18,10 +18,11 @@ def router_loss(
     not depend on depth; times `weight`, so that dividing once by the global batch's weight gives
     the mean back. The load-balancing loss of a batch is not the sum of its parts': under gradient
     accumulation it is each micro-batch's own, weighted as the micro-batch's loss is. (Data-parallel
-    devices share one micro-batch, so their number changes nothing.)
+    devices share one micro-batch, and the parts that pass through a pipeline are added up first, so
+    the number of either changes nothing.)
 
     Args:
-      stats: of all layers, added.
+      stats: of all layers, along a leading axis or of one.
       config: has the coefficients.
       weight: summed weight of the batch's targets, float32.
 
@@ -30,12 +31,12 @@ def router_loss(
       `load_balancing` (1 is balanced), `router_z` (mean squared logsumexp), `dropped` (the fraction
       of choices that found no room), `max_load` (the busiest expert's share, 1 is even).
     """
-    per_token = weight / jnp.maximum(stats.tokens, 1)
+    per_token = weight / jnp.maximum(jnp.sum(stats.tokens), 1)
     metrics = {
-        "load_balancing": per_token * stats.balance,
-        "router_z": per_token * stats.z,
-        "dropped": per_token * stats.dropped,
-        "max_load": per_token * stats.max_load,
+        "load_balancing": per_token * jnp.sum(stats.balance),
+        "router_z": per_token * jnp.sum(stats.z),
+        "dropped": per_token * jnp.sum(stats.dropped),
+        "max_load": per_token * jnp.sum(stats.max_load),
     }
     loss = config.load_balancing * metrics["load_balancing"] + config.router_z * metrics["router_z"]
     return loss, metrics

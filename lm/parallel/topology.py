@@ -277,6 +277,8 @@ def _tpu_devices(name: str, chip: Chip, slices: int) -> list[jax.Device]:
     }
     for variable, value in settings.items():
         os.environ.setdefault(variable, value)
+    if not jax.config.jax_platforms:  # or JAX would look for a TPU to run on
+        jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies  # loads libtpu
 
     options = {"num_slices": slices} if slices > 1 else {}

@@ -61,7 +61,10 @@ class Watch:
 
     def start(self) -> None:
         """Learns who the others are and starts to watch them."""
-        self._client.key_value_set(f"{_NAMES}{self.index}", socket.gethostname())
+        if self.index:
+            _on_abort(self._aborted)
+        key = f"{_NAMES}{self.index}"
+        self._client.key_value_set(key, socket.gethostname(), allow_overwrite=True)
         self.barrier()
         names = self._client.key_value_dir_get(_NAMES)
         self._names = {int(key.rpartition("/")[2]): name for key, name in names}
@@ -69,8 +72,6 @@ class Watch:
             thread = threading.Thread(target=work, name=work.__name__, daemon=True)
             self._threads.append(thread)
             thread.start()
-        if self.index:
-            _on_abort(self._aborted)
 
     def name(self, index: int) -> str:
         """`process 2 (host-b)`."""

@@ -1,5 +1,6 @@
 """A run planned without its hardware: what is said is right, and mistakes take one line."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 from lm.config import ConfigError
 from lm.jobs import plan
 from lm.jobs.plan_analytic import on_paper
-from lm.jobs.plan_programs import Workload, train_program
+from lm.jobs.plan_programs import Workload, _refused, train_program
 from lm.jobs.plan_search import advice, candidates, meshes
 from lm.models import ModelConfig, costs, param_specs, skeleton
+from lm.parallel import topology
 from lm.parallel.collectives import Collective
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh, mesh_sizes
@@ -139,6 +141,7 @@ def test_memory_is_exactly_what_the_shardings_say(planned):
     assert program.fits and program.memory.total > 3 * split
 
 
+@pytest.mark.slow
 def test_a_scanned_model_costs_what_it_costs_unrolled(planned):
     program, topology, mesh = planned
     model = ModelConfig(**{**TINY, "scan_layers": False})
@@ -166,6 +169,7 @@ def test_the_plan_is_printed_and_written(tmp_path, capsys):
     assert result["training"]["fits"]
 
 
+@pytest.mark.slow
 def test_decoding_is_planned_with_its_cache(tmp_path, capsys):
     fields = {"decode.enabled": True, "decode.prompt_length": 8, "decode.mesh.tensor": 2}
     result = plan.run(config(**fields), str(tmp_path))["decoding"]
@@ -178,10 +182,6 @@ def test_decoding_is_planned_with_its_cache(tmp_path, capsys):
 
 
 def test_what_does_not_fit_is_reported_with_what_to_change(tmp_path, capsys, monkeypatch):
-    import dataclasses
-
-    from lm.parallel import topology
-
     small = dataclasses.replace(topology._CPU, memory=400_000.0)
     monkeypatch.setattr(topology, "_CPU", small)
     fields = {"strategy": "data_parallel", "data.rows_per_device": 8}
@@ -193,8 +193,6 @@ def test_what_does_not_fit_is_reported_with_what_to_change(tmp_path, capsys, mon
 
 
 def test_a_program_that_the_compiler_refuses_is_understood():
-    from lm.jobs.plan_programs import _refused
-
     said = (
         "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
         "required for HLO temporaries (107.71G) exceeds available HBM (95.73G). HLO module: step."
@@ -223,6 +221,7 @@ def test_candidates_that_fit_come_first_and_are_of_different_kinds():
     assert [c.paper.seconds for c in found] == sorted(c.paper.seconds for c in found)
 
 
+@pytest.mark.slow
 def test_meshes_are_ranked_beside_a_naive_one(tmp_path, capsys):
     result = plan.run(config(**{"search.meshes": 2}), str(tmp_path))
     rows = result["ranking"]

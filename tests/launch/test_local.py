@@ -191,12 +191,11 @@ def launch(tmp_path, name, processes, devices, network=(), environment=None, **f
         "--",
         *job,
     ]
-    clean = {n: v for n, v in os.environ.items() if n != "XLA_FLAGS"}
     result = subprocess.run(
         arguments,
         capture_output=True,
         text=True,
-        env={**clean, **(environment or {})},
+        env={**os.environ, **(environment or {})},
         cwd=tiny_jobs.REPOSITORY,
         timeout=400,
     )
@@ -217,9 +216,15 @@ def rows_read(folder):
     return batches
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run that nothing interrupts: one process with eight devices."""
+    return tiny_jobs.run(tmp_path_factory.mktemp("whole"), "whole", num_devices=8, **FIELDS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["one machine", "namespaces"])
-def test_four_processes_killed_go_on_as_two_as_if_nothing_had_happened(tmp_path, network):
+def test_four_processes_killed_go_on_as_two_as_if_nothing_had_happened(tmp_path, whole, network):
     with contextlib.ExitStack() as stack:
         where = stack.enter_context(namespaces(4)) if network == "namespaces" else []
         before, after = tmp_path / "before", tmp_path / "after"
@@ -262,7 +267,6 @@ def test_four_processes_killed_go_on_as_two_as_if_nothing_had_happened(tmp_path,
         assert "resuming at step 16" in output
         for process in range(2):
             assert f"[{process}] process {process} restored step 16 to the bit" in output
-    whole = tiny_jobs.run(tmp_path, "whole", num_devices=8, **FIELDS)
     for field, tolerance in (("loss", 1e-5), ("tokens", 0)):
         records, expected = (
             np.array(tiny_jobs.losses(directory, field)) for directory in (tmp_path / "run", whole)

@@ -47,7 +47,7 @@ def padding():
 def scalar(out, stats):
     """Something that depends on every output and on both losses."""
     total = jnp.sum(jnp.sin(jnp.arange(out.size)) * out.ravel())
-    return total + 0.3 * stats.balance + 0.1 * stats.z
+    return total + 0.3 * jnp.sum(stats.balance) + 0.1 * jnp.sum(stats.z)
 
 
 def outcome(cfg, values, x, valid=None):
@@ -110,16 +110,14 @@ def naive_outcome(cfg, values, x, valid=None):
         if cfg.shared_experts:
             out += mlp(x, *(values[f"shared.{name}"] for name in ("up", "gate", "down")))
         tokens, k = valid.sum(), cfg.experts_per_token
-        frequency = (hits * valid[..., None, None]).sum((0, 1, 2)) / (tokens * k)
         if sigmoid:
             scores /= scores.sum(-1, keepdims=True)
-        probability = (scores * valid[..., None]).sum((0, 1)) / tokens
         stats = experts.RouterStats(
             tokens=jnp.float32(tokens),
-            balance=tokens * cfg.num_experts * (frequency * probability).sum(),
+            chosen_E=jnp.float32((hits * valid[..., None, None]).sum((0, 1, 2))),
+            probability_E=(scores * valid[..., None]).sum((0, 1)),
             z=(valid * jax.nn.logsumexp(logits, -1) ** 2).sum(),
             dropped=jnp.float32((valid[..., None] & ~kept).sum() / k),
-            max_load=jnp.float32(tokens * cfg.num_experts * frequency.max()),
         )
         return scalar(out, stats), (out, stats)
 
@@ -281,7 +279,7 @@ def test_scanned_recomputed_layers_on_a_mesh_compute_what_unrolled_ones_do_alone
     def scanned(values, x):
         policy = jax.checkpoint_policies.save_only_these_names("product")
         x, stats = jax.lax.scan(jax.checkpoint(body, policy=policy), x, bind(layers, values))
-        return scalar(x, jax.tree.map(jnp.sum, stats))
+        return scalar(x, stats)
 
     def unrolled(values, x):
         total = []
@@ -289,7 +287,7 @@ def test_scanned_recomputed_layers_on_a_mesh_compute_what_unrolled_ones_do_alone
             layer = bind(Experts(cfg), {name: value[index] for name, value in values.items()})
             x, stats = body(x, layer)
             total.append(stats)
-        return scalar(x, jax.tree.map(jnp.add, *total))
+        return scalar(x, jax.tree.map(lambda *each: jnp.stack(each), *total))
 
     expected = tiny_models.compiled(jax.value_and_grad(unrolled))(values, inputs())
     mesh = make_mesh(data=2, expert=2, tensor=2)

@@ -1,5 +1,7 @@
 """`contract` is einsum, with gradients of the compute dtype's cost."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import tiny_models
 
 from lm.models.numerics import compute_dtype, contract, fast_bfloat16
+from lm.parallel.platform import compiling_for
 
 SPECS = {
     "btd,dhc->bthc": ((2, 3, 8), (8, 2, 4)),
@@ -59,6 +62,21 @@ def test_no_product_of_the_backward_pass_has_float32_operands_in_bfloat16():
     for line in products:
         operand_types = line.split(" : (")[1].split(") ->")[0]
         assert "f32" not in operand_types.replace("bf16", ""), line
+
+
+@pytest.mark.parametrize("platform, leaves", [("cpu", "f32"), ("tpu", "bf16"), ("gpu", "bf16")])
+def test_accelerators_sum_activations_over_devices_in_bfloat16_and_weights_in_float32(
+    platform, leaves
+):
+    x, w = operands("btd,vd->btv")
+
+    def loss(x, w):
+        return jnp.sum(contract("btd,vd->btv", x, w).astype(jnp.float32) ** 2)
+
+    with compiling_for(platform):
+        lowered = jax.jit(jax.grad(loss, (0, 1))).lower(x.astype(jnp.bfloat16), w).as_text()
+    results = re.findall(r"dot_general .* -> tensor<([\dx]*)x(\w+)>", lowered)
+    assert dict(results) == {"2x3x7": leaves, "2x3x8": leaves, "7x8": "f32"}
 
 
 def test_auto_is_bfloat16_exactly_where_it_is_fast():

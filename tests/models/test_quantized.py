@@ -170,6 +170,7 @@ def loss_in_float32() -> float:
     return loss_after(260)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_learns_in_eight_bits_what_it_learns_in_float32(kind):
     """Through scanned and rematerialised layers."""

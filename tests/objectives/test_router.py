@@ -54,15 +54,17 @@ def test_the_loss_follows_the_papers():
     assert means == {name: pytest.approx(value, rel=1e-5) for name, value in expected.items()}
 
 
-def test_layers_and_micro_batches_count_by_their_tokens():
+def test_the_parts_of_a_batch_add_up_to_it_and_layers_count_by_their_tokens():
     params, x, valid = problem()
     parts = [stats(params, x[rows], valid[rows]) for rows in (slice(0, 2), slice(2, 4))]
     whole = stats(params, x, valid)
     added = jax.tree.map(jnp.add, *parts)
-    for name in ("tokens", "z", "dropped"):  # sums over tokens; balance and load are not
+    for name in ("tokens", "balance", "z", "dropped", "max_load"):
         np.testing.assert_allclose(getattr(added, name), getattr(whole, name), rtol=1e-5)
-    twice = router_loss(jax.tree.map(lambda a: 2 * a, whole), LOSS, 1.0)  # two layers alike
-    np.testing.assert_allclose(twice[0], router_loss(whole, LOSS, 1.0)[0], rtol=1e-6)
+    layers = jax.tree.map(lambda *each: jnp.stack(each), *parts)
+    balance = sum(part.balance for part in parts) / whole.tokens
+    metrics = router_loss(layers, LOSS, 1.0)[1]
+    np.testing.assert_allclose(metrics["load_balancing"], balance, rtol=1e-6)
 
 
 def test_following_the_loss_balances_the_experts():

@@ -144,6 +144,7 @@ def test_tensor_parallelism_speaks_twice_a_block_and_direction():
     assert 8 <= halves <= 10, [(c.kind, c.source) for c in found]
 
 
+@pytest.mark.slow
 def test_a_pipeline_sends_to_neighbours_alone():
     stages = 4
     model = MODEL.__class__(**{**vars(MODEL), "num_layers": stages})
@@ -156,6 +157,7 @@ def test_a_pipeline_sends_to_neighbours_alone():
         assert sender % 2 == receiver % 2 and distance in (1, stages - 1)
 
 
+@pytest.mark.slow
 def test_context_parallelism_sends_keys_and_values_around_a_ring():
     model = MODEL.__class__(**{**vars(MODEL), "max_length": 64})
     found = said("", model=model, data=1, fsdp=2, context=4)

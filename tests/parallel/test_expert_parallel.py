@@ -172,6 +172,7 @@ def test_what_does_not_divide_stays_where_it_is(rows, length, fields):
         close(run(placed, x), expected)
 
 
+@slow
 @pytest.mark.parametrize("fields", [{}, {"capacity_factor": 0.5}], ids=["dropless", "capacity"])
 def test_layers_scanned_inside_a_pipeline_stage_compute_what_they_do_alone(fields, monkeypatch):
     monkeypatch.setattr(dispatch, "rooms", lambda *_: (3, 2))
