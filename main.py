@@ -13,7 +13,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lm.config import ConfigError, check_choice, nearest
-from lm.training.config import TrainingStopped
+from lm.parallel.hosts import TRY_AGAIN
+from lm.training.config import TrainingInterrupted, TrainingStopped
 
 JOBS = {
     "train": "lm.jobs.train",  # text → a trained model that writes
@@ -77,9 +78,14 @@ def unknown_field(error: BaseException, argv: list[str]) -> str:
 
 
 def guarded(function, *args):
-    """`function(*args)`; a mistake ends in one line and code 2, a run that diverged in code 1."""
+    """`function(*args)`; a mistake ends in one line and code 2, a run that diverged in code 1.
+
+    One that was asked to leave, and can be started again, ends in code 75.
+    """
     try:
         return function(*args)
+    except TrainingInterrupted:
+        sys.exit(TRY_AGAIN)
     except (ConfigError, TrainingStopped) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -41,7 +41,7 @@ from lm.tokenizers import TokenizerConfig
 from lm.training import flops
 from lm.training.checkpoints import CheckpointConfig, Checkpointer
 from lm.training.checks import check_layout
-from lm.training.config import TrainConfig, check_dispatch, dispatch_steps
+from lm.training.config import TrainConfig, TrainingInterrupted, check_dispatch, dispatch_steps
 from lm.training.evaluate import evaluate
 from lm.training.loop import Loop
 from lm.training.metrics import MetricsWriter
@@ -109,13 +109,20 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
 
     Returns:
       The last evaluation: `eval_loss`, `eval_bits_per_byte` and, where asked for, `exact_match`.
+
+    Raises:
+      TrainingInterrupted: SIGTERM came to a host before the last step.
+      TrainingStopped: training cannot go on.
     """
     job = view(TrainJob, config)
     with hosts.together(job.hosts):
-        return _run(job, pathlib.Path(workdir))
+        results, finished = _run(job, pathlib.Path(workdir))
+    if not finished:
+        raise TrainingInterrupted("training was asked to leave; the same command goes on")
+    return results
 
 
-def _run(job: TrainJob, directory: pathlib.Path) -> dict[str, float]:
+def _run(job: TrainJob, directory: pathlib.Path) -> tuple[dict[str, float], bool]:
     console = Console(soft_wrap=False, highlight=False, quiet=hosts.index() > 0)
     _prepare_process(job)
     layout = lay_out(job.strategy, job.mesh, job.zero)
@@ -204,7 +211,7 @@ def _run(job: TrainJob, directory: pathlib.Path) -> dict[str, float]:
             )  # fmt: skip
     if finished and hosts.index() == 0:
         results |= finish(resolved, directory, console)
-    return results
+    return results, finished
 
 
 def _train(

@@ -15,8 +15,8 @@ the backward pass as any layer's; later turns, rare when experts are balanced, a
 
 Compiled for v5p:2x2x2 (a layer of Mixtral 8×7B and its gradient in bfloat16, an expert and 4,096
 tokens a device): 2.3 GB of temporaries a device, 5.5 GB if one turn had room for the worst case,
-1.4 GB with a capacity factor of 1.25. `jax.lax.ragged_all_to_all` would not send the spare room, but
-XLA copies what it sends and what it receives into another layout, and its buffer must hold the
+1.4 GB with a capacity factor of 1.25. `jax.lax.ragged_all_to_all` would not send the spare room,
+but XLA copies what it sends and what it receives into another layout, and its buffer must hold the
 worst case all the same, or take turns.
 
 A token that chose two experts of one device travels twice: sending it once would save bytes but

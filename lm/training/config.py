@@ -15,6 +15,13 @@ class TrainingStopped(RuntimeError):
     """
 
 
+class TrainingInterrupted(TrainingStopped):
+    """Somebody asked a run to leave before its last step, and it saved: the same command goes on.
+
+    `main.py` exits with code 75, which tells launch scripts to start it again.
+    """
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The training loop."""
