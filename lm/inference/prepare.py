@@ -15,6 +15,7 @@ from lm.models import Model, ModelConfig, bind, param_specs, skeleton
 from lm.models.numerics import compute_dtype
 from lm.models.stack import Layers
 from lm.parallel.params import ParamSpec
+from lm.parallel.platform import platform
 
 UNROLLED_LAYERS = 24  # up to here the time to compile them one by one is bearable
 
@@ -33,7 +34,7 @@ def for_decoding(model: Model) -> Model:
     """
     config = model.config
     dtype = config.compute_dtype
-    if dtype == "auto" and jax.default_backend() == "cpu":
+    if dtype == "auto" and platform() == "cpu":
         dtype = "float32"
     many = max(config.num_layers, config.encoder_layers) > UNROLLED_LAYERS
     return skeleton(

@@ -358,7 +358,8 @@ class Stack(nnx.Module):
             x, _, router = block(x, context.of_layer(is_local), key=key)
             return x, router
 
-        body = rematerialized(body, self.config)
+        # Under a loop nothing can merge the recomputation with what it is to replace.
+        body = rematerialized(body, self.config, prevent_cse=False)
         named = lambda x, layer: body(checkpoint_name(x, LAYER_INPUT), layer)  # noqa: E731
         return jax.lax.scan(named, x_BTD, (blocks, keys_L, varying_L))
 
@@ -436,9 +437,12 @@ def unstack(blocks: Block, num_layers: int) -> list[Block]:
     return [jax.tree.unflatten(treedef, layer) for layer in zip(*parts)]
 
 
-def rematerialized(body, config: ModelConfig):
-    """`body`, recomputing in the backward pass what `config.remat` does not keep."""
+def rematerialized(body, config: ModelConfig, prevent_cse: bool = True):
+    """`body`, recomputing in the backward pass what `config.remat` does not keep.
+
+    `prevent_cse` stops XLA from merging the recomputation with what it is to replace.
+    """
     if config.remat == "none":
         return body
     policy = jax.checkpoint_policies.save_only_these_names(*KEPT[config.remat])
-    return jax.checkpoint(body, policy=policy)
+    return jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)

@@ -104,12 +104,8 @@ CASES = [
     pytest.param({"expert": 4, "data": 2}, (), 3.0, id="data2-expert4-skewed"),
     pytest.param({"expert": 4, "tensor": 2}, TIGHT, 0.0, id="expert4-tensor2-capacity"),
     pytest.param({"expert": 8}, DEEPSEEK, 1.0, id="expert8-deepseek", marks=slow),
-    pytest.param({"expert": 8}, TIGHT, 1.0, id="expert8-capacity", marks=slow),
     pytest.param({"expert": 2, "data": 4}, TIGHT + DEEPSEEK, 0.5, id="both", marks=slow),
-    pytest.param({"expert": 2, "tensor": 4}, DEEPSEEK, 0.5, id="tensor4", marks=slow),
     pytest.param({"expert": 2, "fsdp": 4}, (), 3.0, id="fsdp4-expert2", marks=slow),
-    pytest.param({"expert": 4, "fsdp": 2}, TIGHT, 1.0, id="fsdp2-capacity", marks=slow),
-    pytest.param({"expert": 4, "context": 2}, (), 1.0, id="context2", marks=slow),
     pytest.param({"expert": 4, "context": 2}, TIGHT, 1.0, id="context2-capacity", marks=slow),
     pytest.param({"expert": 2, "fsdp": 2, "tensor": 2}, DEEPSEEK, 1.0, id="three", marks=slow),
 ]
@@ -127,7 +123,7 @@ def test_many_devices_compute_what_one_does(sizes, fields, skew, monkeypatch):
         close(function(*arguments), expected)
 
 
-@pytest.mark.parametrize("window", [(3, 2), (8, 8), (12, 1)], ids=str)
+@pytest.mark.parametrize("window", [(3, 2), (12, 1)], ids=str)
 @pytest.mark.parametrize("skew", [0.0, 30.0])
 @slow
 def test_the_room_in_a_turn_changes_nothing(window, skew, monkeypatch):
