@@ -45,6 +45,7 @@ from lm.training.config import TrainConfig, TrainingInterrupted, check_dispatch,
 from lm.training.evaluate import evaluate
 from lm.training.loop import Loop
 from lm.training.metrics import MetricsWriter
+from lm.training.offload import HOST, check_offload, streamed_update
 from lm.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
 from lm.training.progress import Progress
 from lm.training.report import describe_run
@@ -135,6 +136,8 @@ def _run(job: TrainJob, directory: pathlib.Path) -> tuple[dict[str, float], bool
         eval_batch_size=job.train.eval_batch_size,
         source_length=job.data.source_length,
     )
+    if job.train.offload_optimizer:
+        check_offload(job.optimizer, list(layout.mesh.local_devices))
     check_shared(directory)
     check_directory(directory, _settled(job))
     if not (directory / "checkpoints").exists():  # a run under way needs its source no more
@@ -181,7 +184,8 @@ def _run(job: TrainJob, directory: pathlib.Path) -> tuple[dict[str, float], bool
         directory, to_dict(resolved), tokenizer
     )  # last, so that a mistake above can simply be mended
     with layout.active():
-        abstract = abstract_state(specs, optimizer, layout.mesh, layout.zero)
+        memory = HOST if job.train.offload_optimizer else None
+        abstract = abstract_state(specs, optimizer, layout.mesh, layout.zero, memory)
         describe_run(
             console,
             model_config=model_config,
@@ -240,6 +244,9 @@ def _train(
         return assemble(batch, sharding, whose.local_rows, whose.batch_size, leading)
 
     max_targets = batches.max_targets_per_row
+    specs, update = param_specs(model), None
+    if job.train.offload_optimizer:
+        update = streamed_update(job.optimizer, job.train.steps, specs)
     step_fn = make_train_step(
         model,
         job.objective,
@@ -247,7 +254,8 @@ def _train(
         job.train,
         job.seed,
         max_targets,
-        gradient_shardings(param_specs(model), layout.mesh, layout.zero),
+        gradient_shardings(specs, layout.mesh, layout.zero),
+        update,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))

@@ -2,11 +2,10 @@
 
 Adam keeps two numbers for every parameter and reads them once a step. With
 `config.train.offload_optimizer` they live in the memory of the device's host (`pinned_host`), each
-device's share with its own host. The update walks through the stack of layers: what belongs to a
-layer comes to the device, is updated, and goes back while the next one comes. Parameters outside
-the stacks, the embedding among them, make one more round together. So the device holds the moments
-of a few layers, and moves 16 bytes a parameter and step of AdamW over the host's bus, which is time
-that more tokens a step make worth it.
+device's share with its own host. The update walks through the layers: what belongs to one comes to
+the device, is updated, and goes back while the next one comes; then through the rows of the
+embeddings. So the device holds the state of a few layers, and moves 16 bytes a parameter and step
+of AdamW over the host's bus: time that must be worth the memory.
 
 The numbers are those of the update without, and so are the checkpoints: either kind of run resumes
 from the other's.
@@ -16,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +28,7 @@ from lm.training.optimizer import OptimizerConfig, make_optimizer
 from lm.training.step import Update
 
 HOST = "pinned_host"
+VOCABULARY_STEPS = 16  # an embedding's state comes in this many parts, or the next fewer that fit
 Specs = Mapping[str, ParamSpec]
 
 
@@ -53,22 +53,23 @@ def streamed_update(config: OptimizerConfig, total_steps: int, specs: Specs) -> 
     Args:
       config: of an optimizer that `check_offload` accepts.
       total_steps: of the learning-rate schedule.
-      specs: the parameters; those with a leading `layers` axis are updated layer by layer.
+      specs: the parameters' declarations.
     """
     clip = config.clip_norm
     unclipped = dataclasses.replace(config, clip_norm=0.0)  # the norm is that of all parts together
 
-    def update(gradients, norm, state, params, skip):
+    def update(summed, weight, norm, state, params, skip):
         scale = jnp.minimum(1.0, clip / (norm + 1e-6)) if clip else jnp.float32(1)
         clipping, state = (state[:1], state[1:]) if clip else ((), state)
         tables, close = _open(state, specs)
 
-        def advance(part: Specs, gradients, tables, params):
+        def advance(part: Specs, summed, tables, params):
             """One part's parameters, tables and whole state after the step."""
             optimizer = make_optimizer(unclipped, total_steps, part)
             state = close(jax.device_put(tables, jax.memory.Space.Device))
-            gradients = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients)
-            updates, new_state = optimizer.update(gradients, state, params)
+            # Divided here: the mean of all gradients at once would be another copy of them.
+            clipped = jax.tree.map(lambda g: g / weight * scale.astype(g.dtype), summed)
+            updates, new_state = optimizer.update(clipped, state, params)
             new = (optax.apply_updates(params, updates), new_state)
             params, state = jax.tree.map(
                 lambda old, new: jnp.where(skip, old, new), (params, state), new
@@ -76,29 +77,29 @@ def streamed_update(config: OptimizerConfig, total_steps: int, specs: Specs) -> 
             tables = jax.device_put(_open(state, specs)[0], jax.memory.Space.Host)
             return params, tables, state
 
-        def walk(names, ways):
-            """Layer after layer; `ways` at once, one of every pipeline stage."""
-            part = {
-                n: dataclasses.replace(specs[n], shape=(ways, *specs[n].shape[1:])) for n in names
-            }
+        def through(names, walk):
+            """Through all of some parameters, a slice of each at a time."""
+            sliced = {name: (walk.ways * walk.rows, *specs[name].shape[1:]) for name in names}
+            part = {name: dataclasses.replace(specs[name], shape=sliced[name]) for name in names}
 
             def step(index, carry):
                 params, tables = carry
-                layer = _layer((_only(gradients, names), tables, params), index, ways)
-                return _with_layer(carry, advance(part, *layer)[:2], index, ways)
+                here = _slice((_only(summed, names), tables, params), index, walk)
+                return _with_slice(carry, advance(part, *here)[:2], index, walk)
 
             start = (_only(params, names), [_only(table, names) for table in tables])
-            return jax.lax.fori_loop(0, specs[names[0]].shape[0] // ways, step, start)
+            return jax.lax.fori_loop(0, walk.steps, step, start)
 
-        outside, stacks = _stacks(specs)
+        walks = _walks(specs)
+        outside = walks.pop(None, [])
         new_params, new_tables, state = advance(
             _only(specs, outside),
-            _only(gradients, outside),
+            _only(summed, outside),
             [_only(table, outside) for table in tables],
             _only(params, outside),
         )
-        for names in stacks:
-            more_params, more_tables = walk(names, _ways(specs[names[0]]))
+        for walk, names in walks.items():
+            more_params, more_tables = through(names, walk)
             new_params |= more_params
             new_tables = [a | b for a, b in zip(new_tables, more_tables)]
         _, close_new = _open(state, specs)
@@ -127,41 +128,56 @@ def _only(table: Mapping[str, Any], names) -> dict[str, Any]:
     return {name: table[name] for name in table if name in names}
 
 
-def _stacks(specs: Specs) -> tuple[list[str], list[list[str]]]:
-    """The parameters outside all stacks of layers, and those of every depth of stack."""
-    stacks: dict[int, list[str]] = {}
-    for name, spec in specs.items():
-        stacks.setdefault(spec.shape[0] if spec.axes[0] == "layers" else 0, []).append(name)
-    outside = stacks.pop(0, [])
-    return outside, list(stacks.values())
+class _Walk(NamedTuple):
+    """How to walk through the first dimension of an array that so many devices split."""
+
+    steps: int
+    rows: int  # of each device's share, at every step
+    ways: int  # the devices
 
 
-def _ways(spec: ParamSpec) -> int:
-    """How many pipeline stages split a stack of layers."""
+def _walks(specs: Specs) -> dict[_Walk | None, list[str]]:
+    """The parameters that walk together: layer by layer, or through the rows of a vocabulary.
+
+    Under None those taken whole: they are small, or an optimizer may see a matrix in them.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    axis = partition(spec.axes, spec.shape, mesh, WHOLE_RULES)[0] if mesh.axis_names else None
-    return mesh.shape[axis] if axis else 1
+    walks: dict[_Walk | None, list[str]] = {}
+    for name, spec in specs.items():
+        walk = None
+        if spec.axes[0] in ("layers", "vocab"):
+            axis = partition(spec.axes, spec.shape, mesh, WHOLE_RULES)[0] if mesh.shape else None
+            ways = mesh.shape[axis] if axis else 1
+            share = steps = spec.shape[0] // ways
+            if spec.axes[0] == "vocab":
+                steps = max(n for n in range(1, VOCABULARY_STEPS + 1) if share % n == 0)
+            walk = _Walk(steps, share // steps, ways)
+        walks.setdefault(walk, []).append(name)
+    return walks
 
 
-def _layer(tree, index, ways: int):
-    """Of stacks [L, …]: layer `index` of each of `ways` equal runs of layers [ways, …]."""
+def _slice(tree, index, walk: _Walk):
+    """What every array of `tree` has for one step: [ways · rows, …] of [ways · steps · rows, …]."""
 
     def cut(x):
-        if ways == 1:
-            return jax.lax.dynamic_slice_in_dim(x, index, 1)
-        x = x.reshape(ways, -1, *x.shape[1:])
-        return jax.lax.dynamic_index_in_dim(x, index, 1, keepdims=False)
+        if walk.ways == 1:
+            return jax.lax.dynamic_slice_in_dim(x, index * walk.rows, walk.rows)
+        shares = x.reshape(walk.ways, -1, *x.shape[1:])
+        rows = jax.lax.dynamic_slice_in_dim(shares, index * walk.rows, walk.rows, 1)
+        return rows.reshape(-1, *x.shape[1:])
 
     return jax.tree.map(cut, tree)
 
 
-def _with_layer(tree, layer, index, ways: int):
-    """`tree` with `layer` in the place that `_layer` took it from."""
+def _with_slice(tree, part, index, walk: _Walk):
+    """`tree` with `part` in the place that `_slice` took it from."""
 
     def put(x, new):
-        if ways == 1:
-            return jax.lax.dynamic_update_slice_in_dim(x, new, index, 0)
-        runs = x.reshape(ways, -1, *x.shape[1:])
-        return jax.lax.dynamic_update_index_in_dim(runs, new, index, 1).reshape(x.shape)
+        if walk.ways == 1:
+            return jax.lax.dynamic_update_slice_in_dim(x, new, index * walk.rows, 0)
+        shares = x.reshape(walk.ways, -1, *x.shape[1:])
+        rows = new.reshape(walk.ways, -1, *x.shape[1:])
+        shares = jax.lax.dynamic_update_slice_in_dim(shares, rows, index * walk.rows, 1)
+        return shares.reshape(x.shape)
 
-    return jax.tree.map(put, tree, layer)
+    return jax.tree.map(put, tree, part)

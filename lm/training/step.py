@@ -21,9 +21,9 @@ from lm.training.optimizer import global_norm
 
 State = dict[str, Any]
 Batch = Mapping[str, jax.Array]
-# (gradients, their norm, the optimizer's state, parameters, whether to skip this step) → the next
-# parameters and the optimizer's next state: as they were where the step is skipped.
-Update = Callable[[Any, jax.Array, Any, Any, jax.Array], tuple[Any, Any]]
+# (summed gradients, what divides them, the norm of that mean, the optimizer's state, parameters,
+# whether to skip this step) → the next parameters and state: as they were where it is skipped.
+Update = Callable[[Any, jax.Array, jax.Array, Any, Any, jax.Array], tuple[Any, Any]]
 LOSS_MEMORY = 0.98  # the running mean of the loss forgets 2 % a step
 
 
@@ -87,8 +87,9 @@ def gradients(
 def whole_update(optimizer: optax.GradientTransformation) -> Update:
     """The update that has all of the optimizer's state at hand."""
 
-    def update(gradients, norm, state, params, skip):
-        updates, new_state = optimizer.update(gradients, state, params)
+    def update(summed, weight, norm, state, params, skip):
+        mean = jax.tree.map(lambda g: g / weight, summed)
+        updates, new_state = optimizer.update(mean, state, params)
         new = (optax.apply_updates(params, updates), new_state)
         return jax.tree.map(lambda old, new: jnp.where(skip, old, new), (params, state), new)
 
@@ -139,7 +140,7 @@ def make_train_step(
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         if config.spike_nats:
             bad |= loss > state["loss_mean"] + config.spike_nats
-        params, kept = update(mean, norm, state["optimizer"], state["params"], bad)
+        params, kept = update(summed, weight, norm, state["optimizer"], state["params"], bad)
         settled = jnp.where(jnp.isnan(state["loss_mean"]), loss, state["loss_mean"])
         loss_mean = LOSS_MEMORY * settled + (1 - LOSS_MEMORY) * loss
         new_state = {

@@ -47,7 +47,8 @@ def after(state, abstract, update, mesh, skip=()):
 
     def step(params, kept, key, skip):
         gradients = init(SPECS, key)
-        return update(gradients, global_norm(gradients), kept, params, skip)
+        norm = global_norm(gradients) / 2
+        return update(gradients, jnp.float32(2), norm, kept, params, skip)
 
     params, kept = state["params"], state["optimizer"]
     places = (abstract["params"], abstract["optimizer"])
@@ -143,7 +144,8 @@ def test_training_steps_in_one_dispatch_are_those_without():
             step = tiny_models.compiled(step, donate_argnums=0, out_shardings=(shardings, None))
             return step(create_state(specs, optimizer, abstract, 0), batches)
 
-    assert_same(trained(HOST, streamed_update(ADAMW, STEPS, specs)), trained(None, None))
+    streamed = trained(HOST, streamed_update(ADAMW, STEPS, specs))
+    assert_same(streamed, trained(None, None), atol=1e-6)
 
 
 def test_what_cannot_be_offloaded_is_said():
