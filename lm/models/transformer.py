@@ -301,8 +301,11 @@ class Transformer(LanguageModel, Stack):
     ):
         """Embeds one text and runs a stack over all of it."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        turned = not stack.encodes and tap is no_tap and zigzag_divides(tokens_BT.shape[1])
-        if turned:  # devices that share a sequence then have as much to do as each other
+        # In zig-zag order devices that share a sequence have as much to do as each other. But where
+        # experts have a capacity, their room goes to earlier tokens first.
+        causal = not stack.encodes and not self.config.capacity_factor
+        turned = causal and tap is no_tap and zigzag_divides(tokens_BT.shape[1])
+        if turned:
             marks = marks.to_zigzag()
             tokens_BT, types_BT = jax.tree.map(to_zigzag, (tokens_BT, types_BT))
         x_BTD = self._embed(embedding, tokens_BT, marks, types_BT, keys[0], tap)
