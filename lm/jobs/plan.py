@@ -258,7 +258,8 @@ def _show(
         once = program.compiler_flops
         console.print(
             f"compiled in {program.compile_seconds:.0f} s; the compiler's own analysis counts loop "
-            f"bodies once: {report.si(once)}FLOPs",
+            f"bodies once, {report.si(once)}FLOPs, and some memory twice, "
+            f"{report.si(program.compiler_temporaries)}B of temporaries",
             style="dim",
         )
 
@@ -266,6 +267,7 @@ def _show(
 def _facts(program: Program, flops: float, tokens: float) -> dict[str, Any]:
     """A program in numbers, for plan.json."""
     facts = {"memory": dataclasses.asdict(program.memory) | {"total": program.memory.total}}
+    facts["compiler_temporaries"] = program.compiler_temporaries
     found = program.estimate
     if found is None:
         return facts

@@ -32,9 +32,8 @@ from lm.parallel.sharding import ACTIVATION_RULES, WHOLE_RULES, partition
 from lm.parallel.topology import Topology
 from lm.training.checks import check_layout
 from lm.training.config import TrainConfig
-from lm.training.optimizer import OptimizerConfig, make_optimizer
-from lm.training.state import abstract_state, gradient_shardings
-from lm.training.step import make_train_step
+from lm.training.optimizer import OptimizerConfig
+from lm.training.setup import set_up
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -67,7 +66,7 @@ class Memory:
     arguments: float  # the batch, the cache, counters; and what tiles add to all arguments
     outputs: float  # that do not take an argument's place
     kept: float  # of the temporaries, what the forward pass stacks up for the backward pass
-    temporaries: float  # all of them
+    temporaries: float  # all of them, with what is lost between them
     code: float
     limit: float  # what there is
 
@@ -91,6 +90,9 @@ class Program:
     memory: Memory
     estimate: Estimate | None  # None: refused
     compiler_flops: float  # by the compiler's analysis, which counts loop bodies once
+    # `memory_analysis().temp_size_in_bytes`, which others report: a TPU's counts some room for each
+    # of the arrays that lie there one after the other. What is refused is `memory.total`.
+    compiler_temporaries: float
     compile_seconds: float
     text: str = dataclasses.field(repr=False, default="")
 
@@ -114,27 +116,23 @@ def train_program(workload: Workload, layout: Layout, topology: Topology) -> Pro
         accumulation=workload.train.accumulation,
         source_length=workload.source_length,
     )
-    mesh, zero = layout.mesh, layout.zero
-    model = skeleton(workload.model)
-    specs = param_specs(model)
-    optimizer = make_optimizer(workload.optimizer, workload.train.steps, specs)
     with layout.active(), compiling_for(topology.platform):
-        abstract = abstract_state(specs, optimizer, mesh, zero)
-        step = make_train_step(
-            model,
-            workload.objective,
-            optimizer,
-            workload.train,
-            seed=0,
-            shardings=gradient_shardings(specs, mesh, zero),
+        training = set_up(
+            workload.model, workload.objective, workload.optimizer, workload.train, layout
         )
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        abstract, mesh = training.abstract, layout.mesh
         batch = _batch(workload, mesh)
         given = (_bytes(abstract["params"]), _bytes(abstract["optimizer"]))
         rest = _bytes((batch, abstract["step"], abstract["loss_mean"]))
         return _compile(
-            "training step", jitted, (abstract, batch), given, rest, topology, mesh, _seen(workload)
+            "training step",
+            training.step,
+            (abstract, batch),
+            given,
+            rest,
+            topology,
+            mesh,
+            _seen(workload),
         )
 
 
@@ -276,24 +274,33 @@ def _compile(name, jitted, arguments, given, rest, topology, mesh, share) -> Pro
         if wanted is None:
             raise
         memory = Memory(parameters, optimizer, rest, 0.0, 0.0, wanted, 0.0, limit)
-        return Program(name, memory, None, 0.0, time.perf_counter() - start)
+        return Program(name, memory, None, 0.0, wanted, time.perf_counter() - start)
     text = compiled.as_text()
     kept = stacks(hlo.parse(text)) if optimizer else 0.0
     stats = compiled.memory_analysis()
+    temporaries = _temporaries(stats)
     memory = Memory(
         parameters=parameters,
         optimizer=optimizer,
         arguments=max(rest, stats.argument_size_in_bytes - parameters - optimizer),
         outputs=max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes),
-        kept=min(kept, stats.temp_size_in_bytes),
-        temporaries=stats.temp_size_in_bytes,
+        kept=min(kept, temporaries),
+        temporaries=temporaries,
         code=stats.generated_code_size_in_bytes,
         limit=limit,
     )
     analysis: Mapping[str, float] = compiled.cost_analysis() or {}
     seconds = time.perf_counter() - start
     found = estimate(text, topology, mesh, share)
-    return Program(name, memory, found, analysis.get("flops", 0.0), seconds, text)
+    flops, reported = analysis.get("flops", 0.0), stats.temp_size_in_bytes
+    return Program(name, memory, found, flops, reported, seconds, text)
+
+
+def _temporaries(stats) -> float:
+    """Bytes that a program takes while it runs, besides what it is given and what it gives back."""
+    given = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    total = getattr(stats, "total_allocation_bytes", 0)  # jax 0.12; its peak is right on TPUs alone
+    return max(0, total - given) if total else stats.temp_size_in_bytes
 
 
 def _refused(message: str) -> float | None:

@@ -29,7 +29,7 @@ from lm.jobs.run_directory import (
     shared_tokenizer,
 )
 from lm.jobs.sources import open_source
-from lm.models import ModelConfig, param_specs, skeleton
+from lm.models import ModelConfig
 from lm.objectives import ObjectiveConfig, check_objective
 from lm.parallel import hosts
 from lm.parallel.cluster import HostsConfig
@@ -45,12 +45,13 @@ from lm.training.config import TrainConfig, TrainingInterrupted, check_dispatch,
 from lm.training.evaluate import evaluate
 from lm.training.loop import Loop
 from lm.training.metrics import MetricsWriter
-from lm.training.offload import HOST, check_offload, streamed_update
-from lm.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from lm.training.offload import check_offload
+from lm.training.optimizer import OptimizerConfig, make_schedule
 from lm.training.progress import Progress
 from lm.training.report import describe_run
-from lm.training.state import abstract_state, create_state, gradient_shardings
-from lm.training.step import make_eval_step, make_train_step
+from lm.training.setup import Training, set_up
+from lm.training.state import create_state
+from lm.training.step import make_eval_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,40 +178,46 @@ def _run(job: TrainJob, directory: pathlib.Path) -> tuple[dict[str, float], bool
         eval_rows = local_rows(batch_sharding(layout.mesh), batch_size)
         validation = evaluation_batches(data, validation_corpora, rows=eval_rows, **reading)
 
-    model = skeleton(model_config)
-    specs = param_specs(model)
-    optimizer = make_optimizer(job.optimizer, job.train.steps, specs)
+    training = set_up(
+        model_config,
+        job.objective,
+        job.optimizer,
+        job.train,
+        layout,
+        seed=job.seed,
+        max_targets=batches.max_targets_per_row,
+    )
     claim(
         directory, to_dict(resolved), tokenizer
     )  # last, so that a mistake above can simply be mended
     with layout.active():
-        memory = HOST if job.train.offload_optimizer else None
-        abstract = abstract_state(specs, optimizer, layout.mesh, layout.zero, memory)
         describe_run(
             console,
             model_config=model_config,
-            specs=specs,
+            specs=training.specs,
             layout=layout,
             block_size=batches.block_size,
             source_length=batches.source_length or None,
             max_targets=batches.max_targets_per_row,
             batch_size=job.data.batch_size // job.train.accumulation,
-            optimizer_state=abstract["optimizer"],
+            optimizer_state=training.abstract["optimizer"],
             accumulation=job.train.accumulation,
             chunk=job.objective.chunk,
         )
         with Checkpointer(directory / "checkpoints", job.checkpoint) as checkpointer:
-            found = checkpointer.restore_latest(abstract)
+            found = checkpointer.restore_latest(training.abstract)
             if found is None:
                 start, extra = 0, {}
-                params = _initial_parameters(job, abstract["params"])
-                state = create_state(specs, optimizer, abstract, job.seed, params)
+                params = _initial_parameters(job, training.abstract["params"])
+                state = create_state(
+                    training.specs, training.optimizer, training.abstract, job.seed, params
+                )
             else:
                 start, state, extra = found
                 batches.set_state(extra["data"])
                 console.print(f"resuming at step {start}")
             results, finished = _train(
-                resolved, layout, model, optimizer, abstract, state, start, extra,
+                resolved, layout, training, state, start, extra,
                 batches, validation, checkpointer, directory, console,
             )  # fmt: skip
     if finished and hosts.index() == 0:
@@ -219,10 +226,10 @@ def _run(job: TrainJob, directory: pathlib.Path) -> tuple[dict[str, float], bool
 
 
 def _train(
-    job, layout: Layout, model, optimizer, abstract, state, start, extra,
+    job, layout: Layout, training: Training, state, start, extra,
     batches, validation, checkpointer, directory, console,
 ):  # fmt: skip
-    """Compiles the step and runs the loop; the last evaluation, and whether all steps are done."""
+    """Runs the loop; the last evaluation, and whether all steps are done."""
     flops_per_token = flops.training_flops_per_token(
         job.model, batches.block_size, batches.source_length or None, batches.max_targets_per_row
     )
@@ -243,25 +250,9 @@ def _train(
         sharding = batch_sharding(layout.mesh, leading)
         return assemble(batch, sharding, whose.local_rows, whose.batch_size, leading)
 
-    max_targets = batches.max_targets_per_row
-    specs, update = param_specs(model), None
-    if job.train.offload_optimizer:
-        update = streamed_update(job.optimizer, job.train.steps, specs)
-    step_fn = make_train_step(
-        model,
-        job.objective,
-        optimizer,
-        job.train,
-        job.seed,
-        max_targets,
-        gradient_shardings(specs, layout.mesh, layout.zero),
-        update,
-    )
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=(shardings, None))
     evaluator = None
     if validation is not None:
-        eval_step = jax.jit(make_eval_step(model, max_targets))
+        eval_step = jax.jit(make_eval_step(training.model, batches.max_targets_per_row))
 
         def evaluator(state):
             put_one = functools.partial(put, whose=validation, leading=0)
@@ -275,13 +266,13 @@ def _train(
         loop = Loop(
             job.train,
             stride=stride,
-            step_fn=step_fn,
+            step_fn=training.step,
             batches=batches,
             put=put,
             evaluate=evaluator,
             checkpointer=checkpointer,
             checkpoint_every=job.checkpoint.every,
-            abstract_state=abstract,
+            abstract_state=training.abstract,
             writer=writer,
             progress=progress,
             schedule=make_schedule(job.optimizer, job.train.steps),

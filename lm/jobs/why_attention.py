@@ -409,10 +409,10 @@ def measure_speed(job: WhyAttentionJob, log: Callable[[str], None]) -> dict[str,
             text = np.random.default_rng(job.seed).integers(0, vocab_size, shape, np.int32)
             batch = {"inputs": text, "targets": text, "weights": np.ones(shape, np.float32)}
 
-            def loss(params, batch, key, config=config):
-                return token_loss(bind(skeleton(config), params), batch, ObjectiveConfig(), key)
+            def loss(params, batch, rows_B, config=config):
+                return token_loss(bind(skeleton(config), params), batch, ObjectiveConfig())
 
-            step = jax.jit(functools.partial(gradients, loss, accumulation=1, key=None))
+            step = jax.jit(functools.partial(gradients, loss, accumulation=1))
             times = []
             for _ in range(settings.repeats + 1):
                 began = time.perf_counter()

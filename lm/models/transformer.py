@@ -65,18 +65,18 @@ class Embedding(nnx.Module):
           table: token embeddings, if there are none of its own.
           tap: see `lm.models.taps`.
         """
-        config = self.config
-        x_BTD = lookup(self.tokens[...] if table is None else table, tokens_BT)
+        config, dtype = self.config, compute_dtype(self.config.compute_dtype)
+        x_BTD = lookup(self.tokens[...] if table is None else table, tokens_BT, dtype)
         if config.embedding_scale != 1:
             x_BTD *= config.embedding_scale or math.sqrt(config.width)
         if config.positions == "learned":
             rows_BT = positions_BT + config.position_offset
-            x_BTD += lookup(self.positions[...], rows_BT)
+            x_BTD += lookup(self.positions[...], rows_BT, dtype)
         elif config.positions == "sinusoidal":
             x_BTD += sinusoids(positions_BT, config.width)
         if config.token_types:
             types = self.types[...]
-            x_BTD += types[0] if types_BT is None else lookup(types, types_BT)
+            x_BTD += types[0] if types_BT is None else lookup(types, types_BT, dtype)
         if config.embedding_norm:
             x_BTD = self.norm(x_BTD, within(tap, "embedding_norm"))
         return x_BTD

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 
 from lm.config import ConfigError
 from lm.models.numerics import contract
+from lm.parallel.gradients import after, axes_of, shared, summed_over
 from lm.parallel.platform import platform
 from lm.parallel.sharding import ACTIVATION_RULES, PARAMETER_RULES, automatic_axes, partition
 
@@ -82,16 +83,12 @@ class Split(NamedTuple):
     @property
     def tokens(self) -> tuple[str, ...]:
         """The axes that split tokens."""
-        return _axes(self.hidden[0]) + _axes(self.hidden[1]) if self.names else ()
+        return axes_of(self.hidden[0]) + axes_of(self.hidden[1]) if self.names else ()
 
     @property
-    def head_width(self) -> tuple[str, ...]:
-        """The axes over which the head's gradient, summed over tokens, is left split."""
-        return tuple(a for a in _axes(self.head[1]) if a in self.tokens) if self.names else ()
-
-
-def _axes(entry) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+    def width(self) -> PartitionSpec:
+        """How the head's gradient, summed over tokens, is left split besides its vocabulary."""
+        return PartitionSpec(None, self.head[1])
 
 
 def linear_cross_entropy(
@@ -149,7 +146,7 @@ def _local_sizes(split: Split, x_shape, vocab: int) -> tuple[int, int, int]:
         return *x_shape[:2], vocab
     mesh, _ = automatic_axes()
     ways = [
-        math.prod(mesh.shape[axis] for axis in _axes(entry))
+        math.prod(mesh.shape[axis] for axis in axes_of(entry))
         for entry in (*split.hidden[:2], split.vocab)
     ]
     return x_shape[0] // ways[0], x_shape[1] // ways[1], vocab // ways[2]
@@ -292,16 +289,15 @@ def _summed_forward(static, x_BTD, head_VD, bias_V, targets_BT, weights_BT):
             dx = jax.lax.psum_scatter(dx, split.vocab, scatter_dimension=1, tiled=True)
         elif split.vocab:
             dx = jax.lax.psum(dx, split.vocab)
-        if split.head_width:
-            dhead = jax.lax.psum_scatter(dhead, split.head_width, scatter_dimension=1, tiled=True)
-        rest = tuple(axis for axis in split.tokens if axis not in split.head_width)
-        return loss, nats, dx, jax.lax.psum(dhead, rest), dbias
+        # Else each device would keep its whole `dhead` until the backward pass is over.
+        dhead = summed_over(split.tokens, dhead, split.width)
+        return loss, nats, after(dhead, dx), dhead, dbias
 
     out_specs = (
         PartitionSpec(),
         PartitionSpec(),
         split.short if split.vocab else split.hidden,
-        PartitionSpec(split.vocab, split.head_width or None),
+        PartitionSpec(split.vocab, shared(split.width, split.tokens)[1]),
         PartitionSpec(split.vocab),
     )
     loss, nats, dx, dhead, dbias = _on_mesh(split, local, out_specs, *arguments)

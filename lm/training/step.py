@@ -135,8 +135,7 @@ def make_train_step(
 
         summed, metrics = gradients(loss_fn, state["params"], batch, config.accumulation, shardings)
         weight = jnp.maximum(metrics["weight"], 1.0)
-        mean = jax.tree.map(lambda g: g / weight, summed)
-        loss, norm = metrics["nats"] / weight, global_norm(mean)
+        loss, norm = metrics["nats"] / weight, global_norm(summed) / weight
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         if config.spike_nats:
             bad |= loss > state["loss_mean"] + config.spike_nats
