@@ -1,17 +1,11 @@
 # shellcheck shell=bash
-# What tpu_vm.sh and queued_resource.sh share. Each of them defines
-#
-#   create_tpu          asks for the machine
-#   tpu_state ANSWER    prints ready, waiting, dead, absent or unknown; in a dry run, ANSWER
-#   delete_tpu          gives it back
-#
-# and COMMANDS, the words main knows. The repository goes to ~/lm of every worker; worker.sh does
-# there what must be done there.
+# What the scripts for Google Cloud share: how they read options, run commands and print them.
 
+# shellcheck disable=SC2034 # for the scripts that source this one
 REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 SCRIPT=launch/$(basename "$0")
-MOUNTED=/mnt/lm # where workers see --mount
-POLL=${POLL:-60} # seconds between looks at a machine or a run
+# shellcheck disable=SC2034
+MOUNTED=/mnt/lm # where the machines of a run see its storage
 exec 3>&1 # commands of a dry run go here, also from inside $(…)
 
 fail() {
@@ -57,234 +51,48 @@ ask() {
     fi
 }
 
-nap() {
-    run sleep "$1"
-}
-
 # `allow FLAG VALUE PATTERN WHAT`
 allow() {
     [[ $2 =~ ^($3)$ ]] || fail "--$1='$2' must be $4"
 }
 
+# `read_options argument…`: every option of OPTIONS (`--NAME=VALUE`; an entry may say its default,
+# `NAME=DEFAULT`) and of SWITCHES (`--NAME`, for 1 instead of 0) into the variable of its name in
+# capitals, which the environment may set as well; then COMMAND, one of COMMANDS, and the REST.
+# shellcheck disable=SC2153 # the script that sources this one sets COMMANDS, OPTIONS and SWITCHES
 read_options() {
-    NAME=${NAME:-}
-    ZONE=${ZONE:-}
-    TYPE=${TYPE:-}
-    VERSION=${VERSION:-}
-    PROJECT=${PROJECT:-}
-    MOUNT=${MOUNT:-}
-    SPOT=${SPOT:-0}
-    RESERVED=${RESERVED:-0}
-    DRY_RUN=${DRY_RUN:-0}
+    local entry into usage defaults=("${SWITCHES[@]/%/=0}")
+    for entry in "${OPTIONS[@]}" "${defaults[@]}"; do
+        into=$(variable "${entry%%=*}")
+        [[ $entry == *=* ]] || entry+='='
+        printf -v "$into" %s "${!into:-${entry#*=}}"
+    done
+    usage=$(printf -- '--%s= ' "${OPTIONS[@]%%=*}"; printf -- '--%s ' "${SWITCHES[@]}" help)
     while [[ $# -gt 0 && $1 == --* ]]; do
-        case $1 in
-            --name=*) NAME=${1#*=} ;;
-            --zone=*) ZONE=${1#*=} ;;
-            --type=*) TYPE=${1#*=} ;;
-            --version=*) VERSION=${1#*=} ;;
-            --project=*) PROJECT=${1#*=} ;;
-            --mount=*) MOUNT=${1#*=} ;;
-            --spot) SPOT=1 ;;
-            --reserved) RESERVED=1 ;;
-            --dry-run) DRY_RUN=1 ;;
-            --help)
-                # The comment at the top of the script is its manual.
-                awk 'NR > 1 && /^#/ { sub(/^# ?/, ""); print; next } NR > 1 { exit }' "$0"
-                exit 0
-                ;;
-            *) fail "'$1' is not one of --name= --zone= --type= --version= --project= --mount=" \
-                "--spot --reserved --dry-run --help, which come before the command" ;;
-        esac
+        if [[ $1 == --help ]]; then
+            # The comment at the top of the script is its manual.
+            awk 'NR > 1 && /^#/ { sub(/^# ?/, ""); print; next } NR > 1 { exit }' "$0"
+            exit 0
+        fi
+        into=$(variable "${1%%=*}")
+        if [[ " $usage" == *" ${1%%=*}= "* && $1 == *=* ]]; then
+            printf -v "$into" %s "${1#*=}"
+        elif [[ " $usage" == *" $1 "* && $1 != *' '* ]]; then
+            printf -v "$into" 1
+        else
+            fail "'$1' is not one of ${usage% }, which come before the command"
+        fi
         shift
     done
     COMMAND=${1:-}
     [[ $# -eq 0 ]] || shift
-    ARGUMENTS=("$@")
-    # shellcheck disable=SC2153 # the script that sources this one sets COMMANDS
+    REST=("$@")
     [[ " $COMMANDS " == *" ${COMMAND:-?} "* ]] || fail "command '$COMMAND' is not one of $COMMANDS"
 }
 
-check_options() {
-    allow name "$NAME" '[a-z]([-a-z0-9]{0,61}[a-z0-9])?' \
-        "lower-case letters, digits and dashes, such as lm-1"
-    allow zone "$ZONE" '[a-z]+-[a-z]+[0-9]+-[a-z]' "a Google Cloud zone, such as us-east5-a"
-    allow project "$PROJECT" '([a-z][-a-z0-9:.]*)?' "a Google Cloud project, or empty for gcloud's own"
-    allow mount "$MOUNT" '|gs://[a-z0-9][-._a-z0-9]+|[^/:]+:/.*' "gs://BUCKET, HOST:/PATH (NFS), or empty"
-    [[ $SPOT$RESERVED != 11 ]] || fail "--spot and --reserved exclude each other"
-    PLACE=(--zone="$ZONE")
-    [[ -z $PROJECT ]] || PLACE+=(--project="$PROJECT")
-    case $COMMAND in
-        create | resume)
-            allow type "$TYPE" 'v[0-9]+[a-z]*-[0-9]+' \
-                "an accelerator type, such as v5p-128, v6e-16 or v5litepod-8"
-            VERSION=${VERSION:-$(default_version)}
-            ;;
-    esac
-    TIER=()
-    [[ $SPOT == 0 ]] || TIER+=(--spot)
-    [[ $RESERVED == 0 ]] || TIER+=(--reserved)
-}
-
-# The software a kind of TPU starts with.
-default_version() {
-    case $TYPE in
-        v5p-*) echo v2-alpha-tpuv5 ;;
-        v5litepod-*) echo v2-alpha-tpuv5-lite ;;
-        v6e-*) echo v2-alpha-tpuv6e ;;
-        v2-* | v3-* | v4-*) echo tpu-ubuntu2204-base ;;
-        *) fail "--version='' must name the software of --type='$TYPE', such as v2-alpha-tpuv6e" ;;
-    esac
-}
-
-# `on_workers WORKERS command…`: the command on all workers, or on that of a number.
-on_workers() {
-    local workers=$1
-    shift
-    run gcloud compute tpus tpu-vm ssh "$NAME" "${PLACE[@]}" --worker="$workers" \
-        --command="$(quoted "$@")"
-}
-
-copy() {
-    local archive=${TMPDIR:-/tmp}/$NAME.tar.gz
-    run tar --create --gzip --file="$archive" --directory="$REPOSITORY" \
-        --anchored --exclude=./.git --exclude=./.venv --exclude=./runs --exclude=./data \
-        --no-anchored --exclude=__pycache__ --exclude='*.egg-info' . &&
-    run gcloud compute tpus tpu-vm scp "$archive" "$NAME:lm.tar.gz" "${PLACE[@]}" --worker=all &&
-    run gcloud compute tpus tpu-vm ssh "$NAME" "${PLACE[@]}" --worker=all \
-        --command='rm -rf lm && mkdir lm && tar -xzf lm.tar.gz -C lm'
-}
-
-setup() {
-    on_workers all bash lm/launch/worker.sh setup "$MOUNT"
-}
-
-# The flags of main.py for `CONFIG [flag…]`, into FLAGS.
-read_run() {
-    local config=${1:-} flag workdir=
-    [[ -n $config ]] || fail "$COMMAND needs a config, such as configs/quickstart.py"
-    [[ -f $REPOSITORY/$config ]] || fail "$COMMAND: config '$config' is not a file in $REPOSITORY"
-    shift
-    for flag in "$@"; do
-        [[ $flag == --* ]] || fail "$COMMAND: '$flag' is not a flag: write --config.FIELD=VALUE"
-        [[ $flag != --workdir=* ]] || workdir=${flag#*=}
-    done
-    [[ $workdir != *://* ]] || fail "$COMMAND: --workdir='$workdir' must be a directory that all" \
-        "workers see: give --mount=gs://BUCKET and --workdir=$MOUNTED/NAME"
-    FLAGS=(--config="$config" "$@")
-    if [[ -z $workdir && -n $MOUNT ]]; then
-        FLAGS+=(--workdir="$MOUNTED/runs/$(basename "$config" .py)")
-    fi
-}
-
-start() {
-    on_workers all bash lm/launch/worker.sh "${1:-start}" "${FLAGS[@]}"
-}
-
-# `progress ANSWER`: done, running, stopped, none, "failed CODE" or unknown, of all workers
-# together; partly, where some of them run and others do not.
-progress() {
-    local answers
-    answers=$(ask "lm-run: $1" gcloud compute tpus tpu-vm ssh "$NAME" "${PLACE[@]}" \
-        --worker=all --command='bash lm/launch/worker.sh status || echo lm-run: none') ||
-        answers=
-    if grep -qx 'lm-run: none' <<<"$answers" && grep -qx 'lm-run: running' <<<"$answers"; then
-        echo partly
-        return
-    fi
-    local word
-    for word in 'failed [0-9]*' stopped running none 'done'; do
-        if grep -qx "lm-run: $word" <<<"$answers"; then
-            grep -x "lm-run: $word" <<<"$answers" | head -n 1 | cut -d ' ' -f 2-
-            return
-        fi
-    done
-    echo unknown
-}
-
-status() {
-    local state
-    state=$(tpu_state ready)
-    printf 'machine: %s\n' "$state"
-    [[ $state != ready ]] || printf 'run: %s\n' "$(progress running)"
-}
-
-# Until the run ends: looks at the machine and the run, and brings back what is lost.
-resume() {
-    local state lost=dead word=none delay=$POLL
-    while true; do
-        state=$(tpu_state "$lost")
-        say "machine: $state"
-        case $state in
-            ready)
-                word=$(progress "$word")
-                say "run: $word"
-                case $word in
-                    'done') return 0 ;;
-                    failed*) fail "the run failed with code ${word#failed }; see: $SCRIPT logs" ;;
-                    stopped) fail "the run was stopped; start it again: $SCRIPT run" ;;
-                    # A worker was started anew: its files are there, its mounts and programs not.
-                    partly)
-                        if setup; then
-                            start ensure || true
-                        fi
-                        ;;
-                    none)
-                        if copy && setup && start; then
-                            delay=$POLL
-                        fi
-                        ;;
-                esac
-                nap "$delay"
-                [[ $DRY_RUN == 0 ]] || word='done'
-                ;;
-            dead | absent)
-                [[ $state == absent ]] || delete_tpu || say "the old machine is not deleted yet"
-                if ! create_tpu; then
-                    say "no machine yet; next try in $delay s"
-                    nap "$delay"
-                    delay=$((delay * 2 < 900 ? delay * 2 : 900))
-                fi
-                lost=ready
-                ;;
-            *) nap "$POLL" ;;
-        esac
-    done
-}
-
-# `look describe-command…`: a field of the machine, `absent` where there is none, or `unknown`.
-look() {
-    local answer error
-    error=$(mktemp)
-    if answer=$("$@" 2>"$error"); then
-        printf '%s\n' "${answer:-unknown}"
-    elif grep -qiE 'NOT_FOUND|not found' "$error"; then
-        echo absent
-    else
-        cat "$error" >&2
-        echo unknown
-    fi
-    rm -f "$error"
-}
-
-main() {
-    read_options "$@"
-    check_options
-    set -- ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}
-    case $COMMAND in
-        run | resume) read_run "$@" ;;
-        logs) allow worker "${1:-all}" 'all|[0-9]+' "a worker's number, or all" ;;
-        *) [[ $# -eq 0 ]] || fail "$COMMAND takes no arguments, not '$1'" ;;
-    esac
-    case $COMMAND in
-        create) create_tpu ;;
-        copy) copy ;;
-        setup) setup ;;
-        run) start ;;
-        logs) on_workers "${1:-all}" bash lm/launch/worker.sh log ;;
-        status) status ;;
-        stop) on_workers all bash lm/launch/worker.sh stop ;;
-        resume) resume ;;
-        delete) delete_tpu ;;
-        *) "$COMMAND" ;;
-    esac
+# The variable of an option: MAX_RESTARTS of max-restarts, with its dashes before it or without.
+variable() {
+    local capitals=${1#--}
+    capitals=${capitals^^}
+    printf '%s' "${capitals//-/_}"
 }

@@ -24,34 +24,20 @@
 #   --dry-run                       prints every command instead of running it
 #
 # The cluster needs JobSet 0.6 or later and, for a bucket, the Cloud Storage FUSE driver.
+
+# shellcheck disable=SC2153 # read_options assigns them
 set -euo pipefail
 
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-COMMANDS="image render apply logs status delete"
-
-fail() {
-    printf 'launch/gke.sh: %s\n' "$*" >&2
-    exit 2
-}
-
-run() {
-    if [[ $DRY_RUN == 1 ]]; then
-        local argument line=()
-        for argument in "$@"; do
-            if [[ $argument =~ ^[A-Za-z0-9_./:=@%+,~-]+$ ]]; then
-                line+=("$argument")
-            else
-                line+=("${argument@Q}")
-            fi
-        done
-        printf '%s\n' "${line[*]}"
-    else
-        "$@"
-    fi
-}
-
-allow() {
-    [[ $2 =~ ^($3)$ ]] || fail "--$1='$2' must be $4"
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck disable=SC2034 # read_options reads these
+{
+    COMMANDS="image render apply logs status delete"
+    OPTIONS=(
+        name image accelerator topology chips=4 bucket claim service-account=default
+        namespace=default max-restarts=100
+    )
+    SWITCHES=(spot dry-run)
 }
 
 # The arguments as a JSON list, which is YAML as well.
@@ -77,41 +63,6 @@ substitute() {
         text=${text#*"\${$name}"}
     done
     printf '%s\n' "$result$text"
-}
-
-read_options() {
-    NAME=${NAME:-} IMAGE=${IMAGE:-} ACCELERATOR=${ACCELERATOR:-} TOPOLOGY=${TOPOLOGY:-}
-    CHIPS=${CHIPS:-4} BUCKET=${BUCKET:-} CLAIM=${CLAIM:-} NAMESPACE=${NAMESPACE:-default}
-    SERVICE_ACCOUNT=${SERVICE_ACCOUNT:-default} MAX_RESTARTS=${MAX_RESTARTS:-100}
-    SPOT=${SPOT:-0} DRY_RUN=${DRY_RUN:-0}
-    while [[ $# -gt 0 && $1 == --* ]]; do
-        case $1 in
-            --name=*) NAME=${1#*=} ;;
-            --image=*) IMAGE=${1#*=} ;;
-            --accelerator=*) ACCELERATOR=${1#*=} ;;
-            --topology=*) TOPOLOGY=${1#*=} ;;
-            --chips=*) CHIPS=${1#*=} ;;
-            --bucket=*) BUCKET=${1#*=} ;;
-            --claim=*) CLAIM=${1#*=} ;;
-            --service-account=*) SERVICE_ACCOUNT=${1#*=} ;;
-            --namespace=*) NAMESPACE=${1#*=} ;;
-            --max-restarts=*) MAX_RESTARTS=${1#*=} ;;
-            --spot) SPOT=1 ;;
-            --dry-run) DRY_RUN=1 ;;
-            --help)
-                awk 'NR > 1 && /^#/ { sub(/^# ?/, ""); print; next } NR > 1 { exit }' "$0"
-                exit 0
-                ;;
-            *) fail "'$1' is not one of --name= --image= --accelerator= --topology= --chips=" \
-                "--bucket= --claim= --service-account= --namespace= --max-restarts= --spot" \
-                "--dry-run --help, which come before the command" ;;
-        esac
-        shift
-    done
-    COMMAND=${1:-}
-    [[ $# -eq 0 ]] || shift
-    REST=("$@")
-    [[ " $COMMANDS " == *" ${COMMAND:-?} "* ]] || fail "command '$COMMAND' is not one of $COMMANDS"
 }
 
 image_name() {
@@ -140,14 +91,14 @@ read_run() {
     [[ -n $BUCKET || -n $CLAIM ]] || fail "--bucket='' or --claim='' must name storage that all hosts see"
     [[ -z $BUCKET || -z $CLAIM ]] || fail "--bucket='$BUCKET' and --claim='$CLAIM' exclude each other"
     [[ -n $config ]] || fail "$COMMAND needs a config, such as configs/quickstart.py"
-    [[ -f $HERE/../$config ]] || fail "$COMMAND: config '$config' is not a file in the repository"
+    [[ -f $REPOSITORY/$config ]] || fail "$COMMAND: config '$config' is not a file in the repository"
     shift
     for flag in "$@"; do
         [[ $flag == --* ]] || fail "$COMMAND: '$flag' is not a flag: write --config.FIELD=VALUE"
         [[ $flag != --workdir=* ]] || workdir=${flag#*=}
     done
-    [[ -z $workdir || $workdir == /mnt/lm/* ]] ||
-        fail "$COMMAND: --workdir='$workdir' must be in /mnt/lm, which all hosts see"
+    [[ -z $workdir || $workdir == "$MOUNTED"/* ]] ||
+        fail "$COMMAND: --workdir='$workdir' must be in $MOUNTED, which all hosts see"
     for side in ${TOPOLOGY//x/ }; do
         chips=$((chips * side))
     done
@@ -159,7 +110,7 @@ read_run() {
         HOSTS=$((chips / CHIPS))
         NODES="{\"cloud.google.com/gke-tpu-accelerator\": \"$ACCELERATOR\""
         NODES+=", \"cloud.google.com/gke-tpu-topology\": \"$TOPOLOGY\"$spot}"
-        [[ -n $workdir ]] || set -- "$@" --workdir=/mnt/lm/runs/"$NAME"
+        [[ -n $workdir ]] || set -- "$@" --workdir="$MOUNTED/runs/$NAME"
         ARGUMENTS=$(json_list python main.py --config="$config" "$@")
         BUCKET_MOUNTED=false
         SHARED=$'\n'"                  persistentVolumeClaim: {claimName: \"$CLAIM\"}"
@@ -182,17 +133,17 @@ main() {
     case $COMMAND in
         image)
             image_name
-            run docker build --file="$HERE/Dockerfile" --tag="$IMAGE" "$(dirname "$HERE")"
+            run docker build --file="$REPOSITORY/launch/Dockerfile" --tag="$IMAGE" "$REPOSITORY"
             run docker push "$IMAGE"
             ;;
         render)
             read_run "$@"
-            substitute "$HERE/gke.yaml"
+            substitute "$REPOSITORY/launch/gke.yaml"
             ;;
         apply)
             read_run "$@"
             manifest=${TMPDIR:-/tmp}/$NAME.yaml
-            substitute "$HERE/gke.yaml" >"$manifest"
+            substitute "$REPOSITORY/launch/gke.yaml" >"$manifest"
             run kubectl apply --namespace="$NAMESPACE" --filename="$manifest"
             ;;
         logs)

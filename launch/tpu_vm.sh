@@ -30,7 +30,7 @@
 #       resume configs/quickstart.py --config.mesh.fsdp=-1
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/tpu.sh"
 # shellcheck disable=SC2034 # main reads it
 COMMANDS="create copy setup run logs status stop resume delete"
 

@@ -46,8 +46,9 @@ class Rows(abc.ABC):
         self.block_size = block_size
         self.shifted = shifted
         self.separate = separate  # each document is a segment; else all are one stream
-        begun = not shifted and separate
-        self.offsets = corpus.offsets + np.arange(len(corpus.offsets)) * begun
+        self.offsets = corpus.offsets
+        if separate and not shifted:
+            self.offsets = self.offsets + np.arange(len(corpus.offsets))
         self.num_tokens = int(self.offsets[-1])
 
     @property

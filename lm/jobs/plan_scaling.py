@@ -37,11 +37,11 @@ slices of TPU v5p, of the fastest mesh it finds that fits, by ZeRO 3. Made by
 
 All columns are of one chip and one step. *FLOPs* includes what the remat policy recomputes, the
 MFU does not. *Memory*, *HBM* and *network* are the least that must be held or moved. Products
-reach 80 % of the peak, which is about what the compiler estimates for products of this size;
+reach 90 % of the peak, which is about what the compiler estimates for products of this size;
 links carry 100 GB/s each way, and every hop takes a microsecond. *Efficiency* is the share of
-the step in which a chip does not wait for others, where nothing that is said is hidden behind
-compute, as in the programs that the compiler makes without further options; *if hidden*, where
-all that ZeRO and data parallelism say is. *Compiled* are the bytes received, the step and the
+the step in which a chip does not wait for others: for collectives as the compiler makes them with
+the options of `lm/parallel/compiler.py`, most of what ZeRO and data parallelism say beside
+compute; *if hidden*, where all of that is. *Compiled* are the bytes received, the step and the
 MFU of the same mesh's compiled program, by the rule of `lm/parallel/roofline.py`, where it was
 compiled (`--config.scaling.compiled`).
 """

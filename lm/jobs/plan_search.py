@@ -11,6 +11,7 @@ from lm.config import ConfigError
 from lm.jobs.plan_analytic import Paper, on_paper
 from lm.jobs.plan_programs import Program, Workload
 from lm.models import ModelConfig
+from lm.models.config import REMAT
 from lm.parallel.layout import Layout, lay_out
 from lm.parallel.mesh import AXES, BATCH_AXES, MeshConfig, make_mesh, mesh_sizes
 from lm.parallel.topology import Topology
@@ -181,8 +182,7 @@ def _changes(workload: Workload, mesh: MeshConfig, zero: int, topology: Topology
     model, train = workload.model, workload.train
     if zero < 3:
         yield "config.zero=3", workload, mesh, 3
-    order = ["none", "dots", "projections", "qkv", "full"]
-    for remat in order[order.index(model.remat) + 1 :]:
+    for remat in REMAT[REMAT.index(model.remat) + 1 :]:  # from what keeps most
         changed = dataclasses.replace(model, remat=remat)
         yield (
             f"config.model.remat={remat}",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -89,12 +91,28 @@ class Source:
 
 
 def open_source(directory: str | os.PathLike[str]) -> Source:
-    """Opens a run directory or a Hugging Face directory.
+    """Opens a run directory or a Hugging Face directory; again at no cost if nothing changed there.
 
     Raises:
       ConfigError: neither of them, or one that is damaged, or does not fit its tokenizer.
     """
     path = pathlib.Path(directory).expanduser()
+    source = _open(path, _stamps(path) | _stamps(path / TOKENIZER))
+    return dataclasses.replace(source, config=copy.deepcopy(source.config))
+
+
+def _stamps(folder: pathlib.Path) -> frozenset[tuple[str, int, int]]:
+    """What changes when a file in `folder` does."""
+    if not folder.is_dir():
+        return frozenset()
+    with os.scandir(folder) as files:
+        stats = [(file.path, file.stat()) for file in files if file.is_file()]
+    return frozenset((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+@functools.lru_cache(maxsize=1)  # a job opens its source for the tokenizer, then for the parameters
+def _open(path: pathlib.Path, stamps: frozenset[tuple[str, int, int]]) -> Source:
+    del stamps
     if is_checkpoint(path):
         imported = open_imported(path)
         checkpoint = imported.checkpoint

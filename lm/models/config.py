@@ -19,7 +19,7 @@ RANGES = ("global", "local")
 ROUTER_SCORES = ("softmax", "sigmoid")
 CLASSIFIERS = ("none", "sequence", "token")
 INITIALIZERS = ("gpt2", "normal", "scaled_zero", "xavier", "lecun", "t5")
-REMAT = ("none", "full", "dots", "projections", "qkv")
+REMAT = ("none", "dots", "projections", "qkv", "full", "offload")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "fp8")
 ATTENTION = ("auto", "xla", "splash", "cudnn")
@@ -114,7 +114,10 @@ class ModelConfig:
     compute_dtype: str = "auto"  # auto: bfloat16 where the platform is fast at it
     quantization: str = "none"  # none | int8 | fp8: products with the blocks' weights, in training
     attention: str = "auto"  # auto | xla | splash (TPU) | cudnn (GPU); see lm.models.kernels
-    remat: str = "none"  # none | dots | projections | qkv | full: how much is recomputed backwards
+    # none | dots | projections | qkv | full | offload: how much is recomputed backwards. Under full
+    # a layer's input is all that is kept of it; under offload that waits in the host's memory, at
+    # the cost of moving it there and back. Not in a pipeline.
+    remat: str = "none"
     scan_layers: bool | None = None  # None: scan, but for up to 12 layers on a CPU
 
     def validate(self, prefix: str = "config.model") -> None:

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lm.parallel.gradients import axes_of, shared, summed_over
+from lm.parallel.schedule import current_schedule
 from lm.parallel.sharding import (
     ACTIVATION_RULES,
-    PARAMETER_RULES,
     WHOLE_RULES,
     automatic_axes,
     partition,
+    zero_rules,
 )
 
 
@@ -56,12 +57,13 @@ def lookup(table_VD: jax.Array, rows_BT: jax.Array, dtype: jnp.dtype = jnp.float
     vocab = partition(("vocab", None), table_VD.shape, mesh, WHOLE_RULES)[0]
     short = partition(("batch", "norm_length", None), shape, mesh, ACTIVATION_RULES)
     whole = partition(("batch", "length", None), shape, mesh, ACTIVATION_RULES)
+    rules = zero_rules(current_schedule().zero, "gradients")
     split = _Split(
         frozenset(names),
         vocab,
         PartitionSpec(*(whole if vocab else short)[:2]),
         short,
-        partition(("vocab", "embed"), table_VD.shape, mesh, PARAMETER_RULES),
+        partition(("vocab", "embed"), table_VD.shape, mesh, rules),
         jnp.dtype(dtype),
         table_VD.shape[0],
     )

@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.models import quantized
-from lm.parallel.gradients import reduce_dtype
 from lm.parallel.platform import platform
+from lm.parallel.schedule import reduce_dtype
 
 JOINED_ROWS = 256  # products of fewer rows than this are not joined
 

@@ -8,7 +8,9 @@ import jax
 
 from lm.models.ring_attention import HEADS
 from lm.parallel.mesh import batch_ways
-from lm.parallel.pipeline import AXIS, choose_microbatches, current_schedule, pipeline
+from lm.parallel.pipeline import AXIS, choose_microbatches, pipeline
+from lm.parallel.ring import context_ways
+from lm.parallel.schedule import current_schedule
 from lm.parallel.sharding import automatic_axes
 
 if TYPE_CHECKING:
@@ -23,6 +25,28 @@ KEPT = {
     "qkv": ("query", "key", "value"),
     "projections": ("query", "key", "value", HEADS),
 }
+
+
+def remat_policy(remat: str, *inputs: str):
+    """What the backward pass keeps of a layer, as `config.remat` says: a policy, or None for all.
+
+    Under `offload` what a layer starts from goes to the memory of the device's host, and comes back
+    when the backward pass reaches the layer. A CPU's memory is its host's: there nothing moves.
+
+    Args:
+      remat: `config.remat`.
+      inputs: the names of what else is kept. `jax.checkpoint` keeps its own arguments anyway.
+    """
+    if remat == "none":
+        return None
+    if remat == "offload":
+        return jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[LAYER_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+    return jax.checkpoint_policies.save_only_these_names(*inputs, *KEPT[remat])
 
 
 def pipeline_stages(rows: int) -> int:
@@ -41,7 +65,8 @@ def through_stages(
     """What `stack.scan_blocks` returns of its `blocks`, computed in a pipeline.
 
     Rows travel with their marks, and each stage makes its own `Context` of them; only the bias of
-    attention scores, which all rows share, comes from outside. Of what happens in a layer, the
+    attention scores, which all rows share, comes from outside: as a table of all pairs, unless a
+    ring of devices shares the sequence, which never makes one. Of what happens in a layer, the
     backward pass keeps what `config.remat` says, for every micro-batch.
 
     Args:
@@ -58,10 +83,11 @@ def through_stages(
     slots = tuple(None if m is None else m.slots_1T for m in (marks, memory_marks))
     rows = tuple(None if m is None else m._replace(slots_1T=None) for m in (marks, memory_marks))
     fixed, varying_L = (reach_L, None) if isinstance(reach_L, bool) else (None, reach_L)
+    bias = context.bias, context.bias_BHTS if context_ways() == 1 else None
 
     def stage_fn(blocks, first, x_BTD, along, shared):
         (marks, memory_marks), memory_BSD = along
-        slots, layers, bias_BHTS = shared
+        slots, layers, bias = shared
         marks = marks._replace(slots_1T=slots[0])
         if memory_marks is not None:
             memory_marks = memory_marks._replace(slots_1T=slots[1])
@@ -72,23 +98,19 @@ def through_stages(
         return stack.scan_blocks(
             blocks,
             x_BTD,
-            stack.context(marks, memory_BSD, memory_marks, bias_BHTS),
+            stack.context(marks, memory_BSD, memory_marks, *bias),
             keys_L,
             fixed if varying_L is None else varying_L,
         )
 
-    policy = None
-    if stack.config.remat != "none":
-        kept = (LAYER_INPUT, *KEPT[stack.config.remat])
-        policy = jax.checkpoint_policies.save_only_these_names(*kept)
     return pipeline(
         stage_fn,
         stack.blocks,
         x_BTD,
         (rows, context.memory_BSD),
-        (slots, (keys_L, varying_L), context.bias_BHTS),
+        (slots, (keys_L, varying_L), bias),
         microbatches=choose_microbatches(schedule.microbatches, stages, x_BTD.shape[0], ways),
         rounds=schedule.rounds,
         whole_axes=schedule.whole_axes,
-        policy=policy,
+        policy=remat_policy(stack.config.remat, LAYER_INPUT),
     )

@@ -42,6 +42,7 @@ from lm.models.cells import (
 from lm.models.config import ModelConfig
 from lm.models.head import LanguageModel
 from lm.models.layers import embedding_initializer, weight_initializer
+from lm.models.marks import Marks, same_document
 from lm.models.numerics import add_bias, compute_dtype, contract
 from lm.models.stack import unstack
 from lm.models.taps import Tap, no_tap, within
@@ -212,9 +213,8 @@ class Recurrent(LanguageModel):
         memory_BSD, finals = self._encode(tokens_BT, source_segments_BS, noises[1], tap)
         mask_BTS = None
         if source_segments_BS is not None:
-            ones_BT = jnp.ones_like(targets_BT)
-            of_BT = ones_BT if segments_BT is None else segments_BT
-            mask_BTS = of_BT[:, :, None] == source_segments_BS[:, None, :]
+            target = Marks.of(targets_BT, segments_BT=segments_BT)
+            mask_BTS = same_document(target, Marks.of(tokens_BT, segments_BT=source_segments_BS))
         starts, restarts = self._starts(finals), None
         if mask_BTS is not None and segments_BT is not None:
             restarts = self._starts(finals, mask_BTS)

@@ -18,7 +18,7 @@ from lm.models.config import ModelConfig
 from lm.models.experts import Experts, RouterStats
 from lm.models.marks import Marks, same_document
 from lm.models.numerics import compute_dtype
-from lm.models.pipelined import KEPT, LAYER_INPUT, pipeline_stages, through_stages
+from lm.models.pipelined import LAYER_INPUT, pipeline_stages, remat_policy, through_stages
 from lm.models.positions import alibi_bias, alibi_slopes, relative_bias, rotary_angles
 from lm.models.ring_attention import ScoreBias
 from lm.models.taps import Tap, no_tap, within
@@ -121,7 +121,7 @@ class Block(nnx.Module):
         """
         config = self.config
         keys = (None,) * 5 if key is None else jax.random.split(key, 5)
-        x_BTD = tap("residual_before", x_BTD)
+        x_BTD = tap("residual_before", checkpoint_name(x_BTD, LAYER_INPUT))
 
         read = self._read("attention", x_BTD, tap)
         attended, cache = self.attention(
@@ -217,6 +217,7 @@ class Stack(nnx.Module):
         marks: Marks,
         memory_BSD: jax.Array | None = None,
         memory_marks: Marks | None = None,
+        bias: ScoreBias | None = None,
         bias_BHTS: jax.Array | None = None,
     ) -> Context:
         """What the layers share of a whole text, and of the encoder's output where they cross.
@@ -225,10 +226,10 @@ class Stack(nnx.Module):
         """
         slots = marks.slots_1T
         segments = marks.segments_BT
-        placed = {"bias_BHTS": bias_BHTS}
+        placed = {"bias": bias, "bias_BHTS": bias_BHTS}
         if bias_BHTS is None:
             distance_1TS = slots[:, None, :] - slots[:, :, None]
-            placed = self.place(marks.positions_BT, distance_1TS)
+            placed = self.place(marks.positions_BT, distance_1TS, bias)
         context = Context(
             attention_mask(
                 slots, slots, segments, segments,
@@ -259,25 +260,28 @@ class Stack(nnx.Module):
             rotary = rotary_angles(positions_BT, config, local=True)
         return context._replace(local=(mask_BTS, rotary, config.window))
 
-    def place(self, positions_BT: jax.Array, distance_BTS: jax.Array) -> dict:
+    def place(
+        self, positions_BT: jax.Array, distance_BTS: jax.Array, bias: ScoreBias | None = None
+    ) -> dict:
         """What a `Context` says of positions.
 
         Args:
           positions_BT: where each token stands in its document.
           distance_BTS: position of key s less position of query t, right where t may see s; its
             batch axis may be 1.
+          bias: of attention scores; made here unless given.
         """
         config = self.config
         if config.positions == "rotary":
             return {"rotary": rotary_angles(positions_BT, config)}
         if config.positions == "relative":
-            table = self.relative_bias[...]
             of = functools.partial(relative_bias, config=config, bidirectional=self.encodes)
+            bias = bias or ScoreBias(self.relative_bias[...], of)
         elif config.positions == "alibi":
-            table, of = jnp.asarray(alibi_slopes(config.num_heads)), alibi_bias
+            bias = bias or ScoreBias(jnp.asarray(alibi_slopes(config.num_heads)), alibi_bias)
         else:
             return {}
-        return {"bias_BHTS": of(table, distance_BTS), "bias": ScoreBias(table, of)}
+        return {"bias": bias, "bias_BHTS": bias.of(bias.table, distance_BTS)}
 
     def run(
         self,
@@ -360,8 +364,7 @@ class Stack(nnx.Module):
 
         # Under a loop nothing can merge the recomputation with what it is to replace.
         body = rematerialized(body, self.config, prevent_cse=False)
-        named = lambda x, layer: body(checkpoint_name(x, LAYER_INPUT), layer)  # noqa: E731
-        return jax.lax.scan(named, x_BTD, (blocks, keys_L, varying_L))
+        return jax.lax.scan(body, x_BTD, (blocks, keys_L, varying_L))
 
     def _scan_cached(self, x_BTD, context, cache):
         # The whole cache is carried and written in place; scanning over it would copy it.
@@ -442,7 +445,7 @@ def rematerialized(body, config: ModelConfig, prevent_cse: bool = True):
 
     `prevent_cse` stops XLA from merging the recomputation with what it is to replace.
     """
-    if config.remat == "none":
+    policy = remat_policy(config.remat)
+    if policy is None:
         return body
-    policy = jax.checkpoint_policies.save_only_these_names(*KEPT[config.remat])
     return jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)

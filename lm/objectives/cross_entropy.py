@@ -25,7 +25,8 @@ from lm.config import ConfigError
 from lm.models.numerics import contract
 from lm.parallel.gradients import after, axes_of, shared, summed_over
 from lm.parallel.platform import platform
-from lm.parallel.sharding import ACTIVATION_RULES, PARAMETER_RULES, automatic_axes, partition
+from lm.parallel.schedule import current_schedule
+from lm.parallel.sharding import ACTIVATION_RULES, automatic_axes, partition, zero_rules
 
 # Logits held at once: 128 MiB of float32, and four times that where there is a faster product to
 # feed, which otherwise waits for the head and its gradient to be read anew in every chunk.
@@ -68,11 +69,12 @@ class Split(NamedTuple):
         mesh, names = automatic_axes()
         if not names:
             return cls()
+        rules = zero_rules(current_schedule().zero, "gradients")
         return cls(
             frozenset(names),
             partition(("batch", "length", None), x_shape, mesh, ACTIVATION_RULES),
             partition(("batch", "norm_length", None), x_shape, mesh, ACTIVATION_RULES),
-            partition(("vocab", "embed"), head_shape, mesh, PARAMETER_RULES),
+            partition(("vocab", "embed"), head_shape, mesh, rules),
         )
 
     @property

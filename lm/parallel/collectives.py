@@ -34,6 +34,7 @@ class Collective:
     trips: float = 1.0
     whole: bool = True  # whether a group is all of those axes, and not a part of one
     asynchronous: bool = False  # whether the compiler lets it run beside something else
+    links: int = 0  # to neighbours, that a device sends over at once; 0: the compiler does not say
     group: tuple[int, ...] = ()  # one group, or for a permutation one (sender, receiver)
     source: str = ""  # its name in the traced program
     # What it stands for: of a permutation, the collective that the compiler cut into turns, to
@@ -70,18 +71,18 @@ def collectives(module: hlo.Module, runs, mesh_shape: Mapping[str, int]) -> list
       mesh_shape: sizes of the mesh's axes, outermost first.
     """
     found = []
-    for computation, instruction, trips, _ in runs:
+    for computation, instruction, trips, _, begun, ends in runs:
+        if ends or any(name.startswith("async_collective_fusion") for name in instruction.called):
+            continue  # counted where it began
         for inner, one, kind in _inside(module, computation, instruction):
-            asynchronous = one.opcode.endswith("-start") or (
-                instruction is not one and ("async" in instruction.name)
-            )
             collective = _collective(inner, one, kind, mesh_shape)
             if collective.size > 1 and collective.bytes:
                 found.append(
                     dataclasses.replace(
                         collective,
                         trips=trips,
-                        asynchronous=asynchronous,
+                        asynchronous=any(begun),
+                        links=_links(instruction),
                         source=one.source or instruction.source,
                         part=_part(module, computation, one, kind, collective.size),
                     )
@@ -104,6 +105,21 @@ def _inside(module, computation, instruction):
                 if kind == "all-reduce" and _is_cut(inner, one):
                     kind = "reduce-scatter"
                 yield where, found, kind
+
+
+def _links(instruction) -> int:
+    """Links that a TPU's collective sends over at once.
+
+    Its compiler cuts the array into colours, of which each takes its own way round: one direction
+    along one dimension of the torus after the other, or around a ring through all devices. A
+    SparseCore's states its colours, a TensorCore's their number, or that it is one ring.
+    """
+    if '"emitter":"1D' in instruction.attributes:
+        return 2
+    if colours := instruction.attributes.count('"phase_rings"'):
+        return colours
+    found = re.search(r"colors:(\d+)", instruction.attributes)
+    return int(found[1]) if found else 0
 
 
 def _part(module, computation, instruction, kind: str, size: int) -> str:

@@ -6,34 +6,16 @@ half as much travels, and each device's sum is rounded before all are added up.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-REDUCE_DTYPES = ("float32", "bfloat16")
+from lm.parallel.schedule import reduce_dtype
+
 PIECE = 2**25  # numbers of a table that are added up over devices at once
-
-_dtype: contextvars.ContextVar[str] = contextvars.ContextVar("reduce_dtype", default="float32")
-
-
-def reduce_dtype() -> jnp.dtype:
-    """The dtype of a device's share of a parameter's gradient, in what is traced here."""
-    return jnp.dtype(_dtype.get())
-
-
-@contextlib.contextmanager
-def reducing_in(name: str) -> Iterator[None]:
-    """Within it, `reduce_dtype` is `name`: one of `REDUCE_DTYPES`."""
-    token = _dtype.set(name)
-    try:
-        yield
-    finally:
-        _dtype.reset(token)
 
 
 def axes_of(entry: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ _LEAF = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+_END = re.compile(r"\}(, execution_thread=|$)")  # of a computation, perhaps of another core's
 _BITS = re.compile(r"\d+")
 
 FOLLOWED = frozenset(["copy", "bitcast", "convert", "reshape", "copy-start", "copy-done"])
@@ -150,7 +151,7 @@ def parse(text: str) -> Module:
     computations, entry, name, root, body = {}, None, "", None, {}
     is_entry = False
     for line in _lines(text):
-        if line == "}":
+        if _END.match(line):
             computations[name] = Computation(name, body, root or list(body.values())[-1])
             entry = computations[name] if is_entry else entry
         elif found := _LINE.match(line):
@@ -168,11 +169,11 @@ def _lines(text: str) -> Iterator[str]:
     """The lines of all computations; an instruction whose attributes have line breaks is one."""
     pending = ""
     for line in text.splitlines():
-        if line == "}" or _LINE.match(line) or _HEAD.match(line):
+        if _END.match(line) or _LINE.match(line) or _HEAD.match(line):
             if pending:
                 yield pending
             pending = line
-        elif pending not in ("", "}"):
+        elif pending and not _END.match(pending):
             pending += line
     if pending:
         yield pending

@@ -153,11 +153,28 @@ class Run(NamedTuple):
     instruction: Instruction
     trips: float
     known: bool  # False inside a loop of unknown length, which is counted as one trip
+    # Computation and name of what began it, where it runs beside what follows until its end;
+    # ("", "") where what follows waits for it.
+    begun: tuple[str, str] = ("", "")
+    ends: bool = False  # whether it only waits for what was begun
 
 
 def runs(module: Module) -> list[Run]:
-    """Every instruction that runs by itself, fusions whole, loops and calls followed."""
+    """Every instruction that runs by itself, fusions whole, loops and calls followed, in order.
+
+    What is begun says so, and what waits for it is among the runs. That is `all-reduce-start` and
+    `all-reduce-done`; `call-start` on a TPU's SparseCores, which begins once a `call-update` gives
+    it its operands; and fusions named `async-collective-start` and `async-collective-done`, which
+    have the collective inside them, as have the fusions that go on with it in between.
+    """
     return list(_runs(module, module.entry, 1.0, True, lambda number, index: None))
+
+
+def _beginning(computation: Computation, instruction: Instruction) -> tuple[str, str]:
+    """`Run.begun` of what a `-done` or an `-update` belongs to."""
+    while instruction.opcode.endswith(("-done", "-update")):
+        instruction = computation.operand(instruction, 0)
+    return computation.name, instruction.name
 
 
 def _runs(module, computation, trips, known, given) -> Iterator[Run]:
@@ -178,11 +195,34 @@ def _runs(module, computation, trips, known, given) -> Iterator[Run]:
                 for name in instruction.called
             ]
             yield from max(branches, key=lambda runs: _work(module, runs))
-        elif opcode in ("call", "async-start"):
-            for name in instruction.called:
-                yield from _runs(module, module.computations[name], trips, known, lambda n, i: None)
-        elif opcode not in FREE and not opcode.endswith("-done"):
-            yield Run(computation, instruction, trips, known)
+        elif opcode == "call":
+            yield from _called(module, instruction, trips, known)
+        elif opcode in ("async-start", "call-start", "async-update", "call-update"):
+            begun = _beginning(computation, instruction)
+            start = computation.instructions[begun[1]]
+            if bool(start.operands) == opcode.endswith("-start"):
+                for run in _called(module, start, trips, known):
+                    yield run._replace(begun=begun)
+        elif instruction.name.startswith("async-collective-"):
+            begun = (computation.name, f"channels {_channels(module, instruction)}")
+            ends = instruction.name.startswith("async-collective-done")
+            yield Run(computation, instruction, trips, known, begun, ends)
+        elif opcode not in FREE and opcode != "copy-done":
+            ends = opcode.endswith("-done")
+            started = opcode.endswith("-start") and opcode != "copy-start"
+            begun = _beginning(computation, instruction) if started or ends else ("", "")
+            yield Run(computation, instruction, trips, known, begun, ends)
+
+
+def _channels(module: Module, fusion: Instruction) -> list[str]:
+    """Which collectives a fusion contains: their channels, of which each has its own."""
+    inner = module.computations[fusion.called[0]].instructions.values()
+    return sorted(filter(None, (i.attribute("channel_id") for i in inner)))
+
+
+def _called(module: Module, instruction: Instruction, trips, known) -> Iterator[Run]:
+    for name in instruction.called:
+        yield from _runs(module, module.computations[name], trips, known, lambda n, i: None)
 
 
 def _work(module: Module, branch: list[Run]) -> tuple[float, float]:

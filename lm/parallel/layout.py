@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from lm.parallel.gradients import reducing_in
 from lm.parallel.mesh import MeshConfig, batch_ways, make_mesh
-from lm.parallel.pipeline import bubble_fraction, choose_microbatches, schedule
+from lm.parallel.pipeline import bubble_fraction, choose_microbatches
+from lm.parallel.schedule import Schedule, following
 from lm.parallel.strategies import resolve
 
 
@@ -27,11 +27,8 @@ class Layout(NamedTuple):
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Within it, what is traced is laid out so."""
-        with (
-            jax.set_mesh(self.mesh),
-            schedule(self.microbatches, self.rounds, self.zero),
-            reducing_in(self.reduce_dtype),
-        ):
+        schedule = Schedule(self.microbatches, self.rounds, self.zero, self.reduce_dtype)
+        with jax.set_mesh(self.mesh), following(schedule):
             yield
 
     def pipeline(self, rows: int) -> tuple[int, float] | None:

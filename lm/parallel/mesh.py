@@ -11,7 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.config import ConfigError, check, check_choice
-from lm.parallel.gradients import REDUCE_DTYPES
+from lm.parallel.schedule import REDUCE_DTYPES
 
 # From those that talk least, which may lie across hosts and slices, to those that talk most.
 AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")

@@ -18,10 +18,8 @@ The backward pass is what differentiation makes of it: the same ticks in reverse
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,39 +33,6 @@ from lm.parallel.sharding import automatic_axes
 
 AXIS = "stage"
 PER_STAGE = 4  # micro-batches a stage where the config leaves it open
-
-
-class Schedule(NamedTuple):
-    """What the config says of pipelines."""
-
-    microbatches: int = 0  # 0: `choose_microbatches`
-    rounds: int = 1
-    zero: int = 3  # ZeRO's stage
-
-    @property
-    def whole_axes(self) -> tuple[str, ...]:
-        """The mesh axes that split rows and never layers."""
-        return ("data",) if self.zero == 3 else ("data", "fsdp")
-
-
-_schedule: contextvars.ContextVar[Schedule | None] = contextvars.ContextVar(
-    "schedule", default=None
-)
-
-
-def current_schedule() -> Schedule:
-    """The schedule that the code being traced should follow."""
-    return _schedule.get() or Schedule()
-
-
-@contextlib.contextmanager
-def schedule(microbatches: int = 0, rounds: int = 1, zero: int = 3) -> Iterator[None]:
-    """Within it, pipelines that are traced follow this schedule (`config.mesh`, `config.zero`)."""
-    token = _schedule.set(Schedule(microbatches, rounds, zero))
-    try:
-        yield
-    finally:
-        _schedule.reset(token)
 
 
 def bubble_fraction(stages: int, microbatches: int, rounds: int = 1) -> float:

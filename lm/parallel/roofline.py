@@ -7,13 +7,13 @@ Compiled, not measured. The rule:
                    estimate in cycles, that at the chip's clock
     operations     follow one another, as the compiler has scheduled them
     collectives    take the bytes that cross the most loaded link at the link's speed, and a
-                   microsecond a hop. One that the compiler starts and later waits for is hidden
-                   behind the operations between; any other stops everything
+                   microsecond a hop. What the compiler starts and later waits for runs beside the
+                   operations between, one after the other; any other stops everything
 
 On a torus a group that fills a dimension which wraps sends both ways round, at twice a link's
 speed; on a line, or a part of a ring, at a link's; where groups interleave they share links. The
-dimensions a group extends along add up. (The same model as in "How to Scale Your Model", Austin et
-al. 2025.)
+dimensions a group extends along add up (the same model as in "How to Scale Your Model", Austin et
+al. 2025), unless the compiler states that it uses fewer links.
 """
 
 from __future__ import annotations
@@ -56,6 +56,13 @@ class Network:
         slices = [getattr(topology.devices[i], "slice_index", None) or 0 for i in order]
         places = [topology.coordinates(i) for i in order]
         return cls(topology, np.array(places), np.array(slices))
+
+    def spans(self, group: Sequence[int]) -> tuple[int, bool]:
+        """Dimensions of the torus that a group extends along, and whether over all of each."""
+        places = self.coordinates[np.array(group)]
+        counts = [len(np.unique(column)) for column in places.T]
+        spanned = [n == size for n, size in zip(counts, self.topology.shape) if n > 1]
+        return len(spanned), all(spanned)
 
     def seconds(self, collective: Collective) -> float:
         """Of one run of a collective."""
@@ -106,6 +113,8 @@ class Network:
             return collective.received / self.topology.chip.bandwidth
         if "all-to-all" in collective.kind:
             return collective.bytes * exchange / link + HOP_SECONDS * hops
+        if collective.links:
+            rate = min(rate, collective.links * link)
         rounds = 2 if collective.kind == "all-reduce" else 1
         return collective.received / rate + rounds * HOP_SECONDS * hops
 
@@ -206,24 +215,58 @@ def estimate(text: str, topology: Topology, mesh: Mesh, attention_share: float =
     module = hlo.parse(text)
     every = runs(module)
     network, chip = Network.of(topology, mesh), topology.chip
-    operations, found, seconds, exposed = [], [], [], 0.0
+    operations, found, seconds = [], [], []
+    clock = _Clock()
     for run in every:
+        if run.ends:
+            clock.wait(run.begun)
+            continue
         operation = _operation(module, run, chip, attention_share)
+        busy, spoken = operation.trips * operation.estimate, 0.0
+        if any(run.begun):  # takes no time of what is counted as operations
+            operation = dataclasses.replace(operation, roofline=0.0, estimate=0.0)
         operations.append(operation)
         for collective in collectives(module, [run], mesh.shape):
-            once = network.seconds(collective)
             found.append(collective)
-            seconds.append(once * collective.trips)
-            hidden = (
-                _between(module, run, chip, attention_share) if collective.asynchronous else 0.0
-            )
-            exposed += max(0.0, once - hidden) * collective.trips
+            seconds.append(network.seconds(collective) * collective.trips)
+            spoken += seconds[-1]
+        clock.run(busy, spoken, run.begun)
     known = all(run.known for run in every)
-    return Estimate(operations, found, seconds, exposed, chip, known)
+    return Estimate(operations, found, seconds, clock.waited, chip, known)
+
+
+class _Clock:
+    """The order of events on a device: one operation at a time, and one collective beside it.
+
+    Loops pass in one go: an instruction that runs n times takes n times as long, and so does what
+    runs beside it.
+    """
+
+    def __init__(self):
+        self.now = 0.0
+        self.waited = 0.0  # of it, for other devices
+        self._ends: dict[tuple[str, str], float] = {}  # of what is under way
+
+    def run(self, busy: float, spoken: float, begun: tuple[str, str]) -> None:
+        """An operation of `busy` seconds whose collectives take `spoken`; `begun` as in a `Run`."""
+        if any(begun):
+            free = max(self._ends.values(), default=0.0)
+            self._ends[begun] = max(self.now, free) + busy + spoken
+            return
+        if spoken:  # has the network to itself
+            self._ends = {name: max(end, self.now) + spoken for name, end in self._ends.items()}
+        self.waited += spoken
+        self.now += spoken + busy
+
+    def wait(self, begun: tuple[str, str]) -> None:
+        """Until what `begun` names has ended."""
+        rest = max(0.0, self._ends.pop(begun, 0.0) - self.now)
+        self.waited += rest
+        self.now += rest
 
 
 def _operation(module: hlo.Module, run: Run, chip: Chip, share: float) -> Operation:
-    computation, instruction, trips, _ = run
+    computation, instruction, trips, *_ = run
     flops = hlo_costs.flops_of(module, computation, instruction)
     moved = hlo_costs.bytes_of(module, computation, instruction)
     kernel = share * hlo_costs.attention_flops(computation, instruction)
@@ -257,20 +300,3 @@ def _slowness(computation: hlo.Computation, instruction: hlo.Instruction) -> int
         return 1
     asked = re.findall(r"\w+", instruction.attribute("operand_precision") or "")
     return max((_PASSES.get(precision, 1) for precision in asked), default=1)
-
-
-def _between(module: hlo.Module, run: Run, chip: Chip, share: float) -> float:
-    """Seconds of the operations between an asynchronous start and its done."""
-    computation, start = run.computation, run.instruction
-    names = list(computation.instructions)
-    dones = [user for user in computation.users.get(start.name, ()) if "done" in user.opcode]
-    if not dones:
-        return 0.0
-    first, last = names.index(start.name) + 1, names.index(dones[0].name)
-    return math.fsum(
-        _operation(
-            module, run._replace(instruction=computation.instructions[name]), chip, share
-        ).estimate
-        for name in names[first:last]
-        if computation.instructions[name].opcode not in ("while", "conditional", "call")
-    )

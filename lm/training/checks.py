@@ -54,6 +54,11 @@ def check_layout(
             f"config.data.{name}={length} must be a multiple of mesh.context={sizes['context']}, "
             "and better of twice that, so that all devices have as much to do",
         )
+    check(
+        sizes["stage"] == 1 or model.remat != "offload",
+        f"config.model.remat='offload' needs config.mesh.stage=1, not {sizes['stage']}: XLA cannot "
+        "move what a pipeline's stages keep; use 'full'",
+    )
     if sizes["stage"] > 1:
         layout.pipeline(batch_size // accumulation)  # for its errors
         check_layers(model.num_layers - model.dense_layers, sizes["stage"], layout.rounds)

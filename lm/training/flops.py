@@ -319,11 +319,18 @@ def _abstract_parameters(model) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _closed_over(backward, x, *shared) -> int:
-    """Bytes that `backward(x, *shared)`, a backward pass, has kept, without `shared` itself."""
+    """Bytes that `backward(x, *shared)`, a backward pass, has kept, without `shared` itself.
+
+    Nor does what waits in the host's memory count.
+    """
     jaxpr = jax.make_jaxpr(backward)(x, *shared).jaxpr
     without = set(map(id, jaxpr.invars[len(jax.tree.leaves(x)) :]))
     kept = {id(value): value.aval for value in jaxpr.outvars if id(value) not in without}
-    return sum(aval.size * aval.dtype.itemsize for aval in kept.values())
+    return sum(
+        aval.size * aval.dtype.itemsize
+        for aval in kept.values()
+        if aval.memory_space != jax.memory.Space.Host
+    )
 
 
 def _state_bytes(state: Any, specs: Mapping[str, ParamSpec], shardings) -> int:

@@ -10,6 +10,7 @@ import optax
 
 from lm.models import Model, ModelConfig, param_specs, skeleton
 from lm.objectives import ObjectiveConfig
+from lm.parallel.compiler import options
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import replicated
 from lm.parallel.params import ParamSpec
@@ -48,7 +49,7 @@ def set_up(
       model: with its vocabulary's size and its length.
       objective: the loss.
       optimizer: its schedule ends after `train.steps`.
-      train: `accumulation`, `spike_nats` and `offload_optimizer` of it.
+      train: `accumulation`, `spike_nats`, `offload_optimizer` and `compiler` of it.
       layout: what its arrays are split over.
       seed: of dropout.
       max_targets: at most so many targets in a row; 0: any number.
@@ -74,7 +75,12 @@ def set_up(
         update,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    out = (shardings, replicated(layout.mesh))
-    return Training(
-        built, specs, transformation, abstract, jax.jit(step, donate_argnums=0, out_shardings=out)
+    jitted = jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, replicated(layout.mesh)),
+        compiler_options=options(layout.mesh.devices.flat[0].device_kind)
+        if train.compiler == "tuned"
+        else None,
     )
+    return Training(built, specs, transformation, abstract, jitted)

@@ -1,12 +1,12 @@
 """TPU kernels compile for each kind of chip, on a machine that has libtpu and no TPU."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+from tpu_compiler import needs_libtpu
 
 # In a process of its own: libtpu reads its environment once, and holds a lock while it is loaded.
 PROGRAM = """
@@ -52,9 +52,7 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'"
-)
+@needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_kernels_compile(topology):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}

@@ -117,13 +117,13 @@ def test_every_architecture_has_finite_logits_and_a_gradient_for_every_parameter
 
 def test_remat_policies_change_what_is_kept_and_not_the_gradient():
     tokens, kept, results = tiny_models.tokens(4, 16), {}, {}
-    for remat in ("none", "dots", "projections", "full"):
+    for remat in ("none", "dots", "projections", "full", "offload"):
         config = tiny_models.config(remat=remat, scan_layers=True, num_layers=8)
         values = tiny_models.params(tiny_models.config(num_layers=8))
         compiled = tiny_models.score_and_gradient.lower(config, values, tokens).compile()
         kept[remat] = compiled.memory_analysis().temp_size_in_bytes
         results[remat] = compiled(values, tokens)
-    for remat in ("dots", "projections", "full"):
+    for remat in ("dots", "projections", "full", "offload"):
         close(results["none"], results[remat])
     assert kept["none"] > kept["dots"] > kept["projections"] > kept["full"]
 

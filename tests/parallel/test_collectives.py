@@ -1,7 +1,6 @@
 """Who talks to whom: device numbers to mesh axes, and what each strategy needs to say."""
 
 import functools
-import importlib.util
 import itertools
 import math
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tpu_compiler import needs_libtpu
 
 from lm.jobs.plan_programs import Workload, train_program
 from lm.models import ModelConfig
@@ -163,11 +163,6 @@ def test_context_parallelism_sends_keys_and_values_around_a_ring():
     found = said("", model=model, data=1, fsdp=2, context=4)
     ring = [c for c in found if c.kind == "collective-permute" and c.axes == ("context",)]
     assert sum(c.trips for c in ring) >= LAYERS * 3  # three steps around four devices, each layer
-
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'jax[tpu]'"
-)
 
 
 @needs_libtpu

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lm.parallel import gradients
-from lm.parallel.gradients import after, reducing_in, shared, summed_over
+from lm.parallel.gradients import after, shared, summed_over
 from lm.parallel.mesh import MeshConfig, make_mesh
+from lm.parallel.schedule import Schedule, following
 
 ROWS, WIDTH = 12, 16
 
@@ -48,7 +49,7 @@ def test_a_dimension_split_by_an_axis_that_is_not_summed_over_stays_as_it_is(par
 
 
 def test_bfloat16_rounds_every_part_before_the_sum(parts):
-    with reducing_in("bfloat16"):
+    with following(Schedule(reduce_dtype="bfloat16")):
         found = summed(PartitionSpec(None, "fsdp"), parts)
     np.testing.assert_allclose(found, parts.sum(0), atol=0.1)
     assert np.abs(found.astype(np.float32) - parts.sum(0)).max() > 1e-4

@@ -13,14 +13,8 @@ from lm.config import ConfigError
 from lm.parallel import hlo, hlo_runs
 from lm.parallel.collectives import collectives
 from lm.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
-from lm.parallel.pipeline import (
-    Schedule,
-    bubble_fraction,
-    choose_microbatches,
-    current_schedule,
-    pipeline,
-    schedule,
-)
+from lm.parallel.pipeline import bubble_fraction, choose_microbatches, pipeline
+from lm.parallel.schedule import Schedule, current_schedule, following
 
 LAYERS, WIDTH = 24, 5
 
@@ -228,7 +222,7 @@ def test_layers_that_do_not_divide_are_refused():
 
 def test_a_schedule_holds_within_its_block():
     assert current_schedule() == Schedule()
-    with schedule(8, 2, zero=1):
+    with following(Schedule(8, 2, zero=1)):
         assert current_schedule() == Schedule(8, 2, 1)
         assert current_schedule().whole_axes == ("data", "fsdp")
     assert current_schedule().whole_axes == ("data",)

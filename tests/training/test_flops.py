@@ -109,6 +109,14 @@ def test_expected_activations_are_what_xla_allocates(fields):
     assert 0.7 < (memory.activations + memory.logits) / allocated < 1.5
 
 
+def test_layer_inputs_that_wait_in_the_hosts_memory_take_none_of_the_devices():
+    kept = {
+        remat: flops.kept_by_row(ModelConfig(**DEEP, remat=remat), 128, 0)
+        for remat in ("none", "full", "offload")
+    }
+    assert kept["none"] > kept["full"] > kept["offload"] == 0
+
+
 def test_memory_is_divided_by_the_mesh():
     config = ModelConfig(**{**DEEP, "compute_dtype": "float32"})
     specs = param_specs(skeleton(config))
