@@ -22,7 +22,7 @@ from lm.jobs import plan_report as report
 from lm.jobs.plan_analytic import on_paper
 from lm.jobs.plan_programs import Program, Workload, decode_programs, train_program
 from lm.jobs.plan_scaling import ScalingConfig, weak_scaling
-from lm.jobs.plan_search import advice, candidates, divisors, naive_mesh
+from lm.jobs.plan_search import advice, candidates, divisors, naive_meshes
 from lm.models import ModelConfig, costs
 from lm.models.presets import Overrides, preset
 from lm.objectives import ObjectiveConfig, check_objective
@@ -35,7 +35,7 @@ from lm.training.config import TrainConfig
 from lm.training.optimizer import OptimizerConfig
 from lm.training.report import model_line
 
-PIPED_WIDTH = 120  # columns where standard output is no terminal
+PIPED_WIDTH = 140  # columns where standard output is no terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,12 +298,15 @@ def _search(job: PlanJob, workload: Workload, zero: int, topology: Topology, con
     _introduce(job, workload, None, zero, topology, console)
     found = [(c.mesh, zero, "") for c in candidates(workload, topology, zero, job.search.meshes)]
     if job.search.naive:
-        found.append((naive_mesh(workload.model, len(topology.devices)), 0, "naive"))
-    rows, programs = [], []
-    for index, (mesh_config, stage, note) in enumerate(found):
+        naive = naive_meshes(workload.model, len(topology.devices))
+        found += [(*mesh_and_zero, "naive") for mesh_and_zero in naive]
+    rows, programs, left_out = [], [], 0
+    for mesh_config, stage, note in found:
+        if note and any(row["note"] == note and row["fits"] for row in rows):
+            continue
         late = time.perf_counter() - start > job.search.seconds
         if late and rows and not note:
-            console.print(f"{len(found) - index} meshes left out after {job.search.seconds:.0f} s")
+            left_out += 1
             continue
         words = _words(mesh_config, topology)
         with console.status(f"compiling {words}"):
@@ -313,6 +316,8 @@ def _search(job: PlanJob, workload: Workload, zero: int, topology: Topology, con
         console.print(f"{took}: {words}, zero {stage}{said}", style="dim")
         rows.append(row)
         programs.append((mesh_config, program))
+    if left_out:
+        console.print(f"{left_out} meshes left out after {job.search.seconds:.0f} s")
     order = sorted(range(len(rows)), key=lambda i: (not rows[i]["fits"], rows[i]["seconds"]))
     best = next((i for i in order if rows[i]["zero"] == zero and programs[i][1]), order[0])
     check(

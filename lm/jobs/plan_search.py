@@ -121,11 +121,15 @@ def candidates(workload: Workload, topology: Topology, zero: int, count: int) ->
     return sorted(placed, key=order)[:count]
 
 
-def naive_mesh(model: ModelConfig, devices: int) -> MeshConfig:
-    """The mesh of someone in a hurry: tensor parallel as wide as heads allow, the rest data."""
+def naive_meshes(model: ModelConfig, devices: int) -> list[tuple[MeshConfig, int]]:
+    """Meshes of someone in a hurry, with their ZeRO stages: the second is for when none else fits.
+
+    Tensor parallel as wide as heads allow; the rest data parallel, or ZeRO 3.
+    """
     fitting = [n for n in divisors(devices) if model.num_heads % n == 0]
     tensor = fitting[-1] if model.cell == "attention" else 1
-    return MeshConfig(data=devices // tensor, tensor=tensor)
+    left = devices // tensor
+    return [(MeshConfig(data=left, tensor=tensor), 0), (MeshConfig(fsdp=left, tensor=tensor), 3)]
 
 
 # ---- What to change --------------------------------------------------------------------------
