@@ -14,7 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from lm.config import ConfigError
 from lm.parallel.collectives import Collective
+from lm.parallel.mesh import replicated
 from lm.parallel.topology import Chip, chip_of
 
 _SPARSE_CORES = ("v5p", "v6e", "tpu7x")  # by `Chip.name`: chips that have them
@@ -52,6 +59,24 @@ def options(device_kind: str) -> dict[str, str] | None:
     """
     chip = chip_of(device_kind)
     return dict(_OPTIONS) if chip is not None and has_sparse_cores(chip) else None
+
+
+def check_options(device: jax.Device, prefix: str = "config.train") -> None:
+    """Raises ConfigError unless this device's compiler takes its `options`."""
+    asked = options(device.device_kind)
+    if asked is None:
+        return
+    alone = Mesh(np.array([device]), ("device",))
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(alone))
+    try:
+        with jax.set_mesh(alone):  # whatever mesh is set around it
+            jax.jit(lambda x: x + 1, compiler_options=asked).lower(number).compile()
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(
+            f"{prefix}.compiler='tuned' asks the compiler of {device.device_kind} for more than "
+            f"it knows ({reason}): install a newer libtpu, or set it to 'default'"
+        ) from error
 
 
 def has_sparse_cores(chip: Chip) -> bool:

@@ -10,7 +10,7 @@ import optax
 
 from lm.models import Model, ModelConfig, param_specs, skeleton
 from lm.objectives import ObjectiveConfig
-from lm.parallel.compiler import options
+from lm.parallel import compiler
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import replicated
 from lm.parallel.params import ParamSpec
@@ -55,7 +55,8 @@ def set_up(
       max_targets: at most so many targets in a row; 0: any number.
 
     Raises:
-      ConfigError: the optimizer does not fit the steps.
+      ConfigError: the optimizer does not fit the steps, or the devices' compiler is too old for
+        `train.compiler`.
     """
     built = skeleton(model)
     specs = param_specs(built)
@@ -75,12 +76,15 @@ def set_up(
         update,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    options = None
+    if train.compiler == "tuned":
+        device = next(iter(layout.mesh.local_devices), layout.mesh.devices.flat[0])
+        compiler.check_options(device)
+        options = compiler.options(device.device_kind)
     jitted = jax.jit(
         step,
         donate_argnums=0,
         out_shardings=(shardings, replicated(layout.mesh)),
-        compiler_options=options(layout.mesh.devices.flat[0].device_kind)
-        if train.compiler == "tuned"
-        else None,
+        compiler_options=options,
     )
     return Training(built, specs, transformation, abstract, jitted)

@@ -1,15 +1,17 @@
 """Who waits for whom in a compiled program, and what the compiler makes of a collective."""
 
+import jax
 import numpy as np
 import pytest
 
+from lm.config import ConfigError
 from lm.jobs.plan_analytic import on_paper
 from lm.jobs.plan_programs import Workload
 from lm.models import ModelConfig
 from lm.parallel import compiler, hlo
 from lm.parallel.collectives import Collective, collectives
 from lm.parallel.hlo_runs import runs
-from lm.parallel.mesh import AXES, MeshConfig
+from lm.parallel.mesh import AXES, MeshConfig, make_mesh
 from lm.parallel.roofline import Network, estimate
 from lm.parallel.topology import Topology, parse
 
@@ -221,3 +223,11 @@ def test_options_are_for_chips_with_sparse_cores_alone():
     asked = compiler.options("TPU v5p")
     assert asked and asked == compiler.options("TPU v6 lite")
     assert all(compiler.options(kind) is None for kind in ("TPU v4", "TPU v5 lite", "cpu", "H200"))
+
+
+def test_a_compiler_too_old_for_the_options_is_an_error_that_names_the_way_out(monkeypatch):
+    with jax.set_mesh(make_mesh(MeshConfig(data=8), jax.devices()[:8])):
+        compiler.check_options(jax.devices()[0])
+        monkeypatch.setattr(compiler, "options", lambda kind: {"xla_tpu_of_the_future": "true"})
+        with pytest.raises(ConfigError, match=r"compiler='tuned'.*of_the_future.*'default'"):
+            compiler.check_options(jax.devices()[0])
