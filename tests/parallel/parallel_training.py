@@ -7,14 +7,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lm.models import ModelConfig, param_specs, skeleton
+from lm.models import ModelConfig
 from lm.objectives import ObjectiveConfig
 from lm.parallel.layout import Layout, lay_out
 from lm.parallel.mesh import MeshConfig, batch_sharding
 from lm.training.config import TrainConfig
-from lm.training.optimizer import OptimizerConfig, make_optimizer
-from lm.training.state import abstract_state, create_state, gradient_shardings
-from lm.training.step import make_train_step
+from lm.training.optimizer import OptimizerConfig
+from lm.training.setup import set_up
+from lm.training.state import create_state
 
 ROWS, LENGTH, STEPS = 16, 32, 20
 
@@ -62,16 +62,16 @@ def packed_batches(rng, steps=STEPS, rows=ROWS, length=LENGTH, vocab=48):
 
 
 def problem(layout: Layout, model: ModelConfig, steps: int, accumulation: int):
-    """The abstract state and the training step of a model."""
-    network = skeleton(model)
-    specs = param_specs(network)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=3e-3), steps, specs)
-    abstract = abstract_state(specs, optimizer, layout.mesh, layout.zero)
-    step = make_train_step(
-        network, ObjectiveConfig(), optimizer, TrainConfig(accumulation=accumulation), seed=7,
-        shardings=gradient_shardings(specs, layout.mesh, layout.zero),
-    )  # fmt: skip
-    return specs, abstract, create_state(specs, optimizer, abstract, 0), step
+    """The training of a model as a job sets it up, and its first state."""
+    training = set_up(
+        model,
+        ObjectiveConfig(),
+        OptimizerConfig(learning_rate=3e-3),
+        TrainConfig(steps=steps, accumulation=accumulation),
+        layout,
+        seed=7,
+    )
+    return training, create_state(training.specs, training.optimizer, training.abstract, 0)
 
 
 @functools.lru_cache(maxsize=32)
@@ -86,11 +86,9 @@ def train(
     layout = lay_out("", mesh or MeshConfig(), zero, jax.devices()[: 8 if mesh else 1])
     batches = packed_batches(np.random.default_rng(0), steps)
     with layout.active():
-        _, abstract, state, step = problem(
-            layout, dataclasses.replace(MODEL, **model), steps, accumulation
+        training, state = problem(layout, dataclasses.replace(MODEL, **model), steps, accumulation)
+        state, metrics = training.step(
+            state, jax.device_put(batches, batch_sharding(layout.mesh, 1))
         )
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        step = jax.jit(step, out_shardings=(shardings, None))
-        state, metrics = step(state, jax.device_put(batches, batch_sharding(layout.mesh, 1)))
     losses = np.asarray(metrics["nats"]) / np.asarray(metrics["weight"])
     return Trained(losses, {name: np.asarray(value) for name, value in state["params"].items()})

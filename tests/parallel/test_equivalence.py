@@ -69,7 +69,7 @@ def test_each_device_holds_what_the_strategy_promises(name):
     layout = lay_out("", mesh, zero)
     model = dataclasses.replace(MODEL, **(MIXTURE if name == "expert" else {}))
     with layout.active():
-        specs, _, state, _ = problem(layout, model, steps=1, accumulation=1)
+        training, state = problem(layout, model, steps=1, accumulation=1)
     ways = layout.mesh.shape
 
     def split(axes, zero_from):
@@ -84,7 +84,7 @@ def test_each_device_holds_what_the_strategy_promises(name):
             product *= width // (ways["expert"] if "expert" in axes and zero >= zero_from else 1)
         return product
 
-    for name, spec in specs.items():
+    for name, spec in training.specs.items():
         for what, zero_from in (("params", 3), ("optimizer", 1)):
             arrays = [
                 leaf
