@@ -10,10 +10,6 @@ Two CPU cores, no accelerator: two minutes. Expect a validation loss of about 0.
 token, and "The cat sat on the [MASK]." filled in with "mat" before "hill".
 """
 
-import math
-
-import jax
-
 from lm.config import defaults
 from lm.jobs.train import TrainJob
 
@@ -31,7 +27,8 @@ def get_config():
     config.data.validation_fraction = 0.01
     config.data.packing = "best_fit"
     config.data.block_size = 256
-    config.data.batch_size = math.lcm(4, jax.device_count())
+    config.data.batch_size = 4
+    config.data.even_batch = True  # more where more devices share it
 
     config.objective.name = "masked"
     config.model.architecture = "encoder"

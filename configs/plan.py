@@ -12,7 +12,8 @@
 
     # a mesh by hand; fake devices of this machine's CPU, where there is no libtpu
     python main.py --config=configs/plan.py --config.mesh.fsdp=16 --config.mesh.tensor=4
-    python main.py --config=configs/plan.py --config.preset=gpt2_small --config.topology=cpu:8
+    python main.py --config=configs/plan.py --config.preset=gpt2_small --config.topology=cpu:8 \\
+        --config.data.block_size=1024
 
 To plan a training config, give this file its sections: `model`, `objective`, `optimizer`, `train`,
 `mesh`, `strategy` and `zero` mean the same here, and of `data` the sizes.

@@ -10,10 +10,6 @@ Expect a validation loss of about 0.41 nats a token, and whole stories in which 
 sentence is right; who did what still gets mixed up. Greedy, "The cat sat on the" goes on " mat".
 """
 
-import math
-
-import jax
-
 from lm.config import defaults
 from lm.jobs.train import TrainJob
 
@@ -29,7 +25,8 @@ def get_config():
     config.data.validation_fraction = 0.01
     config.data.packing = "best_fit"  # whole stories, about two to a row
     config.data.block_size = 256
-    config.data.batch_size = math.lcm(4, jax.device_count())  # every device takes its share
+    config.data.batch_size = 4
+    config.data.even_batch = True  # more where more devices share it
 
     config.model.num_layers = 4
     config.model.num_heads = 4

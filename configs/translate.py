@@ -11,10 +11,6 @@ a validation loss of about 0.003 nats a token, and 995 of 1,000 held-out sentenc
 letter.
 """
 
-import math
-
-import jax
-
 from lm.config import defaults
 from lm.jobs.train import TrainJob
 
@@ -31,7 +27,8 @@ def get_config():
     config.data.packing = "best_fit"
     config.data.block_size = 128
     config.data.source_length = 128
-    config.data.batch_size = math.lcm(16, jax.device_count())
+    config.data.batch_size = 16
+    config.data.even_batch = True  # more where more devices share it
 
     config.objective.name = "seq2seq"
     config.model.architecture = "encoder_decoder"

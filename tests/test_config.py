@@ -1,9 +1,12 @@
 """Configs become typed views, and every mistake says how to mend it."""
 
 import dataclasses
+import socket
+import sys
 
 import ml_collections
 import pytest
+import tiny_jobs
 
 from lm.config import ConfigError, check_choice, defaults, nearest, to_dict, view
 from lm.models import ModelConfig
@@ -133,3 +136,26 @@ def test_to_dict_is_plain():
     config = ml_collections.ConfigDict({"a": {"b": 1}})
     assert to_dict(config) == {"a": {"b": 1}} and type(to_dict(config)["a"]) is dict
     assert to_dict(Section())["inner"] == {"size": 3, "rate": 0.5}
+
+
+# Connecting to other processes must come before the first look at this one's devices.
+READ = """
+import importlib.util, pathlib, sys
+for path in sorted(pathlib.Path("configs").glob("*.py")):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.get_config()
+import jax
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", num_processes=1, process_id=0)
+print(jax.process_count())
+"""
+
+
+def test_configs_are_read_before_devices_are():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = tiny_jobs.start([sys.executable, "-c", READ, str(port)])
+    output, errors = process.communicate(timeout=120)
+    assert (process.returncode, output.split()[-1:]) == (0, ["1"]), errors

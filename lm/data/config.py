@@ -68,6 +68,7 @@ class DataConfig:
     validation_path: str | tuple[str, ...] = ""  # a corpus of its own to validate on, instead
 
     batch_size: int = 32  # sequences in a batch, over all hosts
+    even_batch: bool = False  # raise batch_size to a multiple of the devices that share it
     # Tokens in a sequence: of the encoder's in span corruption, of the decoder's in seq2seq.
     block_size: int = 256
     source_length: int = 0  # seq2seq: tokens in a sequence of the encoder; 0: block_size

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from lm.config import ConfigError, check, to_dict, view
 from lm.jobs import plan_report as report
-from lm.jobs.plan_analytic import on_paper
+from lm.jobs.plan_analytic import on_paper, whole_state
 from lm.jobs.plan_programs import Program, Workload, decode_programs, train_program
 from lm.jobs.plan_scaling import ScalingConfig, weak_scaling
 from lm.jobs.plan_search import advice, candidates, divisors, naive_meshes
@@ -28,7 +28,7 @@ from lm.models.presets import Overrides, preset
 from lm.objectives import ObjectiveConfig, check_objective
 from lm.parallel import strategies
 from lm.parallel.layout import lay_out
-from lm.parallel.mesh import MeshConfig, describe, make_mesh
+from lm.parallel.mesh import MeshConfig, describe, make_mesh, mesh_sizes
 from lm.parallel.platform import compiling_for
 from lm.parallel.topology import Topology, open_topology
 from lm.training.config import TrainConfig
@@ -135,7 +135,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     mesh_config, zero = strategies.resolve(job.strategy, job.mesh, job.zero)
     result: dict[str, Any] = {"config": to_dict(job), "topology": topology.name}
     if job.search.meshes:
-        ranked, best = _search(job, workload, zero, topology, console)
+        ranked, best = _search(job, workload, mesh_config, zero, topology, console)
         result["ranking"] = ranked
         mesh_config, program = best
     else:
@@ -224,7 +224,8 @@ def _show_training(workload, mesh_config, zero, topology, program: Program, cons
     if not program.fits:
         changes = advice(workload, mesh_config, zero, topology, program)
         console.print()
-        console.print(report.advice_table(changes, topology.chip.memory))
+        state = whole_state(workload)
+        console.print(report.advice_table(changes, topology.chip.memory, state))
     return _facts(program, flops, tokens) | {
         "mesh": describe(grid),
         "zero": zero,
@@ -292,11 +293,14 @@ def _facts(program: Program, flops: float, tokens: float) -> dict[str, Any]:
 # ---- Ranking ---------------------------------------------------------------------------------
 
 
-def _search(job: PlanJob, workload: Workload, zero: int, topology: Topology, console: Console):
-    """Compiles the most promising meshes; their table's rows, and the best one."""
+def _search(job: PlanJob, workload: Workload, given: MeshConfig, zero: int, topology, console):
+    """Compiles the most promising meshes and the `given` one; their table's rows, and the best."""
     start = time.perf_counter()
     _introduce(job, workload, None, zero, topology, console)
     found = [(c.mesh, zero, "") for c in candidates(workload, topology, zero, job.search.meshes)]
+    count = len(topology.devices)
+    if all(mesh_sizes(given, count) != mesh_sizes(mesh, count) for mesh, *_ in found):
+        found.append((given, zero, "as configured"))
     if job.search.naive:
         naive = naive_meshes(workload.model, len(topology.devices))
         found += [(*mesh_and_zero, "naive") for mesh_and_zero in naive]

@@ -119,6 +119,11 @@ def _state_bytes(workload: Workload) -> float:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / total
 
 
+def whole_state(workload: Workload) -> float:
+    """Bytes of all parameters and of the optimizer's state, once."""
+    return _counted(workload.model)[1] * (4 + _state_bytes(workload))
+
+
 def on_paper(
     workload: Workload, mesh_config: MeshConfig, zero: int, topology: Topology, grid=None
 ) -> Paper:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
@@ -206,9 +207,15 @@ def ranking_table(rows: Sequence[dict]) -> Table:
     return table
 
 
-def advice_table(found: Sequence[Advice], limit: float) -> Table:
-    """What to change, and what it is expected to bring."""
-    table = plain_table("to make it fit", "memory", "of HBM", "")
+def advice_table(found: Sequence[Advice], limit: float, state: float) -> Table:
+    """What to change, and what it is expected to bring.
+
+    Args:
+      found: the changes.
+      limit: bytes of a device.
+      state: bytes of all parameters and optimizer state, once.
+    """
+    table = plain_table("to make it fit (on paper)", "memory", "of HBM", "")
     for change in found:
         table.add_row(
             change.change,
@@ -216,6 +223,8 @@ def advice_table(found: Sequence[Advice], limit: float) -> Table:
             f"{change.memory / limit:.0%}",
             "fits" if change.fits else "closer",
         )
-    if not found:
-        table.add_row("nothing in this config does: use more or larger devices")
+    if not any(change.fits for change in found):
+        table.add_row("nothing in this config does: use more or larger devices", style="bold red")
+        least = math.ceil(state / limit)
+        table.add_row(f"parameters and optimizer state alone would fill {least} of these devices")
     return table

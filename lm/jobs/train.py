@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import time
@@ -35,7 +36,7 @@ from lm.parallel import hosts
 from lm.parallel.cluster import HostsConfig
 from lm.parallel.host_memory import keep_buffers
 from lm.parallel.layout import Layout, lay_out
-from lm.parallel.mesh import MeshConfig, batch_sharding
+from lm.parallel.mesh import MeshConfig, batch_sharding, batch_ways
 from lm.parallel.rows import assemble, local_rows
 from lm.tokenizers import TokenizerConfig
 from lm.training import flops
@@ -128,6 +129,10 @@ def _run(job: TrainJob, directory: pathlib.Path) -> tuple[dict[str, float], bool
     console = Console(soft_wrap=False, highlight=False, quiet=hosts.index() > 0)
     _prepare_process(job)
     layout = lay_out(job.strategy, job.mesh, job.zero)
+    if job.data.even_batch:
+        shares = batch_ways(layout.mesh) * job.train.accumulation
+        rows = math.lcm(job.data.batch_size, shares)
+        job = dataclasses.replace(job, data=dataclasses.replace(job.data, batch_size=rows))
     check_layout(
         job.model,
         layout,

@@ -125,10 +125,11 @@ def make_train_step(
       update: from gradients to the next state; `whole_update(optimizer)` unless given.
     """
     update = update or whole_update(optimizer)
-    dropout_root = jax.random.key(seed) if skeleton.config.dropout else None
 
     def one_step(state: State, batch: Batch):
-        key = None if dropout_root is None else jax.random.fold_in(dropout_root, state["step"])
+        key = None
+        if skeleton.config.dropout:  # made here, since a plan's devices cannot make one
+            key = jax.random.fold_in(jax.random.key(seed), state["step"])
 
         def loss_fn(params, batch, rows_B):
             return token_loss(bind(skeleton, params), batch, objective, key, max_targets, rows_B)

@@ -87,6 +87,13 @@ def test_eight_devices_give_the_loss_curve_of_one(place, plain, mesh):
     assert_close_runs(directory, plain)
 
 
+def test_an_even_batch_is_raised_until_the_devices_share_it(place):
+    few = {"data__batch_size": 3, "train__steps": 2, "train__log_every": 2, "checkpoint__every": 0}
+    directory = tiny_jobs.run(place, "even", num_devices=4, data__even_batch=True, **few)
+    saved = json.loads((directory / "config.json").read_text())
+    assert saved["data"]["batch_size"] == 12
+
+
 def test_evaluation_counts_every_validation_target_once(place, monkeypatch):
     seen = []
 
