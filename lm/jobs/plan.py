@@ -302,7 +302,7 @@ def _search(job: PlanJob, workload: Workload, given: MeshConfig, zero: int, topo
     if all(mesh_sizes(given, count) != mesh_sizes(mesh, count) for mesh, *_ in found):
         found.append((given, zero, "as configured"))
     if job.search.naive:
-        naive = naive_meshes(workload.model, len(topology.devices))
+        naive = naive_meshes(workload.model, count)
         found += [(*mesh_and_zero, "naive") for mesh_and_zero in naive]
     rows, programs, left_out = [], [], 0
     for mesh_config, stage, note in found:

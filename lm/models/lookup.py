@@ -108,7 +108,6 @@ def _found_forward(split, table_VD, rows_BT):
 
 def _found_backward(split: _Split, rows_BT, gradient_BTD):
     axes = axes_of(split.tokens[0]) + axes_of(split.tokens[1])
-    width = PartitionSpec(None, split.table[1])
 
     def local(first_V, rows_BT, gradient_BTD):
         if split.scatters:
@@ -118,12 +117,12 @@ def _found_backward(split: _Split, rows_BT, gradient_BTD):
         if here_BT1 is not None:
             gradient_BTD = jnp.where(here_BT1, gradient_BTD, 0)
         empty_VD = jnp.zeros((first_V.shape[0], gradient_BTD.shape[2]), jnp.float32)
-        return summed_over(axes, empty_VD.at[rows_BT].add(gradient_BTD), width)
+        return summed_over(axes, empty_VD.at[rows_BT].add(gradient_BTD), split.table)
 
     gradient_VD = jax.shard_map(
         local,
         in_specs=(PartitionSpec(split.vocab), split.tokens, split.found),
-        out_specs=PartitionSpec(split.vocab, shared(width, axes)[1]),
+        out_specs=PartitionSpec(split.vocab, shared(split.table, axes)[1]),
         axis_names=set(split.names),
         check_vma=False,
     )(jnp.arange(split.size, dtype=rows_BT.dtype), rows_BT, gradient_BTD.astype(split.dtype))

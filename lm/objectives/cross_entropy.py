@@ -87,11 +87,6 @@ class Split(NamedTuple):
         """The axes that split tokens."""
         return axes_of(self.hidden[0]) + axes_of(self.hidden[1]) if self.names else ()
 
-    @property
-    def width(self) -> PartitionSpec:
-        """How the head's gradient, summed over tokens, is left split besides its vocabulary."""
-        return PartitionSpec(None, self.head[1])
-
 
 def linear_cross_entropy(
     x_BTD: jax.Array,
@@ -292,14 +287,14 @@ def _summed_forward(static, x_BTD, head_VD, bias_V, targets_BT, weights_BT):
         elif split.vocab:
             dx = jax.lax.psum(dx, split.vocab)
         # Else each device would keep its whole `dhead` until the backward pass is over.
-        dhead = summed_over(split.tokens, dhead, split.width)
+        dhead = summed_over(split.tokens, dhead, split.head)
         return loss, nats, after(dhead, dx), dhead, dbias
 
     out_specs = (
         PartitionSpec(),
         PartitionSpec(),
         split.short if split.vocab else split.hidden,
-        PartitionSpec(split.vocab, shared(split.width, split.tokens)[1]),
+        PartitionSpec(split.vocab, shared(split.head, split.tokens)[1]),
         PartitionSpec(split.vocab),
     )
     loss, nats, dx, dhead, dbias = _on_mesh(split, local, out_specs, *arguments)
