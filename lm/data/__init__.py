@@ -34,7 +34,13 @@ from absl import logging
 
 from lm.config import check
 from lm.data.batches import BatchIterator, evaluation_batches, train_batches
-from lm.data.cache import TokenizedCorpus, Tokenizer, cache_directory, tokenize
+from lm.data.cache import (
+    TokenizedCorpus,
+    Tokenizer,
+    cache_directory,
+    corpus_fingerprint,
+    tokenize,
+)
 from lm.data.config import OBJECTIVES, CorruptionConfig, DataConfig
 from lm.data.corpora import CorpusReport, documents, pairs
 from lm.data.prefetch import prefetch_to_device
@@ -47,6 +53,7 @@ __all__ = [
     "CorruptionConfig",
     "DataConfig",
     "TokenizedCorpus",
+    "corpus_fingerprint",
     "documents",
     "evaluation_batches",
     "pairs",

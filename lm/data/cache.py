@@ -196,6 +196,28 @@ def entry_key(
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
+def corpus_fingerprint(config: DataConfig, seed: int) -> str:
+    """Digest of what the corpora of `config` hold, wherever they lie and whatever they are called.
+
+    It covers the content of `path` and `validation_path`, in order, and how it is read (encoding,
+    text_field, num_documents); for generated corpora the generator and `seed`. Neither paths nor
+    cache_dir, batches, threads or the tokenizer change it. Two runs whose digests and other fields
+    are equal read the same tokens. Files are read once and remembered in the cache directory.
+
+    Raises:
+      ConfigError: a corpus does not exist or cannot be read.
+    """
+    sidecar = str(cache_directory(config) / HASHES)
+    facts = [
+        [corpora.source(path, config, seed, field).fingerprint(sidecar) for path in paths]
+        for field, paths in (
+            ("data.path", config.paths),
+            ("data.validation_path", config.validation_paths),
+        )
+    ]
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def _write(
     entry: Path,
     fill: Fill,

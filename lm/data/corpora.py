@@ -216,8 +216,8 @@ class _Files(Source):
             raise ConfigError(
                 f"{self.field}={self.path!r}: cannot read {error.filename}, {error.strerror}"
             ) from None
-        # The suffix decides how the bytes are read.
-        suffixes = ["".join(Path(file).suffixes[-2:]) for file in self.files]
+        # The suffix decides how the bytes are read, and nothing else of the name does.
+        suffixes = map(files.suffix, self.files)
         return {
             "corpus": "files",
             "contents": list(map(list, zip(suffixes, hashes))),

@@ -102,6 +102,14 @@ def spans(path: str, total: int, size: int, config: DataConfig) -> list[Span]:
     return [Span(path)]
 
 
+def suffix(path: str) -> str:
+    """What of a file's name decides how it is read, such as ".jsonl.gz"; "" for plain text."""
+    stem = path.lower()
+    packed = next((end for end in _COMPRESSION if stem.endswith(end)), "")
+    stem = stem.removesuffix(packed)
+    return next((end for end in (*_RECORDS, ".tsv", ".parquet") if stem.endswith(end)), "") + packed
+
+
 def size_or_nothing(path: str) -> int:
     """Bytes in a file; 0 where it cannot be read."""
     try:

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from lm.config import ConfigError, defaults, view
+from lm.data import corpus_fingerprint
 from lm.data.config import DataConfig
 from lm.data.corpora import CorpusReport, documents, source, split_of
 
@@ -183,6 +184,29 @@ def test_fingerprint_follows_content_not_name_or_time(tmp_path):
     sidecar.write_text("damaged {")
     (tmp_path / "y.txt").write_text("one")
     assert fingerprint(tmp_path / "y.txt") == first
+
+
+def test_a_corpus_is_known_again_wherever_it_lies_and_however_it_is_read(tmp_path):
+    def fingerprint(seed=0, **changes):
+        config = dataclasses.replace(EVERYTHING, cache_dir=str(tmp_path / "cache"), **changes)
+        return corpus_fingerprint(config, seed)
+
+    for folder, name in (("one", "a.txt"), ("two/deep", "book.v2.txt")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / name).write_text("the same text")
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    first = fingerprint(path=one)
+    assert first == fingerprint(path=two)
+    assert first == fingerprint(path=one + "/a.txt", prefetch=0, num_threads=3, batch_size=5)
+    others = [
+        fingerprint(path=one, encoding="latin-1"),
+        fingerprint(path=one, validation_path=two),
+        fingerprint(path=(one, two)),
+        fingerprint(path="storyworld"),
+        fingerprint(path="storyworld", seed=1),
+    ]
+    (tmp_path / "two" / "deep" / "book.v2.txt").write_text("another text")
+    assert len({first, fingerprint(path=two), *others}) == 7
 
 
 def test_stdlib_is_large_deterministic_and_free_of_installed_packages():
