@@ -146,7 +146,7 @@ GENERATE_MISTAKES = {
 }
 
 
-def main(*arguments: str) -> tuple[int, str, str]:
+def main(*arguments: str, devices: int = 1) -> tuple[int, str, str]:
     """Exit code, output and errors of `python main.py *arguments`, run in this process."""
     out, err = io.StringIO(), io.StringIO()
     with (
@@ -154,7 +154,7 @@ def main(*arguments: str) -> tuple[int, str, str]:
         contextlib.chdir(tiny_jobs.REPOSITORY),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        tiny_jobs.devices(1),
+        tiny_jobs.devices(devices),
     ):
         try:
             runpy.run_path("main.py", run_name="__main__")
@@ -262,3 +262,47 @@ def test_a_process_of_its_own_says_the_same(tmp_path, given, words):
     output, errors = process.communicate(timeout=300)
     assert_one_line((process.returncode, output, errors), words)
     assert not list(tmp_path.iterdir())
+
+
+SMALL = [
+    "--config.data.path=storyworld",
+    "--config.data.num_documents=40",
+    "--config.data.validation_fraction=0.1",
+    "--config.data.block_size=128",
+    "--config.model.num_layers=1",
+    "--config.model.width=16",
+    "--config.optimizer.name=sgd",
+    "--config.optimizer.warmup_steps=0",
+    "--config.train.steps=2",
+    "--config.train.log_every=2",
+    "--config.train.eval_every=0",
+    "--config.checkpoint.every=0",
+    "--config.sample.max_new_tokens=2",
+]
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        ("quickstart", ["--config.tokenizer.kind=byte"]),
+        ("shakespeare_char", ["--config.train.eval_batch_size=0"]),
+        (
+            "translate",
+            [
+                "--config.tokenizer.kind=byte",
+                "--config.data.path=translation",
+                "--config.data.source_length=128",
+                "--config.data.long_pairs=drop",
+                "--config.exact_match=0",
+            ],
+        ),
+        ("bert_tiny", ["--config.tokenizer.vocab_size=200"]),
+    ],
+)
+def test_devices_that_share_a_sequence_train_every_kind_of_model(tmp_path, name, fields):
+    given = [f"--config=configs/{name}.py", *SMALL, *fields, "--config.strategy=context"]
+    caches = [f"--config.data.cache_dir={tmp_path}/tokens", "--config.train.compilation_cache="]
+    code, output, errors = main(*given, *caches, f"--workdir={tmp_path}/run", devices=8)
+    assert (code, errors) == (0, "")
+    assert "context=8" in output
+    assert [step for step, _ in tiny_jobs.losses(tmp_path / "run")] == [2]

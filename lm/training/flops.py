@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from lm.models import ModelConfig, bind, param_specs, skeleton
 from lm.models.costs import training_flops_per_token as training_flops_per_token
 from lm.models.marks import Marks
 from lm.models.numerics import compute_dtype
+from lm.models.positions import alibi_bias, relative_bias
+from lm.models.ring_attention import ScoreBias
 from lm.models.stack import Block, Context, rematerialized
 from lm.objectives.cross_entropy import chunk_length
 from lm.parallel.layout import Layout
@@ -173,12 +175,15 @@ def expected_memory(
     )
     # A pipeline's stage keeps its share of the layers, for the rows of all stages.
     rows_here = -(-batch_size // batch_ways(mesh))
-    block_here, source_here = (-(-n // mesh.shape["context"]) for n in (block_size, source_length))
-    activations = kept_by_row(local_config(config, mesh), block_here, source_here)
-    if config.remat != "none":
-        whole = local_config(dataclasses.replace(config, remat="none"), mesh)
-        blocks = _blocks(whole, block_here, source_here)
-        activations += max(kept_by_block(whole, *block) for _, *block in blocks)
+    ways = mesh.shape["context"]
+    # Traced as the devices that share a sequence compute it: a ring keeps no scores of all pairs.
+    with jax.set_mesh(_sharing_a_sequence(mesh)):
+        activations = kept_by_row(local_config(config, mesh), block_size, source_length)
+        if config.remat != "none":
+            whole = local_config(dataclasses.replace(config, remat="none"), mesh)
+            blocks = _blocks(whole, block_size, source_length)
+            activations += max(kept_by_block(whole, *block) for _, *block in blocks)
+    block_here = -(-block_size // ways)
     vocab_here = _split(config.vocab_size, mesh)
     if 0 < max_targets < block_size:
         chunk = chunk_length(rows_here, max_targets, vocab_here)
@@ -187,9 +192,15 @@ def expected_memory(
         parameters=parameters,
         gradients=gradients * (2 if accumulation > 1 else 1),
         optimizer=_state_bytes(optimizer_state, specs, _shardings(specs, layout, "optimizer")),
-        activations=rows_here * activations,
+        activations=-(-rows_here * activations // ways),
         logits=4 * vocab_here * (2 * rows_here * chunk + config.width),
     )
+
+
+def _sharing_a_sequence(mesh: Mesh) -> Mesh:
+    """A mesh of `context` alone."""
+    ways = mesh.shape["context"]
+    return Mesh(mesh.devices.flat[:ways], ("context",), axis_types=(AxisType.Auto,))
 
 
 def _shardings(specs: Mapping[str, ParamSpec], layout: Layout, what: str):
@@ -243,7 +254,6 @@ def _blocks(config: ModelConfig, length: int, source_length: int):
     return [*dense, (config.num_layers - config.dense_layers, length, 0, mixture)]
 
 
-@functools.lru_cache(maxsize=64)
 def kept_by_block(
     config: ModelConfig, length: int, source_length: int = 0, mixture: bool = False
 ) -> int:
@@ -268,7 +278,7 @@ def kept_by_block(
     key = jax.random.key(0) if config.dropout else None
 
     def backward(x_BTD, params, context):
-        context = context._replace(window=0, slot=0)  # as every layer's is: not traced
+        context = context._replace(causal=True, window=0, slot=0)  # as a layer's are: not traced
         body = rematerialized(lambda b, x: b(x, context, key=key)[0], config)
         return jax.vjp(lambda p, x: body(bind(block, p), x), params, x_BTD)[1]
 
@@ -280,14 +290,21 @@ def _abstract_context(
 ) -> Context:
     abstract = jax.ShapeDtypeStruct
     half = abstract((1, length, 1, config.rotary_dim // 2), jnp.float32)
-    bias = abstract((1, config.num_heads, length, length), jnp.float32)
+    bias = None
+    if config.positions == "relative":
+        of = functools.partial(relative_bias, config=config, bidirectional=False)
+        bias = ScoreBias(abstract((config.relative_buckets, config.num_heads), jnp.float32), of)
+    elif config.positions == "alibi":
+        bias = ScoreBias(abstract((config.num_heads,), jnp.float32), alibi_bias)
+    pairs = abstract((1, config.num_heads, length, length), jnp.float32)
     marks, memory_marks = _abstract_marks(length), _abstract_marks(source_length)
     return Context(
         abstract((1, length, length), bool),
         marks=marks,
         key_marks=marks,
         rotary=(half, half) if config.positions == "rotary" else None,
-        bias_BHTS=bias if config.positions in ("relative", "alibi") else None,
+        bias_BHTS=pairs if bias else None,
+        bias=bias,
         memory_BSD=abstract((1, source_length, config.width), dtype) if source_length else None,
         memory_mask_BTS=abstract((1, length, source_length), bool) if source_length else None,
         memory_marks=memory_marks if source_length else None,

@@ -13,7 +13,8 @@ from lm.models import ModelConfig, bind, count, param_specs, skeleton
 from lm.models.presets import preset
 from lm.objectives.cross_entropy import linear_cross_entropy
 from lm.parallel.layout import lay_out
-from lm.parallel.mesh import MeshConfig, make_mesh
+from lm.parallel.mesh import MeshConfig, batch_sharding, make_mesh
+from lm.parallel.platform import compiling_for
 from lm.training import flops
 from lm.training.report import binary, describe_run
 
@@ -79,23 +80,32 @@ FAMILIES = {
     "recomputing all": {"remat": "full"},
     "encoder_decoder": {"architecture": "encoder_decoder", "num_layers": 3},
     "experts": {"num_experts": 4, "activation": "swiglu", "num_layers": 4, "dense_layers": 1},
+    "ring": {"num_layers": 4},
+    "ring with a bias": {"num_layers": 4, "positions": "relative"},
     "gru": {"cell": "gru", "architecture": "encoder_decoder", "num_layers": 2},
 }
 LONG_TO_COMPILE = ("experts", "gru")
 
 
 @pytest.mark.parametrize(
-    "fields",
+    "fields, context",
     [
-        pytest.param(f, id=n, marks=[pytest.mark.slow] if n in LONG_TO_COMPILE else [])
+        pytest.param(
+            f,
+            4 if "ring" in n else 1,
+            id=n,
+            marks=[pytest.mark.slow] if n in LONG_TO_COMPILE else [],
+        )
         for n, f in FAMILIES.items()
     ],
 )
-def test_expected_activations_are_what_xla_allocates(fields):
+def test_expected_activations_are_what_xla_allocates(fields, context):
     config = ModelConfig(**{**DEEP, **fields}, compute_dtype="float32", scan_layers=True)
     config.validate()
     model = skeleton(config)
-    ids = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+    layout = lay_out("", MeshConfig(data=1, context=context), -1, jax.devices()[:context])
+    sharding = batch_sharding(layout.mesh)
+    ids = jax.ShapeDtypeStruct((8, 128), jnp.int32, sharding=sharding)
 
     def loss(params, ids):
         bound = bind(model, params)
@@ -103,9 +113,10 @@ def test_expected_activations_are_what_xla_allocates(fields):
         weights = jnp.ones(ids.shape)
         return linear_cross_entropy(bound.hidden(*texts), bound.output_weights(), ids, weights)[0]
 
-    compiled = tiny_models.compiled(jax.grad(loss)).lower(abstract_parameters(model), ids).compile()
-    allocated = compiled.memory_analysis().temp_size_in_bytes
-    memory = expected(config)
+    with layout.active():
+        lowered = tiny_models.compiled(jax.grad(loss)).lower(abstract_parameters(model), ids)
+    allocated = lowered.compile().memory_analysis().temp_size_in_bytes
+    memory = flops.expected_memory(config, param_specs(model), layout, block_size=128, batch_size=8)
     assert 0.7 < (memory.activations + memory.logits) / allocated < 1.5
 
 
@@ -115,6 +126,13 @@ def test_layer_inputs_that_wait_in_the_hosts_memory_take_none_of_the_devices():
         for remat in ("none", "full", "offload")
     }
     assert kept["none"] > kept["full"] > kept["offload"] == 0
+
+
+def test_where_a_kernel_computes_attention_no_scores_are_kept():
+    config = ModelConfig(**DEEP, compute_dtype="bfloat16")
+    with compiling_for("tpu"):
+        short, long = (flops.kept_by_row(config, length, 0) for length in (256, 1024))
+    assert long == pytest.approx(4 * short, rel=1e-3)  # as many bytes a token
 
 
 def test_memory_is_divided_by_the_mesh():
