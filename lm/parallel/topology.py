@@ -31,11 +31,11 @@ class Chip:
     kind: str  # what `device_kind` contains, lower case
     sixteen_bit: float  # dense bfloat16 FLOPs (float16 before Ampere)
     thirty_two_bit: float  # of float32 products at JAX's default precision
-    eight_bit: float = 0.0  # int8 operations; 0: no faster than 16 bits, or not known
+    eight_bit: float = 0.0  # int8 of TPUs, fp8 of GPUs; 0: no faster than 16 bits, or not known
+    bandwidth: float = 0.0  # bytes to or from its memory; 0: not known
     # What only planning needs, so only chips that can be planned for have it:
     name: str = ""  # of a topology: `v5p`
     memory: float = 0.0  # bytes of HBM the compiler leaves to a program
-    bandwidth: float = 0.0  # bytes to or from HBM
     link: float = 0.0  # bytes over one link to a neighbour, each way
     dimensions: int = 0  # of the torus: each chip has two links in each
     clock: float = 0.0  # cycles, in which the compiler states its estimates
@@ -56,16 +56,18 @@ _TERA, _GIGA, _GIB = 1e12, 1e9, 2.0**30
 # float32 products run by default as one bfloat16 pass on TPUs and as TF32 on GPUs since Ampere.
 #
 # GPU data sheets often print the rate with 2:4 sparsity; these are the dense rates, with float32
-# accumulation. nvidia.com data sheets: Blackwell (HGX B200, GB200 NVL72), H200, H100, A100, V100;
-# NVIDIA's architecture papers: Ada (appendix A) and Ampere GA102 (table 3).
+# accumulation: sixteen bits, TF32 (float32 before Ampere), bandwidth in GB/s, fp8 since Ada.
+# nvidia.com data sheets: Blackwell (HGX B200 and B300, GB200 and GB300 NVL72), H200, H100, GH200,
+# A100, A30, A40, L4, L40S, V100, T4; NVIDIA's architecture papers: Blackwell RTX and Ada (appendix
+# A) and Ampere GA102 (table 3).
 
 
 def _tpu(kind: str, teraflops: float, **rest: Any) -> Chip:
     return Chip(kind, teraflops * _TERA, teraflops * _TERA, **rest)
 
 
-def _gpu(kind: str, sixteen_bit: float, thirty_two_bit: float) -> Chip:
-    return Chip(kind, sixteen_bit * _TERA, thirty_two_bit * _TERA)
+def _gpu(kind: str, sixteen: float, thirty_two: float, bandwidth: float, eight: float = 0) -> Chip:
+    return Chip(kind, sixteen * _TERA, thirty_two * _TERA, eight * _TERA, bandwidth * _GIGA)
 
 
 _V4 = dict(
@@ -100,24 +102,34 @@ CHIPS = (
         "tpu7x", 2307 / 2, name="tpu7x", memory=94.74 * _GIB, bandwidth=7380 / 2 * _GIGA,
         link=100 / 2 * _GIGA, dimensions=3, clock=2.2e9, network=6.25 * _GIGA,
     ),
-    _gpu("gb200", 2500, 1250),
-    _gpu("b200", 2250, 1125),
-    _gpu("h200 nvl", 835.5, 417.5),
-    _gpu("h200", 989.4, 494.7),
-    _gpu("gh200", 989.4, 494.7),
-    _gpu("h100 pcie", 756.5, 378),
-    _gpu("h100 nvl", 835.5, 417.5),
-    _gpu("h100", 989.4, 494.7),
-    _gpu("a100", 312, 156),
-    _gpu("v100-pcie", 112, 14),
-    _gpu("v100", 125, 15.7),
-    _gpu("l40s", 362, 183),
-    _gpu("l4", 121, 60),
-    _gpu("a10g", 70, 35),
-    _gpu("a10", 125, 62.5),
-    _gpu("t4", 65, 8.1),
-    _gpu("rtx 4090", 165.2, 82.6),
-    _gpu("rtx 3090", 71, 35.6),
+    _gpu("gb300", 2500, 1250, 8000, 5000),
+    _gpu("gb200", 2500, 1250, 8000, 5000),
+    _gpu("b300", 2250, 1125, 8000, 4500),
+    _gpu("b200", 2250, 1125, 7700, 4500),
+    _gpu("gh200", 989.4, 494.7, 4000, 1978.9),
+    _gpu("h200 nvl", 835.5, 417.5, 4800, 1670.5),
+    _gpu("h200", 989.4, 494.7, 4800, 1978.9),
+    _gpu("h100 pcie", 756.5, 378, 2000, 1513),
+    _gpu("h100 nvl", 835.5, 417.5, 3900, 1670.5),
+    _gpu("h100", 989.4, 494.7, 3350, 1978.9),
+    _gpu("h20", 148, 74, 4000, 296),
+    _gpu("a100-sxm4-80gb", 312, 156, 2039),
+    _gpu("a100 80gb", 312, 156, 1935),
+    _gpu("a100", 312, 156, 1555),
+    _gpu("v100-pcie", 112, 14, 900),
+    _gpu("v100", 125, 15.7, 900),
+    _gpu("l40s", 362, 183, 864, 733),
+    _gpu("l4", 121, 60, 300, 242.5),
+    _gpu("a10g", 70, 35, 600),
+    _gpu("a10", 125, 62.5, 600),
+    _gpu("a30", 165, 82, 933),
+    _gpu("a40", 149.7, 74.8, 696),
+    _gpu("t4", 65, 8.1, 320),
+    _gpu("rtx a6000", 154.8, 77.4, 768),
+    _gpu("rtx 6000 ada", 364.2, 182.1, 960, 728.5),
+    _gpu("rtx 5090", 209.5, 104.8, 1792, 419),
+    _gpu("rtx 4090", 165.2, 82.6, 1008, 330.3),
+    _gpu("rtx 3090", 71, 35.6, 936),
 )  # fmt: skip
 
 # Of no machine in particular: `cpu:8` is there to try a plan out, and its times mean nothing.
@@ -140,10 +152,12 @@ def chip_of(device_kind: str) -> Chip | None:
 
 def published_peak(device_kind: str, dtype: Any) -> float | None:
     """FLOPs a second of a device of this kind by its maker's data sheet; None if not listed."""
-    chip = chip_of(device_kind)
+    chip, size = chip_of(device_kind), jnp.dtype(dtype).itemsize
     if chip is None:
         return None
-    return chip.thirty_two_bit if jnp.dtype(dtype).itemsize > 2 else chip.sixteen_bit
+    if size == 1:
+        return chip.eight_bit or None
+    return chip.thirty_two_bit if size > 2 else chip.sixteen_bit
 
 
 # ---- Topologies ------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from lm.objectives.cross_entropy import linear_cross_entropy
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from lm.parallel.platform import compiling_for
+from lm.parallel.topology import chip_of
 from lm.training import flops
 from lm.training.report import binary, describe_run
 
@@ -44,6 +45,10 @@ def abstract_parameters(model):
         ("Tesla T4", "float16", 65),
         ("Tesla V100-SXM2-16GB", "float16", 125),
         ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
+        ("NVIDIA B200", "bfloat16", 2250),
+        ("NVIDIA GB200", "float8_e4m3fn", 5000),
+        ("NVIDIA H200", "float8_e4m3fn", 1978.9),
+        ("NVIDIA L4", "float8_e5m2", 242.5),
     ],
 )
 def test_published_peaks_are_found_by_device_kind(kind, dtype, teraflops):
@@ -53,6 +58,12 @@ def test_published_peaks_are_found_by_device_kind(kind, dtype, teraflops):
 @pytest.mark.parametrize("kind", ["cpu", "NVIDIA L40", "NVIDIA A1000", "Tesla T40", ""])
 def test_a_chip_that_is_not_listed_has_no_published_peak(kind):
     assert flops.published_peak(kind, "bfloat16") is None
+
+
+def test_bandwidth_is_that_of_the_chip_and_its_memory():
+    kinds = ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "NVIDIA H200", "NVIDIA GH200 480GB")
+    assert [chip_of(kind).bandwidth / 1e9 for kind in kinds] == [2039, 1555, 4800, 4000]
+    assert flops.published_peak("NVIDIA A100-SXM4-80GB", "float8_e4m3fn") is None  # has no fp8
 
 
 def test_the_peak_of_a_cpu_is_measured_and_shared_by_its_devices():
