@@ -15,13 +15,11 @@ from lm.config import ConfigError, check, to_dict
 from lm.models.huggingface.read import CONFIG, Checkpoint, open_checkpoint
 from lm.tokenizers import Tokenizer
 from lm.tokenizers import load as load_tokenizer
-from lm.tokenizers.files import has_tokenizer
+from lm.tokenizers.files import framing_of_pieces, has_tokenizer
 
 GENERATION = "generation_config.json"
 # Fields of config.json that say which ids play a role.
 _TOKEN_IDS = ("bos", "eos", "pad", "sep", "decoder_start", "forced_bos", "forced_eos")
-# Classes that put a begin-of-text token before what they encode, unless told otherwise.
-_BEGINNING = ("LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +108,7 @@ def _around(path: pathlib.Path, tokenizer: Tokenizer) -> tuple[list[int], list[i
         whole = engine.encode("a").ids
         start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
         return whole[:start], whole[start + len(bare) :]
-    config = _json(path / "tokenizer_config.json")
-    begins = config.get("add_bos_token", config.get("tokenizer_class") in _BEGINNING)
-    ends = config.get("add_eos_token", "T5" in str(config.get("tokenizer_class")))
+    begins, ends = framing_of_pieces(path)
     before = [tokenizer.bos_id] if begins and tokenizer.specials.bos is not None else []
     return before, [tokenizer.eos_id] if ends else []
 

@@ -58,6 +58,11 @@ def has_tokenizer(directory: str | Path) -> bool:
     )
 
 
+def framing_of_pieces(directory: str | Path) -> tuple[bool, bool]:
+    """Whether begin- and end-of-text stand around what a SentencePiece model there encodes."""
+    return vocabularies.begins_and_ends(_beside(Path(directory).expanduser() / "tokenizer.model"))
+
+
 def open_path(path: str, config: TokenizerConfig, prefix: str) -> Tokenizer:
     """`load`, with the pattern and specials of `config` where the files do not say."""
     where = Path(path).expanduser()
@@ -101,7 +106,9 @@ def _open_file(file: Path, config: TokenizerConfig) -> Tokenizer:
         merges = file.parent / "merges.txt"
         check(merges.is_file(), "vocab.json has no merges.txt beside it")
         data = vocabularies.byte_pairs(data, merges.read_bytes(), _beside(file))
-    elif file.name != "tokenizer.json":
+    elif file.name == "tokenizer.json":
+        data = vocabularies.settled(data, _beside(file))
+    else:
         return HuggingFaceTokenizer.from_json(data, {}, config)
     beside = {name: found for name, found in _beside(file).items() if name in HUGGING_FACE_FILES}
     return HuggingFaceTokenizer.from_json(data, beside, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -202,15 +203,26 @@ class HuggingFaceTokenizer(Tokenizer):
 def named_roles(beside: dict[str, bytes]) -> dict[str, str]:
     """The names of specials by role, from tokenizer_config.json and special_tokens_map.json."""
     named: dict[str, str] = {}
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        config = json.loads(beside[file]) if file in beside else {}
-        for role, keys in _ROLES.items():
-            for key in keys:
-                token = config.get(key)
-                token = token.get("content") if isinstance(token, dict) else token
-                if token and role not in named:
-                    named[role] = str(token)
+    config = named_tokens(beside)
+    for role, keys in _ROLES.items():
+        token = next((config[key] for key in keys if config.get(key)), None)
+        if token:
+            named[role] = token
     return named
+
+
+def named_tokens(beside: Mapping[str, bytes]) -> dict[str, str]:
+    """Field, such as `cls_token` → a special's name, "" for none.
+
+    special_tokens_map.json has the last word, unless tokenizer_config.json lists the added tokens
+    itself: then transformers does not look at it.
+    """
+    files = ("tokenizer_config.json", "special_tokens_map.json")
+    config, mapped = (json.loads(beside[f]) if f in beside else {} for f in files)
+    settings = {**mapped, **config} if "added_tokens_decoder" in config else {**config, **mapped}
+    tokens = {key: value for key, value in settings.items() if key.endswith("_token")}
+    contents = {k: t.get("content") if isinstance(t, dict) else t for k, t in tokens.items()}
+    return {key: str(name or "") for key, name in contents.items()}
 
 
 def _engine(description: dict[str, Any], specials: Specials) -> tokenizers.Tokenizer:

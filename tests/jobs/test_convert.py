@@ -18,6 +18,7 @@ from lm.jobs.convert import ConvertJob
 from lm.models import ModelConfig, init, param_specs, skeleton
 from lm.models.huggingface.read import open_checkpoint
 from lm.tokenizers import TokenizerConfig, train
+from lm.tokenizers.huggingface import byte_values
 from lm.training.checkpoints import CheckpointConfig, Checkpointer
 
 
@@ -116,6 +117,37 @@ def test_texts_are_framed_as_the_tokenizer_frames_them(tmp_path):
     assert lm.load(path).encode("a") == [97]
     (path / "tokenizer.json").write_text(json.dumps(described))
     assert lm.load(path).encode("a") == [256, 97]
+
+
+NAMES = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # ids 256, 257, … after the bytes
+ENDS = {"bos_token": "</s>", "eos_token": "</s>"}
+# tokenizer_config.json, special_tokens_map.json → what stands before and after the bytes of a text.
+FRAMED = {
+    "roberta": ({"tokenizer_class": "RobertaTokenizer"}, {}, [256], [258]),
+    "bart": ({"tokenizer_class": "BartTokenizerFast"}, {}, [256], [258]),
+    "own names": (
+        {"tokenizer_class": "RobertaTokenizer", "cls_token": "<unk>"},
+        {"cls_token": {"content": "<mask>"}, "sep_token": "<pad>"},
+        [260],
+        [257],
+    ),
+    "opt": ({"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}, ENDS, [258], []),
+    "both": ({"add_bos_token": True, "add_eos_token": True, **ENDS}, {}, [258], [258]),
+    "gpt2": ({}, {}, [], []),
+    "a space": ({"add_prefix_space": True}, {}, [32], []),
+}
+
+
+@pytest.mark.parametrize("case", FRAMED)
+def test_a_vocabulary_alone_is_framed_as_its_class_does(case, tmp_path):
+    config, mapped, before, after = FRAMED[case]
+    path = tiny.write_directory(tmp_path / "hf", tokenizer=False)
+    vocabulary = byte_values() | {name: 256 + i for i, name in enumerate(NAMES)}
+    files = {"vocab": vocabulary, "tokenizer_config": config, "special_tokens_map": mapped}
+    for name, content in files.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    assert lm.load(path).encode("Aé") == [*before, *"Aé".encode(), *after]
 
 
 def test_a_model_trained_here_goes_out_as_the_family_it_is(tmp_path):

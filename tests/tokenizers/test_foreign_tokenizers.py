@@ -229,6 +229,47 @@ def test_berts_vocabulary_alone_is_the_same(settings, tmp_path):
         load(tmp_path)
 
 
+CASES = ["The CAT", "the cat", "Café", "cafe"]
+
+
+@pytest.mark.parametrize("kind", ["BertTokenizer", "BertTokenizerFast", None])
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"do_lower_case": False}, {"strip_accents": False}])
+def test_berts_settings_overrule_its_tokenizer_json(settings, stored, kind, tmp_path):
+    rust = word_piece()
+    rust.normalizer = normalizers.BertNormalizer(lowercase=stored)
+    save(tmp_path, rust, {**settings, "tokenizer_class": kind})
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    ids = [load(tmp_path).encode(text) for text in CASES]
+    assert (ids[0] == ids[1]) == settings.get("do_lower_case", True)
+    assert (ids[2] == ids[3]) == (not settings)
+    # Of a class of its own, the file is the tokenizer.
+    save(tmp_path, rust, {**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
+    check_same(load(tmp_path), rust, exact=False)
+
+
+def test_a_space_in_front_is_the_classes_choice(tmp_path):
+    rust = byte_level(["<|endoftext|>"])
+    save(tmp_path, rust, {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True})
+    assert load(tmp_path).encode("cat") == rust.encode(" cat").ids != rust.encode("cat").ids
+    save(tmp_path, rust, {"tokenizer_class": "GPT2Tokenizer"})
+    assert load(tmp_path).encode("cat") == rust.encode("cat").ids
+
+
+def test_qwen_has_words_of_its_own(tmp_path):
+    rust = byte_level(["<|endoftext|>", "<|im_end|>"])
+    description = json.loads(rust.to_str())["model"]
+    vocabulary = description["vocab"] | {"12": len(description["vocab"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    merges = [" ".join(pair) for pair in [*description["merges"], ["1", "2"]]]
+    (tmp_path / "merges.txt").write_text("\n".join(merges))
+    plain = load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    qwen = load(tmp_path)
+    assert qwen.encode("e\u0301") == plain.encode("é") != plain.encode("e\u0301")
+    assert (len(plain.encode("12")), len(qwen.encode("12"))) == (1, 2)
+
+
 def test_gpt1_marks_the_ends_of_words(tmp_path):
     rust = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     rust.normalizer = normalizers.BertNormalizer(lowercase=True)
