@@ -9,6 +9,7 @@ if typing.TYPE_CHECKING:
     from lm.run import Run
 
 __all__ = ["load"]
+__version__ = "0.1.0"
 
 
 def load(directory: str | os.PathLike[str], step: int | str | None = None) -> Run:

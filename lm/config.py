@@ -2,23 +2,32 @@
 
 A section is a frozen dataclass that lives beside the code it configures and says what each field
 means. `defaults` turns it into the `ml_collections.ConfigDict` a config file edits and the command
-line overrides; `view` turns that back into the dataclass, checking every name, type and choice.
+line overrides (`from_texts`); `view` turns that back into the dataclass, checking every name, type,
+choice and bound. Choices and bounds stand in the annotation, and `validate` checks what spans
+fields:
+
+    kind: Literal["plain", "fancy"] = "plain"
+    share: Annotated[float, Bounds(0, 1)] = 0.5
+
 Every mistake is a `ConfigError`: one line that names the field, the value and the remedy.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import functools
+import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import ml_collections
 
 T = TypeVar("T")
+_INT32 = 2**31 - 1
 
 
 class ConfigError(ValueError):
@@ -26,6 +35,46 @@ class ConfigError(ValueError):
 
     `main.py` prints it and exits with code 2, without a traceback.
     """
+
+
+class _WrongType(ConfigError):
+    """A value of a type that the field does not take."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Of a number, in its annotation: `Annotated[int, Bounds(1)]`.
+
+    Numbers without any are finite, and whole ones fit 32 bits, as array sizes and indices must.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    ends: str = "[]"  # "(": above `low`; ")": below `high`
+    note: str = ""  # what an end means, such as "0 chooses"
+
+    def check(self, field: str, value: float) -> None:
+        """Raises ConfigError unless `value` lies between the bounds."""
+        high = _INT32 if isinstance(value, int) and self.high == math.inf else self.high
+        above = value > self.low if self.ends[0] == "(" else value >= self.low
+        below = value < high if self.ends[1] == ")" else value <= high
+        note = f" ({self.note})" if self.note else ""
+        check(
+            above and below and math.isfinite(value),
+            f"{field}={_shown(value)} must be {self.words(isinstance(value, int))}{note}",
+        )
+
+    def words(self, whole: bool) -> str:
+        """'at least 1', 'in [0, 1)', …"""
+        low, high = (f"{end:,.15g}".replace(",", "_") for end in (self.low, self.high))
+        if self.high < math.inf and self.low > -math.inf:
+            return f"in {self.ends[0]}{low}, {high}{self.ends[1]}"
+        most = f" and at most {_INT32}" if whole else " and finite"
+        if self.low > -math.inf:
+            return f"{'above' if self.ends[0] == '(' else 'at least'} {low}{most}"
+        if self.high < math.inf:
+            return f"{'below' if self.ends[1] == ')' else 'at most'} {high}"
+        return f"between -{_INT32} and {_INT32}" if whole else "a finite number"
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
@@ -107,18 +156,26 @@ def view(section: type[T], config: Mapping[str, Any], prefix: str = "config") ->
     return result
 
 
-_hints = functools.cache(typing.get_type_hints)  # evaluating the annotations takes milliseconds
+def mark_given(config: ml_collections.ConfigDict, fields: Iterable[str]) -> None:
+    """Notes which fields ("model.width") the command line gave, for `fields_set`."""
+    object.__setattr__(config, "_given", frozenset(fields))
+
+
+@functools.cache
+def hints(section: type) -> dict[str, Any]:
+    """The annotation of every field of a section, evaluated."""
+    return typing.get_type_hints(section, include_extras=True)
 
 
 def _hint(section: type, name: str) -> Any:
-    return _hints(section)[name]
+    return hints(section)[name]
 
 
 def _set(config: ml_collections.ConfigDict, section: type, name: str, value: Any) -> None:
     """Sets a default so that the command line may later give it any type its annotation allows."""
     hint = _hint(section, name)
-    if value is None or isinstance(hint, types.UnionType):
-        options = [a for a in typing.get_args(hint) if a is not type(None)]
+    if value is None or len(_options(hint)) > 1:
+        options = [_bare(option) for option in _options(hint) if option is not type(None)]
         kind = options[0] if len(options) == 1 and options[0] in (int, float, str, bool) else object
         placeholder = ml_collections.config_dict.placeholder(kind)
         config[name] = placeholder
@@ -128,25 +185,90 @@ def _set(config: ml_collections.ConfigDict, section: type, name: str, value: Any
         config[name] = value
 
 
+def from_texts(texts: Sequence[str], hint: Any) -> Any:
+    """What a field annotated `hint` is given by words on a command line.
+
+    Text is text, to the letter. A tuple of texts takes one word for each; other tuples are split at
+    commas: "64,256" and "(64, 256)". "None" is None where there is no text. Words that mean nothing
+    to the field are returned as they are, for `view` to complain about.
+    """
+    options = [bare for bare in map(_bare, _options(hint)) if bare is not type(None)]
+    several = next((option for option in options if typing.get_origin(option) is tuple), None)
+    if several is None or (str in options and len(texts) == 1):
+        return _from_text(texts[-1], hint)
+    kind = typing.get_args(several)[0]
+    if kind is str:
+        return tuple(texts) if list(texts) != [""] else ()
+    if type(None) in _options(hint) and list(texts) == ["None"]:
+        return None
+    words = ",".join(texts).strip("()[] ").split(",")
+    return tuple(_from_text(word.strip(" '\""), kind) for word in words if word.strip())
+
+
+def _from_text(text: str, hint: Any) -> Any:
+    options = [_bare(option) for option in _options(hint)]
+    if type(None) in options and text == "None":
+        return None
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            values = {str(value): value for value in typing.get_args(option)}
+        elif option is bool:
+            values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+            text = text.lower() if text.lower() in values else text
+        else:
+            values = {}
+        try:
+            if text in values:
+                return values[text]
+            if option in (int, float):
+                return option(text)
+            if option is dict or typing.get_origin(option) is dict:
+                return ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return text
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union; a tuple of the annotation itself where it is none."""
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _bare(hint: Any) -> Any:
+    """The annotation without its bounds."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+
+
 def _coerce(value: Any, hint: Any, field: str) -> Any:
     """`value` as the annotated type, or a ConfigError. Lists become tuples; ints may be floats."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
-    if isinstance(hint, types.UnionType) or origin is typing.Union:
+    if len(_options(hint)) > 1:
         for option in args:
             try:
                 return _coerce(value, option, field)
-            except ConfigError:
+            except _WrongType:
                 continue
+    elif origin is Annotated:
+        result = _coerce(value, args[0], field)
+        for rule in hint.__metadata__:
+            rule.check(field, result)
+        return result
+    elif origin is Literal:
+        check_choice(field, value, args)
+        return value
     elif hint is type(None):
         if value is None:
             return None
     elif origin is tuple:
         if isinstance(value, list | tuple):
             return tuple(_coerce(v, args[0], f"{field}[{i}]") for i, v in enumerate(value))
-        if isinstance(value, args[0]):
-            return (value,)
+        try:
+            return (_coerce(value, args[0], field),)
+        except _WrongType:
+            pass
     elif origin is dict or hint is dict:
         if isinstance(value, Mapping | ml_collections.ConfigDict):
             return dict(value)
@@ -154,11 +276,38 @@ def _coerce(value: Any, hint: Any, field: str) -> Any:
         if hint is bool:
             return value
     elif hint is float and isinstance(value, int | float):
-        return float(value)
+        return float(value) if abs(value) < 1e308 else math.copysign(math.inf, value)
     elif hint in (int, str) and isinstance(value, hint):
         return value
-    wanted = getattr(hint, "__name__", str(hint)).replace("None", "nothing")
-    raise ConfigError(f"{field}={value!r} must be {wanted}, not {type(value).__name__}")
+    wanted = " | ".join(_name(option) for option in _options(hint))
+    raise _WrongType(f"{field}={_shown(value)} must be {wanted}, not {type(value).__name__}")
+
+
+def _name(hint: Any) -> str:
+    bare = _bare(hint)
+    if typing.get_origin(bare) is Literal:
+        return " or ".join(map(repr, typing.get_args(bare)))
+    return getattr(bare, "__name__", str(bare)).replace("NoneType", "nothing")
+
+
+def _shown(value: Any) -> str:
+    """`value` for a message of one line."""
+    try:
+        text = repr(value)
+    except ValueError:
+        text = f"{hex(value)[:20]}…"  # they cannot be written in decimal
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def limits(hint: Any) -> str:
+    """What a field may be beyond its type, for a reader: "(a | b)", "(at least 1)", or ""."""
+    for option in _options(hint):
+        if typing.get_origin(option) is Literal:
+            return f"({' | '.join(map(str, typing.get_args(option)))})"
+        if typing.get_origin(option) is Annotated:
+            kind, *rules = typing.get_args(option)
+            return f"({'; '.join(rule.words(kind is int) for rule in rules)})"
+    return ""
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from unittest import mock
 
 import pytest
 import tiny_jobs
-from absl import flags
 
 CONFIG = "--config=tests/tiny_jobs.py"
 
@@ -19,12 +18,12 @@ CONFIG = "--config=tests/tiny_jobs.py"
 MISTAKES = {
     "misspelt field": (
         ["--config.model.widht=3"],
-        ["config.model.widht is not a known field", "did you mean 'width'"],
+        ["config.model.widht is not a known field", "did you mean config.model.width?"],
     ),
     "unheard-of field": (["--config.model.xyzzy=3"], ["config.model.xyzzy is not a known field"]),
     "misspelt section": (
         ["--config.modle.width=3"],
-        ["config.modle.width is not a known field", "did you mean 'model'"],
+        ["config.modle.width is not a known field", "did you mean config.model.width?"],
     ),
     "missing config": (
         ["--config=configs/quickstrat.py"],
@@ -161,10 +160,6 @@ def main(*arguments: str, devices: int = 1) -> tuple[int, str, str]:
             code = 0
         except SystemExit as error:
             code = error.code or 0
-        finally:
-            for name in list(flags.FLAGS):  # main.py and its config define them anew
-                if name == "workdir" or name.split(".")[0] == "config":
-                    delattr(flags.FLAGS, name)
     return code, out.getvalue(), err.getvalue()
 
 

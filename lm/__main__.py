@@ -1,0 +1,82 @@
+"""The one entry point: python main.py, or lm, --config=NAME [--workdir=DIR] [--config.FIELD=…]
+
+The words become a config, the config's `job` names a function, and that function gets the config
+and the run directory. Mistakes a user can mend end in one line and exit code 2.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from lm import __version__, command
+from lm.config import ConfigError
+from lm.parallel.watch import TRY_AGAIN
+from lm.training.config import TrainingInterrupted, TrainingStopped
+
+JOBS = {
+    "train": "lm.jobs.train.TrainJob",  # text → a trained model that writes
+    "generate": "lm.jobs.generate.GenerateJob",  # a run directory and a prompt → text
+    "tokenizer": "lm.jobs.tokenizer.TokenizerJob",  # compare tokenizers; see how one builds a word
+    "why_attention": "lm.jobs.why_attention.WhyAttentionJob",  # recurrent networks and their cure
+    "convert": "lm.jobs.convert.ConvertJob",  # Hugging Face weights in and out
+    "describe": "lm.jobs.describe.DescribeJob",  # what a known model is made of and costs
+    "plan": "lm.jobs.plan.PlanJob",  # whether a run fits hardware that is not here, and how fast
+    "corpus": "lm.jobs.corpus.CorpusJob",  # a corpus too large for one machine, on Apache Beam
+}
+HELP = {"--help", "-h", "-help", "--helpfull", "--helpshort"}
+
+
+def run(words: Sequence[str]) -> None:
+    """Does what the words after the program's name ask for."""
+    program = "lm" if os.path.basename(sys.argv[0]) in ("lm", "lm.exe") else "python main.py"
+    if HELP & {*words}:
+        print(command.help_text([word for word in words if word not in HELP], JOBS, program))
+    elif list(words) == ["--version"]:
+        print(f"lm {__version__}")
+    else:
+        asked = command.read(words, JOBS)
+        importlib.import_module(asked.section.__module__).run(asked.config, asked.workdir)
+
+
+def guarded(function, *args) -> int:
+    """The exit code of `function(*args)`: 2 for a mistake, 1 for a run that diverged, in one line.
+
+    A run that was asked to leave, and can be started again, ends in code 75.
+    """
+    try:
+        function(*args)
+        return 0
+    except TrainingInterrupted:
+        return TRY_AGAIN
+    except (ConfigError, TrainingStopped) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def main() -> None:
+    """Runs `sys.argv` and exits."""
+    _speak_utf8()
+    from absl import logging
+
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+    sys.exit(guarded(run, sys.argv[1:]))
+
+
+def _speak_utf8() -> None:
+    """Arguments, file names and output are UTF-8, whatever the locale says.
+
+    Where the locale is another one, such as LC_ALL=C, Python starts again in its UTF-8 mode.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a test's has none
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training: a loss, an optimizer and data become updated parameters."""
