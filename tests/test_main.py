@@ -235,6 +235,21 @@ def test_going_on_with_a_finished_run_is_no_mistake(here):
     assert "resuming at step 24" in output
 
 
+def test_a_run_directory_alone_says_what_goes_on_in_it(here):
+    shutil.copytree(here / "run", here / "alone")
+    code, output, errors = main(f"--workdir={here}/alone", "--config.train.steps=26")
+    assert (code, errors) == (0, "")
+    assert "resuming at step 24" in output
+    assert tiny_jobs.checkpoint_steps(here / "alone")[-1] == 26
+
+
+def test_a_prompt_is_text_whatever_it_looks_like(here):
+    prompt = """{'a': 1}, "None" """
+    words = ["--config.init_from=RUN", "--config.max_new_tokens=1", f"--config.prompt={prompt}"]
+    code, output, _ = main(*arguments(here, words, "--config=generate"))
+    assert code == 0 and output.startswith(prompt)
+
+
 def test_a_run_that_diverges_ends_in_one_line_and_code_one(here):
     fields = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0.0"]
     code, _, errors = main(
@@ -260,7 +275,6 @@ def test_a_process_of_its_own_says_the_same(tmp_path, given, words):
 
 
 SMALL = [
-    "--config.data.path=storyworld",
     "--config.data.num_documents=40",
     "--config.data.validation_fraction=0.1",
     "--config.data.block_size=128",
@@ -280,7 +294,10 @@ SMALL = [
     "name, fields",
     [
         ("quickstart", ["--config.tokenizer.kind=byte"]),
-        ("shakespeare_char", ["--config.train.eval_batch_size=0"]),
+        (
+            "shakespeare_char",
+            ["--config.data.path=storyworld", "--config.train.eval_batch_size=0"],
+        ),
         (
             "translate",
             [
