@@ -67,6 +67,8 @@ MISTAKES = {
         ["config.model.vocab_size=100", "257"],
     ),
     "missing corpus": (["--config.data.path=HERE/none.txt"], ["data.path", "none.txt"]),
+    "impossible corpus name": (["--config.data.path=a\0b"], ["data.path='a\\x00b'", "not exist"]),
+    "second corpus missing": (["--config.data.path=HERE/short.txt,no.txt"], ["data.path='no.txt'"]),
     "empty corpus": (["--config.data.path=HERE/empty.txt"], ["data.path", "empty.txt"]),
     "binary corpus": (
         ["--config.data.path=HERE/binary.txt", "--config.data.on_bad_file=refuse"],
@@ -227,6 +229,24 @@ def test_a_mistake_in_generation_ends_in_one_line_and_code_two(here, name):
     outcome = main(*arguments(here, given, "--config=configs/generate.py"))
     assert_one_line(outcome, words)
     assert contents(here) == before
+
+
+def test_a_book_of_ones_own_trains_and_is_validated_on_its_end(here):
+    book, cache = here / "lr[1e-3] [/red].txt", f"--config.data.cache_dir={here}/tokens"
+    book.parent.mkdir(parents=True)
+    book.write_text("The cat sat on the mat, and the dog looked at it.\n" * 60)
+    small = ["num_layers=1", "num_heads=2", "width=16"]
+    code, output, errors = main(
+        "--config=configs/quickstart.py", f"--config.data.path={book}", f"--workdir={here}/book",
+        cache, *(f"--config.model.{field}" for field in small), "--config.train.steps=2",
+        "--config.tokenizer.vocab_size=300", "--config.optimizer.warmup_steps=1",
+        "--config.train.log_every=2", "--config.train.eval_every=2", "--config.checkpoint.every=0",
+        "--config.train.compilation_cache=", "--config.prompt=The cat",
+    )  # fmt: skip
+    assert (code, errors) == (0, "")
+    (line,) = [line for line in output.splitlines() if "held out" in line]
+    assert str(book) in line and "1 document, too few" in line and "data.split='hash'" in line
+    assert "eval_loss" in (here / "book" / "metrics.jsonl").read_text()
 
 
 def test_going_on_with_a_finished_run_is_no_mistake(here):

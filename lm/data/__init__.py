@@ -125,5 +125,5 @@ def _too_few(config: DataConfig, corpus: TokenizedCorpus, purpose: str) -> str:
     return (
         f"data.split={config.split!r} with data.validation_fraction={config.validation_fraction} "
         f"leaves no documents of {corpus.name} to {purpose} on; "
-        "set data.split='position' or data.validation_path"
+        "give more text, or set data.validation_path or data.validation_fraction=0.0"
     )

@@ -39,6 +39,7 @@ from lm.data.entry import (
     read_meta,
     tokens_of,
 )
+from lm.data.report import printable
 from lm.data.shards import Sharded, load_shards, read_shards
 from lm.data.storage import sync_folder
 
@@ -107,7 +108,7 @@ def cache_directory(config: DataConfig) -> Path:
       ConfigError: it cannot be created, or is no directory.
     """
     name = cache_name(config)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     check(
         not storage.is_url(name),
         f"data.cache_dir={name!r} must be a directory: tokens are mapped into memory; mount the "
@@ -115,9 +116,9 @@ def cache_directory(config: DataConfig) -> Path:
     )
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(
-            f"data.cache_dir={str(path)!r} cannot be created ({error.strerror}); "
+            f"data.cache_dir={name!r} cannot be created ({getattr(error, 'strerror', error)}); "
             "set data.cache_dir or $LM_CACHE_DIR"
         ) from None
     return path
@@ -183,8 +184,11 @@ def entry_key(
     config: DataConfig, corpus: corpora.Source, tokenizer: Tokenizer, sidecar: str
 ) -> str:
     """The name of an entry. `sidecar` remembers hashes of files."""
+    # Generated documents so few that `corpora.by_position` may decide otherwise than it once did.
+    few = config.split == "hash" and 0 < config.num_documents * config.validation_fraction < 20
     facts = {
         "version": VERSION,
+        **({"few": True} if few else {}),
         "corpus": corpus.fingerprint(sidecar),
         "tokenizer": tokenizer.fingerprint,
         "split": config.split if config.validation_fraction else None,
@@ -229,7 +233,7 @@ def _write(
     temporary = entry.parent / f".tmp-{entry.name}-{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
     temporary.mkdir()
     try:
-        notify(f"tokenising {corpus.path} into {entry}")
+        notify(f"tokenising {printable(corpus.path)} into {printable(str(entry))}")
         described, report = fill(str(temporary), corpus, tokenizer)
         if not report.num_documents:
             raise corpora.no_documents(field, corpus.path, report)
@@ -267,6 +271,8 @@ def _open(
     if meta is None:
         notify(f"{entry} is damaged and is made again")
         return None
+    for line in meta.get("notes", ()):  # they say what the run does, so each run hears them
+        notify(line)
     return {
         split: TokenizedCorpus(
             tokens=read_shards(entry, *tokens_of(split, meta)),
@@ -277,7 +283,7 @@ def _open(
             eos_id=tokenizer.eos_id,
             end_of_text=meta["end_of_text"],
             vocab_size=tokenizer.vocab_size,
-            name=f"{path} ({split})",
+            name=f"{printable(path)} ({split})",
             key=f"{entry.name}-{split}",
             skipped=tuple(meta["skipped"]),
             pairs=meta.get("pairs", False),

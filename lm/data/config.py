@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
+import contextlib
 import dataclasses
+import glob
+import os
+from collections.abc import Callable, Sequence
 
 from lm.config import check, check_choice
 
@@ -47,22 +50,27 @@ class DataConfig:
     A path is `storyworld` (generated stories, the default), `translation` (generated pairs of an
     English sentence and its translation into an invented language), `stdlib` (source and
     documentation of the running Python), `hf:NAME[:CONFIG]` (a Hugging Face dataset by name or
-    directory), or a local file, directory or glob of text, .json, .jsonl (each also .gz or .zst) or
-    .parquet files. With two names in `text_field` their records are pairs of a source and a target,
-    and so are the lines of .tsv files.
+    directory), or a local file, directory or glob of text, .json, .jsonl (each also .gz, .zst, .bz2
+    or .xz) or .parquet files. With two names in `text_field` their records are pairs of a source
+    and a target, and so are the lines of .tsv files.
     """
 
-    path: str | tuple[str, ...] = "storyworld"  # one corpus, or several to mix
+    # One corpus, or several to mix: a tuple, or names with commas between them.
+    path: str | tuple[str, ...] = "storyworld"
     weights: tuple[float, ...] = ()  # share of rows per path; empty: every row once per epoch
     # The field of JSON, Parquet and Hugging Face records that is read. Two, such as
-    # ("source", "target"), make a corpus of pairs.
+    # ("source", "target") or "source,target", make a corpus of pairs.
     text_field: str | tuple[str, ...] = "text"
     num_documents: int = 50_000  # documents (or pairs) taken from an unlimited or streaming corpus
     encoding: str = "utf-8"  # of text files
+    # What stands between the documents of a plain text file, such as "<|endoftext|>"; \n and \t in
+    # it are a line break and a tab. "": a file is one document.
+    document_separator: str = ""
     on_bad_file: str = "skip"  # binary, mis-encoded or empty files: "skip" (counted) or "refuse"
 
     # "hash": a document's own text (a pair's source) decides, so equal texts never straddle the
-    # splits. "position": the last part of the corpus, counted in characters, is held out.
+    # splits. "position": the last part of the corpus, counted in characters, is held out; also
+    # where "hash" has too few documents to choose from (fewer than 1 / validation_fraction).
     split: str = "hash"
     validation_fraction: float = 0.05  # share held out; 0 for none
     validation_path: str | tuple[str, ...] = ""  # a corpus of its own to validate on, instead
@@ -87,17 +95,22 @@ class DataConfig:
     @property
     def paths(self) -> tuple[str, ...]:
         """`path` as a tuple."""
-        return _as_tuple(self.path)
+        return _as_tuple(self.path, _divided)
 
     @property
     def text_fields(self) -> tuple[str, ...]:
         """`text_field` as a tuple: one name, or those of a pair's source and target."""
-        return _as_tuple(self.text_field)
+        return _as_tuple(self.text_field, lambda name: name.split(","))
 
     @property
     def validation_paths(self) -> tuple[str, ...]:
         """`validation_path` as a tuple, empty when validation is a split of `path`."""
-        return _as_tuple(self.validation_path)
+        return _as_tuple(self.validation_path, _divided)
+
+    @property
+    def separator(self) -> str:
+        """`document_separator` with its escapes resolved."""
+        return self.document_separator.replace("\\n", "\n").replace("\\t", "\t")
 
     def validate(self, prefix: str = "config.data") -> None:
         """Raises `ConfigError` naming the first field that makes no sense."""
@@ -138,12 +151,32 @@ class DataConfig:
             len(self.text_fields) in (1, 2),
             f"{prefix}.text_field={self.text_field!r} must name a field, or two for pairs",
         )
-        try:
-            codecs.lookup(self.encoding)
-        except LookupError:
-            check(False, f"{prefix}.encoding={self.encoding!r} is not an encoding Python knows")
+        known = False
+        with contextlib.suppress(LookupError, ValueError):
+            known = "a".encode(self.encoding).decode(self.encoding) == "a"
+        check(known, f"{prefix}.encoding={self.encoding!r} is not an encoding Python knows")
 
 
-def _as_tuple(path: str | tuple[str, ...]) -> tuple[str, ...]:
-    paths = (path,) if isinstance(path, str) else tuple(path)
-    return tuple(p for p in paths if p)
+def _as_tuple(
+    given: str | tuple[str, ...], divided: Callable[[str], Sequence[str]]
+) -> tuple[str, ...]:
+    return tuple(name for name in (divided(given) if isinstance(given, str) else given) if name)
+
+
+def _divided(path: str) -> list[str]:
+    """The paths between commas, of which some may have commas in their names."""
+    parts, paths = path.split(","), []
+    while parts:
+        names = [",".join(parts[:count]) for count in range(len(parts), 1, -1)]
+        name = next(filter(_exists, names), parts[0])
+        paths.append(name.strip())
+        del parts[: name.count(",") + 1]
+    return paths
+
+
+def _exists(name: str) -> bool:
+    """Whether `name` is, or as a pattern matches, a file or directory."""
+    name = os.path.expanduser(name.strip())
+    with contextlib.suppress(ValueError, OSError):  # names that no file can have
+        return os.path.exists(name) or next(glob.iglob(name, recursive=True), None) is not None
+    return False

@@ -21,11 +21,12 @@ from lm.data import files
 from lm.data.config import DataConfig
 from lm.data.files import Span
 from lm.data.hashes import content_hashes
-from lm.data.report import CorpusReport
+from lm.data.report import BadFileError, CorpusReport, printable
 
 __all__ = ["CorpusReport", "Source", "documents", "pairs", "source", "split_of", "splits"]
 
 Split = str  # "train" or "validation"
+_READER = 2  # raised when the same files give other documents, or others are held out
 
 
 class Source(abc.ABC):
@@ -51,6 +52,11 @@ class Source(abc.ABC):
     @property
     def files(self) -> list[str]:
         """The files whose content the fingerprint covers."""
+        return []
+
+    @property
+    def notes(self) -> list[str]:
+        """One line for each thing about the whole that is worth knowing."""
         return []
 
     def documents(self, report: CorpusReport) -> Iterator[str]:
@@ -178,12 +184,27 @@ class _Files(Source):
         super().__init__(path, config)
         self.field = field
         self.pairs = len(config.text_fields) == 2
-        self.spans = [Span(file) for file in files.find(path, field)]
+        found, self.left_out = files.find(path, field)
+        self.spans = [Span(file) for file in found]
 
     @property
     def files(self) -> list[str]:
         """Their paths, in order."""
         return [span.path for span in self.spans]
+
+    @property
+    def notes(self) -> list[str]:
+        """The files of a folder that are not read."""
+        names = [
+            printable(os.path.relpath(p, os.path.expanduser(self.path))) for p in self.left_out
+        ]
+        if not names:
+            return []
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        return [
+            f"left out of {printable(self.path)}, which are no data or no files: "
+            f"{', '.join(names[:5])}{more}"
+        ]
 
     def items(self, report: CorpusReport) -> Iterator[tuple[str, ...]]:
         for span in self.spans:
@@ -210,18 +231,15 @@ class _Files(Source):
         return [_with(self, spans=group) for group in groups]
 
     def fingerprint(self, sidecar: str | None = None) -> dict[str, Any]:
-        try:
-            hashes = content_hashes(self.files, sidecar)
-        except OSError as error:
-            raise ConfigError(
-                f"{self.field}={self.path!r}: cannot read {error.filename}, {error.strerror}"
-            ) from None
+        hashes = content_hashes(self.files, sidecar)
         # The suffix decides how the bytes are read, and nothing else of the name does.
         suffixes = map(files.suffix, self.files)
         return {
             "corpus": "files",
+            "reader": _READER,
             "contents": list(map(list, zip(suffixes, hashes))),
             "encoding": self.config.encoding,
+            "document_separator": self.config.separator,
             "text_field": self.config.text_field,
         }
 
@@ -249,14 +267,17 @@ class _Hub(Source):
 
     def items(self, report: CorpusReport) -> Iterator[tuple[str, ...]]:
         records = itertools.islice(self._records(), self.config.num_documents)
-        for item in files.items(records, self.path, self.config, report):
-            report.num_documents += 1
-            yield item
+        try:
+            for item in files.items(records, Span(self.path), self.config, report):
+                report.num_documents += 1
+                yield item
+        except BadFileError as error:
+            raise ConfigError(f"{self.field}={self.path!r}: {error}") from None
 
     @property
     def files(self) -> list[str]:
         """Those of a directory."""
-        return files.find(self.name, self.field) if os.path.isdir(self.name) else []
+        return files.find(self.name, self.field)[0] if os.path.isdir(self.name) else []
 
     def _records(self) -> Iterator[dict[str, Any]]:
         try:
@@ -290,6 +311,7 @@ class _Hub(Source):
     def fingerprint(self, sidecar: str | None = None) -> dict[str, Any]:
         return {
             "corpus": "hf",
+            "reader": _READER,
             "contents": content_hashes(self.files, sidecar) or [self.name, self.subset],
             "text_field": self.config.text_field,
             "num_documents": self.config.num_documents,
@@ -304,23 +326,18 @@ def split_of(text: str, validation_fraction: float) -> Split:
 
 
 def splits(
-    corpus: Source, report: CorpusReport, left: int | None = None
+    corpus: Source, report: CorpusReport, left: int | None
 ) -> Iterator[tuple[Split, tuple[str, ...]]]:
-    """Every item of `corpus` with its split, in order, in one pass where possible.
+    """Every item of `corpus` with its split, in order.
 
-    A pair goes where its source belongs. "position" reads the corpus twice: with n characters in
-    all, the first int(n * (1 - validation_fraction)) are for training. A document across the cut is
-    cut; a pair across it is held out. `left` says how many of those are in `corpus` and after it,
-    where it is a part of another; then it is read once.
+    A pair goes where its source belongs. With `left` None the text decides. Otherwise `left` is the
+    number of characters, in `corpus` and after it where it is a part of another, that are for
+    training: a document across the cut is cut, and a pair across it is held out.
     """
-    config = corpus.config
-    if not by_position(config):
-        for item in corpus.items(report):
-            yield split_of(item[0], config.validation_fraction), item
-        return
-    if left is None:
-        left = training_characters(num_characters(corpus), config)
     for item in corpus.items(report):
+        if left is None:
+            yield split_of(item[0], corpus.config.validation_fraction), item
+            continue
         if corpus.pairs:
             left -= sum(map(len, item))
             yield ("train" if left >= 0 else "validation"), item
@@ -333,18 +350,41 @@ def splits(
         left -= len(text)
 
 
-def by_position(config: DataConfig) -> bool:
-    """Whether documents are held out by their place in the corpus."""
-    return config.split == "position" and config.validation_fraction > 0
+def by_position(corpus: Source, report: CorpusReport) -> bool:
+    """Whether documents are held out by their place in the corpus, as `config.split` says.
+
+    Also where "hash" is asked for and there are too few: their hashes would hold out none of them,
+    or much more or less than the share asked for. `report` gets a note of it.
+    """
+    config = corpus.config
+    if config.split == "position" or not config.validation_fraction:
+        return config.validation_fraction > 0
+    found, number = set(), 0
+    for number, item in enumerate(corpus.items(CorpusReport()), 1):
+        found.add(split_of(item[0], config.validation_fraction))
+        if len(found) == 2 and number * config.validation_fraction >= 1:
+            return False
+    report.notes.append(
+        f"{printable(corpus.path)} has {number:,} {'pair' if corpus.pairs else 'document'}"
+        f"{'s' * (number != 1)}, too few to hold some out by data.split='hash': the last "
+        f"{config.validation_fraction:.2%} of the text is held out instead"
+    )
+    return True
 
 
-def num_characters(corpus: Source) -> int:
-    """Characters in all documents of `corpus`."""
-    return sum(len(text) for text in corpus.documents(CorpusReport()))
+def num_training_characters(corpus: Source, report: CorpusReport) -> int | None:
+    """How many of a corpus' characters come before the part held out by position, with a note.
+
+    With n in all it is int(n * (1 - validation_fraction)). None: no part is held out by position.
+    """
+    if not by_position(corpus, report):
+        return None
+    total = sum(len(text) for text in corpus.documents(CorpusReport()))
+    return training_share(total, corpus.config)
 
 
-def training_characters(length: int, config: DataConfig) -> int:
-    """How many of a corpus' characters come before the part held out by position."""
+def training_share(length: int, config: DataConfig) -> int:
+    """How many of `length` characters are for training."""
     return int(length * (1 - config.validation_fraction))
 
 
@@ -401,7 +441,9 @@ def _items(
         if separate:
             yield from ((path, item) for item in corpus.items(report))
         else:
-            yield from ((path, item) for name, item in splits(corpus, report) if name == split)
+            left = num_training_characters(corpus, report)
+            items = splits(corpus, report, left)
+            yield from ((path, item) for name, item in items if name == split)
         if report.num_documents == before:
             raise no_documents(field, path, report)
 

@@ -9,8 +9,8 @@ without it, or with files of other sizes than it says, is no entry.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,8 +26,9 @@ VERSION = 2
 SPLITS = ("train", "validation")
 META = "meta.json"
 # Texts are encoded in groups of about this many characters, which bounds the memory in use, and a
-# longer document is encoded in parts that end with a line.
+# longer document is encoded in parts.
 _CHUNK_CHARS = 4 << 20
+_CONTEXTS = (256, 243, 127)  # characters before a cut that are asked whether it shows
 
 
 class Tokenizer(Protocol):
@@ -54,8 +55,10 @@ def fill_alone(
     folder: str, corpus: corpora.Source, tokenizer: Tokenizer
 ) -> tuple[dict[str, Any], CorpusReport]:
     """Writes the arrays of an entry in this process; see `Fill`."""
-    report = CorpusReport()
-    described = write_splits(Path(folder), corpora.splits(corpus, report), corpus, tokenizer)
+    report = CorpusReport(notes=corpus.notes)
+    left = corpora.num_training_characters(corpus, report)
+    items = corpora.splits(corpus, report, left)
+    described = write_splits(Path(folder), items, corpus, tokenizer)
     return described, report
 
 
@@ -90,6 +93,7 @@ def meta_bytes(
         "end_of_text": corpus.config.end_of_text,
         "pairs": corpus.pairs,
         "splits": described,
+        "notes": report.notes,
         "skipped": report.lines(),
     }
     return json.dumps(meta, indent=1).encode()
@@ -114,7 +118,7 @@ class _SplitWriter:
         self.offsets.append(np.zeros(1, np.int64))
         self.num_bytes = 0
         self.first_token_bytes: int | None = None
-        self.pending: list[list[str]] = []
+        self.pending: list[list[tuple[str, np.ndarray]]] = []
         self.pending_chars = 0
 
     def __enter__(self) -> _SplitWriter:
@@ -127,17 +131,18 @@ class _SplitWriter:
     def add(self, text: str) -> None:
         """Appends one document."""
         self.num_bytes += len(text) if text.isascii() else len(text.encode())
-        self.pending.append(_parts(text))
+        self.pending.append(_parts(text, self.tokenizer.encode_batch))
         self.pending_chars += len(text)
         if self.pending_chars >= _CHUNK_CHARS:
             self._flush()
 
     def _flush(self) -> None:
-        ids = iter(self.tokenizer.encode_batch(list(itertools.chain(*self.pending))))
+        texts = [text for parts in self.pending for text, _ in parts]
+        ids = iter(self.tokenizer.encode_batch(texts))
         pieces, lengths = [], []
         eos = np.array([self.tokenizer.eos_id] if self.end_of_text else [], self.dtype)
         for parts in self.pending:
-            document = [np.asarray(next(ids)).astype(self.dtype) for _ in parts] + [eos]
+            document = [next(ids)[len(known) :].astype(self.dtype) for _, known in parts] + [eos]
             pieces += document
             lengths.append(sum(map(len, document)))
         if pieces:
@@ -162,14 +167,50 @@ class _SplitWriter:
         }
 
 
-def _parts(text: str, size: int = _CHUNK_CHARS) -> list[str]:
-    """`text` cut after line ends into parts of at most about `size` characters."""
-    parts, start = [], 0
-    while len(text) - start > size:
-        cut = text.rfind("\n", start, start + size) + 1 or start + size
-        parts.append(text[start:cut])
-        start = cut
-    return [*parts, text[start:]]
+Encode = Callable[[list[str]], list[np.ndarray]]
+
+
+def _parts(text: str, encode: Encode) -> list[tuple[str, np.ndarray]]:
+    """Texts of about `_CHUNK_CHARS` characters that give the ids of `text`, one after the other.
+
+    Each comes with its first ids, which are to be left out: it begins with some of the text before
+    its cut, since many tokenizers treat the beginning of a text in a way of their own. What repeats
+    itself for megabytes is not cut: where its tokens begin may depend on all of it.
+    """
+    parts, begin, known, end = [], 0, np.zeros(0, np.int32), _CHUNK_CHARS
+    while end < len(text):
+        cut = _cut(text, end, encode)
+        if cut:
+            parts.append((text[begin:cut], known))
+            begin = cut - _CONTEXTS[0]
+            (known,) = encode([text[begin:cut]])
+        end = (cut or end) + _CHUNK_CHARS
+    return [*parts, (text[begin:], known)]
+
+
+def _cut(text: str, end: int, encode: Encode) -> int:
+    """A place shortly before `end` where `text` may be cut; 0 if none is found."""
+    start = max(end - _CHUNK_CHARS // 2, end - (1 << 14))
+    for pattern in (r"\n(?=\S)", r"\s(?=\S)", r"(?=\s\S)", ""):
+        places = [found.end() for found in re.compile(pattern).finditer(text, start, end)]
+        for cut in reversed(places[-16:]):
+            if _does_not_show(text, cut, encode):
+                return cut
+    return 0
+
+
+def _does_not_show(text: str, cut: int, encode: Encode) -> bool:
+    """Whether the ids on either side of `cut` are independent of the text on the other."""
+    most = _CONTEXTS[0]
+    if text.count(text[cut - 8 : cut + 8], cut - most, cut + most) > 1:  # it may repeat itself
+        return False
+    before = encode([text[cut - size : cut] for size in _CONTEXTS])
+    both = encode([text[cut - size : cut + most] for size in _CONTEXTS])
+    after = [ids[len(some) :] for some, ids in zip(before, both)]
+    return all(
+        np.array_equal(some, ids[: len(some)]) and np.array_equal(rest, after[0])
+        for some, ids, rest in zip(before, both, after)
+    )
 
 
 def tokens_of(split: str, meta: dict[str, Any]) -> tuple[str, str, int, int]:

@@ -1,19 +1,22 @@
-"""Local files → documents: plain text, JSON and JSON Lines (.gz, .zst), Parquet.
+"""Local files → documents: plain text, JSON and JSON Lines (.gz, .zst, .bz2, .xz), Parquet.
 
-A text file is one document. A record of a JSON or Parquet file is one document: its text field.
-With two text fields it is a pair of them, and so is a line of a .tsv file. Documents are yielded as
-they are read, so a file need not fit in memory unless it is plain text. Files of lines and Parquet
-can be read in spans, by several machines. Paths may be URLs (gs://, s3://); see `storage`.
+A text file is one document, or what lies between `data.document_separator`. A record of a JSON or
+Parquet file is one document: its text field. With two text fields it is a pair of them, and so is a
+line of a .tsv file. Lines end at a line feed and nowhere else. Documents are yielded as they are
+read, so a file need not fit in memory unless it is plain text. Files of lines and Parquet can be
+read in spans, by several machines. Paths may be URLs (gs://, s3://); see `storage`.
 """
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import contextlib
 import glob
 import gzip
 import io
 import json
+import lzma
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
@@ -23,9 +26,10 @@ from lm.data import storage
 from lm.data.config import DataConfig
 from lm.data.report import BadFileError, CorpusReport, Tally, reject
 
-_COMPRESSION = (".gz", ".zst")
+_COMPRESSION = (".gz", ".zst", ".bz2", ".xz")
 _RECORDS = (".json", ".jsonl", ".ndjson")
 _LINES = (".jsonl", ".ndjson", ".tsv")
+FEW = 1000  # a file without its text field in as many records is not read on
 
 
 class Span(NamedTuple):
@@ -39,8 +43,12 @@ class Span(NamedTuple):
     stop: int | None = None  # None: the end of the file
 
 
-def find(path: str, field: str) -> list[str]:
-    """The files `path` (a file, directory or glob) stands for, sorted; hidden ones are left out.
+def find(path: str, field: str) -> tuple[list[str], list[str]]:
+    """The files `path` (a file, directory or glob) stands for, sorted, and those left out.
+
+    A name that exists is taken as it is, and as a pattern only if there is none. Linked folders of
+    a directory are read like any other, each folder once. Left out of it are hidden files, links to
+    nothing, and what is no data (see `_is_data`).
 
     Raises:
       ConfigError: there is nothing there.
@@ -52,19 +60,24 @@ def find(path: str, field: str) -> list[str]:
             raise ConfigError(f"{field}={path!r} cannot be read: {error}") from None
         if not found:
             raise ConfigError(f"{field}={path!r} does not exist")
-        return found
+        return found, []
     expanded = os.path.expanduser(path)
     if os.path.isdir(expanded):
-        found = []
-        for folder, folders, names in os.walk(expanded):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            found += [os.path.join(folder, name) for name in names if not name.startswith(".")]
+        below = _below(expanded)
+        found = [file for file in below if os.path.isfile(file) and _is_data(file)]
+        kinds = (".parquet", *_RECORDS)
+        records = {kind for kind in kinds if any(suffix(f).startswith(kind) for f in found)}
+        found = [file for file in found if _is_data(file, records)]
         if not found:
             raise ConfigError(f"{field}={path!r} is a directory without files")
-        return sorted(found)
+        return found, sorted(set(below) - set(found))
+    if os.path.isfile(expanded):
+        return [expanded], []
     if os.path.exists(expanded):
-        return [expanded]
-    found = [p for p in glob.glob(expanded, recursive=True) if os.path.isfile(p)]
+        raise ConfigError(f"{field}={path!r} is not a file or a directory")
+    found = []
+    with contextlib.suppress(ValueError, OSError):  # names that no file can have
+        found = [p for p in glob.glob(_pattern(expanded), recursive=True) if os.path.isfile(p)]
     if not found:
         parent = os.path.dirname(expanded) or "."
         close = nearest(
@@ -76,24 +89,73 @@ def find(path: str, field: str) -> list[str]:
             f"{field}={path!r} does not exist{close}; give a file, a directory, a glob, "
             "'storyworld', 'translation', 'stdlib' or 'hf:NAME'"
         )
+    return sorted(found), []
+
+
+def _below(root: str) -> list[str]:
+    """Everything below `root` that is no folder, sorted; hidden names are left out."""
+    found, seen, waiting = [], set(), [root]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            status, names = os.stat(folder), sorted(os.listdir(folder))
+        except OSError:
+            found.append(folder)
+            continue
+        if (status.st_dev, status.st_ino) in seen:  # links may lead round in a circle
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
+            (waiting if os.path.isdir(path) else found).append(path)
     return sorted(found)
+
+
+# What data sets keep beside their data.
+_METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+_ABOUT = ("readme", "license", "licence", "notice", "changelog", "citation", "contributing")
+
+
+def _is_data(path: str, records: Iterable[str] = ()) -> bool:
+    """Whether a file of a folder is data.
+
+    Beside `records` (the suffixes of files of records in the folder) a README is not; and beside
+    JSON Lines or Parquet nothing is but records, .txt and compressed files.
+    """
+    name = os.path.basename(path).lower()
+    if name in _METADATA or name.endswith((".lock", ".crc")) or name == "_success":
+        return False
+    if suffix(name).startswith((*_RECORDS, ".tsv", ".parquet")) or not records:
+        return True
+    if name.split(".")[0] in _ABOUT:
+        return False
+    taken = name.endswith((".txt", *_COMPRESSION))
+    return taken or not {".jsonl", ".ndjson", ".parquet"} & set(records)
+
+
+def _pattern(path: str) -> str:
+    """`path` as a pattern in which the folders that exist under their own names are just names."""
+    literal = path
+    while literal and not os.path.isdir(literal):
+        shorter = os.path.dirname(literal)
+        literal = "" if shorter == literal else shorter
+    return glob.escape(literal) + path[len(literal) :]
 
 
 def _listing(folder: str) -> list[str]:
     try:
         return sorted(os.listdir(folder))
-    except OSError:
+    except (OSError, ValueError):
         return []
 
 
 def spans(path: str, total: int, size: int, config: DataConfig) -> list[Span]:
     """A file of `total` bytes cut into spans of about `size`, as far as its format allows."""
-    stem = path.lower()
+    kind = suffix(path)
     lines = _LINES if len(config.text_fields) == 2 else _LINES[:2]  # one text is the whole .tsv
-    if total > size and stem.endswith(lines):
+    if total > size and kind in lines and _has_byte_lines(config.encoding):
         starts = range(0, total, size)
         return [Span(path, start, min(start + size, total)) for start in starts]
-    if total > size and stem.endswith(".parquet"):
+    if total > size and kind == ".parquet":
         with contextlib.suppress(Exception), _parquet(path) as file:  # reading it says what is bad
             number = file.metadata.num_row_groups
             each = max(1, number * size // total)
@@ -121,30 +183,27 @@ def size_or_nothing(path: str) -> int:
 def read(path: str | Span, config: DataConfig, report: CorpusReport) -> Iterator[tuple[str, ...]]:
     """The documents of one file or span, each as a tuple of one, or its pairs.
 
-    What cannot be used (binary, mis-encoded, empty) is noted in `report`, or refused where
-    `config.on_bad_file` is "refuse".
+    What cannot be used (binary, mis-encoded, empty, without the text field) is noted in `report`,
+    or refused where `config.on_bad_file` is "refuse".
 
     Raises:
-      ConfigError: a record format without `config.text_field`, a missing optional package, or a
-        bad file to be refused.
+      ConfigError: a missing optional package, or a bad file to be refused.
     """
     span = path if isinstance(path, Span) else Span(path)
-    path, first = span.path, span.start == 0
-    stem = path.lower()
-    for suffix in _COMPRESSION:
-        stem = stem.removesuffix(suffix)
+    path, kind = span.path, suffix(span.path)
     try:
         if storage.size(path) == 0:
             raise BadFileError("empty")
-        if stem.endswith(".parquet"):
-            yield from items(_parquet_records(span, config), path, config, report, first)
-        elif stem.endswith(_RECORDS):
-            records = _json_records(span, stem, config, report)
-            yield from items(records, path, config, report, first)
+        if kind == ".parquet":
+            yield from items(_parquet_records(span, config), span, config, report)
+        elif kind.startswith(_RECORDS):
+            records = _json_records(span, kind, config, report)
+            yield from items(records, span, config, report)
         elif len(config.text_fields) == 1:
-            yield (_plain_text(path, config),)
-        elif stem.endswith(".tsv"):
-            yield from items(_tsv_records(span, config, report), path, config, report, first)
+            for text in _plain_texts(path, config):
+                yield (text,)
+        elif kind.startswith(".tsv"):
+            yield from items(_tsv_records(span, config, report), span, config, report)
         else:
             raise BadFileError("pairs are read from .jsonl, .json, .parquet and .tsv files")
     except BadFileError as error:
@@ -154,22 +213,19 @@ def read(path: str | Span, config: DataConfig, report: CorpusReport) -> Iterator
 
 
 def items(
-    records: Iterable[Any],
-    name: str,
-    config: DataConfig,
-    report: CorpusReport,
-    first: bool = True,
+    records: Iterable[Any], span: Span, config: DataConfig, report: CorpusReport
 ) -> Iterator[tuple[str, ...]]:
     """The text field of each record as a tuple of one, or its two text fields.
 
-    A record that is itself a string is its own text. Where the records are not the `first` of their
-    file, what would be an error is left to those before, as `report.tally.doubt`.
+    A record that is itself a string is its own text. Of a span that is not the whole file, what
+    would be wrong with a file in which no record has its text is left in `report.tally`.
 
     Raises:
-      ConfigError: the first records have no such field, or it is not text.
+      BadFileError: none of the first records has such a field, or in none it is text.
     """
-    fields = config.text_fields
+    name, fields = span.path, config.text_fields
     tally = report.tally = Tally()
+    skipped = len(report.skipped)
     for number, record in enumerate(records, 1):
         tally.records = number
         found = {field: record for field in fields if len(fields) == 1}
@@ -178,31 +234,39 @@ def items(
         missing = [field for field in fields if field not in found]
         values = tuple(found.values())
         if not missing and all(isinstance(text, str) and text for text in values):
-            tally.good = True
+            tally.first_good = tally.first_good or number
             if all(map(_is_unicode, values)):
                 yield values
             else:  # JSON can spell half a surrogate pair, which no encoding can write
                 reject(name, "half a surrogate pair", config, report, "record", number)
             continue
         textless = missing or any(text is None or text == "" for text in values)
-        mistake = ""
-        if isinstance(record, dict) and missing:
-            known = sorted(map(str, record))
-            mistake = (
-                f"data.text_field={missing[0]!r} is not a field of {name}, "
-                f"which has {', '.join(map(repr, known))}{nearest(missing[0], known)}"
-            )
-        elif not textless:
-            bad = next(text for text in values if not isinstance(text, str))
-            mistake = (
-                f"data.text_field={config.text_field!r} of {name} holds "
-                f"{type(bad).__name__}, not text"
-            )
-        if mistake and not tally.good:
-            if first:
-                raise ConfigError(mistake)
-            tally.doubt = tally.doubt or mistake
+        if not tally.first_good:
+            tally.doubt = tally.doubt or _mistake(record, missing, values, textless, fields)
+            if tally.doubt and not span.start:
+                if config.on_bad_file == "refuse":
+                    raise BadFileError(tally.doubt)
+                if number >= FEW:
+                    break
         reject(name, "no text" if textless else "not text", config, report, "record", number)
+    few = not span.start and (span.stop is None or tally.records >= FEW)
+    if few and tally.doubt and not tally.first_good:
+        del report.skipped[skipped:]  # the file as a whole is
+        raise BadFileError(tally.doubt)
+
+
+def _mistake(record: Any, missing: list, values: tuple, textless: bool, fields: tuple) -> str:
+    """What is wrong with a record as if all were like it; "" where it merely has no text."""
+    if isinstance(record, dict) and missing:
+        known = sorted(map(str, record))
+        return (
+            f"data.text_field={missing[0]!r} is not one of its fields, which are "
+            f"{', '.join(map(repr, known[:20]))}{nearest(missing[0], known)}"
+        )
+    if textless:
+        return ""
+    bad = next(text for text in values if not isinstance(text, str))
+    return f"data.text_field={' and '.join(map(repr, fields))} holds {type(bad).__name__}, not text"
 
 
 def _is_unicode(text: str) -> bool:
@@ -213,18 +277,50 @@ def _is_unicode(text: str) -> bool:
         return False
 
 
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
 @contextlib.contextmanager
 def _open(path: str) -> Iterator[BinaryIO]:
     """A file's bytes, decompressed."""
+    packed = os.path.splitext(path.lower())[1]
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(storage.open_file(path))
-        if path.lower().endswith(".gz"):
-            file = stack.enter_context(gzip.open(file, "rb"))
-        elif path.lower().endswith(".zst"):
+        if packed in _OPENERS:
+            file = stack.enter_context(_OPENERS[packed](file, "rb"))
+        elif packed == ".zst":
             zstandard = _optional("zstandard", path, "data")
-            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
-            file = stack.enter_context(reader)
+            file = io.BufferedReader(_Frames(file, zstandard.ZstdDecompressor()), 1 << 20)
         yield file
+
+
+class _Frames(io.RawIOBase):
+    """Zstandard frames, decompressed; the library's own reader takes one cut short for whole."""
+
+    def __init__(self, file: BinaryIO, decompressor: Any):
+        self._file, self._decompressor = file, decompressor
+        self._frame: Any = None
+        self._packed, self._ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._packed = self._packed or self._file.read(1 << 14)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            self._frame = self._frame or self._decompressor.decompressobj()
+            self._ready = memoryview(self._frame.decompress(self._packed))
+            self._packed = b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
 
 
 def _optional(package: str, path: str, extra: str) -> Any:
@@ -236,24 +332,31 @@ def _optional(package: str, path: str, extra: str) -> Any:
         ) from None
 
 
-def _plain_text(path: str, config: DataConfig) -> str:
+def _plain_texts(path: str, config: DataConfig) -> list[str]:
     with _decompressing(path), _open(path) as file:
         data = file.read()
     text = decode(data, config.encoding)
-    if not text.strip():
+    if separator := config.separator:
+        # Line breaks around a separator that stands on a line of its own belong to it.
+        texts = [part.strip("\r\n") for part in text.split(separator)]
+    else:
+        texts = [text]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
         raise BadFileError("empty")
-    return text
+    return texts
 
 
 def decode(data: bytes, encoding: str) -> str:
     """`data` as text, without a byte-order mark. Raises `BadFileError` if it is not text."""
     name = codecs.lookup(encoding).name
     if b"\0" in data[:8192] and not name.startswith(("utf-16", "utf-32")):
-        raise BadFileError("binary")
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        raise BadFileError("UTF-16: set data.encoding='utf-16'" if wide else "binary")
     try:
         return data.decode(encoding).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise BadFileError(f"not {name} at byte {error.start}") from None
+    except UnicodeError as error:
+        raise BadFileError(f"not {name} at byte {getattr(error, 'start', 0)}") from None
 
 
 class _decompressing:
@@ -268,15 +371,24 @@ class _decompressing:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
         if error is None or not self.path.lower().endswith(_COMPRESSION):
             return
-        damaged = isinstance(error, EOFError | gzip.BadGzipFile)
+        damaged = isinstance(error, EOFError | gzip.BadGzipFile | lzma.LZMAError)
         if damaged or type(error).__name__ in ("ZstdError", "error"):
             raise BadFileError(f"damaged archive, {error}") from None
 
 
-def _lines(span: Span, report: CorpusReport) -> Iterator[tuple[int, bytes]]:
-    """The lines that begin within `span`, numbered from 1."""
+def _lines(span: Span, config: DataConfig, report: CorpusReport) -> Iterator[tuple[int, str]]:
+    """The lines that begin within `span`, numbered from 1. Those that are no text are rejected."""
     with _decompressing(span.path), _open(span.path) as opened:
         file = io.BufferedReader(opened)
+        if not _has_byte_lines(config.encoding):
+            try:
+                wide = io.TextIOWrapper(file, config.encoding, newline="\n")
+                for number, line in enumerate(wide, 1):
+                    report.tally.lines = number
+                    yield number, line.removeprefix("\ufeff")
+            except UnicodeError:
+                raise BadFileError(f"not {config.encoding}") from None
+            return
         position = span.start
         if span.start:  # one byte back, lest a line that begins right here is taken for a rest
             file.seek(span.start - 1)
@@ -286,41 +398,42 @@ def _lines(span: Span, report: CorpusReport) -> Iterator[tuple[int, bytes]]:
                 return
             position += len(line)
             report.tally.lines = number
-            yield number, line
+            try:
+                text = decode(line, config.encoding)
+            except BadFileError as error:
+                reject(span.path, str(error), config, report, "line", number)
+            else:
+                yield number, text
 
 
-def _json_records(span: Span, stem: str, config: DataConfig, report: CorpusReport) -> Iterator[Any]:
-    if stem.endswith(".json"):
-        with _decompressing(span.path), _open(span.path) as file:
-            data = file.read()
-        yield from _json_array(decode(data, config.encoding))
+def _has_byte_lines(encoding: str) -> bool:
+    """Whether a line feed is one byte and that byte a line feed, unlike in UTF-16."""
+    return "\n\n".encode(encoding).endswith(b"\n\n")
+
+
+def _json_records(span: Span, kind: str, config: DataConfig, report: CorpusReport) -> Iterator[Any]:
+    if kind.startswith(_LINES):
+        for number, line in _lines(span, config, report):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except (ValueError, RecursionError):
+                reject(span.path, "not JSON", config, report, "line", number)
         return
-    for number, line in _lines(span, report):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(decode(line, config.encoding))
-        except (ValueError, RecursionError):
-            reject(span.path, "not JSON", config, report, "line", number)
-        except BadFileError as error:
-            reject(span.path, str(error), config, report, "line", number)
-        else:
-            yield record
+    with _decompressing(span.path), _open(span.path) as file:
+        data = file.read()
+    yield from _json_array(decode(data, config.encoding))
 
 
 def _tsv_records(span: Span, config: DataConfig, report: CorpusReport) -> Iterator[dict[str, str]]:
     """The lines of a table: the columns that its header names, or else the first two."""
     columns = (0, 1)
     if span.start:
-        header = next(_lines(Span(span.path), CorpusReport()))[1]
-        with contextlib.suppress(BadFileError):
-            columns = _columns(_cells(header, config), config) or columns
-    for number, line in _lines(span, report):
-        try:
-            cells = _cells(line, config)
-        except BadFileError as error:
-            reject(span.path, str(error), config, report, "line", number)
-            continue
+        number, header = next(_lines(Span(span.path), config, CorpusReport()), (0, ""))
+        columns = (number == 1 and _columns(_cells(header), config)) or columns
+    for number, line in _lines(span, config, report):
+        cells = _cells(line)
         if number == 1 and not span.start and (named := _columns(cells, config)):
             columns = named
         elif len(cells) <= max(columns):
@@ -330,8 +443,8 @@ def _tsv_records(span: Span, config: DataConfig, report: CorpusReport) -> Iterat
             yield {name: cells[i] for name, i in zip(config.text_fields, columns)}
 
 
-def _cells(line: bytes, config: DataConfig) -> list[str]:
-    return decode(line, config.encoding).rstrip("\r\n").split("\t")
+def _cells(line: str) -> list[str]:
+    return line.rstrip("\r\n").split("\t")
 
 
 def _columns(cells: list[str], config: DataConfig) -> tuple[int, ...] | None:
@@ -347,7 +460,7 @@ def _json_array(text: str) -> list[Any]:
     except (ValueError, RecursionError):
         # Many files called .json hold one object a line.
         try:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         except (ValueError, RecursionError):
             raise BadFileError("not JSON") from None
     return value if isinstance(value, list) else [value]
@@ -378,4 +491,4 @@ def _parquet_records(span: Span, config: DataConfig) -> Iterator[Any]:
             ):
                 yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
-        raise BadFileError(f"not Parquet, {str(error).splitlines()[0]}") from None
+        raise BadFileError(f"not Parquet, {' '.join(str(error).split())}") from None

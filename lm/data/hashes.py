@@ -16,15 +16,18 @@ def content_hashes(paths: Sequence[str], sidecar: str | None = None) -> list[str
     """BLAKE2 digests of the bytes of files.
 
     With `sidecar`, a JSON file, digests are remembered by path, size and modification time, so an
-    unchanged corpus is not read again just to recognise it.
+    unchanged corpus is not read again just to recognise it. Of a file that cannot be read it is "".
     """
     known = remembered(sidecar)
     names = [path if storage.is_url(path) else os.path.abspath(path) for path in paths]
     made: dict[str, list[Any]] = {}
     for name in names:
-        stamp = storage.stamp(name)
-        if known.get(name, made.get(name, []))[: len(stamp)] != stamp:
-            made[name] = [*stamp, digest(name)]
+        try:
+            stamp = storage.stamp(name)
+            if known.get(name, made.get(name, []))[: len(stamp)] != stamp:
+                made[name] = [*stamp, digest(name)]
+        except OSError:  # reading it for its text says why
+            known[name] = [""]
     remember(made, sidecar)
     known |= made
     return [known[name][-1] for name in names]

@@ -112,7 +112,7 @@ def _make(
             if not report.num_documents:
                 raise corpora.no_documents(field, path, report)
             storage.write_bytes(meta, meta_bytes(corpus, described, report))
-            for line in report.lines():
+            for line in report.notes + report.lines():
                 notify(line)
         splits = json.loads(storage.read_bytes(meta))["splits"]
     storage.remove_tree(scratch)
@@ -134,11 +134,12 @@ def _fill(
     scratch = storage.join(scratch, str(beam.part_bytes))
     storage.make_folder(scratch)
     lefts: list[int | None] = [None] * len(parts)
-    if corpora.by_position(corpus.config):
+    chosen = CorpusReport()
+    if corpora.by_position(corpus, chosen):
         counts = each(count, parts, storage.join(scratch, "lengths"), beam)
         merge(parts, counts)
         lengths = np.array([record.characters for record in counts], np.int64)
-        training = corpora.training_characters(int(lengths.sum()), corpus.config)
+        training = corpora.training_share(int(lengths.sum()), corpus.config)
         lefts = (training - (np.cumsum(lengths) - lengths)).tolist()
     saved = storage.join(scratch, "tokenizer")
     storage.write_bytes(saved, pickle.dumps(tokenizer.files()))
@@ -146,6 +147,7 @@ def _fill(
     tasks = [Part(part, left, saved, arrays) for part, left in zip(parts, lefts)]
     records = each(tokenise, tasks, storage.join(scratch, "tokens"), beam)
     records, report = merge(parts, records)
+    report.notes = [*corpus.notes, *chosen.notes]
     described, outputs = plan(folder, records, SHARD_ITEMS)
     copied = sum(output.num_bytes for output in outputs)
     assembly = storage.join(scratch, f"assembly-{uuid.uuid4().hex}")

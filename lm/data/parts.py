@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lm.config import ConfigError
-from lm.data import corpora, storage
+from lm.data import corpora, files, storage
 from lm.data.entry import SPLITS, write_splits
 from lm.data.report import LISTED, CorpusReport, RefusedError, Skipped, Tally
 from lm.data.shards import shard_lengths, shard_name
@@ -113,31 +113,57 @@ def merge(
       ConfigError: that process' error.
     """
     kept, report = [], CorpusReport()
-    before, broken_off = Tally(), False  # of the file that the part is a span of
+    # Of the file that a part is a span of: what was read of it, how the report looked before it,
+    # and whether a reader of the whole file would have gone on.
+    before, listed, broken_off = Tally(), (0, 0), False
+
+    def add(skipped: list[Skipped], unlisted: int = 0) -> None:
+        report.skipped += skipped
+        report.unlisted += unlisted + len(report.skipped[LISTED:])
+        del report.skipped[LISTED:]
+
+    def no_data() -> None:
+        del report.skipped[listed[0] :]
+        report.unlisted = listed[1]
+        add([Skipped(last, before.doubt)])
+
+    last = ""
     for part, record in zip(parts, records, strict=True):
         spans = getattr(part, "spans", ())
         inside = len(spans) == 1 and spans[0].start > 0
         if not inside:
+            if last and before.doubt and not before.first_good and not broken_off:
+                no_data()
             before, broken_off = Tally(), False
-        elif broken_off:  # a reader of the whole file would not have come here
+            listed = (len(report.skipped), report.unlisted)
+        elif broken_off:
             record.characters = 0
             continue
+        last = spans[0].path if len(spans) == 1 and spans[0].stop is not None else ""
         found = record.report
-        if found.tally.doubt and not before.good:
-            raise ConfigError(found.tally.doubt)
+        if not before.first_good:
+            before.doubt = before.doubt or found.tally.doubt
+            before.first_good = found.tally.first_good and before.records + found.tally.first_good
+            if before.doubt and before.first_good > files.FEW:
+                broken_off, record.characters = True, 0
+                no_data()
+                continue
         if isinstance(record.error, RefusedError):
-            raise RefusedError(_renumbered(record.error.skipped, before))
+            raise RefusedError(
+                Skipped(last, before.doubt)
+                if inside and before.doubt and not before.first_good
+                else _renumbered(record.error.skipped, before)
+            )
         if record.error is not None:
             raise record.error
-        report.skipped += [_renumbered(skipped, before) for skipped in found.skipped]
-        report.unlisted += found.unlisted + len(report.skipped[LISTED:])
-        del report.skipped[LISTED:]
+        add([_renumbered(skipped, before) for skipped in found.skipped], found.unlisted)
         report.num_documents += found.num_documents
         before.lines += found.tally.lines
         before.records += found.tally.records
-        before.good |= found.tally.good
         broken_off = record.broken_off
         kept.append(record)
+    if last and before.doubt and not before.first_good and not broken_off:
+        no_data()
     return kept, report
 
 

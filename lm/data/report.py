@@ -11,6 +11,11 @@ from lm.data.config import DataConfig
 LISTED = 20  # skipped items that are named; the others are counted
 
 
+def printable(name: str) -> str:
+    """A file's name with what a terminal cannot or should not show escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+
+
 class Skipped(NamedTuple):
     """A file, or a line or record of one, that was left out."""
 
@@ -22,7 +27,8 @@ class Skipped(NamedTuple):
     @property
     def name(self) -> str:
         """The file and the place in it."""
-        return f"{self.file} {self.unit} {self.number}" if self.unit else self.file
+        file = printable(self.file)
+        return f"{file} {self.unit} {self.number}" if self.unit else file
 
 
 class RefusedError(ConfigError):
@@ -46,14 +52,13 @@ class Tally:
     Attributes:
       lines: lines in it.
       records: records in it.
-      good: whether one of them had its text.
-      doubt: of a span that does not begin the file: the error that it would be if no record of the
-        spans before had its text.
+      first_good: the number of the first that had its text; 0: none had.
+      doubt: what is wrong with the file if none of its first records has its text.
     """
 
     lines: int = 0
     records: int = 0
-    good: bool = False
+    first_good: int = 0
     doubt: str = ""
 
 
@@ -64,12 +69,14 @@ class CorpusReport:
     Attributes:
       num_documents: documents read, before any split.
       skipped: what was left out.
+      notes: one line for each decision that the config leaves to the corpus.
       unlisted: how many more were left out that `skipped` does not hold.
       tally: of the span that was read last.
     """
 
     num_documents: int = 0
     skipped: list[Skipped] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
     unlisted: int = 0
     tally: Tally = dataclasses.field(default_factory=Tally)
 

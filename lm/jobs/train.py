@@ -160,7 +160,8 @@ def _run(job: TrainJob, directory: pathlib.Path) -> tuple[dict[str, float], bool
     if not (directory / "checkpoints").exists():
         check_init_from(job.init_from, _settled(resolved)["model"])
 
-    train_corpora, validation_corpora = prepare(job.data, tokenizer, job.seed, console.print)
+    say = functools.partial(console.print, markup=False, soft_wrap=True)  # names are names
+    train_corpora, validation_corpora = prepare(job.data, tokenizer, job.seed, say)
     reading = {"objective": job.objective.name, "tokenizer": tokenizer}
     rows = local_rows(batch_sharding(layout.mesh), job.data.batch_size)
     batches = train_batches(job.data, train_corpora, seed=job.seed, rows=rows, **reading)

@@ -2,6 +2,9 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import pathlib
+import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -10,11 +13,16 @@ import time
 
 import numpy as np
 import pytest
+import sentencepiece
+import tokenizers as hf_tokenizers
 from bytes_tokenizer import ByteTokenizer, SeparateBosTokenizer
 
-from lm.config import ConfigError
-from lm.data import cache, entry, prepare, shards
+from lm import tokenizers
+from lm.config import ConfigError, view
+from lm.data import cache, entry, evaluation_batches, prepare, shards, train_batches
 from lm.data.config import DataConfig
+from lm.jobs.train import TrainJob
+from lm.tokenizers import TokenizerConfig
 
 TEXTS = [f"document {i}: " + "höher 🎈 " * (i % 7) for i in range(300)]
 
@@ -74,25 +82,96 @@ def test_written_once_and_keyed_by_what_matters(config):
     assert prepared(config)[0].key != train.key
 
 
-def test_chunks_and_parts_do_not_show(config, monkeypatch):
+def test_groups_of_documents_do_not_show(config, monkeypatch):
     whole, _, _ = prepared(config)
-    monkeypatch.setattr(entry, "_CHUNK_CHARS", 17)
-    monkeypatch.setattr(entry, "_parts", lambda text: cut_parts(text, 17))
+    monkeypatch.setattr(entry, "_CHUNK_CHARS", 1700)
     config = dataclasses.replace(config, cache_dir=config.cache_dir + "2")
     small, _, _ = prepared(config)
     np.testing.assert_array_equal(whole.tokens, small.tokens)
     np.testing.assert_array_equal(whole.offsets, small.offsets)
 
 
-cut_parts = entry._parts
+DRAW = random.Random(0)
+WORDS = ["".join(DRAW.choices("abcdeé🎈漢", k=DRAW.randrange(1, 9))) for _ in range(300)]
+LONG = {  # texts in which places where a cut does not show are of one kind, or rare, or nowhere
+    "lines": "".join(DRAW.choice(["  ", "", "\n"]) + f"{word}\n" for word in WORDS * 9),
+    "one line": "".join(word + DRAW.choice(["  ", " ", "\t"]) for word in WORDS * 9),
+    "no spaces": "".join(DRAW.choices(WORDS, k=4000)),
+    "repeats": "漢字かな" * 3000 + "Some words.\n" * 900 + "e\u0301\u00e9" * 5000,
+    "runs": "x" + "a" * 20_001 + " " * 9001 + "\n" * 5000 + "b",
+}
 
 
-def test_parts_end_with_lines_and_lose_nothing():
-    text = "".join("x" * n + "\n" for n in range(50))
-    parts = cut_parts(text, 60)
-    assert "".join(parts) == text and max(map(len, parts)) <= 60
-    assert all(part.endswith("\n") for part in parts[:-1])
-    assert "".join(cut_parts("y" * 500, 60)) == "y" * 500
+def dummy_prefix_tokenizers(folder):
+    """Two that write a space before every text they are given, and one that folds case."""
+    texts = [text[:2000] for text in LONG.values()]
+    with open(folder / "t5.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=file, vocab_size=300, minloglevel=3,
+            byte_fallback=True, hard_vocab_limit=False,
+        )  # fmt: skip
+    yield tokenizers.load(folder / "t5.model")
+    engine = hf_tokenizers.Tokenizer(
+        hf_tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>")
+    )
+    engine.normalizer = hf_tokenizers.normalizers.Sequence(
+        [hf_tokenizers.normalizers.Prepend("▁"), hf_tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    steps = [("Replace", ("▁", " ")), ("ByteFallback", ()), ("Fuse", ()), ("Strip", (" ", 1, 0))]
+    engine.decoder = hf_tokenizers.decoders.Sequence(
+        [getattr(hf_tokenizers.decoders, name)(*given) for name, given in steps]
+    )
+    names = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = hf_tokenizers.trainers.BpeTrainer(vocab_size=500, special_tokens=names)
+    engine.train_from_iterator([text[:300] for text in texts], trainer)
+    engine.save(str(folder / "tokenizer.json"))
+    yield tokenizers.load(folder / "tokenizer.json")
+    kinds = ("wordpiece", "bpe", "sentencepiece_unigram", "char")
+    for kind in kinds:
+        config = TokenizerConfig(kind=kind, vocab_size=290, lowercase=kind == "wordpiece")
+        yield tokenizers.train(config, texts)
+
+
+def test_where_a_long_document_is_cut_does_not_show_in_its_tokens(tmp_path, monkeypatch):
+    whole = [LONG[name] for name in LONG] + ["".join(LONG.values())]
+    monkeypatch.setattr(entry, "_CHUNK_CHARS", 5000)
+    (tmp_path / "x.json").write_text(json.dumps(whole))
+    config = DataConfig(
+        path=str(tmp_path / "x.json"), cache_dir=str(tmp_path / "cache"), validation_fraction=0.0
+    )
+    asked = []
+    for tokenizer in dummy_prefix_tokenizers(tmp_path):
+        encode = tokenizer.encode_batch
+        monkeypatch.setattr(
+            tokenizer, "encode_batch", lambda texts, e=encode: asked.extend(texts) or e(texts)
+        )
+        ((corpus,), _) = prepare(config, tokenizer, 0)
+        for number, ids in enumerate(encode(whole)):
+            low, high = corpus.offsets[number : number + 2]
+            found = np.array(corpus.tokens[low : high - 1])
+            assert tokenizer.decode(found) == tokenizer.decode(ids)
+            if tokenizer.kind == "sentencepiece_unigram":  # sums of scores round, and decide ties
+                found, ids = np.sort(found), np.sort(ids)
+            np.testing.assert_array_equal(found, ids, f"{tokenizer}, {number}")
+    assert max(map(len, asked)) < len(whole[-1])
+
+
+@pytest.mark.slow
+def test_a_document_of_nine_megabytes_comes_back_as_it_was(tmp_path):
+    text = LONG["one line"] * (9 * 2**20 // len(LONG["one line"]) + 1)
+    (tmp_path / "book.txt").write_text(text)
+    config = DataConfig(
+        path=str(tmp_path / "book.txt"), cache_dir=str(tmp_path / "cache"), validation_fraction=0.0
+    )
+    engine = hf_tokenizers.Tokenizer(hf_tokenizers.models.BPE())
+    engine.pre_tokenizer = hf_tokenizers.pre_tokenizers.Metaspace()  # "▁" before every text
+    engine.decoder = hf_tokenizers.decoders.Metaspace()
+    trainer = hf_tokenizers.trainers.BpeTrainer(special_tokens=["</s>"])
+    engine.train_from_iterator([LONG["one line"]], trainer)
+    engine.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = tokenizers.load(tmp_path / "tokenizer.json")
+    ((corpus,), _) = prepare(config, tokenizer, 0)
+    assert tokenizer.decode(corpus.tokens) == text
 
 
 @pytest.mark.parametrize(
@@ -159,6 +238,8 @@ sys.path.insert(0, sys.argv[1])
 from bytes_tokenizer import ByteTokenizer
 from lm.data import prepare
 from lm.data.config import DataConfig
+from lm.jobs.train import TrainJob
+from lm.tokenizers import TokenizerConfig
 class Stuck(ByteTokenizer):
     def encode_batch(self, texts):
         print("writing", flush=True)
@@ -205,17 +286,54 @@ def test_an_impossible_cache_directory_is_one_line(config, tmp_path):
         prepared(dataclasses.replace(config, cache_dir=str(tmp_path / "file" / "cache")))
 
 
-def test_too_few_documents_to_hold_any_out(config):
+def test_too_few_documents_to_hold_any_out_are_cut_and_it_says_so(config):
+    for texts, train, validation in (
+        (["only one"], ["only on"], ["e"]),
+        (["first", "second"], ["first", "secon"], ["d"]),
+    ):
+        with open(config.path, "w") as file:
+            json.dump(texts, file)
+        few = dataclasses.replace(config, validation_fraction=0.02)
+        for _ in range(2):  # made, and found in the cache
+            found = prepared(few)
+            assert (texts_of(found[0]), texts_of(found[1])) == (train, validation)
+            (line,) = [note for note in found[2] if "held out" in note]
+            assert "data.split='hash'" in line and f"{len(texts)} document" in line
+            assert "2.00%" in line
     with open(config.path, "w") as file:
-        json.dump(["only one"], file)
-    with pytest.raises(ConfigError, match=r"data\.split='hash'.*data\.split='position'"):
-        prepared(dataclasses.replace(config, validation_fraction=0.001))
-    train, validation, _ = prepared(dataclasses.replace(config, split="position"))
-    assert texts_of(train) + texts_of(validation) == ["only o", "ne"]
-    train, validation = prepare(
-        dataclasses.replace(config, validation_fraction=0.0), ByteTokenizer(), 0
+        json.dump(["x"], file)
+    with pytest.raises(ConfigError, match=r"leaves no documents.*data.validation_path"):
+        prepared(few)
+    nothing = dataclasses.replace(config, validation_fraction=0.0)
+    ((corpus,), validation) = prepare(nothing, ByteTokenizer(), 0)
+    assert texts_of(corpus) == ["x"] and validation == ()
+
+
+@pytest.mark.parametrize("number", [1, 2, 12])
+def test_any_number_of_texts_suits_every_config(tmp_path, number):
+    cells = [f"A line of file {i % number}, number {i}.\tAnother." for i in range(300 * number)]
+    for i in range(number):
+        (tmp_path / f"{i}.txt").write_text("\n".join(cells[i::number]))
+        (tmp_path / f"{i}.tsv").write_text("\n".join(cells[i::number]))
+    tokenizer = tokenizers.train(
+        TokenizerConfig(kind="byte", mask_token=True, num_sentinels=99), []
     )
-    assert texts_of(train[0]) == ["only one"] and validation == ()
+    for path in sorted(pathlib.Path("configs").glob("*.py")):
+        config = runpy.run_path(str(path))["get_config"]()
+        if config.job != "train":
+            continue
+        config.data.path = f"{tmp_path}/*.{'tsv' if path.stem == 'translate' else 'txt'}"
+        if path.stem == "translate":
+            config.data.text_field = "source,target"
+        config.data.cache_dir = str(tmp_path / "cache")
+        data = view(TrainJob, config).data
+        corpora = prepare(data, tokenizer, 0, lambda line: None)
+        assert bool(corpora[1]) == bool(data.validation_fraction)
+        for some, batches in zip(filter(None, corpora), (train_batches, evaluation_batches)):
+            given = {"seed": 0} if batches is train_batches else {}
+            batch = next(iter(batches(data, some, objective=config.objective.name,
+                                      tokenizer=tokenizer, **given)))  # fmt: skip
+            assert batch["weights"].sum() > 0, path
 
 
 def test_validation_may_be_a_corpus_of_its_own(config, tmp_path):

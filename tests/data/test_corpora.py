@@ -1,14 +1,17 @@
 import bz2
+import contextlib
 import dataclasses
 import gzip
 import json
+import lzma
+import os
 
 import pytest
 
 from lm.config import ConfigError, defaults, view
 from lm.data import corpus_fingerprint
 from lm.data.config import DataConfig
-from lm.data.corpora import CorpusReport, documents, source, split_of
+from lm.data.corpora import CorpusReport, documents, pairs, source, split_of
 
 EVERYTHING = DataConfig(validation_fraction=0.0)
 
@@ -36,6 +39,8 @@ def test_config_survives_the_view_and_the_command_line_types():
         ("batch_size", 0, "at least 1"),
         ("validation_fraction", 1.0, r"\[0, 1\)"),
         ("encoding", "utf-9", "encoding"),
+        ("encoding", "hex", "encoding"),
+        ("encoding", "undefined", "encoding"),
         ("epochs", 0, "at least 1"),
         ("path", "", "no corpus"),
         ("on_bad_file", "crash", "refuse"),
@@ -59,10 +64,12 @@ def test_every_format_gives_the_same_documents(tmp_path):
     (tmp_path / "d.json").write_text(json.dumps([{"text": text} for text in texts]))
     (tmp_path / "e.json").write_bytes(lines)
     (tmp_path / "f.json").write_text(json.dumps(texts))
+    (tmp_path / "h.ndjson.bz2").write_bytes(bz2.compress(lines[:9]) + bz2.compress(lines[9:]))
+    (tmp_path / "i.jsonl.xz").write_bytes(lzma.compress(lines))
     parquet.write_table(pyarrow.table({"text": texts, "id": [1, 2, 3]}), tmp_path / "g.parquet")
     for file in tmp_path.iterdir():
         assert read(file) == texts, file.name
-    assert read(tmp_path) == texts * 7
+    assert read(tmp_path) == texts * 9
     assert read(tmp_path / "[ab].*") == texts * 2
 
 
@@ -73,6 +80,33 @@ def test_text_files_are_one_document_each_in_sorted_order(tmp_path):
     (tmp_path / ".hidden").write_text("never")
     assert read(tmp_path) == ["fir\r\nst", "second"]
     assert read(f"{tmp_path}/**/*.md") == ["second"]
+
+
+@pytest.mark.parametrize("name", ["gz", "zst", "bz2", "xz"])
+def test_an_archive_cut_short_or_with_flipped_bytes_is_reported(tmp_path, name):
+    packers = {"gz": gzip, "bz2": bz2, "xz": lzma}
+    packer = packers.get(name) or pytest.importorskip("zstandard")
+    lines = "".join(json.dumps({"text": f"{i} {i**50}"}) + "\n" for i in range(300)).encode()
+    whole = packer.compress(lines)
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 0xFF
+    path = tmp_path / f"x.jsonl.{name}"
+    path.write_bytes(whole)
+    assert len(read(path)) == 300
+    for data in (whole[: len(whole) // 2], whole[:-1], whole + whole[:-3], whole[:3]):
+        path.write_bytes(data)
+        report = CorpusReport()
+        try:
+            read(path, report)
+        except ConfigError as error:  # nothing at all could be read
+            assert "holds no documents" in str(error)
+        assert report.skipped[-1].reason.startswith("damaged archive"), report.skipped
+    if name != "zst":  # its frames have a checksum only where the writer asked for one
+        path.write_bytes(flipped)
+        report = CorpusReport()
+        with contextlib.suppress(ConfigError):
+            read(path, report)
+        assert report.skipped
 
 
 def test_unusable_files_are_counted_with_their_reason_or_refused(tmp_path):
@@ -118,6 +152,120 @@ def test_mistakes_name_what_there_is(tmp_path):
         read(tmp_path / "empty.txt")
     with pytest.raises(ConfigError, match=r"validation_path.*does not exist"):
         read(tmp_path / "data.jsonl", part="validation", validation_path="nowhere")
+
+
+def test_one_bad_first_record_is_a_bad_record_like_any_other(tmp_path):
+    good = [json.dumps({"text": f"text {i}"}) for i in range(3)]
+    for bad in ('{"version": 1}', '{"text": 7}', "[1]", "{bad", "3"):
+        for place in (0, 1):
+            lines = [*good[:place], bad, *good[place:]]
+            for name, data in (("x.jsonl", "\n".join(lines)), ("y.json", f"[{','.join(lines)}]")):
+                if bad == "{bad" and name == "y.json":
+                    continue
+                (tmp_path / name).write_text(data)
+                report = CorpusReport()
+                assert read(tmp_path / name, report) == ["text 0", "text 1", "text 2"], bad
+                assert [skipped.number for skipped in report.skipped] == [place + 1]
+                with pytest.raises(ConfigError, match="on_bad_file='refuse'"):
+                    read(tmp_path / name, on_bad_file="refuse")
+    # Of a long file in which there is nothing but such records, the first thousand are enough.
+    (tmp_path / "x.jsonl").write_text('{"version": 1}\n' * 1000 + good[0])
+    with pytest.raises(ConfigError, match=r"1 skipped .*'text' is not one of .* 'version'"):
+        read(tmp_path / "x.jsonl")
+
+
+def test_lines_end_at_a_line_feed_and_nowhere_else(tmp_path):
+    pytest.importorskip("zstandard")
+    text = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh"
+    line = json.dumps({"text": text}, ensure_ascii=False).replace("\\u0085", "\x85")
+    assert "\u2028" in line and "\x85" in line
+    pair = f"{text[:-2]}\tb"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"):
+        # "\u0a0d" has the byte of a line feed in UTF-16.
+        data = f"{line}\n\n{line}\r\n" + '{"text": "\u0a0d"}'
+        for name in ("x.jsonl", "x.json"):
+            (tmp_path / name).write_bytes(data.encode(encoding))
+            assert read(tmp_path / name, encoding=encoding) == [text, text, "\u0a0d"]
+        (tmp_path / "x.tsv").write_bytes(f"\ufeff{pair}\r\n{pair}\n".encode(encoding))
+        config = dataclasses.replace(EVERYTHING, path=str(tmp_path / "x.tsv"), encoding=encoding)
+        config = dataclasses.replace(config, text_field="source,target")
+        assert list(pairs(config, "train", 0)) == [(text[:-2], "b")] * 2
+    (tmp_path / "x.txt").write_bytes("\ufeffplain".encode("utf-16-le"))
+    with pytest.raises(ConfigError, match=r"data\.encoding='utf-16'"):
+        read(tmp_path / "x.txt")
+    assert read(tmp_path / "x.txt", encoding="utf-16-le") == ["plain"]
+
+
+def test_a_separator_cuts_plain_text_into_documents(tmp_path):
+    text = "One.\n\nstill one\n<|endoftext|>\nTwo.<|endoftext|> three\n<|endoftext|>\n"
+    (tmp_path / "x.txt").write_text(text)
+    (tmp_path / "x.jsonl").write_text('{"text": "a<|endoftext|>b"}')
+    separated = {"document_separator": "<|endoftext|>"}
+    documents_of_text = ["One.\n\nstill one", "Two.", " three"]
+    assert read(tmp_path, **separated) == ["a<|endoftext|>b", *documents_of_text]
+    assert read(tmp_path / "x.txt") == [text]
+    assert len(read(tmp_path / "x.txt", document_separator=r"\n\n")) == 2
+
+
+def test_a_folder_gives_its_data_through_links_and_says_what_it_leaves_out(tmp_path):
+    """As the snapshot of a data set on the Hub looks, with all that may go wrong in it."""
+    snapshot, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    for folder in (snapshot / "data", blobs / "more"):
+        folder.mkdir(parents=True)
+    (blobs / "0").write_text('{"text": "one"}\n')
+    (snapshot / "data" / "train.jsonl").symlink_to(blobs / "0")
+    (blobs / "more" / "b.jsonl").write_text('{"text": "two"}\n')
+    (snapshot / "linked").symlink_to(blobs / "more")
+    (snapshot / "again").symlink_to(blobs / "more")
+    (snapshot / "data" / "round").symlink_to(snapshot)
+    (snapshot / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    (snapshot / "README.md").write_text("# About")
+    (snapshot / "LICENSE").write_text("Free.")
+    (snapshot / ".gitattributes").write_text("*.parquet lfs")
+    (snapshot / "dataset_infos.json").write_text('{"default": {"features": {"text": "x"}}}')
+    (snapshot / "load.py").write_text("print()")
+    (snapshot / "schema.json").write_text('{"title": "x"}')
+    os.mkfifo(snapshot / "pipe")
+    report = CorpusReport()
+    assert sorted(read(snapshot, report)) == ["one", "two"]
+    assert [os.path.basename(skipped.file) for skipped in report.skipped] == ["schema.json"]
+    (line,) = source(str(snapshot), EVERYTHING, 0).notes
+    assert "README.md" in line and "gone.jsonl" in line and "and 1 more" in line, line
+    with pytest.raises(ConfigError, match="is not a file or a directory"):
+        read(snapshot / "pipe")
+    # Where there are no records, every text is data.
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    for name in ("README.md", "code.py", "LICENSE"):
+        (notes / name).write_text(name)
+    (notes / "broken").symlink_to("nothing")
+    assert read(notes) == ["LICENSE", "README.md", "code.py"]
+
+
+NAMES = ["lr[1e-3]", "a\\b", "with spaces", "#x", "50%", "a,b", "tab\there", "*", "[/red]"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, os.fsdecode(b"latin \xff")])
+def test_a_path_is_taken_as_it_is_before_it_is_a_pattern(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    (folder / f"{name}.txt".replace("/", "")).write_text("this one")
+    (tmp_path / "other.txt").write_text("another")
+    for path in (folder, folder / f"{name}.txt".replace("/", ""), folder / "*.txt"):
+        assert read(path) == ["this one"]
+        assert read(f"{path}, {tmp_path / 'other.txt'}") == ["this one", "another"]
+    (folder / "bad.txt").write_bytes(b"\0")
+    report = CorpusReport()
+    read(folder, report)
+    assert report.lines()[0].isprintable()
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 5000, "y/" * 3000, "a\0*", "~nobody-here/x"])
+def test_names_that_no_file_can_have_do_not_exist(path):
+    with pytest.raises(ConfigError, match=r"^data\.path=.* does not exist"):
+        read(path)
+    with pytest.raises(ConfigError, match=r"^data\.path=.* does not exist"):
+        read("stdlib," + path)
 
 
 def test_a_wrong_parquet_field_names_the_columns(tmp_path):

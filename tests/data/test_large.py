@@ -10,7 +10,7 @@ from corpus_files import contents, write_all_kinds
 
 from lm import tokenizers
 from lm.config import ConfigError
-from lm.data import beam, cache, entry, large, parts, prepare, storage
+from lm.data import beam, cache, entry, files, large, parts, prepare, storage
 from lm.data.beam import BeamConfig
 from lm.data.config import DataConfig
 from lm.tokenizers import TokenizerConfig
@@ -101,8 +101,9 @@ def test_training_finds_the_entry_without_reading_or_writing(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("path", ["storyworld", "translation"])
-def test_generated_corpora_are_made_in_parts(tmp_path, path):
-    config = DataConfig(path=path, num_documents=23, validation_fraction=0.3)
+@pytest.mark.parametrize("fraction", [0.3, 0.02])  # of so few the latter is cut by position
+def test_generated_corpora_are_made_in_parts(tmp_path, path, fraction):
+    config = DataConfig(path=path, num_documents=23, validation_fraction=fraction)
     expected = one_process(config, tmp_path / "one")
     assert in_parts(config, tmp_path / "many", BeamConfig(part_bytes=2048))[1] == expected
 
@@ -138,6 +139,35 @@ def test_the_same_error_as_one_process_wherever_the_mistake_is(tmp_path, lines, 
     expected = error_of(one_process, config, tmp_path / "one")
     assert error_of(in_parts, config, tmp_path / "many", BeamConfig(part_bytes=50)) == expected
     assert not entries(tmp_path / "one") and not list((tmp_path / "many").rglob("meta.json"))
+
+
+def test_a_file_without_its_field_is_found_wherever_it_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "FEW", 20)
+    good, bad, empty = '{"text": "good"}', '{"other": 1}', '{"text": ""}'
+    lines = {
+        "a": [bad] * 3 + [good] * 30,
+        "b": [bad] * 90,
+        "c": [bad] * 19 + [good] * 5,
+        "d": [bad] * 20 + [good] * 5,
+        "e": [empty] * 30 + [good] * 5,
+        "f": [empty] * 30 + [bad, good],
+        "g": [bad] * 7,
+        "h": [good, bad],
+        "i": [bad],
+    }
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for name, of_file in lines.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(of_file))
+    for split in ("hash", "position"):
+        config = DataConfig(path=str(folder), split=split, validation_fraction=0.3)
+        expected = one_process(config, tmp_path / f"one {split}")
+        for size in (40, 300):
+            found = in_parts(config, tmp_path / f"{size} {split}", BeamConfig(part_bytes=size))[1]
+            assert found == expected
+    (meta,) = [json.loads(data) for name, data in expected.items() if name.endswith("meta.json")]
+    documents = sum(split["num_documents"] for split in meta["splits"].values())
+    assert documents == 30 + 5 + 5 + 1 + 1, "of a, c, e, h, and a document that the cut divides"
 
 
 def test_an_interrupted_job_leaves_no_entry_and_goes_on(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from bytes_tokenizer import ByteTokenizer
 
 from lm.config import ConfigError
 from lm.data import DataConfig, documents, pairs, prepare
-from lm.data.corpora import CorpusReport, splits
+from lm.data.corpora import CorpusReport, num_training_characters, splits
 from lm.data.corpora import source as open_source
 
 PAIRS = [("one", "eins"), ("two words", "zwei Wörter"), ("three 🎈", "drei 🎈")]
@@ -46,7 +46,9 @@ def test_every_format_gives_the_same_pairs(tmp_path):
 def test_fields_may_have_other_names(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"en": "cat", "de": "Katze"}\n')
     assert read(tmp_path, text_field=("de", "en")) == [("Katze", "cat")]
-    with pytest.raises(ConfigError, match=r"data\.text_field='sources' is not a field .*'de'"):
+    with pytest.raises(
+        ConfigError, match=r"data\.text_field='sources' is not one of its fields.*'de'"
+    ):
         read(tmp_path, text_field=("sources", "en"))
     with pytest.raises(ConfigError, match=r"text_field=.* must name a field, or two for pairs"):
         dataclasses.replace(CONFIG, text_field=("a", "b", "c")).validate()
@@ -85,7 +87,9 @@ def test_pairs_are_never_cut_apart_by_the_split(tmp_path):
         config = dataclasses.replace(
             CONFIG, path=str(tmp_path), split=split, validation_fraction=0.3
         )
-        parts = list(splits(open_source(str(tmp_path), config, 0), CorpusReport()))
+        corpus = open_source(str(tmp_path), config, 0)
+        left = num_training_characters(corpus, CorpusReport())
+        parts = list(splits(corpus, CorpusReport(), left))
         assert [item for _, item in parts] == whole
         names = [name for name, _ in parts]
         assert 30 < names.count("validation") < 90
