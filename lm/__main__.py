@@ -5,6 +5,7 @@ and the run directory. Mistakes a user can mend end in one line and exit code 2.
 """
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -57,10 +58,7 @@ def guarded(function, *args) -> int:
 def main() -> None:
     """Runs `sys.argv` and exits."""
     _speak_utf8()
-    from absl import logging
-
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     sys.exit(guarded(run, sys.argv[1:]))
 
 
