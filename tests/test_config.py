@@ -1,5 +1,6 @@
 """Configs become typed views, and every mistake says how to mend it."""
 
+import ast
 import dataclasses
 import socket
 import sys
@@ -159,3 +160,16 @@ def test_configs_are_read_before_devices_are():
     process = tiny_jobs.start([sys.executable, "-c", READ, str(port)])
     output, errors = process.communicate(timeout=120)
     assert (process.returncode, output.split()[-1:]) == (0, ["1"]), errors
+
+
+def test_every_text_file_is_opened_with_an_encoding():
+    for path in (tiny_jobs.REPOSITORY / "lm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                words = [a.value for a in node.args if isinstance(a, ast.Constant)]
+                text = name in ("read_text", "write_text") or (
+                    name == "open" and {"w", "a"} & {*words}
+                )
+                named = any(keyword.arg == "encoding" for keyword in node.keywords)
+                assert named or not text, f"{path}, line {node.lineno}: encoding='utf-8'"

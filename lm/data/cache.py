@@ -303,7 +303,7 @@ def _lock(folder: Path, key: str, wait: bool = True) -> Iterator[bool]:
         yield False
         return
     (folder / "locks").mkdir(exist_ok=True)
-    with open(folder / "locks" / key, "w") as file:
+    with open(folder / "locks" / key, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:

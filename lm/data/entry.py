@@ -228,7 +228,7 @@ def offsets_of(split: str, meta: dict[str, Any]) -> tuple[str, str, int, int]:
 def read_meta(entry: Path) -> dict[str, Any] | None:
     """`meta.json` if the entry is whole: files of the right size, offsets that add up."""
     try:
-        meta = json.loads((entry / META).read_text())
+        meta = json.loads((entry / META).read_text(encoding="utf-8"))
         if meta["version"] != VERSION or set(meta["splits"]) != set(SPLITS):
             return None
         for split, facts in meta["splits"].items():

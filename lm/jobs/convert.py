@@ -129,7 +129,9 @@ def _to_run(job: ConvertJob, source, target, mesh) -> tuple[dict[str, Any], dict
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir(parents=True)
             config = {**imported.config, "init_from": job.init_from}
-            (scratch / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            (scratch / "config.json").write_text(
+                json.dumps(config, indent=2) + "\n", encoding="utf-8"
+            )
             if imported.tokenizer is not None:
                 imported.tokenizer.save(scratch / "tokenizer")
         _together()

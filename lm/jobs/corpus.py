@@ -58,7 +58,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[Made]:
     seconds = time.perf_counter() - began
     report = json.dumps([dataclasses.asdict(corpus) for corpus in made], indent=2)
     try:
-        (directory / "corpus.json").write_text(report + "\n")
+        (directory / "corpus.json").write_text(report + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
     rich.print(_table(made))

@@ -38,7 +38,7 @@ def finish(job: TrainJob, directory: pathlib.Path, console: Console) -> dict[str
     run = lm.load(str(directory))
     if prompts:
         text = samples(run, job, prompts)
-        (directory / "samples.txt").write_text(text)
+        (directory / "samples.txt").write_text(text, encoding="utf-8")
         console.print("samples:")
         console.print(text, markup=False, soft_wrap=True)
     if not job.exact_match:
@@ -105,5 +105,5 @@ def exact_matches(run: Run, job: TrainJob, mistakes: pathlib.Path) -> tuple[int,
         for (source, target), output in zip(part, outputs):
             if output.strip() != target.strip():
                 wrong.append(f"{source}\n= {target}\n→ {output}\n")
-    mistakes.write_text("\n".join(wrong))
+    mistakes.write_text("\n".join(wrong), encoding="utf-8")
     return len(chosen) - len(wrong), len(chosen)

@@ -152,7 +152,7 @@ def _written(result: dict[str, Any], workdir: str, console: Console) -> dict[str
     directory = pathlib.Path(workdir)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "plan.json"
-    path.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    path.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
     console.print(f"\nwritten to {path}", style="dim")
     return result
 

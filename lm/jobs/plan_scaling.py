@@ -93,7 +93,9 @@ def weak_scaling(
         page += [f"## {title}", "", *_markdown(table), ""]
         result[name] = figures
     if config.page:
-        pathlib.Path(config.page).write_text(f"{INTRODUCTION}\n" + "\n".join(page))
+        pathlib.Path(config.page).write_text(
+            f"{INTRODUCTION}\n" + "\n".join(page), encoding="utf-8"
+        )
         console.print(f"written to {config.page}", style="dim")
     return result
 

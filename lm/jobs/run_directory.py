@@ -131,7 +131,7 @@ def _write_claim(directory: pathlib.Path, config: dict[str, Any], tokenizer: Tok
             except OSError:  # another process was first
                 shutil.rmtree(scratch)
         scratch = directory / f".config.{os.getpid()}"
-        scratch.write_text(json.dumps(wanted, indent=2) + "\n")
+        scratch.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         scratch.rename(directory / "config.json")
     except OSError as error:
         raise _unwritable(directory, error) from error
@@ -195,7 +195,7 @@ def _shaping(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _read_config(path: pathlib.Path, field: str) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{field}: {path} cannot be read ({error}): restore it, or choose another directory"

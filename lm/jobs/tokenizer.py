@@ -105,7 +105,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[Row]:
     table = json.dumps([dataclasses.asdict(row) for row in rows], indent=2, ensure_ascii=False)
     try:
         (directory / "tokenizers.json").write_text(table + "\n", encoding="utf-8")
-        (directory / "config.json").write_text(json.dumps(to_dict(job), indent=2) + "\n")
+        (directory / "config.json").write_text(
+            json.dumps(to_dict(job), indent=2) + "\n", encoding="utf-8"
+        )
     except OSError as error:
         raise ConfigError(f"workdir={workdir!r} cannot be written: {error.strerror}") from None
     rich.print(_table(rows))

@@ -174,7 +174,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     directory = pathlib.Path(workdir).expanduser()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(to_dict(job), indent=2) + "\n")
+        (directory / "config.json").write_text(
+            json.dumps(to_dict(job), indent=2) + "\n", encoding="utf-8"
+        )
     except OSError as error:
         raise ConfigError(f"workdir={workdir!r} cannot be written: {error.strerror}") from None
     console = Console(highlight=False)
@@ -187,11 +189,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         "speed": measure_speed(job, console.print),
     }
     results["seconds"] = round(time.perf_counter() - began, 1)
-    (directory / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (directory / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     for table in tables(results):
         console.print(table)
     plot(results, directory / "why_attention.png")
-    (directory / "report.md").write_text(report(results, to_dict(job)))
+    (directory / "report.md").write_text(report(results, to_dict(job)), encoding="utf-8")
     console.print(f"{directory}/report.md · {directory}/why_attention.png", soft_wrap=True)
     return results
 

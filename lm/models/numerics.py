@@ -42,7 +42,7 @@ def fast_bfloat16(platform: str) -> bool:
     if platform != "cpu":
         return True
     cpuinfo = pathlib.Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 

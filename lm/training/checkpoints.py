@@ -236,7 +236,7 @@ class Checkpointer:
     def _read(self, step: int, abstract_state: Any) -> Restored:
         path = step_path(self._directory, step)
         state = load_tree(path, abstract_state, partial=False)
-        return Restored(step, state, json.loads((path / _EXTRA).read_text()))
+        return Restored(step, state, json.loads((path / _EXTRA).read_text(encoding="utf-8")))
 
     def _retire(self, newest: int) -> None:
         steps = self.steps()

@@ -17,7 +17,7 @@ def damage(path: str | os.PathLike[str], checksums: bool = True) -> str | None:
     """
     path = pathlib.Path(path)
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"].items()
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"].items()
         for name, (size, crc) in files:
             found = (path / name).stat().st_size
             if found != size:
@@ -48,7 +48,7 @@ def write_manifest(
 
 def write_durably(path: pathlib.Path, text: str) -> None:
     """Writes and reaches the disk: a rename may not overtake what it makes visible."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

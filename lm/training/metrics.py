@@ -66,7 +66,7 @@ class MetricsWriter:
             workdir.mkdir(parents=True, exist_ok=True)
             if (workdir / FILE).exists():
                 _keep_until(workdir / FILE, start_step)
-            self._file = (workdir / FILE).open("a")
+            self._file = (workdir / FILE).open("a", encoding="utf-8")
             if tensorboard:
                 self._events = _EventFile(workdir / "tensorboard", start_step)
         except OSError as error:
@@ -130,7 +130,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = pathlib.Path(path)
     path = path / FILE if path.is_dir() else path
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     return [
@@ -150,10 +150,10 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 def _keep_until(path: pathlib.Path, step: int) -> None:
     """Drops later records and unfinished lines; the file is replaced in one step or not at all."""
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if (record := _parse(line)) and record["step"] <= step]
     scratch = path.with_suffix(".partial")
-    with scratch.open("w") as file:
+    with scratch.open("w", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in kept)
         file.flush()
         os.fsync(file.fileno())

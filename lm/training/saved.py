@@ -218,7 +218,9 @@ def best_step(directory: pathlib.Path) -> int | None:
     losses = {}
     for step in saved_steps(directory):
         try:
-            manifest = json.loads((step_path(directory, step) / MANIFEST).read_text())
+            manifest = json.loads(
+                (step_path(directory, step) / MANIFEST).read_text(encoding="utf-8")
+            )
             losses[step] = float(manifest["metrics"][BEST])
         except (OSError, ValueError, KeyError, TypeError):
             continue  # no evaluation at that step, or a damaged manifest

@@ -94,7 +94,7 @@ def find(directory: str | os.PathLike[str]) -> dict[str, Stored]:
 def _find_sharded(directory: pathlib.Path) -> dict[str, Stored]:
     index = directory / INDEX
     try:
-        places = dict(json.loads(index.read_text())["weight_map"])
+        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{index} is damaged: {error!r}") from None
     found: dict[str, Stored] = {}
@@ -207,7 +207,7 @@ def write(
             total = sum(sum(sizes.values()) for sizes in shards)
             places = {name: file.name for file, sizes in zip(files, shards) for name in sizes}
             index = {"metadata": {"total_size": total}, "weight_map": places}
-            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{directory} cannot be written: {error.strerror or error}") from None
     return files
