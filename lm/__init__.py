@@ -6,13 +6,19 @@ import os
 import typing
 
 if typing.TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lm.run import Run
 
 __all__ = ["load"]
 __version__ = "0.1.0"
 
 
-def load(directory: str | os.PathLike[str], step: int | str | None = None) -> Run:
+def load(
+    directory: str | os.PathLike[str],
+    step: int | str | None = None,
+    ignore: str | Sequence[str] = (),
+) -> Run:
     """Opens a run directory, or a Hugging Face directory: config, tokenizer, parameters, metrics.
 
         run = lm.load("runs/quickstart")
@@ -22,6 +28,8 @@ def load(directory: str | os.PathLike[str], step: int | str | None = None) -> Ru
     Args:
       directory: what a training or convert job wrote, or config.json with safetensors.
       step: which checkpoint: a step, "best" (the lowest evaluation loss), or the latest.
+      ignore: of a Hugging Face model, regular expressions of fields of config.json, and of tensors,
+        that may be left out though they are not known.
 
     Raises:
       ConfigError: neither of them, no such checkpoint, or one that its tokenizer does not fit; a
@@ -29,4 +37,4 @@ def load(directory: str | os.PathLike[str], step: int | str | None = None) -> Ru
     """
     from lm.run import Run  # JAX is imported when it is needed
 
-    return Run.load(directory, step)
+    return Run.load(directory, step, ignore)

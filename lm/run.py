@@ -51,9 +51,14 @@ class Run:
     step: int
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str], step: int | str | None = None) -> Run:
+    def load(
+        cls,
+        directory: str | os.PathLike[str],
+        step: int | str | None = None,
+        ignore: str | Sequence[str] = (),
+    ) -> Run:
         """See `lm.load`."""
-        source = open_source(directory)
+        source = open_source(directory, ignore)
         step, params = source.parameters(step)
         model = skeleton(source.model)
         return cls(source.directory, source.config, source.tokenizer, model, params, step)

@@ -116,8 +116,7 @@ def _source(job: ConvertJob) -> pathlib.Path:
 
 
 def _to_run(job: ConvertJob, source, target, mesh) -> tuple[dict[str, Any], dict[str, str]]:
-    ignore = (job.ignore,) if isinstance(job.ignore, str) else job.ignore
-    imported = open_imported(source, ignore)
+    imported = open_imported(source, job.ignore)
     checkpoint = imported.checkpoint
     specs = checkpoint.layout.specs
     params = checkpoint.parameters(parameter_shardings(specs, mesh), job.dtype)

@@ -20,6 +20,9 @@ class GenerateJob(SamplingConfig):
     job: str = "generate"
     seed: int = 0  # of the random draws: the same seed, the same text
     init_from: str = ""  # the directory of a run, or a Hugging Face directory
+    # Of a Hugging Face directory: regular expressions of fields of config.json and of tensors that
+    # may be left out though they are not known.
+    ignore: str | tuple[str, ...] = ()
     prompt: str = ""  # "-" reads it from standard input
     prompt_file: str = ""  # read it from this file instead; "-" is standard input
 
@@ -46,7 +49,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
     """
     job = view(GenerateJob, config)
     prompt = _read_prompt(job)
-    loaded = lm.load(job.init_from)
+    loaded = lm.load(job.init_from, ignore=job.ignore)
     writer = loaded.text_generator
     stream = writer.generate([prompt], job, job.seed)
     texts = _print(stream, writer.opening(prompt), job.num_samples)

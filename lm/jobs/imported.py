@@ -37,7 +37,7 @@ class Imported:
     config: dict[str, Any]
 
 
-def open_imported(directory: str | os.PathLike[str], ignore: Sequence[str] = ()) -> Imported:
+def open_imported(directory: str | os.PathLike[str], ignore: str | Sequence[str] = ()) -> Imported:
     """Opens a Hugging Face directory.
 
     Args:
@@ -52,7 +52,7 @@ def open_imported(directory: str | os.PathLike[str], ignore: Sequence[str] = ())
     tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
     rows = checkpoint.config.vocab_size
     check(
-        tokenizer is None or tokenizer.vocab_size <= rows,
+        tokenizer is None or tokenizer.fits(rows),
         f"{path}: its tokenizer has {tokenizer.vocab_size if tokenizer else 0} ids and its "
         f"embedding {rows} rows: one of them is of another model",
     )

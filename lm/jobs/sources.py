@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,14 +90,19 @@ class Source:
         }
 
 
-def open_source(directory: str | os.PathLike[str]) -> Source:
+def open_source(directory: str | os.PathLike[str], ignore: str | Sequence[str] = ()) -> Source:
     """Opens a run directory or a Hugging Face directory; again at no cost if nothing changed there.
+
+    Args:
+      directory: where it is.
+      ignore: of a Hugging Face directory; see `lm.models.huggingface.read.open_checkpoint`.
 
     Raises:
       ConfigError: neither of them, or one that is damaged, or does not fit its tokenizer.
     """
     path = pathlib.Path(directory).expanduser()
-    source = _open(path, _stamps(path) | _stamps(path / TOKENIZER))
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    source = _open(path, ignore, _stamps(path) | _stamps(path / TOKENIZER))
     return dataclasses.replace(source, config=copy.deepcopy(source.config))
 
 
@@ -111,10 +116,12 @@ def _stamps(folder: pathlib.Path) -> frozenset[tuple[str, int, int]]:
 
 
 @functools.lru_cache(maxsize=1)  # a job opens its source for the tokenizer, then for the parameters
-def _open(path: pathlib.Path, stamps: frozenset[tuple[str, int, int]]) -> Source:
+def _open(
+    path: pathlib.Path, ignore: tuple[str, ...], stamps: frozenset[tuple[str, int, int]]
+) -> Source:
     del stamps
     if is_checkpoint(path):
-        imported = open_imported(path)
+        imported = open_imported(path, ignore)
         checkpoint = imported.checkpoint
         return Source(path, imported.config, checkpoint.config, imported.tokenizer, checkpoint)
     _check_is_run(path)
@@ -172,7 +179,7 @@ def _check_tokenizer(
         f"{tokenizer.fingerprint}, the run's {trained}; put the original back",
     )
     check(
-        tokenizer.vocab_size <= model.vocab_size,
+        tokenizer.fits(model.vocab_size),
         f"{path / TOKENIZER} has {tokenizer.vocab_size} tokens but the model only "
         f"{model.vocab_size}: put the tokenizer back that the model was trained with",
     )

@@ -322,11 +322,11 @@ _BOUNDS = (
     ),
     ("vocab_size max_length", lambda x: x >= 0, "positive, or 0 to choose it"),
     (
-        "norm_epsilon rotary_base rotary_local_base initializer_std rotary_factor attention_scale "
-        "rotary_low rotary_high",
+        "norm_epsilon initializer_std rotary_factor attention_scale rotary_low rotary_high",
         lambda x: x > 0,
         "positive",
     ),
+    ("rotary_base rotary_local_base", lambda x: x > 1, "more than 1"),
     (
         "token_types position_offset window num_experts shared_experts dense_layers "
         "embedding_scale output_scale attention_softcap logits_softcap capacity_factor",

@@ -50,7 +50,8 @@ def rotary_frequencies(config: ModelConfig, local: bool = False) -> tuple[np.nda
 
         first = max(math.floor(pair_that_rotates(config.rotary_high)), 0)
         last = min(math.ceil(pair_that_rotates(config.rotary_low)), width - 1)
-        ramp = (np.arange(width // 2) - first) / max(last - first, 0.001)
+        # Of a low base the first may lie behind the last: the ramp falls, as in the published code.
+        ramp = (np.arange(width // 2) - first) / (last - first or 0.001)
         slowed = np.clip(ramp, 0, 1)
         gain = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
         return frequencies * (1 - slowed + slowed / factor), gain

@@ -181,6 +181,13 @@ class Tokenizer(abc.ABC):
                 ends[id] = not _in_word(text[-1])
         return begins, ends
 
+    def fits(self, rows: int) -> bool:
+        """Whether an embedding with so many rows has one for every token that stands for text.
+
+        Padding, say, may lie beyond: no text has it.
+        """
+        return self.vocab_size <= rows or not any(self._bytes[rows:])
+
     def _checked(self, ids: Iterable[int]) -> list[int]:
         ids = ids.tolist() if hasattr(ids, "tolist") else [int(i) for i in ids]
         if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):

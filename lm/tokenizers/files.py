@@ -111,7 +111,7 @@ def _open_file(file: Path, config: TokenizerConfig) -> Tokenizer:
     else:
         return HuggingFaceTokenizer.from_json(data, {}, config)
     beside = {name: found for name, found in _beside(file).items() if name in HUGGING_FACE_FILES}
-    return HuggingFaceTokenizer.from_json(data, beside, config)
+    return HuggingFaceTokenizer.from_json(data, beside, config, vocabularies.end(_beside(file)))
 
 
 def _beside(file: Path) -> dict[str, bytes]:

@@ -151,10 +151,17 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     @classmethod
-    def from_json(cls, data: bytes, beside: dict[str, bytes], config: TokenizerConfig):
+    def from_json(
+        cls,
+        data: bytes,
+        beside: dict[str, bytes],
+        config: TokenizerConfig,
+        end: int | None = None,
+    ):
         """A tokenizer from the bytes of a `tokenizer.json` and the small files beside it.
 
-        A vocabulary without an end-of-text token gets one, after its last id.
+        A vocabulary without an end-of-text token takes that of the model, whose id is `end`; or it
+        gets one, after its last id.
 
         Raises:
           ConfigError: a file is damaged, or `config.eos_token` or `bos_token` is not in the
@@ -190,8 +197,11 @@ class HuggingFaceTokenizer(Tokenizer):
                     role_ids[role] = ids[name] = vocabulary[name]
                     break
         if "eos" not in role_ids:
-            name = END_OF_TEXT if END_OF_TEXT not in vocabulary else "<|end of text|>"
-            role_ids["eos"] = ids[name] = max(vocabulary.values()) + 1
+            name = engine.id_to_token(end) if end is not None else None
+            if name is None or (name not in added and name[:1] not in ("<", "[")):
+                name = END_OF_TEXT if END_OF_TEXT not in vocabulary else "<|end of text|>"
+                end = max(vocabulary.values()) + 1
+            role_ids["eos"] = ids[name] = end
         hidden = sentinels(vocabulary)
         ids |= {SENTINEL.format(i): id for i, id in enumerate(hidden)}
         if hidden and "bos" not in role_ids and "pad" in role_ids:

@@ -174,6 +174,13 @@ def tokenizer_class(beside: Mapping[str, bytes]) -> str:
     return str(named).removesuffix("Fast").removesuffix("Tokenizer")
 
 
+def end(beside: Mapping[str, bytes]) -> int | None:
+    """The id at which the model beside the tokenizer ends a text, if its config.json tells."""
+    ids = _settings(beside, "config.json").get("eos_token_id")
+    first = ids[0] if isinstance(ids, list) and ids else ids
+    return first if isinstance(first, int) and 0 <= first < 1 << 31 else None
+
+
 def begins_and_ends(beside: Mapping[str, bytes]) -> tuple[bool, bool]:
     """Whether begin- and end-of-text stand around the ids of a SentencePiece model.
 

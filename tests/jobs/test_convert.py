@@ -13,8 +13,9 @@ from safetensors.numpy import load_file
 
 import lm
 from lm.config import ConfigError, defaults
-from lm.jobs import convert
+from lm.jobs import convert, generate
 from lm.jobs.convert import ConvertJob
+from lm.jobs.generate import GenerateJob
 from lm.models import ModelConfig, init, param_specs, skeleton
 from lm.models.huggingface.read import open_checkpoint
 from lm.tokenizers import TokenizerConfig, train
@@ -205,6 +206,13 @@ def test_what_was_ignored_is_said(tmp_path, capsys):
     path = tiny.write_directory(tmp_path / "hf", weights)
     assert run(path, tmp_path / "run", ignore="cls")["ignored"] == ["cls.extra"]
     assert "cls.extra" in capsys.readouterr().out
+    (path / "config.json").write_text(json.dumps({**tiny.CONFIG, "attn_factor": 2}))
+    with pytest.raises(ConfigError, match=r"attn_factor=2, .* config.ignore=attn_factor says"):
+        lm.load(path, ignore="cls")
+    fields = {"init_from": str(path), "ignore": ("cls", "attn_factor"), "max_new_tokens": 1}
+    config = defaults(GenerateJob)
+    config.update_from_flattened_dict(fields)
+    assert len(generate.run(config, "")) == 1
 
 
 @pytest.mark.parametrize(
@@ -251,6 +259,32 @@ def test_a_tokenizer_may_not_have_more_ids_than_the_embedding(tmp_path):
     for open_it in (lm.load, lambda p: run(p, tmp_path / "run")):
         with pytest.raises(ConfigError, match="257 ids and its embedding 200 rows"):
             open_it(path)
+
+
+@pytest.mark.parametrize(
+    "rows, added, end, fields",
+    [
+        (256, {}, 256, {}),  # neither has an end of text
+        (256, {"[PAD]": 256}, 257, {}),
+        (257, {"<|end|>": 256, "[PAD]": 257}, 256, {"eos_token_id": 256}),
+        (257, {"</s>": 256, "[PAD]": 257}, 256, {"eos_token_id": [7, 256]}),
+    ],
+)
+def test_special_tokens_may_lie_beyond_the_embedding(rows, added, end, fields, tmp_path):
+    weights = tiny.tensors()
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:rows]
+    path = tiny.write_directory(tmp_path / "hf", weights, False, vocab_size=rows, **fields)
+    hf = {**tiny.CONFIG, "vocab_size": rows, "bos_token_id": None, "eos_token_id": None, **fields}
+    (path / "config.json").write_text(json.dumps(hf))
+    (path / "vocab.json").write_text(json.dumps(byte_values()))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    (path / "added_tokens.json").write_text(json.dumps(added))
+    opened = lm.load(path)
+    assert opened.tokenizer.eos_id == end
+    assert opened.encode("é") == [0xC3, 0xA9]
+    assert greedy(opened).startswith("The cat")
+    run(path, tmp_path / "run")
+    assert greedy(lm.load(tmp_path / "run")) == greedy(opened)
 
 
 GPT2 = {

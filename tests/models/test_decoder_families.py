@@ -205,6 +205,19 @@ def test_every_preset_of_a_family_can_be_written_as_that_family():
             {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": False}},
             "trunc",
         ),
+        (
+            "llama3_2_1b",
+            {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 4,
+                    "original_max_position_embeddings": 8,
+                },
+                "original_max_position_embeddings": 16,
+            },
+            "original_max_position_embeddings=16, and 8 .* config.ignore=original_max_position",
+        ),
+        ("llama3_2_1b", {"rope_interleaved": True}, "rope_interleaved"),
         ("llama3_2_1b", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama3_2_1b", {"hidden_act": "relu"}, "hidden_act"),
         ("llama3_2_1b", {"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -264,6 +277,41 @@ def test_versions_4_and_5_say_the_same_rotations():
     for keys in (("rope_scaling", "rope_theta"), ("rope_parameters",)):
         said = {**hf, "rope_theta": None, **{key: written[key] for key in keys}}
         assert family.read_config(said) == config
+
+
+# Of the uploads of SmolLM2, unsloth, Vicuna, DialoGPT, BART and others.
+INERT = {
+    "is_llama_config": True, "unsloth_fixed": True, "unsloth_version": "2024.9", "save_step": 9,
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}, "max_sequence_length": 2048,
+    "rope_interleaved": False, "_flash_attn_2_enabled": True, "unheard_of": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama3_2_1b", "qwen2_5_0_5b", "gemma2_2b", "opt_125m"])
+def test_fields_that_change_nothing_are_known(name):
+    hf = PUBLISHED[name]
+    assert family_of(hf).read_config({**hf, **INERT}) == family_of(hf).read_config(hf)
+
+
+def test_neox_has_its_own_names_of_rotations():
+    def read(**fields):
+        config = FAMILIES["gpt_neox"].read_config({**PUBLISHED["pythia_160m"], **fields})
+        return config.rotary_base, config.rotary_fraction
+
+    assert read() == read(rope_theta=50.0, partial_rotary_factor=1.0) == (10_000.0, 0.25)
+    assert read(rotary_emb_base=300, rope_theta=50.0) == (300.0, 0.25)
+    new = {"rope_type": "default", "rope_theta": 70.0, "partial_rotary_factor": 1.0}
+    assert read(rope_parameters=new, rope_theta=50.0, rotary_emb_base=300) == (70.0, 1.0)
+    assert read(rope_parameters={"rope_type": "default"}, rope_theta=50.0) == (10_000.0, 0.25)
+
+
+def test_yarn_of_a_low_base_is_what_transformers_has():
+    config = ModelConfig(
+        width=16, num_heads=1, rotary_base=2.0, rotary_scaling="yarn", rotary_factor=4.0,
+        rotary_original_length=4096, rotary_high=32.0,
+    )  # fmt: skip
+    expected = [0.25, 0.229251, 0.210224, 0.192776, 0.176777, 0.162105, 0.148651, 0.136313]
+    np.testing.assert_allclose(rotary_frequencies(config)[0], expected, rtol=1e-5)
 
 
 def test_local_layers_are_slowed_unless_they_have_a_base_of_their_own():

@@ -251,6 +251,19 @@ def test_a_model_that_its_family_has_not_is_not_written(name, changes):
 # ---- What only the tensors say ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("pad", [0, 1, 5])
+def test_robertas_positions_begin_after_its_padding(pad, tmp_path):
+    hf = json.loads((GOLDEN / "roberta" / "config.json").read_text())
+    config = open_checkpoint(copied("roberta", tmp_path / "in", pad_token_id=pad)).config
+    assert config.position_offset == pad + 1
+    assert config.max_length == hf["max_position_embeddings"] - pad - 1
+    written = FAMILIES["roberta"].write_config(config)
+    assert (written["pad_token_id"], written["max_position_embeddings"]) == (
+        pad,
+        hf["max_position_embeddings"],
+    )
+
+
 def test_old_names_of_norms_are_understood(tmp_path):
     def old(tensors):
         names = {name: name.replace("LayerNorm.weight", "LayerNorm.gamma") for name in tensors}

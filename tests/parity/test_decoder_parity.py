@@ -3,6 +3,7 @@
 Each is made small, odd and random by transformers, saved, imported here, compared, and exported.
 """
 
+import json
 import types
 
 import numpy as np
@@ -14,9 +15,10 @@ transformers = pytest.importorskip("transformers")
 import decoder_checks  # noqa: E402
 import decoder_oracles  # noqa: E402
 import encoder_checks  # noqa: E402
+import encoder_oracles  # noqa: E402
 
 from lm.inference import Generator, SamplingConfig  # noqa: E402
-from lm.models import skeleton  # noqa: E402
+from lm.models import bind, skeleton  # noqa: E402
 from lm.models.huggingface.write import save_pretrained  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -49,6 +51,49 @@ def test_outputs_and_gradients_are_the_same(case, taps):
     print(f"{case.name}: {measured} of {size:.1f}, gradient {relative:.1e} ({tensor})")
     assert max(errors.values()) < decoder_checks.OUTPUTS, errors
     assert relative < decoder_checks.GRADIENTS, tensor
+
+
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+# config.json as others write it: the model → the fields.
+ODD = {
+    "yarn of a low base": ("llama", {"rope_scaling": _YARN, "rope_theta": 2.0}),
+    "yarn of an outer length": (
+        "llama",
+        {
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": None},
+            "original_max_position_embeddings": 16,
+            "rope_parameters": None,
+        },
+    ),
+    "linear with a length": (
+        "mistral",
+        {"rope_scaling": {**_YARN, "rope_type": "linear"}, "rope_theta": 50.0},
+    ),
+    "neox theta": ("gpt_neox", {"rope_parameters": None, "rope_theta": 50.0, "rotary_pct": 0.5}),
+    "neox both": ("gpt_neox", {"rope_theta": 50.0, "rotary_emb_base": 300}),
+    "inert": ("llama", {"is_llama_config": True, "unsloth_fixed": True, "rope_interleaved": False}),
+    "roberta pad 0": ("roberta", {"pad_token_id": 0}),
+    "roberta pad 2": ("roberta_masked", {"pad_token_id": 2}),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_configs_are_read_as_transformers_reads_them(name, tmp_path):
+    case, fields = ODD[name]
+    decoder = case in decoder_oracles.CASES
+    oracles = decoder_oracles if decoder else encoder_oracles
+    model = oracles.build(case if decoder else encoder_oracles.CASES[case])
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **fields}))
+    model = type(model).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    tokens = torch.tensor(BATCH.tokens).long()
+    with torch.no_grad():
+        theirs = model(tokens, attention_mask=torch.ones_like(tokens))[0].numpy()
+    _, config, params = encoder_checks.load(tmp_path)
+    ours = bind(skeleton(config), params)
+    ours = ours(BATCH.tokens) if config.head_transform or decoder else ours.hidden(BATCH.tokens)
+    assert np.abs(ours - theirs).max() < decoder_checks.OUTPUTS
 
 
 def test_exported_it_is_bit_for_bit_what_was_imported(case, tmp_path):

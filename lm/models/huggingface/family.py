@@ -126,17 +126,24 @@ _INERT = (
     "early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p "
     "repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size "
     "num_return_sequences exponential_decay_length_penalty remove_invalid_values "
-    "classifier_dropout classifier_bias tf_legacy_loss"
+    "classifier_dropout classifier_bias tf_legacy_loss transformers.js_config transformers_weights "
+    "unsloth_fixed unsloth_version is_llama_config max_sequence_length model_max_length save_step "
+    "custom_pipelines predict_special_tokens neftune_noise_alpha tokenizer_max_length "
+    "_flash_attn_2_enabled _attn_implementation_internal _experts_implementation use_flash_attn "
+    "use_flash_attention use_flash_attention_2 attention_implementation base_model_name "
+    "base_model_name_or_path bos_token eos_token pad_token unk_token"
 )
 # And those that are honoured at one value alone, in every family.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
+    "quantization": (None,),
     "pruned_heads": (None, {}),
     "auto_map": (None,),
     "is_decoder": (None, False),
     "add_cross_attention": (None, False),
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": (None, False),
+    "rope_interleaved": (None, False),
 }
 
 
@@ -156,9 +163,10 @@ def settings(
     known = {*defaults, *inert, *_INERT.split(), *_FIXED}
     for name, value in hf.items():
         check(
-            name in known,
+            name in known or value is None,
             f"config.json has {name}={value!r}, a field that is not known of this family"
-            f"{nearest(name, defaults)}: it may change what is computed",
+            f"{nearest(name, defaults)}: it may change what is computed; config.ignore={name} says "
+            "that it does not",
         )
     for name, allowed in _FIXED.items():
         if name not in defaults:

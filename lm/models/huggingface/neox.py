@@ -40,6 +40,7 @@ _DEFAULTS = {
     "rotary_emb_base": 10_000.0,
     **ROPE_FIELDS,
 }
+_UNREAD = {"rope_theta": None, "partial_rotary_factor": None}
 # Other dropout than that of the residual stream.
 _INERT = ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob")
 
@@ -65,7 +66,8 @@ def _read_config(hf: Mapping[str, Any]) -> ModelConfig:
         "dropout": values["hidden_dropout"],
         "initializer": "normal",
         "initializer_std": values["initializer_range"],
-        **read_rotary(values, values["rotary_emb_base"], values["rotary_pct"]),
+        # Outside rope_parameters the base and the fraction have these names alone.
+        **read_rotary({**values, **_UNREAD}, values["rotary_emb_base"], values["rotary_pct"]),
     }
     return view(ModelConfig, fields, "config.json")
 

@@ -199,7 +199,7 @@ def _forms(name: str, prefix: str) -> tuple[str, str, str]:
 
 
 def read_config(
-    directory: str | os.PathLike[str], ignore: Sequence[str] = ()
+    directory: str | os.PathLike[str], ignore: str | Sequence[str] = ()
 ) -> tuple[Family, ModelConfig]:
     """The family and the model of a Hugging Face directory; see `open_checkpoint`."""
     checkpoint = open_checkpoint(directory, ignore)
@@ -229,13 +229,16 @@ def _read_config(
     return family, config
 
 
-def open_checkpoint(directory: str | os.PathLike[str], ignore: Sequence[str] = ()) -> Checkpoint:
+def open_checkpoint(
+    directory: str | os.PathLike[str], ignore: str | Sequence[str] = ()
+) -> Checkpoint:
     """Looks at everything in a Hugging Face directory but the numbers.
 
     Args:
       directory: config.json and model.safetensors, or shards with their index.
-      ignore: regular expressions (`re.search`) of tensors to leave out though the family does not
-        know them, such as a head of another task's, and of such fields of config.json.
+      ignore: a regular expression (`re.search`) or several, of tensors to leave out though the
+        family does not know them, such as a head of another task's, and of such fields of
+        config.json.
 
     Raises:
       ConfigError: no such directory; an unknown `model_type`, or a field of config.json that cannot
@@ -243,6 +246,7 @@ def open_checkpoint(directory: str | os.PathLike[str], ignore: Sequence[str] = (
         missing, or of another shape or dtype than config.json says. What is wrong is named.
     """
     path = pathlib.Path(directory).expanduser()
+    ignore = (ignore,) if isinstance(ignore, str) else ignore
     with tensors.readable(str(path)):
         found = tensors.find(path)
         family, config = _read_config(path, ignore, found)
@@ -314,7 +318,7 @@ def load_parameters(
     specs: Mapping[str, ParamSpec],
     shardings: Mapping[str, jax.sharding.Sharding] | None = None,
     dtype: str = "float32",
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
 ) -> dict[str, jax.Array]:
     """The parameters of a Hugging Face directory, for a model that has `specs`.
 

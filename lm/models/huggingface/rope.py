@@ -37,6 +37,7 @@ _SCALINGS = {
         "rotary_high": "beta_fast",
     },
 }
+_ORIGINAL = "original_max_position_embeddings"
 _YARN_VARIANTS = ("attention_factor", "mscale", "mscale_all_dim", "truncate")
 
 
@@ -49,7 +50,8 @@ def read_rotary(values: Json, base: float = 10_000.0, fraction: float = 1.0) -> 
       base, fraction: what a missing `rope_theta` or `partial_rotary_factor` means.
 
     Raises:
-      ConfigError: naming a way of scaling, or a detail of one, that is not supported.
+      ConfigError: naming a way of scaling, or a detail of one, that is not supported; an original
+        length in two places.
     """
     rope = values["rope_scaling"] or values["rope_parameters"] or {}
     flat = isinstance(rope, Mapping) and not any(isinstance(v, Mapping) for v in rope.values())
@@ -57,14 +59,21 @@ def read_rotary(values: Json, base: float = 10_000.0, fraction: float = 1.0) -> 
     kind = rope.get("rope_type", rope.get("type", "default"))
     demand({"rope_type": kind}, "rope_type", *_SCALINGS)
     names = _SCALINGS[kind]
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *names.values()}
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", _ORIGINAL, *names.values()}
     for key, value in rope.items():
         check(
             key in known or (kind == "yarn" and key in _YARN_VARIANTS),
             f"config.json: {key}={value!r} is not supported of rope_type={kind!r}",
         )
-    length = values["original_max_position_embeddings"] or values["max_position_embeddings"]
-    given = {"original_max_position_embeddings": length, "beta_slow": 1.0, "beta_fast": 32.0}
+    outside, inside = values[_ORIGINAL], rope.get(_ORIGINAL)
+    check(
+        _ORIGINAL not in names.values() or None in (outside, inside) or outside == inside,
+        f"config.json: {_ORIGINAL}={outside}, and {inside} in what it says of rope_type={kind!r}: "
+        f"transformers 5 takes the former and 4 the latter; config.ignore={_ORIGINAL} leaves "
+        "out the former",
+    )
+    length = outside or values["max_position_embeddings"]
+    given = {_ORIGINAL: length, "beta_slow": 1.0, "beta_fast": 32.0}
     given |= {key: value for key, value in rope.items() if value is not None}
     for theirs in names.values():
         check(theirs in given, f"config.json: rope_type={kind!r} needs {theirs}")
