@@ -1,0 +1,529 @@
+"""What one GPU or TPU chip computes, and how fast: every check and figure in one command.
+
+    pip install -e '.[cuda]'              # or '.[tpu]'
+    python benchmarks/accelerator.py      # under eight minutes; more chips stand by
+    python benchmarks/accelerator.py --only=peak,attention
+    python benchmarks/accelerator.py --tiny      # on a CPU, to see that it runs
+
+Checked, each against a limit: loss and gradient of several families against float32 on the host's
+CPU, in float32, bfloat16 and fp8; the attention kernels (cuDNN, Pallas splash, the ring's blocks)
+against the reference, forward and backward; decoding with a cache against the full forward pass;
+that training starts at ln V and learns. Measured: the matmul peak and the memory's bandwidth, and
+beside these training of GPT-2 124M and of a Llama of 1.2B parameters (tokens/s, MFU, memory; batch
+as large as fits), prefill and decoding (tokens/s, share of the bandwidth that reading weights and
+cache once a token would take), and Hugging Face's models in PyTorch (SDPA, bfloat16 autocast, fused
+AdamW, with and without torch.compile) where a PyTorch that sees the device is installed.
+
+Each section runs in a process of its own, so that running out of memory, a crash or a hang loses
+its own figures alone, and is left out where `--budget` has no time for it. The last line printed
+is one JSON object with everything; the exit code is 1 if a check or a section failed.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch_peer
+from accelerator_checks import SMALL, TINY, arithmetic, attention, decoding
+
+from lm.inference import Generator, SamplingConfig
+from lm.models import ModelConfig, init, kernels, param_specs, skeleton
+from lm.models.attention import attend, attention_mask
+from lm.models.costs import cache_bytes, prefill_flops_per_token, training_flops_per_token
+from lm.models.marks import Marks
+from lm.models.presets import preset
+from lm.models.stack import Context
+from lm.objectives import ObjectiveConfig
+from lm.parallel.layout import lay_out
+from lm.parallel.mesh import MeshConfig
+from lm.parallel.platform import platform
+from lm.parallel.topology import chip_of, published_peak
+from lm.training.config import TrainConfig
+from lm.training.flops import expected_memory
+from lm.training.optimizer import OptimizerConfig
+from lm.training.setup import set_up
+from lm.training.state import create_state
+
+# name → (preset, tokens a row)
+TRAINED = {"gpt2": ("gpt2_small", 1024), "llama": ("llama3_2_1b", 2048)}
+
+
+class Run:
+    """One section's view: what was found before it, and where its own results go."""
+
+    def __init__(self, tiny, found, send):
+        self.tiny, self.found, self.send = tiny, found, send
+
+    def check(self, name, value, limit):
+        """Records whether `value` is at most `limit`; NaN is not."""
+        passed, value = bool(value <= limit), float(value)
+        self.send("checks", dict(name=name, value=known(value), limit=limit, passed=passed))
+
+    @contextlib.contextmanager
+    def guarded(self, name):
+        """What goes wrong within it is a check that failed, and what follows is still done."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            name = f"{name} ({reason(error)})"
+            self.send("checks", dict(name=name, value=None, limit=None, passed=False))
+
+    def figure(self, name, **values):
+        """Records what was measured; NaN, of what an earlier section did not find, as null."""
+        self.send("figures", {"name": name, **{key: known(x) for key, x in values.items()}})
+
+    def note(self, text):
+        """Records a sentence."""
+        self.send("notes", text)
+
+    def of(self, name):
+        """An earlier figure; empty where its section failed or was left out."""
+        return next((f for f in self.found["figures"] if f["name"] == name), {})
+
+
+def known(value):
+    """`value`, or None for a NaN, which JSON does not have."""
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def reason(error):
+    """An exception in one line."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:300]
+
+
+def fp8_is_fast():
+    """Whether the device multiplies fp8: NVIDIA's since Ada, TPU v7."""
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", "")).replace(".", "", 1)
+    return device.device_kind.startswith("TPU7") or (capability.isdigit() and int(capability) >= 89)
+
+
+def seconds_each(function, least=1.0, most=50):
+    """Seconds of one call, of as many as take about `least` seconds; the best of three times."""
+    jax.block_until_ready(function())
+    began = time.perf_counter()
+    jax.block_until_ready(function())
+    calls = min(most, max(1, int(least / 3 / (time.perf_counter() - began))))
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        for _ in range(calls):
+            result = function()
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - began) / calls)
+    return min(times)
+
+
+# ---- The device ------------------------------------------------------------------------------
+
+
+def peak(run):
+    """What products and copies reach here, beside what the data sheet says."""
+    device = jax.devices()[0]
+    stats, chip = device.memory_stats() or {}, chip_of(device.device_kind)
+    run.figure(
+        "device",
+        kind=device.device_kind,
+        platform=device.platform,
+        capability=str(getattr(device, "compute_capability", "")),
+        memory_gb=stats.get("bytes_limit", 0) / 1e9,
+        jax=jax.__version__,
+    )
+    size = 256 if run.tiny else 8192
+    kinds = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+    if fp8_is_fast():
+        kinds["fp8"] = jnp.float8_e4m3fn
+    for name, dtype in kinds.items():
+        # Random numbers: on zeros a chip draws less power and runs faster.
+        x, w = (
+            jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16).astype(dtype)
+            for i in range(2)
+        )
+        out = jnp.float32 if dtype == jnp.float32 else jnp.bfloat16
+        product = jax.jit(functools.partial(jax.lax.dot, preferred_element_type=out))
+        with run.guarded(f"a product of {name}"):
+            measured = 2 * size**3 / seconds_each(functools.partial(product, x, w))
+            published = published_peak(device.device_kind, dtype) or 0
+            run.figure(f"matmul {name}", tflops=measured / 1e12, published=published / 1e12)
+    count = 2**22 if run.tiny else 2**28  # of four bytes each
+    x = jnp.ones(count)
+    copied = 8 * count / seconds_each(functools.partial(jax.jit(lambda x: x + 1), x))
+    read = 4 * count / seconds_each(functools.partial(jax.jit(jnp.sum), x))
+    run.figure(
+        "bandwidth",
+        gb_s=max(copied, read) / 1e9,
+        copy_gb_s=copied / 1e9,
+        read_gb_s=read / 1e9,
+        published=chip.bandwidth / 1e9 if chip else 0,
+    )
+
+
+def time_attention(run):
+    """The platform's kernel against plain XLA, at a size of training."""
+    chosen = {"gpu": "cudnn", "tpu": "splash"}.get(platform())
+    if chosen is None:
+        return run.note(f"no attention kernel is made for a {platform().upper()}")
+    B, T, H, C = 4, 2048, 16, 128
+    arrays = [jax.random.normal(jax.random.key(i), (B, T, H, C), jnp.bfloat16) for i in range(3)]
+    marks = Marks.of(jnp.zeros((B, T)))
+    mask = jnp.broadcast_to(attention_mask(marks.slots_1T, marks.slots_1T), (B, T, T))
+    context = Context(mask, marks, marks, causal=True)
+    config = ModelConfig(num_heads=H, head_dim=C)
+
+    def timed(function):
+        def score(arrays):
+            return jnp.sum(function(*arrays).astype(jnp.float32))
+
+        return seconds_each(functools.partial(jax.jit(jax.grad(score)), arrays))
+
+    kernel = timed(lambda *arrays: kernels.compute(chosen, config, *arrays, context))
+    flops = 3 * 2 * B * H * T * T * C  # forward, and twice that backward; half of all pairs
+    run.figure(
+        f"attention {chosen}, forward and backward",
+        milliseconds=1e3 * kernel,
+        tflops=flops / kernel / 1e12,
+        xla_milliseconds=1e3 * timed(lambda *arrays: attend(*arrays, mask)),
+    )
+
+
+# ---- Training --------------------------------------------------------------------------------
+
+
+def measured(run, name, **fields):
+    """(configuration, tokens a row) of a model that is measured."""
+    known, length = TRAINED[name]
+    if run.tiny:
+        length, sizes = 32, SMALL | TINY
+        fields = sizes | ({"num_kv_heads": 2} if name == "llama" else {}) | fields
+    return preset(known, **{"max_length": length, "dropout": 0.0, **fields}), length
+
+
+def batch_plans(run, config, length, set_up_for):
+    """(remat policy, rows) in the order to try them: whole activations first, if enough fit."""
+    if run.tiny:
+        return [("none", 2)]
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 16e9)
+    plans = []
+    for remat in ("none", "full"):
+        here = dataclasses.replace(config, remat=remat)
+        training, layout = set_up_for(here)
+        state = training.abstract["optimizer"]
+
+        def fits(rows, here=here, training=training, layout=layout, state=state):
+            sizes = dict(block_size=length, batch_size=rows, optimizer_state=state)
+            return expected_memory(here, training.specs, layout, **sizes).total < 0.85 * limit
+
+        rows = max((n for n in (1, 2, 4, 8, 16, 32) if n * length <= 2**16 and fits(n)), default=1)
+        # Below 8,192 tokens products are too small to be fast: recompute instead.
+        plans += [(remat, n) for n in (32, 16, 8, 4, 2, 1) if n <= rows]
+    plans.sort(key=lambda plan: (plan[1] * length < 8192, plan[0] == "full", -plan[1]))
+    return plans
+
+
+def train(run, name, quantization="none"):
+    """The real training step on the largest batch that fits."""
+    config, length = measured(run, name, quantization=quantization)
+    train_config = TrainConfig(steps=1000)
+    layout = lay_out("", MeshConfig(), -1, jax.devices()[:1])
+
+    def set_up_for(config):
+        optimizer = OptimizerConfig(learning_rate=3e-4, schedule="constant")
+        return set_up(config, ObjectiveConfig(), optimizer, train_config, layout), layout
+
+    before = run.of(f"train {name}")
+    if before:  # with other products
+        plans = [(before["remat"], max(before["batch"] // n, 1)) for n in (1, 2, 4)]
+    else:
+        plans = batch_plans(run, config, length, set_up_for)
+    for remat, rows in plans:
+        here = dataclasses.replace(config, remat=remat)
+        training, _ = set_up_for(here)
+        try:
+            return train_with(run, name, here, training, layout, rows, length)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error).lower():
+                raise
+            run.note(f"train {name}: {rows} rows with remat={remat} are too many for the memory")
+    run.note(f"train {name}: this device is too small for it")
+
+
+def train_with(run, name, config, training, layout, rows, length):
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, rows, length + 1))
+    tokens = jnp.asarray(tokens, jnp.int32)
+    batch = {"inputs": tokens[..., :-1], "targets": tokens[..., 1:]}
+    batch["weights"] = jnp.ones(batch["targets"].shape)
+    with layout.active():
+        began = time.perf_counter()
+        compiled = training.step.lower(training.abstract, batch).compile()
+        compile_seconds = time.perf_counter() - began
+        state = create_state(training.specs, training.optimizer, training.abstract, 0)
+        losses = []
+
+        def steps(count):
+            nonlocal state
+            began = time.perf_counter()
+            for _ in range(count):
+                state, metrics = compiled(state, batch)
+                losses.append(metrics)
+            jax.block_until_ready((state, metrics))
+            return (time.perf_counter() - began) / count
+
+        steps(2)
+        estimate = steps(2)
+        times = [steps(max(1, min(15, int(2.0 / estimate)))) for _ in range(1 if run.tiny else 4)]
+    each = statistics.median(times)
+    nats = [float(np.mean(m["nats"]) / np.mean(m["weight"])) for m in losses]
+    label = f"{name} {config.quantization}".removesuffix(" none")
+    surprise = abs(nats[0] - math.log(config.vocab_size))
+    run.check(f"train {label}: first loss less ln V", surprise, 1.0)
+    run.check(f"train {label}: last loss less the first", nats[-1] - nats[0], -0.01)
+    tokens_per_second = rows * length / each
+    flops = tokens_per_second * training_flops_per_token(config, length)
+    stats, sizes = jax.devices()[0].memory_stats() or {}, compiled.memory_analysis()
+    step_bytes = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+    step_bytes += sizes.temp_size_in_bytes - sizes.alias_size_in_bytes
+    reached = run.of("matmul bfloat16").get("tflops", math.nan)
+    published = (published_peak(jax.devices()[0].device_kind, jnp.bfloat16) or math.nan) / 1e12
+    run.figure(
+        f"train {label}",
+        tokens_per_second=tokens_per_second,
+        milliseconds=1e3 * each,
+        mfu=flops / 1e12 / reached,  # of the peak measured here
+        mfu_published=flops / 1e12 / published,
+        tflops=flops / 1e12,
+        memory_gb=step_bytes / 1e9,  # as compiled, and what was used in all:
+        peak_gb=stats.get("peak_bytes_in_use", 0) / 1e9,
+        batch=rows,
+        length=length,
+        remat=config.remat,
+        compile_seconds=compile_seconds,
+        loss=nats[-1],
+    )
+
+
+def torch_train(run, name):
+    """The same training in PyTorch, on the same batch or the largest that fits."""
+    config, length = measured(run, name)
+    device = torch_peer.accelerator()
+    if device is None and not run.tiny:
+        return run.note(f"torch {name}: no PyTorch that sees an accelerator, with transformers")
+    for compiled in (False, True)[: 1 if run.tiny else 2]:  # on a CPU its compiler takes a minute
+        label = f"torch {name}, " + ("torch.compile" if compiled else "eager")
+        try:
+            torch_train_with(run, name, label, config, length, device or "cpu", compiled)
+        except Exception as error:  # not ours to answer for
+            run.note(f"{label}: {reason(error)}")
+
+
+def torch_train_with(run, name, label, config, length, device, compiled):
+    ours = run.of(f"train {name}")
+    rows, each = ours.get("batch", 8), None
+    while each is None:
+        try:
+            sizes = torch_peer.sizes(config, length, rows)
+            each, memory = torch_peer.measure(sizes, device, compiled)
+        except RuntimeError as error:  # of which running out of memory is one
+            if "memory" not in str(error).lower() or rows == 1:
+                raise
+            rows //= 2
+    rate = rows * length / each
+    run.figure(
+        label,
+        tokens_per_second=rate,
+        milliseconds=1e3 * each,
+        memory_gb=memory / 1e9,
+        batch=rows,
+        length=length,
+        lm_is=ours.get("tokens_per_second", math.nan) / rate,
+    )
+
+
+# ---- Generation ------------------------------------------------------------------------------
+
+
+def generate(run, name):
+    """Prefill and decoding, greedy, as `Generator` does them for a user."""
+    context, prompt, new = (32, 8, 9) if run.tiny else (1024, 512, 257)
+    config, _ = measured(run, name, max_length=context)
+    if not run.tiny:
+        config = dataclasses.replace(config, compute_dtype="bfloat16")
+    model = skeleton(config)
+    params = jax.jit(functools.partial(init, param_specs(model)))(jax.random.key(0))
+    generator = Generator(model, params, end_of_text=0)
+    del params
+    # What every token reads of the weights: all but the rows of a table that are only looked up.
+    looked_up = ("embedding.positions",) + ("embedding.tokens",) * (not config.tie_embeddings)
+    weights = sum(
+        leaf.nbytes
+        for key, value in generator.params.items()
+        for leaf in jax.tree.leaves(value)
+        if key not in looked_up
+    )
+    dtype = generator.params["blocks.attention.query"][0].dtype
+    bandwidth = run.of("bandwidth").get("gb_s", math.nan) * 1e9
+    peak = run.of("matmul bfloat16").get("tflops", math.nan) * 1e12
+    greedy = SamplingConfig(0, max_new_tokens=new, stop_at_end_of_text=False)
+    for rows in (2,) if run.tiny else (1, 8, 64):
+        prompts = np.random.default_rng(0).integers(1, config.vocab_size, (rows, prompt)).tolist()
+        for _ in range(2):  # the first one compiles
+            generation = generator.generate(prompts, greedy, chunk=8 if run.tiny else 64)
+            for _ in generation:
+                pass
+        timing = generation.timing
+        step = statistics.median(timing.token_seconds)
+        moved = weights + rows * cache_bytes(config, prompt + new // 2, dtype)
+        flops = rows * prompt * prefill_flops_per_token(config, prompt)
+        run.figure(
+            f"generate {name}, {rows} row(s)",
+            prefill_tokens_per_second=rows * prompt / timing.first_token_seconds,
+            prefill_mfu=flops / timing.first_token_seconds / peak,
+            decode_tokens_per_second=rows / step,
+            milliseconds=1e3 * step,
+            of_bandwidth=moved / step / bandwidth,
+        )
+
+
+# ---- All of it -------------------------------------------------------------------------------
+
+# name → (function, seconds below which it is not begun); in the order of what one would miss most.
+SECTIONS = {
+    "peak": (peak, 20),
+    "arithmetic": (arithmetic, 30),
+    "attention": (attention, 20),
+    "decoding": (decoding, 20),
+    "attention speed": (time_attention, 20),
+    "train gpt2": (functools.partial(train, name="gpt2"), 30),
+    "train llama": (functools.partial(train, name="llama"), 40),
+    "generate llama": (functools.partial(generate, name="llama"), 40),
+    "torch gpt2": (functools.partial(torch_train, name="gpt2"), 40),
+    "torch llama": (functools.partial(torch_train, name="llama"), 40),
+    "train llama fp8": (functools.partial(train, name="llama", quantization="fp8"), 40),
+    "generate gpt2": (functools.partial(generate, name="gpt2"), 30),
+}
+
+
+def work(function, tiny, found, pipe):
+    """A section, in its process: every result goes to the parent as soon as it is there."""
+    try:
+        function(Run(tiny, found, lambda kind, value: pipe.send((kind, value))))
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send(("failures", reason(error)))
+    pipe.close()
+
+
+def run_section(name, function, tiny, found, deadline):
+    """Adds what a section finds to `found`."""
+    processes = multiprocessing.get_context("fork")  # what was imported need not be again
+    receiver, sender = processes.Pipe(duplex=False)
+    process = processes.Process(target=work, args=(function, tiny, found, sender))
+    process.start()
+    sender.close()
+    try:
+        while receiver.poll(max(deadline - time.monotonic(), 0)):
+            kind, value = receiver.recv()
+            add(found, kind, f"{name}: {value}" if kind == "failures" else value)
+        add(found, "notes", f"{name}: stopped, as the budget was used up")
+        process.kill()
+    except EOFError:
+        process.join()
+        if process.exitcode:
+            add(found, "failures", f"{name}: its process ended with exit code {process.exitcode}")
+    process.join()
+
+
+def add(found, kind, value):
+    """Keeps a result, and prints it."""
+    found[kind].append(value)
+    if kind == "checks":
+        verdict = "pass" if value["passed"] else "FAIL"
+        numbers = [math.nan if x is None else x for x in (value["value"], value["limit"])]
+        print("{}  {}: {:.2e} (limit {:.2e})".format(verdict, value["name"], *numbers))
+    elif kind == "figures":
+        print(f"      {value['name']}: {line(value)}")
+    else:
+        print(f"{kind.removesuffix('s'):5s} {value}")
+    sys.stdout.flush()
+
+
+def line(figure):
+    """A figure's values in words."""
+    shares = ("mfu", "mfu_published", "prefill_mfu", "of_bandwidth")
+    parts = []
+    for name, value in figure.items():
+        if name != "name":
+            if isinstance(value, float):
+                value = f"{value:.1%}" if name in shares else f"{value:,.4g}"
+            parts.append(f"{name} {value}")
+    return "  ".join(parts)
+
+
+def table(found):
+    """What to paste: one line a figure."""
+    rows = [("", "tokens/s", "MFU", "of bandwidth", "GB", "batch")]
+    for figure in found["figures"]:
+        rate = figure.get("tokens_per_second", figure.get("decode_tokens_per_second"))
+        if rate is not None:
+            rows.append(
+                (
+                    figure["name"],
+                    f"{rate:,.0f}",
+                    f"{figure['mfu']:.1%}" if figure.get("mfu") else "",
+                    f"{figure['of_bandwidth']:.1%}" if figure.get("of_bandwidth") else "",
+                    f"{figure['memory_gb']:.1f}" if figure.get("memory_gb") else "",
+                    f"{figure['batch']}×{figure['length']}" if "batch" in figure else "",
+                )
+            )
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for name, *rest in rows:
+        cells = "  ".join(cell.rjust(width) for cell, width in zip(rest, widths[1:]))
+        print(name.ljust(widths[0]) + "  " + cells)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=float, default=480, help="seconds for all of it")
+    parser.add_argument("--only", default="", help=f"sections of {', '.join(SECTIONS)}")
+    parser.add_argument("--tiny", action="store_true", help="sizes for a CPU")
+    arguments = parser.parse_args()
+    chosen = [name.strip() for name in arguments.only.split(",") if name.strip()] or [*SECTIONS]
+    for name in chosen:
+        if name not in SECTIONS:
+            parser.error(f"--only: {name!r} is not one of {', '.join(SECTIONS)}")
+    # All but a little of the memory, in one piece, for what comes after; PyTorch has none of it.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    began = time.monotonic()
+    found = dict(checks=[], figures=[], notes=[], failures=[])
+    for name in chosen:
+        function, least = SECTIONS[name]
+        left = arguments.budget - (time.monotonic() - began)
+        if left < least * (0.1 if arguments.tiny else 1):
+            add(found, "notes", f"{name}: left out, as {left:.0f} s are not enough for it")
+            continue
+        run_section(name, function, arguments.tiny, found, began + arguments.budget)
+    passed = not found["failures"] and all(check["passed"] for check in found["checks"])
+    print()
+    table(found)
+    seconds = time.monotonic() - began
+    good = sum(check["passed"] for check in found["checks"])
+    print(f"{good} of {len(found['checks'])} checks passed, {seconds:.0f} s")
+    print(json.dumps({"passed": passed, "seconds": seconds, **found}))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
