@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm.config import ConfigError, check
+from lm.config import ConfigError, check, view
 from lm.inference import (
     Candidate,
     Framing,
@@ -102,6 +102,7 @@ class Run:
         top_k: int | None = None,
         top_p: float | None = None,
         num_samples: int = 1,
+        truncate_prompt: bool = True,
         seed: int = 0,
     ) -> str | list[str]:
         """The prompt followed by its continuation, up to end-of-text.
@@ -112,21 +113,39 @@ class Run:
 
         Args:
           prompt: one text or several, which are continued together.
-          max_new_tokens: the most tokens to add; fewer where the model's context is full.
+          max_new_tokens: the most tokens to add. Past the model's context its window slides (see
+            `lm.inference.generate`); an encoder-decoder's target ends there.
           temperature: 0 is greedy; see `lm.inference.SamplingConfig` for this and the next two.
           top_k: draw from the k likeliest tokens only.
           top_p: draw from the fewest tokens that hold this share of the probability.
           num_samples: continuations of each prompt.
+          truncate_prompt: whether the model reads the last of a prompt that is longer than its
+            context; False refuses.
           seed: of the random draws.
 
         Returns:
           A string; for several prompts or samples a list, the samples of a prompt side by side.
 
         Raises:
-          ConfigError: a prompt longer than the model's context, a setting out of range, or an
-            encoder, which cannot generate.
+          ConfigError: a prompt that is no text or too long, a setting out of range, or an encoder,
+            which cannot generate.
         """
-        sampling = SamplingConfig(temperature, top_k, top_p, max_new_tokens, num_samples)
+        sampling = view(
+            SamplingConfig,
+            {
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "max_new_tokens": max_new_tokens,
+                "num_samples": num_samples,
+                "truncate_prompt": truncate_prompt,
+            },
+            "generate",
+        )
+        check(
+            isinstance(prompt, Sequence) and not isinstance(prompt, bytes),
+            f"prompt={prompt!r} must be text, or a list of texts",
+        )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             return []
@@ -213,6 +232,7 @@ class Run:
             end_of_text=self.framing.end_of_text,
             vocab_size=self.tokenizer.vocab_size,
             decoder_start=self.framing.decoder_start,
+            begin_of_text=self.framing.before,
         )
         return TextGenerator(generator, self.tokenizer, self.framing)
 

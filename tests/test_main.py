@@ -132,8 +132,8 @@ GENERATE_MISTAKES = {
     "no run": (["--config.init_from=HERE/rnu"], ["rnu does not exist (did you mean 'run'?)"]),
     "not a run": (["--config.init_from=HERE"], ["not the directory of a training run"]),
     "prompt too long": (
-        ["--config.init_from=RUN", "--config.prompt=" + "The cat sat on the mat. " * 4],
-        ["prompt", "32"],
+        ["--config.init_from=RUN", "--config.prompt=" + "cat " * 9, "--config.truncate_prompt=0"],
+        ["prompt is 37 tokens", "context is 32"],
     ),
     "swapped tokenizer": (
         ["--config.init_from=HERE/swapped"],
@@ -143,6 +143,15 @@ GENERATE_MISTAKES = {
     "negative temperature": (
         ["--config.init_from=RUN", "--config.temperature=-1.0"],
         ["config.temperature=-1.0"],
+    ),
+    "no checkpoint": (["--config.init_from=HERE/early"], ["early has no checkpoint yet"]),
+    "prompt of other bytes": (
+        ["--config.init_from=RUN", "--config.prompt_file=HERE/latin.txt"],
+        ["config.prompt_file=", "latin.txt", "neither UTF-8 nor UTF-16"],
+    ),
+    "more samples than memory": (
+        ["--config.init_from=RUN", "--config.num_samples=1000000000"],
+        ["num_samples=1000000000", "GiB"],
     ),
 }
 
@@ -181,11 +190,13 @@ def here(tmp_path_factory):
     (here / "empty.txt").write_bytes(b"")
     (here / "binary.txt").write_bytes(bytes(range(256)) * 8)
     (here / "short.txt").write_text("A cat.")
+    (here / "latin.txt").write_bytes(b"caf\xe9 \xe0")
     run = tiny_jobs.run(here, "run", checkpoint__every=0)
     few = {"train__steps": 2, "checkpoint__every": 0}
     other = tiny_jobs.run(here, "other", tokenizer__kind="char", **few)
-    for name in ("truncated", "swapped", "again"):
+    for name in ("truncated", "swapped", "again", "early"):
         shutil.copytree(run, here / name)
+    shutil.rmtree(here / "early" / "checkpoints")
     config = here / "truncated" / "config.json"
     config.write_bytes(config.read_bytes()[:100])
     shutil.rmtree(here / "swapped" / "tokenizer")
@@ -249,6 +260,21 @@ def test_a_book_of_ones_own_trains_and_is_validated_on_its_end(here):
     assert "eval_loss" in (here / "book" / "metrics.jsonl").read_text()
 
 
+def test_no_filter_is_none_and_zero_and_a_long_text_slides_on(here):
+    given = ["--config.init_from=RUN", "--config.prompt=" + "cat " * 9, "--config.max_new_tokens=9"]
+    texts = set()
+    for off in ("None", "0"):
+        filters = [f"--config.top_k={off}", f"--config.top_p={off}"]
+        code, text, notes = main(
+            *arguments(here, [*given, *filters], "--config=configs/generate.py")
+        )
+        assert code == 0 and text.startswith("cat cat ")
+        assert "only the last of the prompt's 37 tokens" in notes
+        assert "outgrew the model's context of 32" in notes
+        texts.add(text)
+    assert len(texts) == 1
+
+
 def test_going_on_with_a_finished_run_is_no_mistake(here):
     code, output, errors = main(*arguments(here, ["--workdir=HERE/again"]))
     assert (code, errors) == (0, "")
@@ -292,49 +318,3 @@ def test_a_process_of_its_own_says_the_same(tmp_path, given, words):
     output, errors = process.communicate(timeout=300)
     assert_one_line((process.returncode, output, errors), words)
     assert not list(tmp_path.iterdir())
-
-
-SMALL = [
-    "--config.data.num_documents=40",
-    "--config.data.validation_fraction=0.1",
-    "--config.data.block_size=128",
-    "--config.model.num_layers=1",
-    "--config.model.width=16",
-    "--config.optimizer.name=sgd",
-    "--config.optimizer.warmup_steps=0",
-    "--config.train.steps=2",
-    "--config.train.log_every=2",
-    "--config.train.eval_every=0",
-    "--config.checkpoint.every=0",
-    "--config.sample.max_new_tokens=2",
-]
-
-
-@pytest.mark.parametrize(
-    "name, fields",
-    [
-        ("quickstart", ["--config.tokenizer.kind=byte"]),
-        (
-            "shakespeare_char",
-            ["--config.data.path=storyworld", "--config.train.eval_batch_size=0"],
-        ),
-        (
-            "translate",
-            [
-                "--config.tokenizer.kind=byte",
-                "--config.data.path=translation",
-                "--config.data.source_length=128",
-                "--config.data.long_pairs=drop",
-                "--config.exact_match=0",
-            ],
-        ),
-        ("bert_tiny", ["--config.tokenizer.vocab_size=200"]),
-    ],
-)
-def test_devices_that_share_a_sequence_train_every_kind_of_model(tmp_path, name, fields):
-    given = [f"--config=configs/{name}.py", *SMALL, *fields, "--config.strategy=context"]
-    caches = [f"--config.data.cache_dir={tmp_path}/tokens", "--config.train.compilation_cache="]
-    code, output, errors = main(*given, *caches, f"--workdir={tmp_path}/run", devices=8)
-    assert (code, errors) == (0, "")
-    assert "context=8" in output
-    assert [step for step, _ in tiny_jobs.losses(tmp_path / "run")] == [2]

@@ -16,10 +16,11 @@ class SamplingConfig:
     """
 
     temperature: float = 1.0  # divides the logits; 0 is greedy: always the likeliest token
-    top_k: int | None = None  # draw from the k likeliest tokens only; None: from all
-    top_p: float | None = None  # from the fewest tokens that hold this share of the probability
+    top_k: int | None = None  # draw from the k likeliest tokens only; 0, None: from all
+    top_p: float | None = None  # the fewest that hold this share of the probability; 0, None: all
     max_new_tokens: int = 200  # per sample, end-of-text included
     num_samples: int = 1  # continuations of each prompt
+    truncate_prompt: bool = True  # one longer than the context loses what comes first; or an error
     stop_at_end_of_text: bool = True  # False goes on after end-of-text, into the next document
 
     @property
@@ -34,13 +35,13 @@ class SamplingConfig:
             f"{prefix}.temperature={self.temperature!r} must be a number from 0 (greedy) up",
         )
         check(
-            self.top_k is None or self.top_k >= 1,
-            f"{prefix}.top_k={self.top_k!r} must be at least 1, or None to allow every token",
+            self.top_k is None or self.top_k >= 0,
+            f"{prefix}.top_k={self.top_k!r} must be at least 1, or 0 or None to allow every token",
         )
         check(
-            self.top_p is None or 0 < self.top_p <= 1,
-            f"{prefix}.top_p={self.top_p!r} must be in (0, 1], or None to allow every token",
+            self.top_p is None or 0 <= self.top_p <= 1,
+            f"{prefix}.top_p={self.top_p!r} must be in (0, 1], or 0 or None to allow every token",
         )
         for name in ("max_new_tokens", "num_samples"):
             value = getattr(self, name)
-            check(value >= 1, f"{prefix}.{name}={value!r} must be at least 1")
+            check(1 <= value < 2**31, f"{prefix}.{name}={value!r} must be from 1 to {2**31 - 1}")

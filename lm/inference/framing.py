@@ -28,6 +28,7 @@ class Framing:
     after: tuple[int, ...] | None = None  # ids behind it
     decoder_start: tuple[int, ...] | None = None  # what an encoder-decoder's decoder continues
     end_of_text: tuple[int, ...] | None = None  # each ends what is written
+    empty: tuple[int, ...] | None = None  # what stands for a text without a token
 
     @classmethod
     def of_run(
@@ -59,17 +60,27 @@ class Framing:
             after=eos if both or (begins and model.architecture == "encoder") else (),
             decoder_start=bos if both else (),
             end_of_text=eos,
+            empty=bos if begins else (),
         )
         given = {name: ids for name, ids in dataclasses.asdict(self).items() if ids is not None}
         return dataclasses.replace(usual, **given)
 
     def encode(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """The tokens the model reads for `text`; for nothing at all, a line break.
+        """The tokens the model reads for `text`.
+
+        For nothing at all that is begin-of-text, or, where documents were not told apart in
+        training, a line break.
 
         Raises:
-          ConfigError: nothing to start from.
+          ConfigError: nothing to start from, or what is no text.
         """
+        check(isinstance(text, str), f"prompt={text!r} must be text, not {type(text).__name__}")
+        check(
+            text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text),
+            f"prompt={text!r} is no text: it has bytes that are not UTF-8, or halves of characters",
+        )
         ids = [*(self.before or ()), *tokenizer.encode(text), *(self.after or ())]
+        ids = ids or list(self.empty or ())
         if not ids:
             newline = tokenizer.encode("\n")
             ids = newline if newline != [tokenizer.unk_id] else []

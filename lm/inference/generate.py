@@ -9,7 +9,12 @@ Shapes are rounded up, so that prompts of similar lengths share what was compile
 lengths stand together: padding comes first, at position -1, where nothing attends to it. A row's
 tokens depend on its prompt, its key and its limit, not on its companions or on the chunks.
 
-An encoder-decoder reads the prompts with its encoder, and its decoder continues a start token.
+A text that outgrows the model's context slides: the window that the model reads drops its first
+quarter, the rest is read anew at positions from 0 on, and fills up again. Every token is thus drawn
+from exactly what the model makes of the last three quarters of a context of text, or more.
+
+An encoder-decoder reads the prompts with its encoder, and its decoder continues a start token; it
+ends where the context does.
 """
 
 from __future__ import annotations
@@ -38,9 +43,11 @@ from lm.inference.prepare import (
     round_up,
 )
 from lm.inference.sampling import sample
-from lm.models import Model
+from lm.models import Model, ModelConfig
 from lm.models.cache import Cache
+from lm.models.numerics import compute_dtype
 from lm.models.recurrent import RecurrentCache
+from lm.parallel.platform import device_memory
 
 CHUNK = 8  # tokens a row draws in one dispatch: what a reader sees appear at once
 NOTHING = -1  # in place of a token, in a row that has ended
@@ -55,9 +62,9 @@ class State:
     token_B: jax.Array  # drawn last, not in the cache yet
     position_B: jax.Array  # its position
     done_B: jax.Array  # whether the row has ended
-    limit_B: jax.Array  # how many tokens the row may draw
+    limit_B: jax.Array  # how many tokens the row may have drawn
     key_B: jax.Array
-    count: jax.Array  # tokens drawn so far by every row that has not ended
+    count_B: jax.Array  # tokens that a row which has not ended has drawn
 
 
 @dataclasses.dataclass
@@ -100,6 +107,7 @@ class Generator:
       end_of_text: the id that ends a row, or several of which each does.
       vocab_size: ids from here up are never drawn, for models whose vocabulary is padded.
       decoder_start: the id, or ids, that an encoder-decoder's decoder continues.
+      begin_of_text: ids that stay in front of a text that begins with them when its window slides.
 
     Raises:
       ConfigError: an encoder, which predicts no next token; no `decoder_start` where one must be.
@@ -113,6 +121,7 @@ class Generator:
         end_of_text: int | Sequence[int],
         vocab_size: int | None = None,
         decoder_start: int | Sequence[int] = (),
+        begin_of_text: int | Sequence[int] = (),
     ):
         check(
             model.config.architecture != "encoder",
@@ -122,6 +131,7 @@ class Generator:
         self.model = model = for_decoding(model)
         self.end_of_text = _ids(end_of_text)
         self.decoder_start = _ids(decoder_start)
+        self.begin_of_text = _ids(begin_of_text)
         check(
             not self.encodes or len(self.decoder_start) > 0,
             "decoder_start=() must name the token that the decoder starts from",
@@ -144,6 +154,18 @@ class Generator:
         """How many tokens can follow a prompt; the last one drawn needs no place of its own."""
         return self.context - (len(self.decoder_start) if self.encodes else prompt_length) + 1
 
+    @property
+    def kept(self) -> int:
+        """How many tokens of a text the model reads on with when its window slides."""
+        return self.context - self.context // 4
+
+    def window(self, ids: Sequence[int], length: int) -> list[int]:
+        """The last `length` of `ids`, begin-of-text still in front of them."""
+        begin = list(self.begin_of_text)
+        if len(ids) <= length or list(ids[: len(begin)]) != begin or len(begin) >= length:
+            begin = []
+        return begin + list(ids[max(len(begin), len(ids) - length + len(begin)) :])
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -156,20 +178,30 @@ class Generator:
         An encoder-decoder reads the prompt as its source; what comes is the target alone.
 
         Sample s of prompt p is a function of the prompt, `sampling` and (seed, p, s). A row ends
-        after end-of-text, after `max_new_tokens`, or where the model's context is full.
+        after end-of-text or `max_new_tokens`; an encoder-decoder's also where the context is full.
 
         Args:
           prompts: token ids, at least one each.
           sampling: how to draw, and how much.
-          seed: of the random draws.
+          seed: of the random draws, from -2³¹ to 2³² - 1.
           chunk: tokens of a row per dispatch.
 
         Raises:
-          ConfigError: a prompt that is empty or longer than the model's context.
+          ConfigError: a prompt that is empty, or too long and not to be cut; more rows than memory
+            holds.
         """
         sampling.validate("sampling")
+        check(
+            isinstance(seed, int | np.integer) and -(2**31) <= seed < 2**32,
+            f"seed={seed!r} must be a whole number from {-(2**31)} to {2**32 - 1}",
+        )
+        check(len(prompts) > 0, "prompts=[] must have one at least")
+        if sampling.truncate_prompt and not self.encodes:
+            prompts = [self.window(ids, self.context) for ids in prompts]
         for ids in prompts:
             check_ids("prompt", ids, self.model.config)
+        longest = min(max(map(len, prompts)) + sampling.max_new_tokens, self.context)
+        _check_memory(self.model.config, len(prompts), sampling.num_samples, longest)
         return Generation(self, prompts, sampling, seed, chunk)
 
     def prompt(self, prompts: Sequence[Sequence[int]]) -> Prompt:
@@ -194,11 +226,14 @@ class Generator:
           arguments: of `prefill`.
         """
         start = time.perf_counter()
-        sampling = dataclasses.replace(sampling, max_new_tokens=1)  # decides limits, not programs
+        # These decide limits and shapes, not programs.
+        sampling = dataclasses.replace(
+            sampling, max_new_tokens=1, num_samples=1, truncate_prompt=True
+        )
         stop = self.end_of_text if sampling.stop_at_end_of_text else ()
         settings = Settings(self.model, sampling, length, chunk, stop, self.vocab_size)
         known = len(self._programs)
-        key = (sampling, length, _shapes(arguments[1]))
+        key = (sampling, length, _shapes(arguments[1:]))
         if key not in self._programs:
             lowered = jax.jit(functools.partial(prefill, settings)).lower(*arguments)
             self._programs[key] = lowered.compile(), lowered.out_info[0]
@@ -215,9 +250,10 @@ class Generator:
 class Generation:
     """One call of `Generator.generate`: iterates over the tokens as they come.
 
-    Each item is an int32 array [B, N] of the tokens that the rows drew, `NOTHING` (-1) after a
-    row's end; N is 1 for the first item, then `chunk`. The rows are sample 0, 1, … of prompt 0,
-    then of prompt 1, and so on. `timing` is complete when the iteration is.
+    Each item is an int32 array [B, N] of the tokens that the rows drew, `NOTHING` (-1) where a row
+    drew none: it has ended, or its window is full and slides when all are. N is 1 for the first
+    item and after each slide, else `chunk`. The rows are sample 0, 1, … of prompt 0, then of prompt
+    1, and so on. `timing` and `slides` are complete when the iteration is.
     """
 
     def __init__(
@@ -229,38 +265,70 @@ class Generation:
         chunk: int,
     ):
         self._generator, self._sampling, self._chunk = generator, sampling, chunk
-        limits = [min(sampling.max_new_tokens, generator.room(len(ids))) for ids in prompts]
-        self._limit = max(limits)
-        limits_P, seed = np.array(limits, np.int32), np.uint32(seed % 2**32)
-        self._arguments = (generator.params, generator.prompt(prompts), limits_P, seed)
+        self._prompts, self._seed = prompts, np.uint32(seed % 2**32)
         self.timing = Timing()
+        self.slides = 0  # how many times windows slid
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        # The last token drawn is not read, so the cache has room for one fewer.
-        length = round_up(self._arguments[1].tokens_PT.shape[1] + self._limit - 1, 64)
-        self.timing = timing = Timing()
-        prefill, decode, timing.compile_seconds = self._generator.programs(
-            self._sampling, length, self._chunk, self._arguments
+        generator, wanted = self._generator, self._sampling.max_new_tokens
+        samples = self._sampling.num_samples
+        stop = set(generator.end_of_text) if self._sampling.stop_at_end_of_text else set()
+        windows = [list(ids) for ids in self._prompts for _ in range(samples)]
+        left = [wanted] * len(windows)
+        self.timing, self.slides = Timing(), 0
+        read, length = self._prompts, 0
+        while True:
+            room = [generator.room(len(window)) for window in windows]
+            draws_B = np.minimum(left, room).astype(np.int32)
+            rows = Rows(
+                seed=self._seed,
+                number_B=np.arange(len(windows), dtype=np.int32) % samples,
+                prompt_B=np.arange(len(windows), dtype=np.int32) // samples,
+                drawn_B=wanted - np.array(left, np.int32),
+                limit_B=wanted - np.array(left, np.int32) + draws_B,
+            )
+            prompt = generator.prompt(read)
+            # The last token drawn is not read, so the cache has room for one fewer.
+            longest = prompt.tokens_PT.shape[1] + int(draws_B.max()) - 1
+            length = max(length, round_up(longest, 64))
+            for tokens_BN in self._until_full(prompt, rows, length, int(draws_B.max())):
+                for row, ids in enumerate(tokens_BN.tolist()):
+                    drawn = [id for id in ids if id != NOTHING]
+                    windows[row] += drawn
+                    left[row] = 0 if stop.intersection(drawn) else left[row] - len(drawn)
+                yield tokens_BN
+            if generator.encodes or not any(left):
+                return
+            read = windows = [generator.window(ids, generator.kept) for ids in windows]
+            self.slides += 1
+
+    def _until_full(self, prompt: Prompt, rows: Rows, length: int, limit: int):
+        """Reads `prompt` and draws until every row has reached its limit; at most `limit` more."""
+        arguments = (self._generator.params, prompt, rows)
+        prefill, decode, compile_seconds = self._generator.programs(
+            self._sampling, length, self._chunk, arguments
         )
-        start = before = time.perf_counter()
-        state, *arrays = prefill(*self._arguments)
+        timing = self.timing
+        timing.compile_seconds += compile_seconds
+        before = time.perf_counter()
+        state, *arrays = prefill(*arguments)
         dispatched = 1
         while True:
             tokens_BN, done = arrays
             # The first token is read before anything else is asked for; from then on the device
             # works on the next chunk while the host reads this one.
-            further = dispatched < self._limit
+            further = dispatched < limit
             if further and dispatched > 1:
                 state, *arrays = decode(self._generator.params, state)
             tokens_BN = np.asarray(tokens_BN)
             now = time.perf_counter()
             steps = int((tokens_BN != NOTHING).any(0).sum())
-            timing.tokens += int((tokens_BN != NOTHING).sum())
-            timing.seconds = now - start
-            if dispatched == 1:
-                timing.first_token_seconds = now - start
+            if timing.tokens == 0:
+                timing.first_token_seconds = now - before
             else:
                 timing.token_seconds += [(now - before) / steps] * steps
+            timing.tokens += int((tokens_BN != NOTHING).sum())
+            timing.seconds += now - before
             before = now
             if further and dispatched == 1:
                 state, *arrays = decode(self._generator.params, state)
@@ -281,43 +349,52 @@ class Settings(NamedTuple):
     vocab_size: int  # ids from here up are never drawn
 
 
-def prefill(settings: Settings, params, prompt: Prompt, limits_P, seed):
-    """Reads the prompts and draws the first token of every sample.
+class Rows(NamedTuple):
+    """The B = P · samples continuations of a `Prompt`."""
+
+    seed: np.uint32
+    prompt_B: np.ndarray  # with the seed, what a row's random draws follow from: whose sample
+    number_B: np.ndarray  # it is, and which one
+    drawn_B: np.ndarray  # tokens it has drawn before
+    limit_B: np.ndarray  # tokens it may have drawn when it stops; `drawn_B` where it has ended
+
+
+def prefill(settings: Settings, params, prompt: Prompt, rows: Rows):
+    """Reads the prompts and draws the next token of every row.
 
     Args:
       settings: static.
       params: as `Generator` holds them.
       prompt: from `Generator.prompt`.
-      limits_P: how many tokens may follow each prompt.
-      seed: uint32.
+      rows: what follows them.
 
     Returns:
-      The `State`, the tokens [B, 1] with B = P · num_samples, and whether every row has ended.
+      The `State`, the tokens [B, 1], and whether every row has ended.
     """
     model = bound(settings.model, params)
-    P, samples = prompt.tokens_PT.shape[0], settings.sampling.num_samples
+    P = prompt.tokens_PT.shape[0]
+    samples = len(rows.drawn_B) // P
     cache = model.new_cache(P, settings.length, prompt.source_PS, prompt.segments_PS)
     x_PTD, cache = model.extend(prompt.tokens_PT, prompt.positions_PT, cache)
-    key = jax.random.key(seed)
-    keys_P = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(P))
-    keys_PN = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(
-        keys_P, jnp.arange(samples)
-    )
+    fold_in = jax.vmap(jax.random.fold_in)
+    seed_B = jnp.full(len(rows.drawn_B), rows.seed)
+    key_B = fold_in(fold_in(jax.vmap(jax.random.key)(seed_B), rows.prompt_B), rows.number_B)
 
     def spread(x, axis=0):
         return jnp.repeat(x, samples, axis)
 
+    done_B = rows.drawn_B >= rows.limit_B
     state = State(
         cache=cache.repeat(samples),
-        token_B=jnp.zeros(P * samples, jnp.int32),
+        token_B=jnp.zeros_like(rows.drawn_B),
         position_B=spread(prompt.positions_PT[:, -1]),
-        done_B=jnp.zeros(P * samples, bool),
-        limit_B=spread(limits_P),
-        key_B=keys_PN.reshape(-1),
-        count=jnp.int32(0),
+        done_B=done_B,
+        limit_B=rows.limit_B,
+        key_B=key_B,
+        count_B=rows.drawn_B,
     )
     state = _draw(settings, model, state, spread(x_PTD[:, -1:]), state.cache)
-    return state, state.token_B[:, None], state.done_B.all()
+    return state, jnp.where(done_B, NOTHING, state.token_B)[:, None], state.done_B.all()
 
 
 def decode(settings: Settings, params, state: State):
@@ -351,17 +428,30 @@ def decode(settings: Settings, params, state: State):
 def _draw(settings: Settings, model: Model, state: State, x_B1D, cache) -> State:
     """The state after drawing a token from the residual stream of each row's last one."""
     logits_BV = model.unembed(x_B1D)[:, 0, : settings.vocab_size]
-    keys_B = jax.vmap(jax.random.fold_in, (0, None))(state.key_B, state.count)
+    keys_B = jax.vmap(jax.random.fold_in)(state.key_B, state.count_B)
     token_B = sample(logits_BV, keys_B, settings.sampling)
     stops_B = (token_B[:, None] == jnp.array(settings.stop, jnp.int32)).any(-1)
-    count = state.count + 1
+    count_B = state.count_B + 1
     return dataclasses.replace(
         state,
         cache=cache,
         token_B=token_B,
         position_B=state.position_B + 1,
-        done_B=state.done_B | stops_B | (count >= state.limit_B),
-        count=count,
+        done_B=state.done_B | stops_B | (count_B >= state.limit_B),
+        count_B=count_B,
+    )
+
+
+def _check_memory(config: ModelConfig, prompts: int, samples: int, length: int) -> None:
+    """Raises ConfigError where so many rows cannot fit: a rough count, before any is made."""
+    cached = 2 * config.num_layers * length * config.kv_heads * config.head_width
+    row = cached * compute_dtype(config.compute_dtype).itemsize + 8 * config.vocab_size
+    has = device_memory()
+    check(
+        has is None or prompts * samples * row <= has,
+        f"num_samples={samples} of {prompts} prompt(s) need {prompts * samples * row / 2**30:,.1f} "
+        f"GiB to remember {length} tokens each, and there are {(has or 0) / 2**30:,.1f} GiB: ask "
+        f"for {max((has or 0) // (row * prompts), 1):,} at most",
     )
 
 

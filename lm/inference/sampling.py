@@ -61,7 +61,7 @@ def candidates(logits_BV: jax.Array, config: SamplingConfig) -> Candidates:
     """
     logits_BV = logits_BV.astype(jnp.float32) / config.temperature
     nucleus = _has_nucleus(config)
-    if config.top_k is not None:
+    if config.top_k:
         allowed = top_k(logits_BV, config.top_k)
     elif nucleus:
         allowed = ranked(logits_BV)
@@ -86,7 +86,7 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, config: SamplingConfig) -> j
     """
     if config.greedy:
         return greedy(logits_BV)
-    if not _has_nucleus(config) or config.top_k is not None or logits_BV.shape[-1] <= HEAD:
+    if not _has_nucleus(config) or config.top_k or logits_BV.shape[-1] <= HEAD:
         return _draw(candidates(logits_BV, config), keys_B)
     scaled_BV = logits_BV.astype(jnp.float32) / config.temperature
     total_B1 = jax.nn.logsumexp(scaled_BV, -1, keepdims=True)
@@ -100,7 +100,7 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, config: SamplingConfig) -> j
 
 
 def _has_nucleus(config: SamplingConfig) -> bool:
-    return config.top_p is not None and config.top_p < 1
+    return bool(config.top_p) and config.top_p < 1
 
 
 def _draw(allowed: Candidates, keys_B: jax.Array) -> jax.Array:

@@ -67,11 +67,18 @@ class TextGeneration:
     ):
         self._tokenizer, self._samples = owner.tokenizer, sampling.num_samples
         self._prompts = [owner.encode(prompt) for prompt in prompts]
-        self._tokens = owner.generator.generate(self._prompts, sampling, seed, chunk)
-        self._wanted, self._context = sampling.max_new_tokens, owner.generator.context
-        self._end = set(owner.generator.end_of_text)
-        self._read = [[] if owner.generator.encodes else ids for ids in self._prompts]
+        self._generator = generator = owner.generator
+        self._tokens = generator.generate(self._prompts, sampling, seed, chunk)
+        self._wanted = sampling.max_new_tokens
+        self._end = set(generator.end_of_text)
+        self._read = [[] if generator.encodes else ids for ids in self._prompts]
         self.notices: list[str] = []
+        cut = [len(ids) for ids in self._prompts if len(ids) > generator.context]
+        if cut:
+            self.notices.append(
+                f"the model reads only the last of the prompt's {max(cut)} tokens, as many as its "
+                f"context of {generator.context} holds"
+            )
         unknown = sum(ids.count(owner.tokenizer.unk_id) for ids in self._prompts)
         if unknown:
             self.notices.append(f"the tokenizer does not know {unknown} of the prompt's tokens")
@@ -101,8 +108,14 @@ class TextGeneration:
             if text := stream.flush():
                 yield row, text
         cut = [n for n, ended in zip(drawn, self.ended) if n < self._wanted and not ended]
-        if cut:
+        context = self._generator.context
+        if self._tokens.slides:
+            self.notices.append(
+                f"the text outgrew the model's context of {context} tokens: from there on the "
+                f"model read only the last {self._generator.kept} to {context}"
+            )
+        elif cut:
             self.notices.append(
                 f"{len(cut)} of {len(drawn)} texts stopped short of max_new_tokens={self._wanted}, "
-                f"where they filled the model's context of {self._context} tokens"
+                f"where they filled the model's context of {context} tokens"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import pathlib
 import sys
@@ -44,8 +45,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
       Nothing is written to `workdir`.
 
     Raises:
-      ConfigError: no such run, a prompt that cannot be read or is longer than the model's context,
-        or a model that cannot generate.
+      ConfigError: no such run, a prompt that cannot be read or is too long and not to be cut, or
+        a model that cannot generate.
     """
     job = view(GenerateJob, config)
     prompt = _read_prompt(job)
@@ -71,11 +72,12 @@ def _read_prompt(job: GenerateJob) -> str:
             data = sys.stdin.buffer.read()
         else:
             data = pathlib.Path(file).expanduser().read_bytes()
-        text = data.decode("utf-8")
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16" if wide else "utf-8-sig")
     except OSError as error:
         raise ConfigError(f"config.{field}={file!r} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"config.{field}={file!r} must be UTF-8 text") from None
+        raise ConfigError(f"config.{field}={file!r} is neither UTF-8 nor UTF-16 text") from None
     return text.removesuffix("\n").removesuffix("\r")
 
 

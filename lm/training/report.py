@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +16,7 @@ from lm.models.numerics import compute_dtype
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import describe
 from lm.parallel.params import ParamSpec
+from lm.parallel.platform import device_memory
 from lm.training import flops
 
 WIDE = 100  # columns from which the table names the logical axes too
@@ -184,7 +184,7 @@ def _memory(memory: flops.Memory, mesh) -> Text:
     ]
     each = " on each device" if mesh.size > 1 else ""
     text = Text(f"about {binary(memory.total)}{each}: {' + '.join(parts)}")
-    limit = _device_memory(mesh)
+    limit = device_memory()
     if limit and memory.total > limit:
         text.append(
             f"\nmore than the {binary(limit)} available: lower data.batch_size, or raise "
@@ -192,16 +192,6 @@ def _memory(memory: flops.Memory, mesh) -> Text:
             style="bold red",
         )
     return text
-
-
-def _device_memory(mesh) -> int | None:
-    """Bytes one device of this process has, where that is known."""
-    device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        return (device.memory_stats() or {}).get("bytes_limit")
-    if "SC_PHYS_PAGES" not in os.sysconf_names:
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
 def binary(size: float) -> str:

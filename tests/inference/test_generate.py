@@ -101,12 +101,51 @@ def test_nothing_runs_once_every_row_has_ended(tiny, generator):
     assert generation.timing.tokens == 1
 
 
-def test_the_context_bounds_each_row_by_its_own_prompt(generator):
-    # The last token drawn needs no position, so 32 tokens of context hold 30 and give 3.
-    long, short = [1] * 30, [2] * 5
-    drawn = rows(generator.generate([long, short], SamplingConfig(max_new_tokens=20)))
-    assert [len(row) for row in drawn] == [3, 20]
-    assert len(rows(generator.generate([[1] * 32], SamplingConfig()))[0]) == 1
+def slid(tiny, ids, new, begin=()):
+    """Greedy decoding of a text that outgrows 32 tokens, each from a full forward pass."""
+    bound, window, drawn = jax.jit(bind(*tiny)), list(ids), []
+    for _ in range(new):
+        if len(window) > 32:
+            window = [*begin, *window[len(window) - 24 + len(begin) :]]
+        row = jnp.array([window + [0] * (32 - len(window))])
+        drawn.append(int(bound(row)[0, len(window) - 1].argmax()))
+        window.append(drawn[-1])
+    return drawn
+
+
+@pytest.mark.parametrize("fields", [{}, {"positions": "learned"}, {"cell": "lstm"}], ids=str)
+def test_a_text_that_outgrows_the_context_slides(fields):
+    tiny = tiny_model(vocab_size=61, **fields)
+    prompts = [[1] * 30, [5, 7], list(range(32)), list(range(2, 40))]
+    sampling = SamplingConfig(temperature=0, max_new_tokens=75)
+    generation = Generator(*tiny, end_of_text=NO_END).generate(prompts, sampling)
+    expected = [slid(tiny, ids, 75) for ids in [*prompts[:3], prompts[3][-32:]]]
+    assert rows(generation) == expected
+    assert len(set(expected[1])) > 5  # not one token over and over
+    assert generation.slides > 3
+    assert generation.timing.tokens == 4 * 75
+
+
+def test_begin_of_text_stays_in_front_when_a_window_slides(tiny):
+    generator = Generator(*tiny, end_of_text=NO_END, begin_of_text=5)
+    sampling = SamplingConfig(temperature=0, max_new_tokens=60)
+    drawn = rows(generator.generate([[5, 6, 7], [9, 6, 7]], sampling))
+    assert drawn == [slid(tiny, [5, 6, 7], 60, [5]), slid(tiny, [9, 6, 7], 60)]
+    long = list(range(5, 45))
+    [drawn] = rows(generator.generate([long], sampling))
+    assert drawn == slid(tiny, [5, *long[-31:]], 60, [5])
+
+
+def test_a_sliding_row_depends_on_nothing_but_its_prompt_and_seed(tiny, generator):
+    sampling = SamplingConfig(max_new_tokens=50, num_samples=2)
+    together = rows(generator.generate(PROMPTS, sampling, seed=7))
+    assert together[:2] == rows(generator.generate(PROMPTS[:1], sampling, seed=7))
+    assert together == rows(generator.generate(PROMPTS, sampling, seed=7, chunk=3))
+    end = together[2][40]  # one row stops, the others go on as they did
+    expected = [row[: row.index(end) + 1] if end in row else row for row in together]
+    assert any(len(row) == 50 for row in expected)
+    stopping = Generator(*tiny, end_of_text=end)
+    assert rows(stopping.generate(PROMPTS, sampling, seed=7)) == expected
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn(tiny):
@@ -154,13 +193,32 @@ def test_casting_once_changes_no_logit():
 )
 def test_impossible_prompts_are_refused(generator, prompt, words):
     with pytest.raises(ConfigError, match=words):
-        generator.generate([prompt], SamplingConfig())
+        generator.generate([prompt], SamplingConfig(truncate_prompt=False))
 
 
 @pytest.mark.parametrize(
     "field, value",
-    [("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.5), ("max_new_tokens", 0)],
+    [
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", -0.5),
+        ("top_p", 1.5),
+        ("max_new_tokens", 0),
+        ("num_samples", 2**31),
+    ],
 )
 def test_impossible_settings_are_named(field, value):
     with pytest.raises(ConfigError, match=rf"config\.{field}={value}"):
         SamplingConfig(**{field: value}).validate()
+
+
+@pytest.mark.parametrize("seed", [-(2**31) - 1, 2**32, 1.5, None])
+def test_seeds_that_would_be_taken_for_others_are_refused(generator, seed):
+    with pytest.raises(ConfigError, match=f"seed={seed} must be a whole number"):
+        generator.generate(PROMPTS, SamplingConfig(), seed)
+
+
+def test_more_rows_than_memory_holds_are_refused(generator):
+    with pytest.raises(ConfigError, match=r"num_samples=1000000000 of 3 .* GiB.*at most"):
+        generator.generate(PROMPTS, SamplingConfig(num_samples=10**9))

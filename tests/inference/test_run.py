@@ -110,9 +110,33 @@ def test_streamed_text_joins_to_what_decoding_all_tokens_gives(run, chunk):
         assert prompts[row // 4] + texts[row] == whole
 
 
-def test_a_context_that_is_too_short_is_said(run):
-    with pytest.warns(UserWarning, match="1 of 1 texts stopped short of max_new_tokens=50"):
-        run.generate("1234", max_new_tokens=50, temperature=0)
+def slid(run, ids, new):
+    """Greedy, token by token through `run.model`; a full context keeps its last three quarters."""
+    window, drawn = list(ids), []
+    for _ in range(new):
+        if len(window) > 32:
+            window = [run.tokenizer.bos_id, *window[len(window) - 23 :]]
+        drawn.append(int(run.model([window])[0, -1].argmax()))
+        window.append(drawn[-1])
+    return drawn
+
+
+def test_text_goes_on_past_the_context_from_the_last_of_it(run):
+    with pytest.warns(UserWarning, match=r"outgrew the model's context of 32 .* last 24 to 32"):
+        text = run.generate("1234", max_new_tokens=60, temperature=0)
+    ids = run.encode("1234")
+    drawn = slid(run, ids, 60)
+    drawn = drawn[: drawn.index(256)] if 256 in drawn else drawn
+    assert len(drawn) > 40 and text == run.tokenizer.decode(ids + drawn)
+
+
+def test_a_prompt_longer_than_the_context_loses_what_comes_first(run):
+    long = "x" * 10 + "the cat sat on the mat and ran."
+    with pytest.warns(UserWarning, match="only the last of the prompt's 42 tokens"):
+        text = run.generate(long, max_new_tokens=1, temperature=0)
+    assert text == long + run.tokenizer.decode(slid(run, [256, *long[-31:].encode()], 1))
+    with pytest.raises(ConfigError, match=r"prompt is 42 tokens long.*context is 32"):
+        run.generate(long, truncate_prompt=False)
 
 
 def test_a_model_of_one_stream_starts_from_the_prompt_or_a_line_break(tmp_path):
@@ -125,6 +149,33 @@ def test_a_model_of_one_stream_starts_from_the_prompt_or_a_line_break(tmp_path):
     write_tiny_run(tmp_path / "other", end_of_text=False, tokenizer=characters)
     with pytest.raises(ConfigError, match="prompt='' has no tokens"):
         lm.load(tmp_path / "other").encode("")
+
+
+def test_an_empty_text_without_a_template_starts_from_begin_of_text(tmp_path):
+    write_tiny_run(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["framing"] = {"before": [], "after": []}  # as of GPT-2's directory
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run = lm.load(tmp_path)
+    assert (run.encode("cat"), run.encode("")) == (list(b"cat"), [run.tokenizer.bos_id])
+
+
+@pytest.mark.parametrize(
+    "prompt, settings, words",
+    [
+        (None, {}, "prompt=None must be text"),
+        (["a", 3], {}, "prompt=3 must be text"),
+        (b"a", {}, "prompt=b'a' must be text"),
+        ("a\udce9", {}, "prompt='a.udce9' is no text"),
+        ("a", {"temperature": "hot"}, "temperature='hot' must be float"),
+        ("a", {"top_k": 1.5}, "top_k=1.5 must be int"),
+        ("a", {"seed": "x"}, "seed='x' must be a whole number"),
+        ("a", {"num_samples": 10**9}, "num_samples=1000000000 .* GiB"),
+    ],
+)
+def test_what_is_no_prompt_and_no_setting_is_named(run, prompt, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        run.generate(prompt, **settings)
 
 
 def test_directories_that_are_not_runs_are_told_apart(directory, tmp_path):
@@ -189,9 +240,10 @@ def test_the_job_prints_samples_one_below_the_other(directory, capsys):
 
 def test_the_job_reads_prompts_from_files_and_pipes(directory, tmp_path, monkeypatch):
     expected = generate_job(job(directory, prompt="The cat"), "unused")
-    (tmp_path / "prompt.txt").write_text("The cat\n")
-    from_file = job(directory, prompt_file=str(tmp_path / "prompt.txt"))
-    assert generate_job(from_file, "unused") == expected
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "prompt.txt").write_text("The cat\n", encoding=encoding)
+        from_file = job(directory, prompt_file=str(tmp_path / "prompt.txt"))
+        assert generate_job(from_file, "unused") == expected
     for field in ("prompt", "prompt_file"):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The cat\n")))
         assert generate_job(job(directory, **{field: "-"}), "unused") == expected
@@ -203,7 +255,10 @@ def test_the_job_reads_prompts_from_files_and_pipes(directory, tmp_path, monkeyp
         ({"init_from": ""}, "config.init_from=''"),
         ({"prompt": "a", "prompt_file": "b"}, "config.prompt_file='b' must be empty"),
         ({"prompt_file": "/nowhere"}, "config.prompt_file='/nowhere' cannot be read"),
-        ({"prompt": "x" * 40}, "prompt is 41 tokens long, but the model's context is 32"),
+        (
+            {"prompt": "x" * 40, "truncate_prompt": False},
+            "prompt is 41 tokens long, but the model's context is 32",
+        ),
         ({"temperature": -0.5}, "config.temperature=-0.5"),
     ],
 )

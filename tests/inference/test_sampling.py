@@ -21,6 +21,7 @@ def test_top_k_keeps_the_k_likeliest():
     assert support(LOGITS, top_k=2) == [0, 2]
     assert support(LOGITS, top_k=3) == [0, 2, 3]
     assert support(LOGITS, top_k=99) == [0, 1, 2, 3]
+    assert support(LOGITS, top_k=0, top_p=0.0) == [0, 1, 2, 3]  # as None: all
 
 
 @pytest.mark.parametrize(

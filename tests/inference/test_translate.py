@@ -104,9 +104,9 @@ def test_texts_are_framed_by_architecture_unless_the_config_says_otherwise(tmp_p
     tokenizer = train(TokenizerConfig(kind="byte", bos_token="<s>"), [])
     end, begin = (tokenizer.eos_id,), (tokenizer.bos_id,)
     framings = {
-        "decoder": Framing(begin, (), (), end),
-        "encoder": Framing(begin, end, (), end),
-        "encoder_decoder": Framing((), end, begin, end),
+        "decoder": Framing(begin, (), (), end, begin),
+        "encoder": Framing(begin, end, (), end, begin),
+        "encoder_decoder": Framing((), end, begin, end, begin),
     }
     for architecture, expected in framings.items():
         model, _ = tiny_model(architecture=architecture)
@@ -116,6 +116,6 @@ def test_texts_are_framed_by_architecture_unless_the_config_says_otherwise(tmp_p
     config["framing"] = {"before": [1, 2], "decoder_start": [4], "end_of_text": [7, 8]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     run = lm.load(tmp_path)
-    assert run.framing == Framing((1, 2), end, (4,), (7, 8))
+    assert run.framing == Framing((1, 2), end, (4,), (7, 8), begin)
     assert run.encode("a") == [1, 2, *b"a", *end]
     assert run.text_generator.generator.decoder_start == (4,)

@@ -38,7 +38,7 @@ PAIRS = {"data.num_documents": 400, "data.source_length": 64}
 # name → the config's file, and what makes it small, or a model of another kind.
 CONFIGS = {
     "story": ("story", STORIES),
-    "mixture": ("story", STORIES | {"model.num_experts": 8, "model.expert_width": 16}),
+    "mixture": ("story", STORIES | {"model.num_experts": 8, "model.activation": "swiglu"}),
     "lstm": ("story", STORIES | {"model.cell": "lstm"}),
     "quickstart": ("quickstart", BPE),
     "shakespeare_char": ("shakespeare_char", {"data.path": "storyworld"}),
@@ -53,7 +53,8 @@ PRODUCTS = {
     "zero2,stage=2": {"strategy": "zero2", "mesh.stage": 2},
 }
 WAYS = {name: {"strategy": name} for name in STRATEGIES} | PRODUCTS
-FAST = [("story", way) for way in (*STRATEGIES, "context=4")] + [("mixture", "expert")]
+FAST = [("story", way) for way in STRATEGIES]
+FAST += [("mixture", "expert"), ("bert_tiny", "context"), ("translate", "context=4")]
 
 
 def refusal(name, way):
