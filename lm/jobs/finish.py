@@ -32,7 +32,8 @@ def finish(job: TrainJob, directory: pathlib.Path, console: Console) -> dict[str
 
     with contextlib.suppress(ConfigError):  # a run too short to have logged a loss
         console.print(f"loss curve: {plot_losses(directory)}")
-    prompts = (job.prompt,) if isinstance(job.prompt, str) else job.prompt
+    # An empty text is the command line's way to ask for none.
+    prompts = (job.prompt,) if isinstance(job.prompt, str) and job.prompt else tuple(job.prompt)
     if not prompts and not job.exact_match:
         return {}
     run = lm.load(str(directory))
