@@ -281,7 +281,6 @@ def _train(
             abstract_state=training.abstract,
             writer=writer,
             progress=progress,
-            schedule=make_schedule(job.optimizer, job.train.steps),
             flops_per_token=flops_per_token,
             peak=peak,
             workdir=directory,

@@ -3,6 +3,10 @@
 The host never waits for the device except where it must have the state in hand: evaluations,
 checkpoints, the end. Dispatches lie on a fixed grid of steps, so a resumed run makes exactly the
 calls that an uninterrupted one would, and its parameters are bitwise the same.
+
+Speed is that of the device: a dispatch takes from the end of the one before, or of the evaluation
+or checkpoint after that, until its own results are there. The first of a process compiles, and
+counts in no rate.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from lm.training.checkpoints import Checkpointer
 from lm.training.config import TrainConfig, TrainingStopped
 from lm.training.metrics import MetricsWriter
 from lm.training.progress import Progress
+
+_OF_A_STEP = ("grad_norm", "skipped", "learning_rate")  # metrics that are no sums
 
 
 class Stack:
@@ -60,6 +66,25 @@ def termination_flag() -> Iterator[list[int]]:
             signal.signal(signal.SIGTERM, previous)
 
 
+class Dispatch:
+    """The steps up to `step`, under way on the device.
+
+    Attributes:
+      metrics: of each step.
+      timed: whether its tokens count in a rate.
+      ended: when the device was first seen to be done; None before. It is looked at before and
+        after each call of the next dispatch, which may do all of its work within the call.
+    """
+
+    def __init__(self, step: int, metrics: dict[str, jax.Array], timed: bool):
+        self.step, self.metrics, self.timed, self.ended = step, metrics, timed, None
+
+    def look(self, now: float) -> None:
+        """Notes the time if the device is done."""
+        if self.ended is None and self.metrics["weight"].is_ready():
+            self.ended = now
+
+
 class Loop:
     """One run's training loop; see `run`.
 
@@ -74,10 +99,10 @@ class Loop:
       abstract_state: shapes and shardings of the state, to restore into.
       writer: where metrics go.
       progress: where they are shown.
-      schedule: step → learning rate.
       flops_per_token: training FLOPs a token.
       peak: FLOPs a second of all devices.
       workdir: for the profile.
+      clock: seconds, increasing; replaced in tests.
     """
 
     def __init__(
@@ -94,16 +119,15 @@ class Loop:
         abstract_state: Any,
         writer: MetricsWriter,
         progress: Progress,
-        schedule: Callable[[int], Any],
         flops_per_token: float,
         peak: float,
         workdir: pathlib.Path,
+        clock: Callable[[], float] = time.perf_counter,
     ):
         self.config, self.stride, self.step_fn = config, stride, step_fn
         self.batches, self.put, self.evaluate = batches, put, evaluate
         self.checkpointer, self.checkpoint_every = checkpointer, checkpoint_every
         self.abstract_state, self.writer, self.progress = abstract_state, writer, progress
-        self.schedule = schedule
         self.flops_per_token, self.peak, self.workdir = flops_per_token, peak, workdir
         self.spikes = 0
         self.tokens = 0.0
@@ -111,6 +135,7 @@ class Loop:
         self._saved = -1
         self._ahead = 0  # batches that roll-backs left out: batch = step + _ahead
         self._profiling = False
+        self._clock, self._compiled = clock, False
         self._reset_interval()
 
     def run(self, state: Any, start: int, extra: dict[str, Any]) -> tuple[Any, int]:
@@ -131,10 +156,11 @@ class Loop:
         self.tokens, self.spikes = extra.get("tokens", 0.0), extra.get("spikes", 0)
         self._ahead = extra.get("ahead", 0)
         stacked = prefetch_to_device(Stack(self.batches, self.stride), self.put)
-        pending = None
+        pending: list[Dispatch] = []
         self._saved = start if start else -1
         results: dict[str, float] = {}
         self._reset_interval(extra)
+        self._since = self._clock()
         leaving = False
         with termination_flag() as terminated:
             while step < config.steps:
@@ -142,34 +168,39 @@ class Loop:
                 if leaving:
                     break
                 self._profile(step)
-                waited = time.perf_counter()
+                waited = self._clock()
                 batch = next(stacked, None)
                 if batch is None:
                     raise TrainingStopped(
                         f"step {step}: the data of config.data.epochs is used up, for rolling back "
                         "leaves some out; raise data.epochs, or set train.on_spike='skip'"
                     )
-                self._waited += time.perf_counter() - waited
+                if self._compiled:
+                    self._waited += self._clock() - waited
                 data_state = stacked.get_state()
+                for dispatch in pending:
+                    dispatch.look(self._clock())
                 state, metrics = self.step_fn(state, batch)
                 step += self.stride
-                rollback, results = False, {}
-                if pending is not None:
-                    rollback = self._read(*pending)
-                pending = (step, metrics)
+                if not self._compiled:
+                    jax.block_until_ready(metrics)
+                pending.append(Dispatch(step, metrics, self._compiled))
+                pending[-1].look(self._clock())
+                self._compiled = True
+                results = {}
                 evaluating = self._due(step, config.eval_every) or step == config.steps
                 saving = self._due(step, self.checkpoint_every)
-                if evaluating or saving or step == config.steps:
-                    rollback |= self._read(*pending)
-                    pending = None
-                if rollback:
-                    state, step, pending = self._roll_back(step), self._restored, None
+                waiting = evaluating or saving or step == config.steps
+                due = len(pending) if waiting else len(pending) - 1
+                if self._read(pending[:due]):
+                    state, step, pending = self._roll_back(step), self._restored, []
                     continue
+                pending = pending[due:]
                 if evaluating and self.evaluate is not None:
                     results = self._evaluate(state, step)
                 if saving:
                     self._save(state, step, data_state, results)
-            if pending is not None and self._read(*pending):
+            if self._read(pending):
                 state, step = self._roll_back(step), self._restored
             elif step != self._saved and step > start:
                 self._save(state, step, stacked.get_state(), results, wait=True)
@@ -185,43 +216,64 @@ class Loop:
 
     def _reset_interval(self, extra: dict[str, Any] | None = None) -> None:
         """Starts the sums behind the next loss record, where the checkpoint left them."""
-        self._started, self._waited, self._paused = time.perf_counter(), 0.0, 0.0
         saved = (extra or {}).get("interval")
         self._sums = Counter(saved if isinstance(saved, dict) else {})
-        self._earlier = self._sums["tokens"]  # not trained on since `_started`
+        self._timed = self._seconds = self._waited = 0.0  # tokens of dispatches, and their time
 
-    def _read(self, step: int, metrics: Any) -> bool:
-        """Waits for one dispatch's metrics and reports them; whether to roll back."""
-        values = {name: np.asarray(value) for name, value in metrics.items()}
+    def _read(self, dispatches: list[Dispatch]) -> bool:
+        """Waits for dispatches and reports them; whether to roll back."""
+        jax.block_until_ready([dispatch.metrics for dispatch in dispatches])
+        now, rollback = self._clock(), False
+        for left, dispatch in zip(range(len(dispatches), 0, -1), dispatches):
+            if dispatch.ended is None:  # of two at once, each took half of the time
+                dispatch.ended = self._since + (now - self._since) / left
+            rollback |= self._report(dispatch)
+        return rollback
+
+    def _report(self, dispatch: Dispatch) -> bool:
+        """Adds up what one dispatch measured, and records it where due; whether to roll back."""
+        step = dispatch.step
+        values = {name: np.asarray(value) for name, value in dispatch.metrics.items()}
         good = values["skipped"] == 0
         sums = {
             name: float(np.sum(value, where=good))
             for name, value in values.items()
-            if name not in ("grad_norm", "skipped")
+            if name not in _OF_A_STEP
         }
         self._sums.update(sums)
         self.tokens += sums["tokens"]
+        if dispatch.timed:
+            self._timed += sums["tokens"]
+            self._seconds += dispatch.ended - self._since
+        self._since = dispatch.ended
         rollback = False
         for index in np.flatnonzero(~good):
             rollback |= self._spike(step - self.stride + int(index), values, int(index))
         if self._due(step, self.config.log_every) and self._sums["weight"]:
-            elapsed = max(1e-9, time.perf_counter() - self._started - self._paused)
-            rate = (self._sums["tokens"] - self._earlier) / elapsed
             means = {name: total / self._sums["weight"] for name, total in self._sums.items()}
             record = {
                 "loss": means.pop("nats"),
                 "grad_norm": float(values["grad_norm"][-1]),
-                "learning_rate": float(self.schedule(step - 1)),
+                "learning_rate": float(values["learning_rate"][-1]),
                 "tokens": self.tokens,
-                "tokens_per_second": rate,
-                "mfu": rate * self.flops_per_token / self.peak,
-                "data_wait": self._waited / elapsed,
+                **self._speed(),
                 **{name: mean for name, mean in means.items() if name not in ("weight", "tokens")},
             }
             self.writer.write(step, record)
             self.progress.update(step, record)
             self._reset_interval()
         return rollback
+
+    def _speed(self) -> dict[str, float]:
+        """Rates of the dispatches since the last record; none of one that compiled alone."""
+        if not self._seconds:
+            return {}
+        rate = self._timed / self._seconds
+        return {
+            "tokens_per_second": rate,
+            "mfu": rate * self.flops_per_token / self.peak,
+            "data_wait": min(1.0, self._waited / self._seconds),
+        }
 
     def _spike(self, step: int, values: dict[str, np.ndarray], index: int) -> bool:
         """Reports one bad step; whether to roll back."""
@@ -257,19 +309,18 @@ class Loop:
         self.writer.write(found.step, {"rolled_back_from": step, "spikes": self.spikes})
         self.progress.print(f"rolled back to step {found.step}; the data goes on from here")
         self._reset_interval(found.extra)
+        self._since = self._clock()
         return found.state
 
     def _evaluate(self, state: Any, step: int) -> dict[str, float]:
-        paused = time.perf_counter()
         results = self.evaluate(state)
         self.last_eval = results
         self.writer.write(step, results)
         self.progress.update(step, results)
-        self._paused += time.perf_counter() - paused
+        self._since = self._clock()
         return results
 
     def _save(self, state, step, data_state, results, wait: bool = False) -> None:
-        paused = time.perf_counter()
         extra = {
             "data": data_state,
             "tokens": self.tokens,
@@ -280,7 +331,7 @@ class Loop:
         }
         self.checkpointer.save(step, state, extra, results, wait=wait)
         self._saved = step
-        self._paused += time.perf_counter() - paused
+        self._since = self._clock()
 
     def _profile(self, step: int) -> None:
         """Starts and stops the profiler at the edges of its window."""

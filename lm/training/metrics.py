@@ -5,9 +5,10 @@ Each record holds `step` and whatever was measured there; the names that other t
     loss                  training loss, mean nats per target token
     eval_loss             the same on the validation split
     eval_bits_per_byte    the validation loss in bits per byte of text
-    learning_rate, grad_norm
+    learning_rate, grad_norm    those of the step itself
     tokens, tokens_per_second    tokens seen so far and their rate, without padding and, for an
-                          encoder-decoder, without the source
+                          encoder-decoder, without the source; rates leave out evaluations,
+                          checkpoints, and the first dispatch of a process, which compiles
     data_wait             share of the time spent waiting for data, 0 to 1
     mfu                   model FLOPs utilisation, 0 to 1
 

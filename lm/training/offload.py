@@ -58,7 +58,7 @@ def streamed_update(config: OptimizerConfig, total_steps: int, specs: Specs) -> 
     clip = config.clip_norm
     unclipped = dataclasses.replace(config, clip_norm=0.0)  # the norm is that of all parts together
 
-    def update(summed, weight, norm, state, params, skip):
+    def update(summed, weight, norm, state, params, skip, rate):
         scale = jnp.minimum(1.0, clip / (norm + 1e-6)) if clip else jnp.float32(1)
         clipping, state = (state[:1], state[1:]) if clip else ((), state)
         tables, close = _open(state, specs)
@@ -69,7 +69,7 @@ def streamed_update(config: OptimizerConfig, total_steps: int, specs: Specs) -> 
             state = close(jax.device_put(tables, jax.memory.Space.Device))
             # Divided here: the mean of all gradients at once would be another copy of them.
             clipped = jax.tree.map(lambda g: g / weight * scale.astype(g.dtype), summed)
-            updates, new_state = optimizer.update(clipped, state, params)
+            updates, new_state = optimizer.update(clipped, state, params, learning_rate=rate)
             new = (optax.apply_updates(params, updates), new_state)
             params, state = jax.tree.map(
                 lambda old, new: jnp.where(skip, old, new), (params, state), new

@@ -90,14 +90,26 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> schedules.Schedu
     )
 
 
+class Optimizer(NamedTuple):
+    """An optax transformation, and the schedule of its learning rate.
+
+    `update(gradients, state, parameters, learning_rate=rate)` leaves it to the caller what the rate
+    is: that of the training step being taken, `schedule(step)`. The updates that the state counts
+    are fewer where steps were skipped.
+    """
+
+    init: Callable[..., optax.OptState]
+    update: Callable[..., tuple[optax.Updates, optax.OptState]]
+    schedule: schedules.Schedule
+
+
 def make_optimizer(
     config: OptimizerConfig, total_steps: int, specs: dict[str, ParamSpec]
-) -> optax.GradientTransformation:
+) -> Optimizer:
     """The configured optimizer for the parameters declared by `specs`.
 
-    `update(gradients, state, parameters)` takes flat dicts with exactly the names of `specs`. The
-    state of every optimizer but Adafactor holds, besides scalars, only arrays with the shapes and
-    names of the parameters.
+    `update` takes flat dicts with exactly the names of `specs`. The state of every optimizer but
+    Adafactor holds, besides scalars, only arrays with the shapes and names of the parameters.
 
     References: AdamW, Loshchilov & Hutter 2019; Adafactor, Shazeer & Stern 2018; Lion, Chen et al.
     2023; Muon, Jordan et al. 2024 and Liu et al. 2025.
@@ -112,8 +124,24 @@ def make_optimizer(
         steps.insert(0, clip_by_global_norm(config.clip_norm))
     if config.weight_decay:
         steps.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
-    steps.append(optax.scale_by_learning_rate(make_schedule(config, total_steps)))
-    return optax.chain(*steps)
+    schedule = make_schedule(config, total_steps)
+    steps.append(_scale_by_learning_rate(schedule))
+    return Optimizer(*optax.chain(*steps), schedule)
+
+
+def _scale_by_learning_rate(schedule: schedules.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Updates times -rate: the one given, else that of as many updates as there were.
+
+    The state is that of `optax.scale_by_learning_rate`, which checkpoints have.
+    """
+
+    def update(updates, state, params=None, *, learning_rate=None, **_):
+        rate = schedule(state.count) if learning_rate is None else learning_rate
+        updates = jax.tree.map(lambda g: (-rate).astype(g.dtype) * g, updates)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    init = optax.scale_by_schedule(schedule).init
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def decay_mask(decay: str, specs: dict[str, ParamSpec]) -> dict[str, bool]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import optax
 
 from lm.models import Model, ModelConfig, param_specs, skeleton
 from lm.objectives import ObjectiveConfig
@@ -16,7 +15,7 @@ from lm.parallel.mesh import replicated
 from lm.parallel.params import ParamSpec
 from lm.training.config import TrainConfig
 from lm.training.offload import HOST, streamed_update
-from lm.training.optimizer import OptimizerConfig, make_optimizer
+from lm.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from lm.training.state import abstract_state, gradient_shardings
 from lm.training.step import Batch, State, make_train_step
 
@@ -26,7 +25,7 @@ class Training(NamedTuple):
 
     model: Model
     specs: dict[str, ParamSpec]
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     abstract: State  # shapes and shardings of the state
     # (state, batches [N, B, T]) → (state after N steps, metrics [N]): jitted, donates the state;
     # to be called or lowered within `layout.active()`.

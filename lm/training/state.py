@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh, NamedSharding
 
 from lm.models import init
 from lm.parallel.mesh import replicated
 from lm.parallel.params import ParamSpec
 from lm.parallel.sharding import parameter_shardings, zero_rules
+from lm.training.optimizer import Optimizer
 from lm.training.step import State, initial_state
 
 
 def abstract_state(
     specs: Mapping[str, ParamSpec],
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     mesh: Mesh,
     zero: int = 3,
     optimizer_memory: str | None = None,
@@ -56,7 +56,7 @@ def gradient_shardings(
 
 def create_state(
     specs: Mapping[str, ParamSpec],
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     abstract: State,
     seed: int,
     params: Mapping[str, Any] | None = None,

@@ -17,19 +17,18 @@ from jax.sharding import NamedSharding
 from lm.models import Model, bind
 from lm.objectives import ObjectiveConfig, token_loss
 from lm.training.config import TrainConfig
-from lm.training.optimizer import global_norm
+from lm.training.optimizer import Optimizer, global_norm
 
 State = dict[str, Any]
 Batch = Mapping[str, jax.Array]
 # (summed gradients, what divides them, the norm of that mean, the optimizer's state, parameters,
-# whether to skip this step) → the next parameters and state: as they were where it is skipped.
-Update = Callable[[Any, jax.Array, jax.Array, Any, Any, jax.Array], tuple[Any, Any]]
+# whether to skip this step, learning rate) → the next parameters and state: as they were where the
+# step is skipped.
+Update = Callable[[Any, jax.Array, jax.Array, Any, Any, jax.Array, jax.Array], tuple[Any, Any]]
 LOSS_MEMORY = 0.98  # the running mean of the loss forgets 2 % a step
 
 
-def initial_state(
-    params: Mapping[str, jax.Array], optimizer: optax.GradientTransformation
-) -> State:
+def initial_state(params: Mapping[str, jax.Array], optimizer: Optimizer) -> State:
     """The state before the first step."""
     return {
         "params": dict(params),
@@ -84,12 +83,12 @@ def gradients(
     return jax.lax.scan(add, zeros, parts)[0]
 
 
-def whole_update(optimizer: optax.GradientTransformation) -> Update:
+def whole_update(optimizer: Optimizer) -> Update:
     """The update that has all of the optimizer's state at hand."""
 
-    def update(summed, weight, norm, state, params, skip):
+    def update(summed, weight, norm, state, params, skip, rate):
         mean = jax.tree.map(lambda g: g / weight, summed)
-        updates, new_state = optimizer.update(mean, state, params)
+        updates, new_state = optimizer.update(mean, state, params, learning_rate=rate)
         new = (optax.apply_updates(params, updates), new_state)
         return jax.tree.map(lambda old, new: jnp.where(skip, old, new), (params, state), new)
 
@@ -99,7 +98,7 @@ def whole_update(optimizer: optax.GradientTransformation) -> Update:
 def make_train_step(
     skeleton: Model,
     objective: ObjectiveConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     config: TrainConfig,
     seed: int,
     max_targets: int = 0,
@@ -110,9 +109,10 @@ def make_train_step(
 
     Each step's loss is the sum over its batch divided once by its summed weight. A step whose loss
     or gradient is not finite, or whose loss is a spike, changes nothing but the step count; its
-    `skipped` metric is 1. Jit it, donating the state.
+    `skipped` metric is 1. The learning rate is that of the step count, so that its decay ends with
+    the run however many steps were skipped. Jit it, donating the state.
 
-    Metrics: those of `lm.objectives.token_loss` (sums), `grad_norm`, `skipped`.
+    Metrics: those of `lm.objectives.token_loss` (sums), `grad_norm`, `skipped`, `learning_rate`.
 
     Args:
       skeleton: the model.
@@ -140,7 +140,8 @@ def make_train_step(
         bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
         if config.spike_nats:
             bad |= loss > state["loss_mean"] + config.spike_nats
-        params, kept = update(summed, weight, norm, state["optimizer"], state["params"], bad)
+        rate = optimizer.schedule(state["step"])
+        params, kept = update(summed, weight, norm, state["optimizer"], state["params"], bad, rate)
         settled = jnp.where(jnp.isnan(state["loss_mean"]), loss, state["loss_mean"])
         loss_mean = LOSS_MEMORY * settled + (1 - LOSS_MEMORY) * loss
         new_state = {
@@ -149,7 +150,8 @@ def make_train_step(
             "step": state["step"] + 1,
             "loss_mean": jnp.where(bad, state["loss_mean"], loss_mean),
         }
-        return new_state, {**metrics, "grad_norm": norm, "skipped": bad.astype(jnp.int32)}
+        measured = {"grad_norm": norm, "skipped": bad.astype(jnp.int32), "learning_rate": rate}
+        return new_state, metrics | measured
 
     def steps(state: State, batches: Batch):
         if jax.tree.leaves(batches)[0].shape[0] == 1:

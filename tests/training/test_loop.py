@@ -1,6 +1,7 @@
 """Training as a whole: what must not change the result, and what happens when a step goes wrong."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from lm.data.batches import BatchIterator
 from lm.jobs import train
 from lm.training import evaluate as evaluation
 from lm.training.checkpoints import Checkpointer
-from lm.training.config import TrainingStopped
+from lm.training.config import TrainConfig, TrainingStopped
 from lm.training.loop import Loop
 
 # The loss that the tiny config reports for its steps 1 to 3, in float32 on a CPU. Update it, with a
@@ -204,6 +205,40 @@ def test_a_skipped_step_changes_nothing(place, monkeypatch):
         np.testing.assert_array_equal(before[name], after[name])
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_after_a_skipped_step_the_logged_rate_is_applied_and_the_decay_ends(
+    place, monkeypatch, offload
+):
+    original = BatchIterator.__next__
+
+    def poisoned(self):
+        batch = original(self)
+        if self._next == 4:
+            return infinite(batch)
+        if self._next == 6:  # no gradient: parameters shrink by the rate times the weight decay
+            batch["weights"] = np.zeros_like(batch["weights"])
+        return batch
+
+    monkeypatch.setattr(BatchIterator, "__next__", poisoned)
+    schedule = {"schedule": "linear", "final_fraction": 0.0, "learning_rate": 0.5}
+    decay = {"name": "sgd", "b1": 0.0, "weight_decay": 0.5, "decay": "all"}
+    directory = tiny_jobs.run(
+        place,
+        f"rates_{offload}",
+        **{f"optimizer__{name}": value for name, value in {**schedule, **decay}.items()},
+        train__offload_optimizer=offload,
+        train__steps=8,
+        train__steps_per_dispatch=1,
+        checkpoint__every=1,
+        checkpoint__keep=8,
+    )
+    rates = dict(tiny_jobs.losses(directory, "learning_rate"))
+    assert rates == pytest.approx({2: 0.4375, 4: 0.3125, 6: 0.1875, 8: 0.0625})
+    before, after = tiny_jobs.parameters(directory, 5), tiny_jobs.parameters(directory, 6)
+    for name in before:
+        np.testing.assert_allclose(after[name], before[name] * (1 - 0.5 * rates[6]), rtol=1e-6)
+
+
 def test_a_finite_spike_counts_where_the_config_says_how_high(place, monkeypatch, capsys):
     poison(monkeypatch, {14}, gibberish)
     calm = tiny_jobs.run(place, "tolerant")
@@ -330,3 +365,103 @@ def test_data_that_ends_before_the_steps_do_is_an_error_before_training(place):
     with pytest.raises(ConfigError, match=r"config\.train\.steps=24 is more than the \d+ batches"):
         tiny_jobs.run(place, "epochs", data__epochs=1)
     assert not (place / "epochs").exists()
+
+
+# ---- The rates that are logged ---------------------------------------------------------------
+
+
+class Machine:
+    """A device, its host, and a clock that only their work moves.
+
+    A step is 100 tokens and takes the device a second. The first call compiles for 100 s, a call
+    takes 0.01 s besides, and evaluations and checkpoints 50 s.
+
+    Args:
+      waits: seconds the host takes for the batch of a step.
+      within: whether the device works while it is called, or after the call has returned.
+    """
+
+    def __init__(self, waits: float, within: bool):
+        self.waits, self.within = waits, within
+        self.now = self.free = self.paused = 0.0
+        self.began = self.ended = 0.0  # when the first dispatch was done, and the last one
+
+    def __next__(self):
+        self.now += self.waits
+        return {"inputs": np.zeros((1, 1))}
+
+    def get_state(self):
+        return {}
+
+    def call(self, state, batch):
+        stride = len(batch["inputs"])
+        self.now += 0.01 if self.began else 100.0
+        self.free = max(self.now, self.free) + stride
+        self.now = self.free if self.within else self.now
+        self.began, self.ended = self.began or self.free, self.free - self.paused
+        ones = ("nats", "grad_norm", "learning_rate")
+        metrics = {"weight": 100.0, "tokens": 100.0, "skipped": 0, **dict.fromkeys(ones, 1.0)}
+        return state, {name: Pending(self, np.full(stride, v)) for name, v in metrics.items()}
+
+    def pause(self, *args, **named):
+        assert self.now >= self.free, "the state is not there yet"
+        self.now += 50.0
+        self.paused += 50.0
+        return {}
+
+
+class Pending:
+    """An array that a machine is working on."""
+
+    def __init__(self, machine: Machine, value: np.ndarray):
+        self.machine, self.value, self.end = machine, value, machine.free
+
+    def is_ready(self):
+        return self.machine.now >= self.end
+
+    def block_until_ready(self):
+        self.machine.now = max(self.machine.now, self.end)
+        return self
+
+    def __array__(self, *args, **named):
+        return self.block_until_ready().value
+
+
+@pytest.mark.parametrize("within", [False, True], ids=["after the call", "within the call"])
+@pytest.mark.parametrize("waits", [0.0, 1.5], ids=["fed", "starved"])
+@pytest.mark.parametrize(
+    "stride, log_every, eval_every, start",
+    [(1, 1, 0, 0), (1, 10, 20, 0), (2, 10, 20, 0), (5, 10, 30, 10), (10, 10, 20, 0), (2, 2, 4, 0)],
+)
+def test_rates_are_the_tokens_and_the_time_of_the_device(
+    within, waits, stride, log_every, eval_every, start
+):
+    """Without the call that compiles, and without evaluations and checkpoints."""
+    machine, records = Machine(waits, within), []
+    ignore = SimpleNamespace(update=lambda *a: None, print=lambda *a: None)
+    loop = Loop(
+        TrainConfig(steps=60, log_every=log_every, eval_every=eval_every),
+        stride=stride,
+        step_fn=machine.call,
+        batches=machine,
+        put=lambda batch: batch,
+        evaluate=machine.pause,
+        checkpointer=SimpleNamespace(save=machine.pause, wait=lambda: None),
+        checkpoint_every=30,
+        abstract_state=None,
+        writer=SimpleNamespace(write=lambda step, record: records.append(record)),
+        progress=ignore,
+        flops_per_token=1.0,
+        peak=100.0,
+        workdir=None,
+        clock=lambda: machine.now,
+    )
+    loop.run(None, start, {})
+    tokens = [100 * log_every] * ((60 - start) // log_every)
+    tokens[0] -= 100 * stride
+    rates = [record["tokens_per_second"] for record in records if "tokens_per_second" in record]
+    assert len(rates) == sum(n > 0 for n in tokens)
+    assert max(rates) <= 100 + 1e-9  # as fast as it can work
+    assert waits or min(rates) > 98
+    seconds = sum(n / rate for n, rate in zip(filter(None, tokens), rates, strict=True))
+    assert seconds == pytest.approx(machine.ended - machine.began)

@@ -48,7 +48,8 @@ def after(state, abstract, update, mesh, skip=()):
     def step(params, kept, key, skip):
         gradients = init(SPECS, key)
         norm = global_norm(gradients) / 2
-        return update(gradients, jnp.float32(2), norm, kept, params, skip)
+        rate = jnp.float32(1e-2)
+        return update(gradients, jnp.float32(2), norm, kept, params, skip, rate)
 
     params, kept = state["params"], state["optimizer"]
     places = (abstract["params"], abstract["optimizer"])

@@ -97,16 +97,16 @@ def test_sigterm_between_two_records_saves_says_where_and_goes_on(
     monkeypatch, place, whole, capsys
 ):
     fields = {**HARD, "data__packing": "best_fit"}
-    original = Loop._read
+    original = Loop._report
 
-    def terminate_at_ten(self, step, metrics):
-        if step == 10 and not terminated:
+    def terminate_at_ten(self, dispatch):
+        if dispatch.step == 10 and not terminated:
             terminated.append(os.kill(os.getpid(), signal.SIGTERM))
-        return original(self, step, metrics)
+        return original(self, dispatch)
 
     terminated = []
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_read", terminate_at_ten)
+        patch.setattr(Loop, "_report", terminate_at_ten)
         with pytest.raises(TrainingInterrupted):
             tiny_jobs.run(place, "terminated", **fields, prompt="The cat")
     directory = place / "terminated"
