@@ -19,6 +19,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +28,6 @@ from typing import Annotated, Any, Literal, TypeVar
 import ml_collections
 
 T = TypeVar("T")
-_INT32 = 2**31 - 1
 
 
 class ConfigError(ValueError):
@@ -45,36 +45,85 @@ class _WrongType(ConfigError):
 class Bounds:
     """Of a number, in its annotation: `Annotated[int, Bounds(1)]`.
 
-    Numbers without any are finite, and whole ones fit 32 bits, as array sizes and indices must.
+    Every number is finite; whole ones are at most 2³¹ − 1 in size where nothing else is said, as
+    the sizes and indices of arrays must be.
     """
 
     low: float = -math.inf
     high: float = math.inf
     ends: str = "[]"  # "(": above `low`; ")": below `high`
-    note: str = ""  # what an end means, such as "0 chooses"
 
     def check(self, field: str, value: float) -> None:
         """Raises ConfigError unless `value` lies between the bounds."""
-        high = _INT32 if isinstance(value, int) and self.high == math.inf else self.high
-        above = value > self.low if self.ends[0] == "(" else value >= self.low
+        low, high = self._within(isinstance(value, int))
+        above = value > low if self.ends[0] == "(" else value >= low
         below = value < high if self.ends[1] == ")" else value <= high
-        note = f" ({self.note})" if self.note else ""
+        finite = isinstance(value, int) or math.isfinite(value)
+        simple = self.words() if finite and not (above and self.high == math.inf) else ""
         check(
-            above and below and math.isfinite(value),
-            f"{field}={_shown(value)} must be {self.words(isinstance(value, int))}{note}",
+            above and below and finite,
+            f"{field}={_shown(value)} must be {simple or self.words(isinstance(value, int))}",
         )
 
-    def words(self, whole: bool) -> str:
-        """'at least 1', 'in [0, 1)', …"""
-        low, high = (f"{end:,.15g}".replace(",", "_") for end in (self.low, self.high))
-        if self.high < math.inf and self.low > -math.inf:
-            return f"in {self.ends[0]}{low}, {high}{self.ends[1]}"
-        most = f" and at most {_INT32}" if whole else " and finite"
-        if self.low > -math.inf:
-            return f"{'above' if self.ends[0] == '(' else 'at least'} {low}{most}"
-        if self.high < math.inf:
-            return f"{'below' if self.ends[1] == ')' else 'at most'} {high}"
-        return f"between -{_INT32} and {_INT32}" if whole else "a finite number"
+    def _within(self, whole: bool) -> tuple[float, float]:
+        most = 2**31 - 1 if whole else math.inf
+        return max(self.low, -most), most if self.high == math.inf else self.high
+
+    def words(self, exactly: bool | None = None) -> str:
+        """'at least 1', 'in [0, 1)', …; with the limits of its type, if it is known to be whole."""
+        low, high = (self.low, self.high) if exactly is None else self._within(exactly)
+        least, most = _number(low), _number(high)
+        if math.isfinite(low) and math.isfinite(high):
+            return f"in {self.ends[0]}{least}, {most}{self.ends[1]}"
+        if math.isfinite(low):
+            finite = "" if exactly is None else "a finite number "
+            return f"{finite}{'above' if self.ends[0] == '(' else 'at least'} {least}"
+        if math.isfinite(high):
+            return f"{'below' if self.ends[1] == ')' else 'at most'} {most}"
+        return "a finite number"
+
+
+def _number(value: float) -> str:
+    return f"{int(value):_}" if math.isfinite(value) and value == int(value) else f"{value:g}"
+
+
+class _Text:
+    """Any text that a file or another program can be given."""
+
+    def check(self, field: str, value: str) -> None:
+        odd = [c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"]
+        check(
+            not odd, f"{field}={_shown(value)} must not hold the character {ascii(odd[:1])[2:-2]}"
+        )
+
+    def words(self) -> str:
+        return ""
+
+
+class _Path(_Text):
+    """A path, address or pattern: nothing that the file system cannot even look up."""
+
+    def check(self, field: str, value: str) -> None:
+        super().check(field, value)
+        for part in value.split("/"):
+            check(
+                len(os.fsencode(part)) <= 255,
+                f"{field}={_shown(value)} has a name longer than 255 bytes",
+            )
+        check(len(os.fsencode(value)) < 4096, f"{field}={_shown(value)} is longer than 4095 bytes")
+        home = value.split("/")[0]
+        check(
+            not value.startswith("~") or os.path.expanduser(home) != home,
+            f"{field}={_shown(value)}: there is no user {home[1:]!r}",
+        )
+
+
+Count = Annotated[int, Bounds(0)]
+Positive = Annotated[int, Bounds(1)]
+Seed = Annotated[int, Bounds(0, 2**32 - 1)]
+Size = Annotated[int, Bounds(1, 2**40)]  # of files or texts, in bytes
+Share = Annotated[float, Bounds(0, 1)]
+Path = Annotated[str, _Path()]
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
@@ -197,7 +246,7 @@ def from_texts(texts: Sequence[str], hint: Any) -> Any:
     if several is None or (str in options and len(texts) == 1):
         return _from_text(texts[-1], hint)
     kind = typing.get_args(several)[0]
-    if kind is str:
+    if _bare(kind) is str:
         return tuple(texts) if list(texts) != [""] else ()
     if type(None) in _options(hint) and list(texts) == ["None"]:
         return None
@@ -251,11 +300,6 @@ def _coerce(value: Any, hint: Any, field: str) -> Any:
                 return _coerce(value, option, field)
             except _WrongType:
                 continue
-    elif origin is Annotated:
-        result = _coerce(value, args[0], field)
-        for rule in hint.__metadata__:
-            rule.check(field, result)
-        return result
     elif origin is Literal:
         check_choice(field, value, args)
         return value
@@ -272,15 +316,20 @@ def _coerce(value: Any, hint: Any, field: str) -> Any:
     elif origin is dict or hint is dict:
         if isinstance(value, Mapping | ml_collections.ConfigDict):
             return dict(value)
-    elif isinstance(value, bool):
-        if hint is bool:
+    else:
+        kind, rules = _bare(hint), getattr(hint, "__metadata__", ())
+        allowed = int | float if kind is float else kind
+        if isinstance(value, allowed) and isinstance(value, bool) == (kind is bool):
+            if kind is float:
+                value = float(value) if abs(value) < 1e308 else math.copysign(math.inf, value)
+            for rule in rules or _RULES.get(kind, ()):
+                rule.check(field, value)
             return value
-    elif hint is float and isinstance(value, int | float):
-        return float(value) if abs(value) < 1e308 else math.copysign(math.inf, value)
-    elif hint in (int, str) and isinstance(value, hint):
-        return value
     wanted = " | ".join(_name(option) for option in _options(hint))
     raise _WrongType(f"{field}={_shown(value)} must be {wanted}, not {type(value).__name__}")
+
+
+_RULES = {int: (Bounds(),), float: (Bounds(),), str: (_Text(),)}  # where there are no others
 
 
 def _name(hint: Any) -> str:
@@ -305,8 +354,9 @@ def limits(hint: Any) -> str:
         if typing.get_origin(option) is Literal:
             return f"({' | '.join(map(str, typing.get_args(option)))})"
         if typing.get_origin(option) is Annotated:
-            kind, *rules = typing.get_args(option)
-            return f"({'; '.join(rule.words(kind is int) for rule in rules)})"
+            _, *rules = typing.get_args(option)
+            words = "; ".join(filter(None, (rule.words() for rule in rules)))
+            return f"({words})" if words else ""
     return ""
 
 
