@@ -1,4 +1,4 @@
-"""The picture of a run: training and evaluation loss against steps and tokens."""
+"""Pictures of training and evaluation loss: of a run, and of several side by side."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from lm.config import ConfigError
@@ -25,27 +26,18 @@ def plot_losses(
     Raises:
       ConfigError: there are no metrics, or no finite loss among them.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     workdir = pathlib.Path(workdir)
     path = pathlib.Path(file) if file is not None else workdir / "loss.png"
     records = read_metrics(workdir)
-    train, held_out = _series(records, "loss"), _series(records, "eval_loss")
+    train, held_out = series(records, "loss"), series(records, "eval_loss")
     if not train[0] and not held_out[0]:
         raise ConfigError(f"{workdir} has no finite loss to plot in its metrics.jsonl")
 
-    # Not through pyplot: no global figure, and whatever backend a notebook uses stays its own.
-    figure = Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _canvas()
     if train[0]:
-        axes.plot(*train, color=_TRAIN, alpha=0.3, linewidth=0.8)
-        axes.plot(train[0], _running_mean(train[1]), color=_TRAIN, linewidth=1.8, label="training")
+        _draw_training(axes, *train, _TRAIN, "training")
     if held_out[0]:
-        axes.plot(
-            *held_out, color=_EVAL, linewidth=1.2, marker="o", markersize=3.5, label="evaluation"
-        )
+        _draw_evaluation(axes, *held_out, _EVAL, "evaluation")
         best = min(range(len(held_out[1])), key=lambda i: held_out[1][i])
         axes.annotate(
             f"best {held_out[1][best]:.3f}",
@@ -57,20 +49,83 @@ def plot_losses(
             fontsize=9,
             fontweight="bold",
         )
-    _dress(axes, records, *train, *held_out)
+    _dress(axes, workdir.resolve().name, [train, held_out])
+    _count_tokens(axes, records)
+    return _saved(figure, path)
+
+
+def plot_runs(
+    runs: Mapping[str, list[dict[str, Any]]], path: pathlib.Path, against: str = "step"
+) -> pathlib.Path:
+    """Draws the losses of several runs, each in its colour, to `path`, and returns it.
+
+    Args:
+      runs: records (`read_metrics`) by what the legend calls their run.
+      path: of the PNG.
+      against: what the horizontal axis counts: "step" or "tokens".
+
+    Raises:
+      ConfigError: a run without a finite loss, or without what it is drawn against.
+    """
+    import matplotlib
+
+    figure, axes = _canvas()
+    colours = matplotlib.colormaps["tab10" if len(runs) <= 10 else "turbo"]
+    drawn = []
+    for number, (name, records) in enumerate(runs.items()):
+        name = f"./{name}" if name.startswith("_") else name  # which a legend leaves out
+        colour = colours(number if len(runs) <= 10 else number / len(runs))
+        train, held_out = (series(records, loss, against) for loss in ("loss", "eval_loss"))
+        if not train[0] and not held_out[0]:
+            raise ConfigError(f"{name} has no finite loss against {against!r} in its metrics.jsonl")
+        if train[0]:
+            _draw_training(axes, *train, colour, name)
+        if held_out[0]:
+            _draw_evaluation(axes, *held_out, colour, None if train[0] else name)
+        drawn += [train, held_out]
+    held = any(held_out[0] for held_out in drawn[1::2])
+    _dress(axes, "Training loss" + (", and evaluation loss as points" if held else ""), drawn)
+    axes.set_xlabel(against, color=_INK)
+    return _saved(figure, path)
+
+
+def _canvas():
+    """A figure and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Not through pyplot: no global figure, and whatever backend a notebook uses stays its own.
+    figure = Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _draw_training(axes: Any, steps, losses, colour, label: str) -> None:
+    axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8)
+    axes.plot(steps, _running_mean(losses), color=colour, linewidth=1.8, label=label)
+
+
+def _draw_evaluation(axes: Any, steps, losses, colour, label: str | None) -> None:
+    style = {"linewidth": 1.2, "marker": "o", "markersize": 3.5}
+    axes.plot(steps, losses, color=colour, label=label, **style)
+
+
+def _saved(figure: Any, path: pathlib.Path) -> pathlib.Path:
     scratch = path.with_name(f".{path.name}.partial")
     figure.savefig(scratch, format="png")
     scratch.replace(path)
     return path
 
 
-def _dress(axes: Any, records: list[dict[str, Any]], *series: list[float]) -> None:
-    """Axes, grid and legend: as little ink as the eye needs."""
-    steps, losses = [*series[0], *series[2]], [*series[1], *series[3]]
+def _dress(axes: Any, title: str, drawn: list[tuple[list[int], list[float]]]) -> None:
+    """Title, axes, grid and legend: as little ink as the eye needs."""
+    steps = [step for some, _ in drawn for step in some]
+    losses = [loss for _, some in drawn for loss in some]
     low, high = min(losses), max(losses)
     margin = 0.06 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
     axes.set_xlim(min(0, *steps), max(steps) * 1.02 or 1)
+    title = axes.set_title(title, color=_INK, fontsize=11)
     axes.set_xlabel("step", color=_INK)
     axes.set_ylabel("loss (nats per token)", color=_INK)
     axes.grid(axis="y", color=_FAINT, linewidth=0.7)
@@ -79,21 +134,37 @@ def _dress(axes: Any, records: list[dict[str, Any]], *series: list[float]) -> No
     axes.spines["bottom"].set_color("#999999")
     axes.tick_params(colors=_INK, labelsize=9, length=0)
     axes.xaxis.set_major_formatter(lambda value, _: _count(value))
+    legend = axes.legend(frameon=False, labelcolor=_INK, fontsize=10, loc="upper right")
+    for text in (title, *legend.get_texts()):
+        text.set_parse_math(False)  # a directory may be called "$x$"
+
+
+def _count_tokens(axes: Any, records: list[dict[str, Any]]) -> None:
+    """A second axis, on top, where the records have `tokens`."""
     per_step = _tokens_per_step(records)
-    if per_step:
-        top = axes.secondary_xaxis(
-            "top", functions=(lambda s: s * per_step, lambda t: t / per_step)
-        )
-        top.set_xlabel("tokens", color=_INK, fontsize=9)
-        top.xaxis.set_major_formatter(lambda value, _: _count(value))
-        top.tick_params(colors=_INK, labelsize=9, length=0)
-        top.spines["top"].set_visible(False)
-    axes.legend(frameon=False, labelcolor=_INK, fontsize=10, loc="upper right")
+    if not per_step:
+        return
+    top = axes.secondary_xaxis("top", functions=(lambda s: s * per_step, lambda t: t / per_step))
+    top.set_xlabel("tokens", color=_INK, fontsize=9)
+    top.xaxis.set_major_formatter(lambda value, _: _count(value))
+    top.tick_params(colors=_INK, labelsize=9, length=0)
+    top.spines["top"].set_visible(False)
 
 
-def _series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    points = [(r["step"], r[name]) for r in records if name in r and math.isfinite(r[name])]
-    return [step for step, _ in points], [value for _, value in points]
+def series(
+    records: list[dict[str, Any]], name: str, against: str = "step"
+) -> tuple[list[int], list[float]]:
+    """The finite values of `name`, and the step (or tokens) of each.
+
+    Records of evaluations have no tokens of their own: those of the step they follow.
+    """
+    places, values, last = [], [], {}
+    for record in records:
+        last |= record
+        if math.isfinite(record.get(name, math.nan)) and against in last:
+            places.append(last[against])
+            values.append(record[name])
+    return places, values
 
 
 def _running_mean(values: list[float]) -> list[float]:

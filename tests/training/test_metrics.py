@@ -11,8 +11,10 @@ import textwrap
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_main import main
 
 from lm.config import ConfigError
+from lm.training import plots
 from lm.training.metrics import MetricsWriter, read_metrics
 from lm.training.plots import plot_losses
 from lm.training.progress import Progress
@@ -164,6 +166,44 @@ def test_loss_is_plotted(tmp_path):
     assert plot_losses(tmp_path) == tmp_path / "loss.png"
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_runs_are_compared(tmp_path):
+    for name, loss in (("$a_1$", 2.0), ("_b", 3.0)):
+        with MetricsWriter(tmp_path / "runs" / name, tensorboard=False) as writer:
+            for step in (1, 2, 3):
+                values = {"loss": loss / step, "tokens": 10 * step, "tokens_per_second": 100 * step}
+                writer.write(step, values)
+            writer.write(2, {"eval_loss": loss})
+            writer.write(3, {"eval_loss": loss + 0.5})
+    (tmp_path / "runs" / "notes").mkdir()
+    given = ["--config=compare_runs", f"--config.runs={tmp_path}/runs", f"--workdir={tmp_path}/out"]
+    code, output, errors = main(*given, "--config.against=tokens")
+    assert (code, errors) == (0, "")
+    rows = [line.split() for line in output.splitlines()]
+    assert rows[1:3] == [
+        ["$a_1$", "3", "0.6667", "2.5000", "2.0000", "200"],
+        ["_b", "3", "1.0000", "3.5000", "3.0000", "200"],
+    ]
+    assert (tmp_path / "out" / "losses.png").read_bytes().startswith(b"\x89PNG")
+    code, _, errors = main(*given[:1], f"--config.runs={tmp_path}/runs/notes", *given[2:])
+    assert (code, errors.count("\n")) == (2, 1) and "notes' is no run" in errors
+
+
+def test_a_comparison_is_drawn_as_it_is_labelled(tmp_path, monkeypatch):
+    records = [{"step": s, "loss": 1 / s, "tokens": 10 * s} for s in (1, 2)]
+    evaluated = [*records, {"step": 2, "eval_loss": 0.7}]
+    drawn = []
+    monkeypatch.setattr(plots, "_saved", lambda figure, path: drawn.append(figure))
+    plots.plot_runs({"$a$": records, "_b": evaluated}, tmp_path / "x.png", "tokens")
+    [axes] = drawn[0].axes
+    assert axes.get_title() == "Training loss, and evaluation loss as points"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("tokens", "loss (nats per token)")
+    texts = axes.get_legend().get_texts()
+    assert [text.get_text() for text in texts] == ["$a$", "./_b"]
+    assert not any(text.get_parse_math() for text in texts)
+    points = [line.get_xydata().tolist() for line in axes.lines]
+    assert points[1] == [[10, 1], [20, 0.5]] and points[-1] == [[20, 0.7]]
 
 
 def test_nothing_to_plot_is_an_error(tmp_path):
