@@ -1,14 +1,24 @@
-"""Small files that others may have written: read whole, within bounds, and as plain JSON alone."""
+"""Files: small ones that others may have written, read whole, within bounds, and as plain JSON
+alone; locks between processes; and what must be on disk before it counts.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
-from typing import Any
+import socket
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from lm.config import ConfigError, check
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: there are no locks
+    fcntl = None
 
 LARGEST = 256 * 2**20  # bytes of a file of JSON; the largest vocabularies take 40 MiB
 
@@ -77,3 +87,73 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise ValueError(f"{twice!r} twice")
     return result
+
+
+class Lock(NamedTuple):
+    """Whether a lock is `ours`; if not, its `holder`, '' where the file system has no locks."""
+
+    ours: bool
+    holder: str
+
+
+@contextlib.contextmanager
+def lock(path: str | os.PathLike[str], wait: bool = True) -> Iterator[Lock]:
+    """Holds the lock file `path` for as long as the block runs, if it can be had.
+
+    The kernel frees the lock of a process that dies. The file stays: removing one that another
+    process is about to lock would let two in.
+
+    Args:
+      path: a file in a directory that exists; created if need be.
+      wait: whether to wait for the process that holds it.
+
+    Raises:
+      OSError: the file cannot be created.
+    """
+    if fcntl is None:
+        yield Lock(False, "")
+        return
+    with open(path, "a+", encoding="utf-8", errors="replace") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            yield Lock(False, file.readline(200).strip() or "another process")
+            return
+        except OSError:
+            yield Lock(False, "")
+            return
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield Lock(True, "")
+
+
+def holder(path: str | os.PathLike[str]) -> str:
+    """Who holds the lock file `path`, as `process 7 on host`; '' if nobody does."""
+    if not os.path.exists(path):
+        return ""
+    try:
+        with lock(path, wait=False) as found:
+            return found.holder
+    except OSError:  # not ours to open, so not ours to judge
+        return ""
+
+
+def write_durably(path: pathlib.Path, text: str) -> None:
+    """Writes and reaches the disk: a rename may not overtake what it makes visible."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Waits until the names in a directory are on disk."""
+    with contextlib.suppress(OSError):  # not every file system lets a directory be synced
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

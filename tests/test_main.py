@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import pathlib
 import runpy
 import shutil
@@ -10,6 +11,8 @@ from unittest import mock
 
 import pytest
 import tiny_jobs
+
+from lm import files
 
 CONFIG = "--config=tests/tiny_jobs.py"
 
@@ -294,6 +297,76 @@ def test_a_prompt_is_text_whatever_it_looks_like(here):
     words = ["--config.init_from=RUN", "--config.max_new_tokens=1", f"--config.prompt={prompt}"]
     code, output, _ = main(*arguments(here, words, "--config=generate"))
     assert code == 0 and output.startswith(prompt)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_neither_resumed_nor_believed(here):
+    checkpoints = here / "damaged" / "checkpoints"
+    shutil.copytree(here / "run", checkpoints.parent)
+    shutil.copytree(checkpoints / "00000024", checkpoints / "00000016")
+    truncated = checkpoints / "00000024" / "state" / "_METADATA"
+    truncated.write_bytes(truncated.read_bytes()[:100])
+    before = contents(checkpoints)
+    words = [
+        "00000024 is damaged (state/_METADATA has 100 bytes instead of ",
+        "00000016 is damaged (it is that of step 24, renamed)",
+        "another --workdir or remove",
+    ]
+    source = "--config.init_from=HERE/damaged"
+    assert_one_line(main(*arguments(here, ["--workdir=HERE/damaged"])), words)
+    assert_one_line(main(*arguments(here, ["--workdir=HERE/child", source])), words)
+    assert_one_line(main(*arguments(here, [source], "--config=configs/generate.py")), words)
+    assert contents(checkpoints) == before
+
+
+def test_a_run_goes_on_despite_a_damaged_record_and_folders_that_are_no_steps(here, caplog):
+    run = here / "stained"
+    shutil.copytree(here / "run", run)
+    for name in ("²", "٣", "9" * 200):
+        (run / "checkpoints" / name).mkdir()
+    records = (run / "metrics.jsonl").read_bytes()
+    first, second, rest = records.split(b"\n", 2)
+    stained = b"\n".join([first, second.replace(b"l", b"\xff", 1), b"[" * 9999, rest])
+    (run / "metrics.jsonl").write_bytes(stained)
+    code, output, errors = main(*arguments(here, ["--workdir=HERE/stained"]))
+    assert code == 0, errors
+    assert "resuming at step 24" in output
+    (notice,) = [record.getMessage() for record in caplog.records]
+    assert "metrics.jsonl: 2 of 13 lines are damaged and left out" in notice
+    assert (run / "metrics.jsonl").read_bytes() == first + b"\n" + rest
+
+
+def test_a_run_may_lie_in_a_directory_of_any_name(here):
+    name = r"lr[1e-3]/a\b/50% a b/#x?y=1/naïve"
+    few = ["--config.train.steps=4", "--config.train.log_every=2", "--config.checkpoint.every=2"]
+    code, _, errors = main(*arguments(here, [f"--workdir=HERE/{name}", *few]))
+    assert (code, errors) == (0, "")
+    shutil.rmtree(here / name / "checkpoints" / "00000004")
+    code, output, errors = main(*arguments(here, [f"--workdir=HERE/{name}", *few]))
+    assert (code, errors) == (0, "") and "resuming at step 2" in output
+    given = [f"--config.init_from=HERE/{name}", "--config.prompt=The cat"]
+    code, output, errors = main(*arguments(here, given, "--config=configs/generate.py"))
+    assert code == 0 and "The cat" in output, errors
+
+
+def test_a_second_run_in_a_directory_is_refused(here):
+    with files.lock(here / "again" / "checkpoints" / "lock"):
+        before = contents(here)
+        outcome = main(*arguments(here, ["--workdir=HERE/again"]))
+        assert_one_line(outcome, [f"in use by process {os.getpid()} on ", "another --workdir"])
+        assert outcome[1] == "" and contents(here) == before
+
+
+def test_a_checkpoint_that_the_disk_does_not_take_ends_in_one_line(here, caplog):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    given = ["--workdir=HERE/large", "--config.model.width=128", "--config.train.steps=2"]
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+        outcome = main(*arguments(here, [*given, "--config.checkpoint.every=0"]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_one_line(outcome, ["large/checkpoints: step 2 could not be saved: a file", "ulimit -f"])
+    assert not caplog.records  # Orbax has three tracebacks for it
 
 
 def test_a_run_that_diverges_ends_in_one_line_and_code_one(here):

@@ -41,12 +41,7 @@ from lm.data.entry import (
 )
 from lm.data.report import printable
 from lm.data.shards import Sharded, load_shards, read_shards
-from lm.data.storage import sync_folder
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: writers race, and the first rename wins
-    fcntl = None
+from lm.files import lock, sync_folder
 
 HASHES = "hashes.json"  # beside the entries: digests of files, see `hashes`
 
@@ -294,22 +289,10 @@ def _open(
 
 @contextlib.contextmanager
 def _lock(folder: Path, key: str, wait: bool = True) -> Iterator[bool]:
-    """Holds the lock of an entry; yields whether it is ours (False: busy, or no locks here).
-
-    The kernel frees the lock of a process that dies. Lock files stay: removing one that another
-    process is about to lock would let two in.
-    """
-    if fcntl is None:
-        yield False
-        return
+    """Holds the lock of an entry; yields whether it is ours (False: busy, or no locks here)."""
     (folder / "locks").mkdir(exist_ok=True)
-    with open(folder / "locks" / key, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            yield False
-            return
-        yield True
+    with lock(folder / "locks" / key, wait) as found:
+        yield found.ours
 
 
 def _clean_leftovers(folder: Path, key: str) -> None:

@@ -12,7 +12,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from lm.config import ConfigError
@@ -141,16 +140,6 @@ def sync(file: Any) -> None:
     """Waits until what was written to an ordinary file is on disk."""
     file.flush()
     os.fsync(file.fileno())
-
-
-def sync_folder(path: str | Path) -> None:
-    """Waits until the names in a directory are on disk."""
-    with contextlib.suppress(OSError):  # not every file system lets a directory be synced
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @functools.cache

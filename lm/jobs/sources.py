@@ -19,7 +19,7 @@ from lm.models import ModelConfig, param_specs, skeleton
 from lm.models.huggingface.read import Checkpoint, is_checkpoint
 from lm.tokenizers import Tokenizer
 from lm.tokenizers import load as load_tokenizer
-from lm.training.saved import SavedParameters, restore_parameters
+from lm.training.saved import SavedParameters, restore_parameters, saved_paths
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer", "checkpoints"
 
@@ -74,7 +74,7 @@ class Source:
     def _checkpoints(self) -> pathlib.Path:
         checkpoints = self.directory / CHECKPOINTS
         check(
-            checkpoints.is_dir() and any(p.name.isdigit() for p in checkpoints.iterdir()),
+            bool(saved_paths(checkpoints)),
             f"{self.directory} has no checkpoint yet: the run saves one every "
             "config.checkpoint.every steps and at its end; train it further, or wait",
         )

@@ -40,7 +40,7 @@ from lm.parallel.mesh import MeshConfig, batch_sharding, batch_ways
 from lm.parallel.rows import assemble, local_rows
 from lm.tokenizers import TokenizerConfig
 from lm.training import flops
-from lm.training.checkpoints import CheckpointConfig, Checkpointer
+from lm.training.checkpoints import CheckpointConfig, Checkpointer, check_free
 from lm.training.checks import check_layout
 from lm.training.config import TrainConfig, TrainingInterrupted, check_dispatch, dispatch_steps
 from lm.training.evaluate import evaluate
@@ -145,6 +145,7 @@ def _run(job: TrainJob, directory: pathlib.Path) -> tuple[dict[str, float], bool
     if job.train.offload_optimizer:
         check_offload(job.optimizer, list(layout.mesh.local_devices))
     check_shared(directory)
+    check_free(directory / "checkpoints")
     check_directory(directory, _settled(job))
     if not (directory / "checkpoints").exists():  # a run under way needs its source no more
         check_init_from(job.init_from, _settled(job)["model"])
@@ -193,9 +194,6 @@ def _run(job: TrainJob, directory: pathlib.Path) -> tuple[dict[str, float], bool
         seed=job.seed,
         max_targets=batches.max_targets_per_row,
     )
-    claim(
-        directory, to_dict(resolved), tokenizer
-    )  # last, so that a mistake above can simply be mended
     with layout.active():
         describe_run(
             console,
@@ -211,6 +209,8 @@ def _run(job: TrainJob, directory: pathlib.Path) -> tuple[dict[str, float], bool
             chunk=job.objective.chunk,
         )
         with Checkpointer(directory / "checkpoints", job.checkpoint) as checkpointer:
+            # Last, so that a mistake above can simply be mended, and when no other run writes here.
+            claim(directory, to_dict(resolved), tokenizer)
             found = checkpointer.restore_latest(training.abstract)
             if found is None:
                 start, extra = 0, {}

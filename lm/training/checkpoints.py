@@ -4,20 +4,23 @@
       00001000/            one directory a step; it exists under this name only once it is complete
         state/             the arrays, written by Orbax
         extra.json         whatever else the trainer needs: the position in the data, for example
-        manifest.json      step, metrics, and the size and CRC-32 of every other file, written last
+        manifest.json      step, metrics, sizes and checksums, written last; see `manifests`
       00002000.saving/     a save in progress, or one that was killed: never read, swept up later
+      lock                 held by the run that writes here
 
 A save goes to `STEP.saving` and is renamed, in one step, after its manifest is on disk. So a
 directory with a plain number for a name is complete, whenever the process was killed, and the
 manifest tells a complete checkpoint from one that a disk or a copy damaged afterwards.
 
-The directory must be one that every host of the run sees, and one run at a time may write to it.
+The directory must be one that every host of the run sees. One run at a time may write to it.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -29,20 +32,25 @@ import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from lm import files
 from lm.config import check
-from lm.training.manifests import sync_directory, write_durably, write_manifest
+from lm.parallel import hosts
+from lm.training.manifests import checksums, write_manifest
 from lm.training.saved import (
     CheckpointError,
     best_step,
+    exactly,
     load_tree,
-    newest_intact,
+    newest,
     orbax_context,
+    plain,
     reason,
-    require_intact,
+    saved_paths,
     saved_steps,
     step_path,
 )
 
+LOCK = "lock"
 _EXTRA = "extra.json"
 _log = logging.getLogger(__name__)
 
@@ -55,12 +63,29 @@ class CheckpointConfig:
     keep: int = 2  # how many of the latest checkpoints stay on disk
     keep_best: bool = True  # whether the one with the lowest eval_loss stays as well
     async_save: bool = True  # write while training goes on; False waits for every save
-    checksums: bool = True  # record and verify a CRC-32 of every file; False checks sizes only
+    # Record a checksum of every array, which the devices compute from what they hold (a pass over
+    # their memory, nothing read from disk), and of every small file; verify them on reading. False
+    # checks only that files have their size.
+    checksums: bool = True
 
     def validate(self, prefix: str = "config.checkpoint") -> None:
         """Raises `ConfigError` for a negative interval or when nothing would be kept."""
         check(self.every >= 0, f"{prefix}.every={self.every} must be 0 (only at the end) or more")
         check(self.keep >= 1, f"{prefix}.keep={self.keep} must be at least 1")
+
+
+def check_free(directory: pathlib.Path) -> None:
+    """Raises CheckpointError if a run writes to `directory` now.
+
+    It costs nothing and changes nothing; `Checkpointer` makes sure.
+    """
+    holder = hosts.from_first(lambda: files.holder(directory / LOCK))
+    if holder:
+        raise CheckpointError(_in_use(directory, holder))
+
+
+def _in_use(directory: pathlib.Path, holder: str) -> str:
+    return f"{directory} is in use by {holder}: let it end, or choose another --workdir"
 
 
 class Restored(NamedTuple):
@@ -79,7 +104,7 @@ class Checkpointer:
     processes, all of them call every method, in the same order.
 
     Raises:
-      CheckpointError: `directory` cannot be created or written to.
+      CheckpointError: `directory` cannot be created or written to, or another run writes to it.
     """
 
     def __init__(
@@ -90,14 +115,27 @@ class Checkpointer:
         self._primary = jax.process_index() == 0
         self._pending: concurrent.futures.Future[None] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._held = contextlib.ExitStack()
+        fault = hosts.from_first(self._claim)
+        if fault:
+            raise CheckpointError(fault)
+
+    def _claim(self) -> str:
+        """Takes the directory for this run; why that cannot be, or ''."""
+        if not self._primary:
+            return ""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            if self._primary:
-                probe = self._directory / f"probe.{os.getpid()}.saving"
-                probe.write_bytes(b"")
-                self._sweep()
+            lock = self._held.enter_context(files.lock(self._directory / LOCK, wait=False))
+            if lock.holder:
+                self._held.close()
+                return _in_use(self._directory, lock.holder)
+            (self._directory / f"probe.{os.getpid()}.saving").write_bytes(b"")
+            self._sweep()
         except OSError as error:
-            raise self._error("checkpoints cannot be written here", error) from error
+            self._held.close()
+            return str(self._error("checkpoints cannot be written here", error))
+        return ""
 
     def save(
         self,
@@ -128,8 +166,9 @@ class Checkpointer:
         metrics = {key: float(value) for key, value in (metrics or {}).items()}
         try:
             self._sweep()
+            sums = checksums(state) if self._config.checksums else None
             with orbax_context():
-                writing = ocp.save_async(scratch, state)
+                writing = ocp.save_async(plain(self._directory) / scratch.name, state)
         except Exception as error:
             self._sweep()
             raise self._error(f"step {step} could not be saved", error) from error
@@ -138,12 +177,12 @@ class Checkpointer:
             try:
                 writing.result()
                 if self._primary:
-                    write_durably(scratch / _EXTRA, extra_json)
-                    write_manifest(scratch, step, metrics, self._config.checksums)
+                    files.write_durably(scratch / _EXTRA, extra_json)
+                    write_manifest(scratch, step, metrics, sums)
                     if path.exists():
-                        self._delete(step, sweep=False)
+                        self._delete(path, sweep=False)
                     scratch.rename(path)
-                    sync_directory(self._directory)
+                    files.sync_folder(self._directory)
                     self._sweep()
                     self._retire(step)
             except Exception as error:
@@ -165,11 +204,13 @@ class Checkpointer:
             the shardings need not be those it was saved with.
 
         Raises:
-          CheckpointError: the checkpoint holds other arrays or shapes than `abstract_state`.
+          CheckpointError: the checkpoint holds other arrays or shapes than `abstract_state`; or all
+            are damaged.
         """
         self.wait()
-        step = newest_intact(self._directory, self._config.checksums)
-        return None if step is None else self._read(step, abstract_state)
+        read = functools.partial(self._read, abstract_state)
+        found = newest(self._directory, read, self._config.checksums)
+        return None if found is None else found[1]
 
     def restore(self, step: int, abstract_state: Any) -> Restored:
         """The checkpoint of exactly `step`; see `restore_latest`.
@@ -178,8 +219,8 @@ class Checkpointer:
           CheckpointError: there is none, it is damaged, or it does not fit `abstract_state`.
         """
         self.wait()
-        require_intact(self._directory, step, self._config.checksums)
-        return self._read(step, abstract_state)
+        read = functools.partial(self._read, abstract_state)
+        return exactly(self._directory, step, read, self._config.checksums)
 
     def steps(self) -> list[int]:
         """The steps of the complete checkpoints, ascending; one still being written is not."""
@@ -196,9 +237,9 @@ class Checkpointer:
     def discard_after(self, step: int) -> None:
         """Deletes the checkpoints newer than `step`: a run rolled back there has left them."""
         self.wait()
-        for later in self.steps() if self._primary else []:
-            if later > step:
-                self._delete(later)
+        for path in saved_paths(self._directory) if self._primary else []:
+            if int(path.name) > step:
+                self._delete(path)
 
     def wait(self) -> None:
         """Returns when no save is in flight and every process sees the last one.
@@ -216,6 +257,7 @@ class Checkpointer:
             self._settle()
         finally:
             self._thread.shutdown()
+            self._held.close()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -233,10 +275,11 @@ class Checkpointer:
         if pending is not None:
             pending.result()
 
-    def _read(self, step: int, abstract_state: Any) -> Restored:
-        path = step_path(self._directory, step)
+    def _read(self, abstract_state: Any, path: pathlib.Path) -> Restored:
         state = load_tree(path, abstract_state, partial=False)
-        return Restored(step, state, json.loads((path / _EXTRA).read_text(encoding="utf-8")))
+        return Restored(
+            int(path.name), state, json.loads((path / _EXTRA).read_text(encoding="utf-8"))
+        )
 
     def _retire(self, newest: int) -> None:
         steps = self.steps()
@@ -245,11 +288,10 @@ class Checkpointer:
             kept.add(self.best())
         for step in steps:
             if step not in kept:
-                self._delete(step)
+                self._delete(step_path(self._directory, step))
 
-    def _delete(self, step: int, sweep: bool = True) -> None:
+    def _delete(self, path: pathlib.Path, sweep: bool = True) -> None:
         # Renamed first: a deletion killed half-way must not leave half a checkpoint under its name.
-        path = step_path(self._directory, step)
         path.rename(path.with_suffix(".deleting"))
         if sweep:
             self._sweep()

@@ -72,8 +72,8 @@ class MetricsWriter:
                 self._events = _EventFile(workdir / "tensorboard", start_step)
         except OSError as error:
             raise ConfigError(
-                f"{workdir}: metrics cannot be written here: {error.strerror or error}; choose "
-                "another --workdir"
+                f"{error.filename or workdir}: metrics cannot be written here: "
+                f"{error.strerror or error}; choose another --workdir"
             ) from error
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -123,7 +123,8 @@ class MetricsWriter:
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a `metrics.jsonl`, or of the run directory that holds one, in order.
 
-    `null` becomes NaN; a last line that a killed run left unfinished is left out.
+    `null` becomes NaN. A last line that a killed run left unfinished is left out; so is any other
+    that is no record, with a warning.
 
     Raises:
       ConfigError: there is no such file.
@@ -131,31 +132,43 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = pathlib.Path(path)
     path = path / FILE if path.is_dir() else path
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = _records(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     return [
         {name: math.nan if value is None else value for name, value in record.items()}
-        for record in map(_parse, text.splitlines())
-        if record is not None
+        for record, _ in lines
     ]
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _records(path: pathlib.Path) -> list[tuple[dict[str, Any], bytes]]:
+    """The records of a file, each with its line."""
+    *lines, last = path.read_bytes().split(b"\n")
+    found = [(record, line) for line in lines if (record := _parse(line)) is not None]
+    if len(found) < len(lines):
+        missing = f"{len(lines) - len(found)} of {len(lines)} lines"
+        _log.warning("%s: %s are damaged and left out", path, missing)
+    record = _parse(last)
+    return found if record is None else [*found, (record, last)]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return None
+    numbers = all(value is None or isinstance(value, int | float) for value in record.values())
+    return record if numbers else None
 
 
 def _keep_until(path: pathlib.Path, step: int) -> None:
     """Drops later records and unfinished lines; the file is replaced in one step or not at all."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if (record := _parse(line)) and record["step"] <= step]
+    kept = [line for record, line in _records(path) if record["step"] <= step]
     scratch = path.with_suffix(".partial")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in kept)
+    with scratch.open("wb") as file:
+        file.writelines(line + b"\n" for line in kept)
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
@@ -182,7 +195,7 @@ class _EventFile:
         directory.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         # The same process may resume within a second: never two runs in one file.
-        taken = len(list(directory.glob(f"{name}.*")))
+        taken = sum(path.name.startswith(f"{name}.") for path in directory.iterdir())
         self._records = RecordWriter((directory / f"{name}.{taken}").open("wb"))
         self._write(self._event(wall_time=time.time(), file_version="brain.Event:2"))
         # Tells TensorBoard to forget what an earlier run logged for the steps this one repeats.

@@ -17,7 +17,7 @@ import sentencepiece
 import tokenizers as hf_tokenizers
 from bytes_tokenizer import ByteTokenizer, SeparateBosTokenizer
 
-from lm import tokenizers
+from lm import files, tokenizers
 from lm.config import ConfigError, view
 from lm.data import cache, entry, evaluation_batches, prepare, shards, train_batches
 from lm.data.config import DataConfig
@@ -205,7 +205,7 @@ class SlowTokenizer(ByteTokenizer):
 
 def _write_concurrently(config, locks, barrier, queue):
     if not locks:
-        cache.fcntl = None
+        files.fcntl = None
     barrier.wait()
     train, validation, notes = prepared(config, SlowTokenizer())
     wrote = any("tokenising" in note for note in notes)

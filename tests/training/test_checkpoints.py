@@ -2,10 +2,12 @@ import json
 import logging
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +118,7 @@ def test_keeps_the_last_and_the_best(tmp_path):
         assert checkpointer.best() == 20 and checkpointer.latest() == 50
         checkpointer.discard_after(40)
         assert checkpointer.steps() == [20, 40]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000020", "00000040"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000020", "00000040", "lock"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
@@ -149,7 +151,26 @@ def truncate_manifest(checkpoint):
     (checkpoint / "manifest.json").write_text('{"step": 2, "fi')
 
 
-@pytest.mark.parametrize("harm", [truncate, flip_one_bit, lose_a_file, truncate_manifest])
+def lose_the_manifest(checkpoint):
+    (checkpoint / "manifest.json").unlink()
+
+
+def take_the_place_of_another(checkpoint):
+    shutil.rmtree(checkpoint)
+    shutil.copytree(checkpoint.with_name("00000001"), checkpoint)
+
+
+HARMS = [
+    truncate,
+    flip_one_bit,
+    lose_a_file,
+    truncate_manifest,
+    lose_the_manifest,
+    take_the_place_of_another,
+]
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_damaged_newest_is_named_and_the_one_before_used(tmp_path, caplog, harm):
     first, second = make_state(1), make_state(2)
     with Checkpointer(tmp_path) as checkpointer:
@@ -167,6 +188,142 @@ def test_damaged_newest_is_named_and_the_one_before_used(tmp_path, caplog, harm)
         assert step == 1
         checkpointer.save(2, second, wait=True)  # the run comes by again and mends it
         assert checkpointer.restore_latest(abstract(second)).step == 2
+
+
+def test_if_all_are_damaged_each_is_named_and_none_is_overwritten(tmp_path):
+    state = make_state()
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state, wait=True)
+        truncate(tmp_path / "00000001")
+        take_the_place_of_another(tmp_path / "00000002")
+        (tmp_path / "3").mkdir()
+        faults = [
+            r"holds no intact checkpoint: 3 is damaged \(manifest.json is missing\), "
+            r"00000002 is damaged \(it is that of step 1, renamed\), "
+            r"00000001 is damaged \(state/.* has 100 bytes instead of \d+\)",
+            "another --workdir or remove",
+        ]
+        for read in (
+            lambda: checkpointer.restore_latest(abstract(state)),
+            lambda: saved.restore_parameters(tmp_path),
+            lambda: saved.SavedParameters(tmp_path, None, abstract(state["params"])),
+        ):
+            for words in faults:
+                with pytest.raises(CheckpointError, match=words) as error:
+                    read()
+                assert "\n" not in str(error.value)
+    assert {p.name for p in tmp_path.iterdir()} == {"00000001", "00000002", "3", "lock"}
+
+
+@pytest.mark.parametrize("large", [1, manifests._LARGE])
+def test_a_flipped_bit_in_any_file_is_found_before_its_value_is_used(tmp_path, monkeypatch, large):
+    """Whether a file counts as large, so that its values have the checksums, or as small."""
+    monkeypatch.setattr(manifests, "_LARGE", large)
+    state = make_state(1, width=64)
+    found, harmless = set(), 0
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, {"note": 17}, wait=True)
+        files = [p for p in (tmp_path / "00000001").rglob("*") if p.is_file() and p.stat().st_size]
+        for file in files:
+            whole = file.read_bytes()
+            for place in np.linspace(0, len(whole) - 1, 16).astype(int):
+                flipped = bytearray(whole)
+                flipped[place] ^= 1 << place % 8
+                file.write_bytes(flipped)
+                try:
+                    restored = checkpointer.restore_latest(abstract(state))
+                    assert_same_bits(restored.state, state)
+                    assert restored.extra == {"note": 17}
+                    harmless += 1
+                except CheckpointError as error:
+                    found.add(file)
+                    assert "00000001 is damaged" in str(error)
+            file.write_bytes(whole)
+        assert found == set(files)
+        # The last few hundred bytes of a large file are an index of which Orbax made another.
+        assert harmless <= (2 if large == 1 else 0)
+        assert checkpointer.restore_latest(abstract(state)).step == 1
+
+
+def test_checksums_of_arrays_are_those_of_their_bits_however_sharded():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    values = jax.random.normal(jax.random.key(0), (8, 16))
+    layouts = [PartitionSpec(), PartitionSpec("a", "b"), PartitionSpec(None, ("a", "b"))]
+    placed = [jax.device_put(values, NamedSharding(mesh, layout)) for layout in layouts]
+    sums = {int(manifests.checksums(x)[""]) for x in (values, *placed)}
+    assert len(sums) == 1
+    others = {
+        "one sign": values.at[3, 5].multiply(-1),
+        "two signs": values.at[3, 5:7].multiply(-1),
+        "two places": values.at[3, 5].set(values[3, 6]).at[3, 6].set(values[3, 5]),
+        "two shards": jnp.concatenate([values[4:], values[:4]]),
+        "shape": values.reshape(-1)[:-1],
+    }
+    assert len(sums | {int(manifests.checksums(x)[""]) for x in others.values()}) == 6
+    zeros = jnp.array([0.0, -0.0, jnp.nan], jnp.bfloat16)
+    assert len({int(manifests.checksums(zeros[i : i + 1])[""]) for i in range(3)}) == 3
+
+
+def test_a_manifest_of_an_earlier_version_is_read_and_verified(tmp_path):
+    state = make_state()
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, {"n": 1}, {"eval_loss": 2.0}, wait=True)
+        path = tmp_path / "00000001" / "manifest.json"
+        files = {}
+        for file in sorted(path.parent.rglob("*")):
+            if file.is_file() and file != path:
+                content = file.read_bytes()
+                name = file.relative_to(path.parent).as_posix()
+                files[name] = (len(content), zlib.crc32(content))
+        path.write_text(json.dumps({"step": 1, "metrics": {"eval_loss": 2.0}, "files": files}))
+        step, restored, extra = checkpointer.restore_latest(abstract(state))
+        assert (step, extra, checkpointer.best()) == (1, {"n": 1}, 1)
+        assert_same_bits(restored, state)
+        flip_one_bit(tmp_path / "00000001")
+        with pytest.raises(CheckpointError, match="does not match its checksum"):
+            checkpointer.restore_latest(abstract(state))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lr[1e-3]", "a\\b", "50%", "a b", "#x?y=1", "naïve", "a*", "gs:", "new\nline", "\udcff"],
+)
+def test_a_directory_may_have_any_name(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    state = make_state()
+    with Checkpointer(tmp_path / name) as checkpointer:
+        checkpointer.save(1, state, wait=True)
+        assert_same_bits(checkpointer.restore_latest(abstract(state)).state, state)
+    assert_same_bits(saved.restore_parameters(tmp_path / name)[1], state["params"])
+
+
+def test_names_that_are_no_step_are_none(tmp_path):
+    state = make_state()
+    for name in ("²", "٣", "9" * 250, "-1", "00000001.saving", "old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "00000007").write_text("a file")
+    assert saved.saved_steps(tmp_path) == []
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.restore_latest(abstract(state)) is None
+        checkpointer.save(7, state, wait=True)
+        assert checkpointer.restore_latest(abstract(state)).step == 7
+    assert saved.restore_parameters(tmp_path)[0] == 7
+
+
+def test_one_run_at_a_time_writes_and_any_may_read(tmp_path):
+    state = make_state()
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state, wait=True)
+        holder = rf"{tmp_path} is in use by process {os.getpid()} on .+: let it end, or choose"
+        for claim in (Checkpointer, checkpoints.check_free):
+            with pytest.raises(CheckpointError, match=holder):
+                claim(tmp_path)
+        assert saved.restore_parameters(tmp_path)[0] == 1
+    checkpoints.check_free(tmp_path)
+    (tmp_path / "lock").write_text("process 1 on a host that died\n")
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(2, state, wait=True)
 
 
 def test_nothing_saved_is_none(tmp_path):
@@ -194,7 +351,7 @@ def test_parameters_alone(tmp_path):
     for asked, message in {"newest": "'latest' or 'best'", 9: "no checkpoint of step 9"}.items():
         with pytest.raises(CheckpointError, match=message):
             saved.restore_parameters(tmp_path, asked)
-    with pytest.raises(CheckpointError, match="no intact checkpoint"):
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
         saved.restore_parameters(tmp_path / "missing")
 
 
@@ -228,7 +385,7 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
 
 def test_directory_lost_during_the_run_is_reported(tmp_path):
     checkpointer = Checkpointer(tmp_path / "c")
-    (tmp_path / "c").rmdir()
+    shutil.rmtree(tmp_path / "c")
     (tmp_path / "c").write_text("in the way")
     with pytest.raises(CheckpointError, match="step 1 could not be saved"):
         checkpointer.save(1, make_state(), wait=True)
@@ -261,7 +418,7 @@ def test_full_disk_is_an_error_and_harms_nothing(small_disk):
     restored = checkpointer.restore_latest(abstract(small))
     assert restored.step == 1
     assert_same_bits(restored.state, small)
-    assert [p.name for p in (small_disk / "run").iterdir()] == ["00000001"]
+    assert sorted(p.name for p in (small_disk / "run").iterdir()) == ["00000001", "lock"]
     checkpointer.save(4, small, wait=True)  # nothing of the failed save is in the way
     checkpointer.close()
 
@@ -278,7 +435,7 @@ def test_full_disk_at_the_manifest(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="no space left"):
         checkpointer.wait()
     checkpointer.close()
-    assert [p.name for p in tmp_path.iterdir()] == ["00000001"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000001", "lock"]
 
 
 KILLED = """
@@ -311,7 +468,7 @@ def test_a_killed_save_never_looks_complete(tmp_path, caplog):
             restored = checkpointer.restore_latest(abstract(target))
             assert restored.extra == {"step": restored.step} and restored.step >= steps - 2
             np.testing.assert_array_equal(restored.state["w"], float(restored.step))
-        assert all(path.name.isdigit() for path in tmp_path.iterdir())
+        assert all(path.name.isdigit() or path.name == "lock" for path in tmp_path.iterdir())
     assert not warnings_of(caplog)
 
 
