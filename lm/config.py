@@ -22,6 +22,7 @@ import math
 import os
 import types
 import typing
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -33,8 +34,22 @@ T = TypeVar("T")
 class ConfigError(ValueError):
     """A mistake the user can mend: one line naming the field, the value and what is allowed.
 
-    `main.py` prints it and exits with code 2, without a traceback.
+    `main.py` prints it and exits with code 2, without a traceback. Of names in files of others,
+    control characters are shown as escapes, and those that fill a page only at both ends.
     """
+
+    def __init__(self, message: str = ""):
+        if len(message) > 4000:
+            message = f"{message[:2000]} … {message[-1000:]}"
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text` in one line that does nothing to a terminal: control characters as escapes."""
+    if text.isprintable():
+        return text
+    odd = {c for c in text if unicodedata.category(c)[0] == "C" or c in "\u2028\u2029"}
+    return text.translate({ord(c): c.encode("unicode_escape").decode() for c in odd})
 
 
 class _WrongType(ConfigError):
@@ -128,7 +143,7 @@ Path = Annotated[str, _Path()]
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """' (did you mean 'x'?)' for the closest allowed name, or '' when nothing is close."""
-    close = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name)[:99], [str(a) for a in allowed], n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

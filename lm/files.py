@@ -34,9 +34,8 @@ def read_bytes(path: str | os.PathLike[str], largest: int = LARGEST) -> bytes:
     try:
         check(not path.exists() or path.is_file(), f"{path} is not a file")
         size = path.stat().st_size
-        check(size <= largest, f"{path} has {size:,} bytes, where at most {largest:,} make sense")
-        with path.open("rb") as file:
-            return file.read(largest)
+        check(size <= largest, f"{path} has {size:,} bytes, and at most {largest:,} are read")
+        return path.read_bytes()
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -71,6 +70,11 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     value = parse_json(read_bytes(path), str(path))
     check(isinstance(value, dict), f"{path} is damaged: not a JSON object")
     return value
+
+
+def is_plain(name: str) -> bool:
+    """Whether `name`, which a file gives, is that of a file beside it, and of none elsewhere."""
+    return pathlib.PurePath(name).name == name and name not in ("", "..") and "\0" not in name
 
 
 def _finite(text: str) -> float:

@@ -11,7 +11,8 @@ from typing import Any
 
 import tokenizers as rust
 
-from lm.config import ConfigError, check, to_dict
+from lm.config import check, to_dict
+from lm.files import read_json
 from lm.models.huggingface.read import CONFIG, Checkpoint, open_checkpoint
 from lm.tokenizers import Tokenizer
 from lm.tokenizers import load as load_tokenizer
@@ -115,9 +116,4 @@ def _around(path: pathlib.Path, tokenizer: Tokenizer) -> tuple[list[int], list[i
 
 def _json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object that may be missing."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    check(isinstance(value, dict), f"{path} is damaged: not a JSON object")
-    return value
+    return read_json(path) if path.is_file() else {}

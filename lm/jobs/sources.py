@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from lm.config import ConfigError, check, nearest, view
+from lm.files import read_json
 from lm.jobs.imported import open_imported
 from lm.models import ModelConfig, param_specs, skeleton
 from lm.models.huggingface.read import Checkpoint, is_checkpoint
@@ -108,11 +109,14 @@ def open_source(directory: str | os.PathLike[str], ignore: str | Sequence[str] =
 
 def _stamps(folder: pathlib.Path) -> frozenset[tuple[str, int, int]]:
     """What changes when a file in `folder` does."""
-    if not folder.is_dir():
-        return frozenset()
-    with os.scandir(folder) as files:
-        stats = [(file.path, file.stat()) for file in files if file.is_file()]
-    return frozenset((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    stats = []
+    if folder.is_dir():
+        with os.scandir(folder) as files:
+            for file in files:
+                with contextlib.suppress(OSError):  # a link to itself is no file
+                    if file.is_file():
+                        stats.append((file.path, file.stat().st_size, file.stat().st_mtime_ns))
+    return frozenset(stats)
 
 
 @functools.lru_cache(maxsize=1)  # a job opens its source for the tokenizer, then for the parameters
@@ -158,12 +162,9 @@ def _textless(path: pathlib.Path, config: dict[str, Any]) -> bool:
 
 
 def _read_config(path: pathlib.Path, sections: tuple[str, ...] = ("model",)) -> dict[str, Any]:
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path / CONFIG} cannot be read: {error}") from None
+    config = read_json(path / CONFIG)
     check(
-        isinstance(config, dict) and all(isinstance(config.get(s), dict) for s in sections),
+        all(isinstance(config.get(section), dict) for section in sections),
         f"{path / CONFIG} must be an object with sections of fields",
     )
     return config

@@ -311,7 +311,7 @@ _CHOICES = {
 _BOUNDS = (
     (
         "num_layers num_heads width experts_per_token num_labels relative_buckets "
-        "relative_distance rotary_original_length",
+        "rotary_original_length",
         lambda x: x >= 1,
         "at least 1",
     ),
@@ -320,6 +320,7 @@ _BOUNDS = (
         lambda x: x >= 1,
         "at least 1, or None to choose it",
     ),
+    ("relative_distance", lambda x: 1 <= x <= 1 << 20, "from 1 to 2²⁰"),
     ("vocab_size max_length", lambda x: x >= 0, "positive, or 0 to choose it"),
     (
         "norm_epsilon initializer_std rotary_factor attention_scale rotary_low rotary_high",

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.config import ConfigError
+from lm.config import ConfigError, check
 
 MASKS = ("[MASK]", "<mask>", "<|mask|>")
 SENTINEL = "<extra_id_{}>"  # T5's name for number 0, 1, ...
@@ -85,6 +85,8 @@ class Tokenizer(abc.ABC):
     """
 
     def __init__(self, kind: str, vocab_size: int, specials: Specials, lossy_because: str = ""):
+        most = 1 << 24  # tables have an entry for each
+        check(vocab_size <= most, f"its vocabulary has {vocab_size:,} ids, more than {most:,}")
         self.kind = kind
         self.vocab_size = vocab_size
         self.specials = specials

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from lm.config import ConfigError, check, nearest
+from lm.files import is_plain, parse_json, read_bytes, read_json
 from lm.tokenizers import vocabularies
 from lm.tokenizers.base import DESCRIPTION, Specials, Tokenizer
 from lm.tokenizers.config import KINDS, TokenizerConfig
@@ -73,7 +73,7 @@ def open_path(path: str, config: TokenizerConfig, prefix: str) -> Tokenizer:
             check(where.stat().st_size > 0, f"{name} is empty")
             return _open_file(where, config)
         if (where / DESCRIPTION).is_file():
-            return from_files({f.name: f.read_bytes() for f in _model_files(where)})
+            return from_files({f.name: read_bytes(f) for f in _model_files(where)})
         for file in _SOUGHT:
             if (where / file).is_file():
                 return _open_file(where / file, config)
@@ -86,6 +86,11 @@ def open_path(path: str, config: TokenizerConfig, prefix: str) -> Tokenizer:
         ) from None
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
+    except BaseException as error:  # whatever a library says; Rust's panics are no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit | AssertionError):
+            raise
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise ConfigError(f"{name} holds a tokenizer that cannot be used: {reason}") from None
     raise ConfigError(
         f"{name} holds no tokenizer: none of {DESCRIPTION}, tokenizer.json, tokenizer.model, "
         "vocab.json with merges.txt, vocab.txt, one .tiktoken file"
@@ -93,7 +98,7 @@ def open_path(path: str, config: TokenizerConfig, prefix: str) -> Tokenizer:
 
 
 def _open_file(file: Path, config: TokenizerConfig) -> Tokenizer:
-    data = file.read_bytes()
+    data = read_bytes(file)
     if file.suffix == ".tiktoken":
         return TiktokenTokenizer.from_ranks(data, file.stem, config)
     if file.suffix == ".model":
@@ -105,7 +110,7 @@ def _open_file(file: Path, config: TokenizerConfig) -> Tokenizer:
     elif file.name == "vocab.json":
         merges = file.parent / "merges.txt"
         check(merges.is_file(), "vocab.json has no merges.txt beside it")
-        data = vocabularies.byte_pairs(data, merges.read_bytes(), _beside(file))
+        data = vocabularies.byte_pairs(data, read_bytes(merges), _beside(file))
     elif file.name == "tokenizer.json":
         data = vocabularies.settled(data, _beside(file))
     else:
@@ -118,31 +123,20 @@ def _beside(file: Path) -> dict[str, bytes]:
     """The small files in the same directory that say how to use `file`."""
     names = dict.fromkeys((*HUGGING_FACE_FILES, *vocabularies.SETTINGS))
     return {
-        name: (file.parent / name).read_bytes() for name in names if (file.parent / name).is_file()
+        name: read_bytes(file.parent / name) for name in names if (file.parent / name).is_file()
     }
 
 
 def _model_files(directory: Path) -> list[Path]:
-    described = _json(directory / DESCRIPTION).get("model_files", [])
+    described = read_json(directory / DESCRIPTION).get("model_files")
+    check(isinstance(described, list), f"{DESCRIPTION} is damaged: it names no model_files")
+    for name in described:
+        check(is_plain(str(name)), f"{DESCRIPTION} names {name!r}, which is no file's name here")
     files = [directory / str(name) for name in described]
     for file in files:
         check(file.is_file(), f"{file.name} is missing")
     extra = [directory / name for name in HUGGING_FACE_FILES]
     return [directory / DESCRIPTION, *files, *(f for f in extra if f.is_file())]
-
-
-def _json(file: Path) -> dict[str, Any]:
-    return parse(file.read_bytes(), file.name)
-
-
-def parse(data: bytes, name: str) -> dict[str, Any]:
-    """`data` as a JSON object, or a `ConfigError` naming the file."""
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise ConfigError(f"{name} is damaged: {error}") from None
-    check(isinstance(value, dict), f"{name} is damaged: not a JSON object")
-    return value
 
 
 def from_files(files: dict[str, bytes]) -> Tokenizer:
@@ -151,9 +145,10 @@ def from_files(files: dict[str, bytes]) -> Tokenizer:
     Raises:
       ConfigError: a file is damaged, or is not the one that was saved.
     """
-    info = parse(files[DESCRIPTION], DESCRIPTION)
+    info = parse_json(files[DESCRIPTION], DESCRIPTION)
+    check(isinstance(info, dict), f"{DESCRIPTION} is damaged: not a JSON object")
     try:
-        kind, ids = info["kind"], {str(k): int(v) for k, v in info["special_tokens"].items()}
+        kind, ids = str(info["kind"]), {str(k): int(v) for k, v in info["special_tokens"].items()}
         specials = Specials(
             ids,
             *(info[f"{role}_id"] for role in ("eos", "bos", "pad", "unk")),

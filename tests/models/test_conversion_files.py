@@ -247,7 +247,7 @@ WRONG = {
     "cut in the header": (damaged(lambda data: data[:100]), "is truncated"),
     "cut to nothing": (damaged(lambda data: b""), "is truncated"),
     "too long": (damaged(lambda data: data + b"12"), "has 2 bytes at its end"),
-    "not json": (damaged(lambda data: data[:8] + b"!" + data[9:]), "has a damaged header"),
+    "not json": (damaged(lambda data: data[:8] + b"!" + data[9:]), "its header is damaged"),
     "no offsets": (
         with_header(lambda h: h["transformer.wte.weight"].pop("data_offsets")),
         "has a damaged header",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -15,6 +14,8 @@ import jax
 import numpy as np
 
 from lm.config import ConfigError, check, check_choice
+from lm.files import read_json
+from lm.models import count
 from lm.models.config import ModelConfig
 from lm.models.huggingface import tensors
 from lm.models.huggingface.families import family_of
@@ -25,6 +26,11 @@ from lm.parallel.params import ParamSpec
 
 CONFIG = "config.json"
 PARAMETER_DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
+# Fields of config.json that count layers or experts, and that are dimensions of tensors.
+_EXPERTS, _MOST_LAYERS = "num_local_experts", 10_000
+_LAYERS = rf"^n_layer$|(?<!window)_layers$|^{_EXPERTS}$"
+_WIDTHS = r"_size$|_heads$|_dim$|_inner$|^n_head$|^n_emb|^d_|buckets$"
+_SLACK = 1 << 24  # parameters that may be missing before their names are not looked at any more
 _SHOWN = 3  # how many of several wrong tensors an error names
 
 
@@ -165,12 +171,11 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
     """Whether `directory` looks like a Hugging Face model: a config.json with a `model_type`."""
-    path = pathlib.Path(directory) / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(pathlib.Path(directory) / CONFIG)
+    except ConfigError:
         return False
-    return isinstance(config, dict) and "model_type" in config and "model" not in config
+    return "model_type" in config and "model" not in config
 
 
 class _Tensors(Mapping[str, np.ndarray]):
@@ -210,23 +215,45 @@ def _read_config(
     directory: pathlib.Path, ignore: Sequence[str], found: Mapping[str, Stored]
 ) -> tuple[Family, ModelConfig]:
     """The family and the model that config.json and the tensors' names describe."""
-    path = directory / CONFIG
-    try:
-        hf: Any = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged: {error}") from None
-    check(isinstance(hf, dict), f"{path} is damaged: not a JSON object")
+    hf = read_json(directory / CONFIG)
     hf = {name: value for name, value in hf.items() if not _matches(ignore, name)}
     try:
+        _check_sizes(hf, found)
         family = family_of(hf)
         config = family.read_config(hf)
         config = family.settle(config, _Tensors(_renamed(found, family), family.base_prefix))
         config.validate("its model")
     except ConfigError as error:
         raise ConfigError(f"{directory}: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"{directory / CONFIG} has a value of no use: {error!r}") from None
     return family, config
+
+
+def _check_sizes(hf: Mapping[str, Any], found: Mapping[str, Stored]) -> None:
+    """Refuses sizes that no model with these tensors has, before anything is built of them."""
+    numbers = sum(math.prod(stored.shape) for stored in found.values())
+    experts = hf.get(_EXPERTS)
+    each = experts if _whole(experts) else 1
+    for name, value in hf.items():
+        if not _whole(value):
+            continue
+        check(abs(value) < 1 << 31, f"config.json: {name}={value} is more than 32 bits hold")
+        if re.search(_LAYERS, name):
+            most = min(_MOST_LAYERS, len(found) // max(each if name != _EXPERTS else 1, 1))
+            check(
+                value <= max(most, 1),
+                f"config.json: {name}={value} is more than its {len(found)} tensors can be of",
+            )
+        elif re.search(_WIDTHS, name):
+            check(
+                value <= max(numbers, 1),
+                f"config.json: {name}={value} is more than the {numbers} numbers in its tensors",
+            )
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def open_checkpoint(
@@ -250,7 +277,14 @@ def open_checkpoint(
     with tensors.readable(str(path)):
         found = tensors.find(path)
         family, config = _read_config(path, ignore, found)
-    return _matched(path, layout(family, config), _renamed(found, family), ignore)
+    plan = layout(family, config)
+    there = sum(math.prod(stored.shape) for stored in found.values())
+    check(
+        count(plan.specs) <= 4 * there + _SLACK,
+        f"{path}: its {CONFIG} describes {count(plan.specs):,} parameters, and its tensors hold "
+        f"{there:,} numbers",
+    )
+    return _matched(path, plan, _renamed(found, family), ignore)
 
 
 def _renamed(found: Mapping[str, Stored], family: Family) -> dict[str, Stored]:

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from lm.config import ConfigError, check
+from lm.files import is_plain, parse_json, read_json
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The format's name of each dtype that weights may have.
@@ -29,6 +30,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 _NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 
 
@@ -93,14 +95,16 @@ def find(directory: str | os.PathLike[str]) -> dict[str, Stored]:
 
 def _find_sharded(directory: pathlib.Path) -> dict[str, Stored]:
     index = directory / INDEX
-    try:
-        places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{index} is damaged: {error!r}") from None
+    places = read_json(index).get("weight_map")
+    check(
+        isinstance(places, dict) and all(isinstance(file, str) for file in places.values()),
+        f"{index} is damaged: its weight_map does not say which tensor is in which file",
+    )
     found: dict[str, Stored] = {}
-    for name in sorted(set(map(str, places.values()))):
+    for name in sorted(set(places.values())):
+        check(is_plain(name), f"{index} names {name!r}, which is no file's name in this directory")
         check(
-            pathlib.PurePath(name).name == name and (directory / name).is_file(),
+            (directory / name).is_file(),
             f"{index} names {name}, which is not there: the download is incomplete",
         )
         found |= read_header(directory / name)
@@ -131,9 +135,12 @@ def read_header(file: pathlib.Path) -> dict[str, Stored]:
             f"{file} is truncated or no safetensors file: it has {total} bytes, and its header "
             f"should take {8 + length if len(first) == 8 else 'more than 8'}",
         )
-        text = data.read(length)
+        check(
+            length <= _LONGEST_HEADER,
+            f"{file} has a header of {length:,} bytes, where the format allows {_LONGEST_HEADER:,}",
+        )
+        header = parse_json(data.read(length), f"{file}: its header")
     try:
-        header = json.loads(text)
         header.pop("__metadata__", None)
         found = {name: _stored(file, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -158,10 +165,10 @@ def read_header(file: pathlib.Path) -> dict[str, Stored]:
 
 
 def _stored(file: pathlib.Path, entry: Mapping[str, Any], body: int) -> Stored:
-    start, end = map(int, entry["data_offsets"])
-    shape = tuple(map(int, entry["shape"]))
-    if min(shape, default=0) < 0:
-        raise ValueError(f"shape {shape}")
+    start, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if not all(type(number) is int and 0 <= number < 1 << 63 for number in (start, end, *shape)):
+        raise ValueError(f"shape {shape}, data_offsets {[start, end]}")
     return Stored(file, str(entry["dtype"]), shape, body + start, end - start)
 
 
@@ -255,8 +262,10 @@ def converted(array: np.ndarray, dtype: str | np.dtype, name: str) -> np.ndarray
 
 @contextlib.contextmanager
 def readable(what: str):
-    """Turns errors of the file system into a ConfigError that names `what`."""
+    """Turns errors of the file system, and want of memory, into a ConfigError that names `what`."""
     try:
         yield
     except OSError as error:
         raise ConfigError(f"{what} cannot be read: {error.strerror or error}") from None
+    except MemoryError:
+        raise ConfigError(f"{what} does not fit into the memory of this machine") from None
