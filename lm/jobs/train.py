@@ -251,8 +251,10 @@ def _train(
     )
 
     def put(batch, whose=batches, leading=1):
-        if batches.single_segment:
+        if batches.single_segment:  # attention needs no mask of documents, experts one of padding
+            filled = batch["segment_ids"] > 0
             batch = {k: v for k, v in batch.items() if k not in ("segment_ids", "positions")}
+            batch["filled"] = filled
         sharding = batch_sharding(layout.mesh, leading)
         return assemble(batch, sharding, whose.local_rows, whose.batch_size, leading)
 

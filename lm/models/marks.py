@@ -22,6 +22,7 @@ class Marks(NamedTuple):
     rows_B: jax.Array  # each row's number in the whole batch
     segments_BT: jax.Array | None = None  # which document it is of; 0 is padding
     prefix_BT: jax.Array | None = None  # true for tokens that all of their document may see
+    filled_BT: jax.Array | None = None  # false for padding, where segments do not say so
 
     @classmethod
     def of(
@@ -31,6 +32,7 @@ class Marks(NamedTuple):
         segments_BT: jax.Array | None = None,
         prefix_BT: jax.Array | None = None,
         rows_B: jax.Array | None = None,
+        filled_BT: jax.Array | None = None,
     ) -> Marks:
         """Those of `tokens_BT`, one document a row unless said otherwise."""
         rows, length = tokens_BT.shape
@@ -41,18 +43,19 @@ class Marks(NamedTuple):
             jnp.arange(rows, dtype=jnp.int32) if rows_B is None else rows_B,
             segments_BT,
             None if prefix_BT is None else prefix_BT.astype(bool),
+            filled_BT,
         )
 
     def to_zigzag(self) -> Marks:
         """Of the same tokens in zig-zag order (`lm.parallel.ring`)."""
-        turned = jax.tree.map(to_zigzag, (self.positions_BT, self.segments_BT, self.prefix_BT))
+        whole = self._replace(slots_1T=None, rows_B=None)
         slots_1T = zigzag_slots(self.slots_1T.shape[1])
-        return Marks(slots_1T, turned[0], self.rows_B, *turned[1:])
+        return jax.tree.map(to_zigzag, whole)._replace(slots_1T=slots_1T, rows_B=self.rows_B)
 
     @property
     def valid_BT(self) -> jax.Array | None:
         """Which tokens are not padding; None: all."""
-        return None if self.segments_BT is None else self.segments_BT > 0
+        return self.filled_BT if self.segments_BT is None else self.segments_BT > 0
 
 
 def same_document(queries: Marks, keys: Marks) -> jax.Array:

@@ -143,6 +143,7 @@ class Transformer(LanguageModel, Stack):
         source_positions_BS: jax.Array | None = None,
         source_segments_BS: jax.Array | None = None,
         rows_B: jax.Array | None = None,
+        filled_BT: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         tap: Tap = no_tap,
     ) -> tuple[jax.Array, RouterStats | None]:
@@ -158,6 +159,7 @@ class Transformer(LanguageModel, Stack):
           prefix_BT: true for tokens that all of their document may see.
           source_positions_BS, source_segments_BS: likewise of an encoder-decoder's source.
           rows_B: each row's number in the whole batch, for dropout; 0, 1, 2, … unless given.
+          filled_BT: false for padding, which visits no expert, where segments do not say so.
           dropout_key: turns dropout on.
           tap: see `lm.models.taps`.
         """
@@ -174,7 +176,7 @@ class Transformer(LanguageModel, Stack):
                 f"a model with architecture={self.config.architecture!r} reads one text"
             )
         text_BT = targets_BT if both else tokens_BT
-        marks = Marks.of(text_BT, positions_BT, segments_BT, prefix_BT, rows_B)
+        marks = Marks.of(text_BT, positions_BT, segments_BT, prefix_BT, rows_B, filled_BT)
         return self._read_text(
             self, self.embedding, text_BT, marks, types_BT, memory, dropout_key, tap
         )

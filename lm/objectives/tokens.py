@@ -28,7 +28,8 @@ def token_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Summed loss of a batch's targets (see `lm.data` for its fields).
 
-    A batch whose rows are one document each may leave out `positions` and `segment_ids`.
+    A batch whose rows are one document each may leave out `positions` and `segment_ids`, and have
+    `filled`, false for padding, in their place; without it there is none.
 
     Args:
       model: bound.
@@ -52,6 +53,7 @@ def token_loss(
         "source_positions_BS": batch.get("source_positions"),
         "source_segments_BS": batch.get("source_segment_ids"),
         "rows_B": rows_B,
+        "filled_BT": batch.get("filled") if model.config.num_experts else None,
     }
     arguments = {name: value for name, value in arguments.items() if value is not None}
     x_BTD, router = model.hidden_and_router(*texts, dropout_key=dropout_key, **arguments)
@@ -70,8 +72,10 @@ def token_loss(
         chunk=config.chunk if weights_BT is batch["weights"] else 0,
     )
     weight = jnp.sum(batch["weights"])
-    segments_BT = batch.get("segment_ids")
-    tokens = weight if segments_BT is None else jnp.sum(segments_BT > 0, dtype=jnp.float32)
+    filled_BT = batch["segment_ids"] > 0 if "segment_ids" in batch else batch.get("filled")
+    if filled_BT is None:
+        filled_BT = jnp.ones_like(batch["inputs"])
+    tokens = jnp.sum(filled_BT, dtype=jnp.float32)
     metrics = {"nats": nats, "weight": weight, "tokens": tokens}
     if router is not None:
         routing, routing_metrics = router_loss(router, config, weight)

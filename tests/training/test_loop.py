@@ -95,6 +95,24 @@ def test_an_even_batch_is_raised_until_the_devices_share_it(place):
     assert saved["data"]["batch_size"] == 12
 
 
+def test_padding_changes_no_statistic_of_routers_and_is_no_token(place):
+    """Rows of one document each, with little padding and with much."""
+    path = place / "short.jsonl"
+    documents = ("".join(chr(97 + (3 * n + k) % 26) for k in range(5 + n)) for n in range(24))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    fields = {"data__path": str(path), "data__packing": "none", "train__steps": 4}
+    experts = {"model__num_experts": 4, "model__activation": "swiglu", "model__expert_width": 16}
+    runs = [
+        tiny_jobs.run(place, f"padded_{size}", **fields, **experts, data__block_size=size)
+        for size in (32, 64)
+    ]
+    for name in ("loss", "load_balancing", "router_z", "max_load", "tokens"):
+        one, other = (np.array(tiny_jobs.losses(run, name)) for run in runs)
+        np.testing.assert_allclose(one, other, rtol=1e-4, err_msg=name)
+    prefix = tiny_jobs.run(place, "given", **fields, objective__name="prefix")
+    assert tiny_jobs.losses(prefix, "tokens") == tiny_jobs.losses(runs[0], "tokens")
+
+
 def test_evaluation_counts_every_validation_target_once(place, monkeypatch):
     seen = []
 
