@@ -70,7 +70,7 @@ MISTAKES = {
         ["config.model.vocab_size=100", "257"],
     ),
     "missing corpus": (["--config.data.path=HERE/none.txt"], ["data.path", "none.txt"]),
-    "impossible corpus name": (["--config.data.path=a\0b"], ["data.path='a\\x00b'", "not exist"]),
+    "impossible corpus name": (["--config.data.path=a\0b"], ["data.path='a\\x00b'"]),
     "second corpus missing": (["--config.data.path=HERE/short.txt,no.txt"], ["data.path='no.txt'"]),
     "empty corpus": (["--config.data.path=HERE/empty.txt"], ["data.path", "empty.txt"]),
     "binary corpus": (
@@ -80,6 +80,14 @@ MISTAKES = {
     "short corpus": (
         ["--config.data.path=HERE/short.txt", "--config.data.packing=concat"],
         ["data.block_size=32", "short.txt"],
+    ),
+    "tokenizer of another kind": (
+        ["--config.tokenizer.path=RUN/tokenizer", "--config.tokenizer.kind=char"],
+        ["config.tokenizer.path=", "kind='char' is not the kind", "set kind='byte'"],
+    ),
+    "special token of one letter": (
+        ["--config.tokenizer.kind=wordpiece", "--config.tokenizer.eos_token=e"],
+        ["config.tokenizer", "special token 'e'", "longer than a character"],
     ),
     "init_from nothing": (
         ["--config.init_from=HERE/rnu"],
@@ -276,6 +284,16 @@ def test_no_filter_is_none_and_zero_and_a_long_text_slides_on(here):
         assert "outgrew the model's context of 32" in notes
         texts.add(text)
     assert len(texts) == 1
+
+
+def test_a_mask_token_asked_of_a_tokenizer_without_one_is_added(here):
+    code, output, errors = main(*arguments(here, [
+        "--config.tokenizer.path=RUN/tokenizer", "--config.tokenizer.mask_token=True",
+        "--config.objective.name=masked", "--config.model.architecture=encoder",
+        "--config.train.steps=2", "--config.checkpoint.every=0", "--workdir=HERE/masked",
+    ]))  # fmt: skip
+    assert (code, errors) == (0, "")
+    assert "tokenizer: byte, 258 tokens" in output
 
 
 def test_going_on_with_a_finished_run_is_no_mistake(here):

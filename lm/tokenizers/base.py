@@ -117,6 +117,13 @@ class Tokenizer(abc.ABC):
         """Settings that the files do not hold, as JSON."""
         return {}
 
+    @classmethod
+    @abc.abstractmethod
+    def from_files(
+        cls, files: dict[str, bytes], specials: Specials, info: dict[str, Any]
+    ) -> Tokenizer:
+        """The tokenizer that `files()` describes."""
+
     def extra_files(self) -> dict[str, bytes]:
         """Files for the convenience of others; they do not change what the tokenizer does."""
         return {}
@@ -207,6 +214,28 @@ class Tokenizer(abc.ABC):
             table[id] = b""
         return table
 
+    def is_piece(self, name: str) -> bool:
+        """Whether a text may be given the token of that name."""
+        return False
+
+    def addable_id(self, name: str, free: int) -> int:
+        """The id that `name` gets as a special of this vocabulary: `free`, unless it has one.
+
+        Raises:
+          ConfigError: it is a token of ordinary text.
+        """
+        check(
+            not self.is_piece(name),
+            f"{name!r} cannot be a special token, as it is one of ordinary text in this "
+            "vocabulary: choose a name that no text has, such as '<|user|>'",
+        )
+        return free
+
+    def with_specials(self, specials: Specials) -> Tokenizer:
+        """The same tokenizer with other specials, each new one after its last id."""
+        files = self.files()
+        return type(self).from_files(files, specials, json.loads(files[DESCRIPTION]))
+
     # Identity and storage.
 
     @functools.cached_property
@@ -290,10 +319,11 @@ class DecodeStream:
         return self._utf8.decode(b"", final=True)
 
 
-def first_loss(tokenizer: Tokenizer) -> str:
+def first_loss(tokenizer: Tokenizer, more: Sequence[str] = ()) -> str:
     """The first probe text that does not survive a round trip, in words; "" if all do."""
-    for probe in PROBES:
-        text = tokenizer.decode(tokenizer.encode(probe))
+    probes = [*PROBES, *more]
+    for probe, ids in zip(probes, tokenizer.encode_batch(probes)):
+        text = tokenizer.decode(ids)
         if text != probe:
             return f"{probe!r} comes back as {text!r}"
     return ""

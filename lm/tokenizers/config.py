@@ -61,7 +61,8 @@ class TokenizerConfig:
 
     # Read this tokenizer instead of training one: a directory (one that was saved, or a Hugging
     # Face model), a tokenizer.json, a SentencePiece .model or a .tiktoken file. The file decides
-    # the kind.
+    # the kind; what only training needs has no effect. Special tokens that are asked for below and
+    # are not there get ids after the last one.
     path: str = ""
 
     train_bytes: int = 10_000_000  # train on at most this much text, from the corpus's start
@@ -113,6 +114,12 @@ class TokenizerConfig:
                 bool(name) and self.specials.count(name) == 1,
                 f"{prefix}.special_tokens={self.special_tokens!r} must be distinct, not empty and "
                 "other than the end-of-text, begin-of-text, mask and sentinel tokens",
+            )
+        for name in self.specials if not self.path and self.kind in ("bpe", "wordpiece") else ():
+            check(
+                len(name.removeprefix("##")) > 1,
+                f"{prefix}: the special token {name!r} must be longer than a character, which kind "
+                f"{self.kind!r} needs for text: choose a name that no text has, such as '<|user|>'",
             )
         if not self.path and self.kind in _SMALLEST:
             least = _SMALLEST[self.kind] + len(self.specials)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from lm.config import ConfigError, check, nearest
 from lm.files import is_plain, parse_json, read_bytes, read_json
 from lm.tokenizers import vocabularies
-from lm.tokenizers.base import DESCRIPTION, Specials, Tokenizer
+from lm.tokenizers.base import DESCRIPTION, MASKS, SENTINEL, Specials, Tokenizer, sentinels
 from lm.tokenizers.config import KINDS, TokenizerConfig
 from lm.tokenizers.huggingface import HuggingFaceTokenizer
 from lm.tokenizers.plain import ByteTokenizer, CharTokenizer
@@ -64,22 +65,17 @@ def framing_of_pieces(directory: str | Path) -> tuple[bool, bool]:
 
 
 def open_path(path: str, config: TokenizerConfig, prefix: str) -> Tokenizer:
-    """`load`, with the pattern and specials of `config` where the files do not say."""
-    where = Path(path).expanduser()
+    """`load`, with the specials of `config`, and its pattern where the files do not say.
+
+    Raises:
+      ConfigError: as `load`; or a field of `config` that the tokenizer cannot follow.
+    """
+    where = Path(os.path.expanduser(path))
     name = f"{prefix}.path={path!r}"
-    check(where.exists(), f"{name} does not exist")
+    check(os.path.exists(where), f"{name} does not exist")
     try:
-        if where.is_file():
-            check(where.stat().st_size > 0, f"{name} is empty")
-            return _open_file(where, config)
-        if (where / DESCRIPTION).is_file():
-            return from_files({f.name: read_bytes(f) for f in _model_files(where)})
-        for file in _SOUGHT:
-            if (where / file).is_file():
-                return _open_file(where / file, config)
-        ranks = sorted(where.glob("*.tiktoken"))
-        if len(ranks) == 1:
-            return _open_file(ranks[0], config)
+        if (found := _open(where, name, config)) is not None:
+            return _as_configured(found, config)
     except ConfigError as error:
         raise ConfigError(
             str(error) if str(error).startswith(name) else f"{name}: {error}"
@@ -95,6 +91,68 @@ def open_path(path: str, config: TokenizerConfig, prefix: str) -> Tokenizer:
         f"{name} holds no tokenizer: none of {DESCRIPTION}, tokenizer.json, tokenizer.model, "
         "vocab.json with merges.txt, vocab.txt, one .tiktoken file"
     )
+
+
+def _open(where: Path, name: str, config: TokenizerConfig) -> Tokenizer | None:
+    """The tokenizer in a file or directory; None: there is none."""
+    if where.is_file():
+        check(where.stat().st_size > 0, f"{name} is empty")
+        return _open_file(where, config)
+    if (where / DESCRIPTION).is_file():
+        return from_files({f.name: read_bytes(f) for f in _model_files(where)})
+    for file in _SOUGHT:
+        if (where / file).is_file():
+            return _open_file(where / file, config)
+    ranks = sorted(where.glob("*.tiktoken"))
+    return _open_file(ranks[0], config) if len(ranks) == 1 else None
+
+
+# Kinds that a `tokenizer.json` may be of, by the type of its model.
+_MODELS = {
+    "BPE": ("bpe", "sentencepiece_bpe"),
+    "WordPiece": ("wordpiece",),
+    "Unigram": ("sentencepiece_unigram",),
+    "WordLevel": ("char",),
+}
+
+
+def _as_configured(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
+    """`tokenizer` with the specials that `config` asks for; those it lacks follow its last id.
+
+    Raises:
+      ConfigError: it is of another kind, has no such end- or begin-of-text, or takes for ordinary
+        text what is to be special.
+    """
+    kinds = {tokenizer.kind, TokenizerConfig.kind}  # a default cannot be told from a choice
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        kinds |= {"huggingface", *_MODELS.get(tokenizer.model.get("type"), ())}
+    check(
+        config.kind in kinds,
+        f"kind={config.kind!r} is not the kind of tokenizer that is there, {tokenizer.kind!r}: "
+        f"set kind={tokenizer.kind!r}, or path='' to train one",
+    )
+    ids = dict(tokenizer.special_ids)
+    wanted = [*config.special_tokens]
+    wanted += [MASKS[0]] * (config.mask_token and tokenizer.mask_id is None)
+    wanted += map(SENTINEL.format, range(len(tokenizer.sentinel_ids), config.num_sentinels))
+    last = tokenizer.vocab_size - 1
+    for name in dict.fromkeys(wanted):
+        if name not in ids:
+            ids[name] = tokenizer.addable_id(name, last + 1)
+            last = max(last, ids[name])
+    chosen = {}
+    for role, name in (("eos", config.eos_token), ("bos", config.bos_token)):
+        if name:
+            check(name in ids, f"{role}_token={name!r} is not one of {', '.join(map(repr, ids))}")
+            chosen[role] = ids[name]
+    specials = dataclasses.replace(
+        tokenizer.specials,
+        ids=ids,
+        mask=ids.get(MASKS[0]) if tokenizer.mask_id is None else tokenizer.mask_id,
+        sentinels=sentinels(ids),
+        **chosen,
+    )
+    return tokenizer if specials == tokenizer.specials else tokenizer.with_specials(specials)
 
 
 def _open_file(file: Path, config: TokenizerConfig) -> Tokenizer:

@@ -51,12 +51,16 @@ class HuggingFaceTokenizer(Tokenizer):
         self._extra = extra or {}
         description = json.loads(data)
         self._rust = _engine(description, specials)
+        added = [token["content"] for token in description.get("added_tokens") or []]
+        self._added_text = [name for name in added if name not in specials.ids]
         self._model = description["model"]
         self._decoder = json.dumps(description.get("decoder"))
         ids = [*self._rust.get_vocab(with_added_tokens=True).values(), *specials.ids.values()]
         super().__init__(kind, max(ids) + 1, specials, lossy_because or "")
         if lossy_because is None:
-            self.lossy_because = first_loss(self)
+            around = ("a{}b", " {} ", "a {} b", "{0}{0}")
+            probes = [text.format(name) for name in self._added_text for text in around]
+            self.lossy_because = first_loss(self, probes)
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._rust.encode_batch_fast(texts, add_special_tokens=False)
@@ -68,11 +72,11 @@ class HuggingFaceTokenizer(Tokenizer):
         names = {id: name for name, id in vocabulary.items()}
         if '"ByteLevel"' in self._decoder:
             values = byte_values()
+            # Added tokens are found in the text as it is. One that the model has, too, is bytes.
+            literal = set(self._added_text) - set(self._model["vocab"])
             for id, name in names.items():
-                try:
-                    table[id] = bytes([values[c] for c in name])
-                except KeyError:  # an added token: plain text, not byte by byte
-                    table[id] = name.encode()
+                is_bytes = name not in literal and all(c in values for c in name)
+                table[id] = bytes([values[c] for c in name]) if is_bytes else name.encode()
             return table
         suffix = self._model.get("end_of_word_suffix")
         if suffix:
@@ -108,6 +112,16 @@ class HuggingFaceTokenizer(Tokenizer):
             if re.fullmatch(rb" [A-Za-z]+", data):
                 return not self._rust.decode([id]).startswith(" ")
         return False
+
+    def is_piece(self, name: str) -> bool:
+        """Whether a text may be given the token of that name."""
+        return self._rust.token_to_id(name) is not None
+
+    def addable_id(self, name: str, free: int) -> int:
+        """See `Tokenizer.addable_id`; a token that was added as text becomes a special."""
+        if name in self._added_text:
+            return self._rust.token_to_id(name)
+        return super().addable_id(name, free)
 
     def model_files(self) -> dict[str, bytes]:
         """`tokenizer.json`, as the Hugging Face libraries read it."""
@@ -181,6 +195,8 @@ class HuggingFaceTokenizer(Tokenizer):
             if name:
                 if name not in vocabulary:
                     raise ConfigError(f"{role}_token={name!r} is not in its vocabulary")
+                if name not in added and name[0] not in "<[":
+                    raise ConfigError(f"{role}_token={name!r} is an ordinary token: text has it")
                 named[role] = name
         unk = description["model"].get("unk_token")
         if isinstance(unk, str):
@@ -208,6 +224,33 @@ class HuggingFaceTokenizer(Tokenizer):
             role_ids["bos"] = role_ids["pad"]  # T5: its decoder starts with padding
         specials = Specials(ids, **role_ids, sentinels=hidden)
         return cls("huggingface", data, specials, extra=beside)
+
+    def with_specials(self, specials: Specials) -> HuggingFaceTokenizer:
+        """The same with other specials. Those after its last id are written into its files.
+
+        Raises:
+          ConfigError: the library would give them other ids.
+        """
+        description = json.loads(self._data)
+        added = description["added_tokens"] = description.get("added_tokens") or []
+        known = self._rust.get_vocab_size(with_added_tokens=True)
+        for token in added:
+            token["special"] = token["special"] or token["content"] in specials.ids
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        for name, id in sorted(specials.ids.items(), key=lambda item: item[1]):
+            if id >= known:
+                added.append({"id": id, "content": name, **plain, "special": True})
+        data = json.dumps(description, ensure_ascii=False).encode()
+        engine = tokenizers.Tokenizer.from_str(data.decode())
+        for name, id in specials.ids.items():
+            if engine.token_to_id(name) != id:
+                raise ConfigError(f"{name!r} cannot be added to its vocabulary, which has gaps")
+        extra = dict(self.extra_files())
+        config = json.loads(extra["tokenizer_config.json"])
+        if specials.mask is not None and not config.get("mask_token"):
+            config["mask_token"] = engine.id_to_token(specials.mask)
+            extra["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
+        return type(self)(self.kind, data, specials, self.lossy_because, extra)
 
 
 def named_roles(beside: dict[str, bytes]) -> dict[str, str]:
@@ -239,6 +282,12 @@ def _engine(description: dict[str, Any], specials: Specials) -> tokenizers.Token
     """The library's tokenizer in which no text contains the name of a special."""
     hidden = {name: f"\0\ufdd0{id}\ufdd1\0" for name, id in specials.ids.items()}
     model = dict(description["model"])
+    if model.get("merges"):  # a special that other tokens could be merged into is none of them
+        prefix = model.get("continuing_subword_prefix") or ""
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        model["merges"] = [
+            (a, b) for a, b in pairs if hidden.keys().isdisjoint((a, b, a + b.removeprefix(prefix)))
+        ]
     if isinstance(model.get("vocab"), dict):
         model["vocab"] = {hidden.get(name, name): id for name, id in model["vocab"].items()}
     else:

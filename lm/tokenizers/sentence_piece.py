@@ -83,6 +83,10 @@ class SentencePieceTokenizer(Tokenizer):
         """`tokenizer.model`, as the SentencePiece library reads it."""
         return {"tokenizer.model": self._data}
 
+    def is_piece(self, name: str) -> bool:
+        """Whether a text may be given the token of that name."""
+        return self._processor.piece_to_id(name) != self._processor.unk_id()
+
     @property
     def processor(self) -> sentencepiece.SentencePieceProcessor:
         """The library's tokenizer."""

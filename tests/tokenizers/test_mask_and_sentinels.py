@@ -66,6 +66,20 @@ def test_names_that_collide_are_refused():
     assert train(same, []).vocab_size == 257, "one token may begin and end"
 
 
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_special_may_be_called_like_a_word(kind):
+    names = ("the", "together", "đem")
+    tokenizer = train(TokenizerConfig(kind=kind, vocab_size=420, special_tokens=names), corpus())
+    specials = {tokenizer.special_ids[name] for name in names}
+    text = "the other cat together"
+    ids = tokenizer.encode(text)
+    assert not specials & set(ids) and tokenizer.decode(ids) == text
+    if kind in ("bpe", "wordpiece"):
+        config = TokenizerConfig(kind=kind, special_tokens=("a",))
+        with pytest.raises(ConfigError, match=r"config\.tokenizer: the special token 'a' must be"):
+            train(config, corpus())
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_words_begin_where_they_do(kind):
     tokenizer = trained(kind)

@@ -1,13 +1,19 @@
 """Text → ids → text."""
 
+import functools
+
 import numpy as np
 import pytest
+import tokenizers as rust
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from trained_tokenizers import trained
 
 from lm.config import ConfigError
+from lm.tokenizers import TokenizerConfig, load
 from lm.tokenizers.base import PROBES, DecodeStream
+from lm.tokenizers.export import huggingface_files
+from lm.tokenizers.huggingface import HuggingFaceTokenizer
 
 # Any Unicode text, drawn often from what breaks tokenizers.
 BLANKS = [" ", "  ", "\0", "\n", "\r\n", "\t", "\u2581", "\u2585", "\u2047", "\ufffd", "\ufeff"]
@@ -43,6 +49,60 @@ def test_streamed_text_equals_decoded_text_for_any_ids(tokenizer, ids):
     stream = tokenizer.decode_stream()
     assert isinstance(stream, DecodeStream)
     assert "".join([stream.push(i) for i in ids] + [stream.flush()]) == tokenizer.decode(ids)
+
+
+ADDED = [
+    "đem",
+    "漢字",
+    "Ġx",
+    "ça",
+    "▁▁",
+    "  ",
+    "\n\n\n",
+    "🙂",
+    "שלום",
+    "мир",
+    "e\u0301",
+    "##a",
+    "<x>",
+]
+
+
+@functools.cache
+def with_added_tokens(kind):
+    """A `tokenizer.json` with added tokens that are text, of every kind of decoder."""
+    files = huggingface_files(trained(kind))
+    engine = rust.Tokenizer.from_str(files["tokenizer.json"].decode())
+    engine.add_tokens([rust.AddedToken(name, normalized=False) for name in ADDED])
+    files["tokenizer.json"] = engine.to_str().encode()
+    return HuggingFaceTokenizer.from_json(files["tokenizer.json"], {}, TokenizerConfig())
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe", "sentencepiece_unigram", "sentencepiece_bpe"])
+@ONCE
+@given(text=st.lists(st.one_of(st.sampled_from(ADDED), AWKWARD, st.text(max_size=3))).map("".join))
+def test_added_tokens_are_text_like_any_other(kind, text):
+    tokenizer = with_added_tokens(kind)
+    ids = tokenizer.encode(text)
+    if tokenizer.lossless:
+        assert tokenizer.decode(ids) == text
+    stream = tokenizer.decode_stream()
+    assert "".join([stream.push(i) for i in ids] + [stream.flush()]) == tokenizer.decode(ids)
+    for name in ADDED:
+        id = tokenizer.rust.token_to_id(name)
+        assert tokenizer.token_bytes(id) == name.encode() or not tokenizer.lossless
+
+
+def test_byte_level_added_tokens_keep_every_text():
+    assert with_added_tokens("bpe").lossless and with_added_tokens("byte").lossless
+
+
+def test_an_added_token_that_swallows_what_is_around_it_is_a_loss(tmp_path):
+    engine = rust.Tokenizer.from_str(huggingface_files(trained("bpe"))["tokenizer.json"].decode())
+    engine.add_tokens([rust.AddedToken("<tool>", rstrip=True, normalized=False)])
+    engine.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load(tmp_path)
+    assert not tokenizer.lossless and "<tool>" in tokenizer.lossy_because
 
 
 @pytest.mark.parametrize("unit", ["a", "Ab1", " ", "\n", "🙂", "!", "漢", "▁", "\0"])

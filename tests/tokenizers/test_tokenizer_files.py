@@ -13,6 +13,7 @@ from trained_tokenizers import corpus, trained
 from lm.config import ConfigError
 from lm.tokenizers import TokenizerConfig, load, train
 from lm.tokenizers.base import DESCRIPTION, PROBES
+from lm.tokenizers.export import huggingface_files
 
 
 def assert_same(a, b):
@@ -41,6 +42,50 @@ def test_pickled_is_the_same(tokenizer):
 def test_a_path_is_read_instead_of_training(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     assert_same(train(TokenizerConfig(path=str(tmp_path)), iter(())), tokenizer)
+
+
+def test_fields_set_beside_a_path_are_followed(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    asked = {"mask_token": True, "num_sentinels": 3, "special_tokens": ("<|user|>", "<|bot|>")}
+    changed = train(TokenizerConfig(path=str(tmp_path), **asked), [])
+    names = ["<|user|>", "<|bot|>", "[MASK]", *(f"<extra_id_{i}>" for i in range(3))]
+    new = {name: tokenizer.vocab_size + i for i, name in enumerate(names)}
+    assert changed.special_ids == tokenizer.special_ids | new
+    assert changed.vocab_size == tokenizer.vocab_size + len(new)
+    assert changed.mask_id == new["[MASK]"] and changed.sentinel_ids == tuple(new.values())[3:]
+    for text in (*PROBES, *corpus()[:20], "<|user|>hi[MASK]<extra_id_2>"):
+        assert changed.encode(text) == tokenizer.encode(text)
+    assert changed.decode([*new.values(), *changed.encode("the cat")]) == "the cat"
+    changed.save(tmp_path / "changed")
+    assert_same(load(tmp_path / "changed"), changed)
+    again = train(TokenizerConfig(path=str(tmp_path / "changed"), **asked), [])
+    assert again.fingerprint == changed.fingerprint, "what is there is not added again"
+    swapped = TokenizerConfig(path=str(tmp_path / "changed"), bos_token="<|user|>")
+    assert train(swapped, []).bos_id == new["<|user|>"]
+    if tokenizer.kind != "tiktoken":
+        files = huggingface_files(changed)
+        engine = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+        assert {name: engine.token_to_id(name) for name in new} == new
+        assert json.loads(files["tokenizer_config.json"])["mask_token"] == "[MASK]"
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"kind": "char"}, r"kind='char' is not the kind .* 'bpe'"),
+        ({"kind": "tiktoken"}, r"kind='tiktoken' is not the kind"),
+        ({"special_tokens": ("the",)}, r"'the' cannot be a special token"),
+        ({"bos_token": "<nobody>"}, r"bos_token='<nobody>' is not one of '<\|endoftext\|>'"),
+        ({"eos_token": "the"}, r"eos_token='the' is not one of"),
+    ],
+)
+def test_fields_that_a_tokenizer_cannot_follow_are_refused(fields, words, tmp_path):
+    trained("bpe").save(tmp_path)
+    with pytest.raises(ConfigError, match=rf"config\.tokenizer\.path=.*{words}"):
+        train(TokenizerConfig(path=str(tmp_path), **fields), [])
+    (tmp_path / DESCRIPTION).unlink()  # and so it is where others wrote the files
+    with pytest.raises(ConfigError, match=r"config\.tokenizer\.path="):
+        train(TokenizerConfig(path=str(tmp_path), **fields), [])
 
 
 def test_bpe_opens_in_hugging_faces_library_with_the_same_ids(tmp_path):
