@@ -336,7 +336,7 @@ def _coerce(value: Any, hint: Any, field: str) -> Any:
         allowed = int | float if kind is float else kind
         if isinstance(value, allowed) and isinstance(value, bool) == (kind is bool):
             if kind is float:
-                value = float(value) if abs(value) < 1e308 else math.copysign(math.inf, value)
+                value = math.copysign(math.inf, value) if abs(value) >= 1e308 else float(value)
             for rule in rules or _RULES.get(kind, ()):
                 rule.check(field, value)
             return value

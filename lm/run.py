@@ -130,18 +130,16 @@ class Run:
           ConfigError: a prompt that is no text or too long, a setting out of range, or an encoder,
             which cannot generate.
         """
-        sampling = view(
-            SamplingConfig,
-            {
-                "temperature": temperature,
-                "top_k": top_k,
-                "top_p": top_p,
-                "max_new_tokens": max_new_tokens,
-                "num_samples": num_samples,
-                "truncate_prompt": truncate_prompt,
-            },
-            "generate",
-        )
+        settings = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "max_new_tokens": max_new_tokens,
+            "num_samples": num_samples,
+            "truncate_prompt": truncate_prompt,
+        }
+        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in settings.items()}
+        sampling = view(SamplingConfig, plain, "generate")
         check(
             isinstance(prompt, Sequence) and not isinstance(prompt, bytes),
             f"prompt={prompt!r} must be text, or a list of texts",

@@ -25,8 +25,8 @@ class SamplingConfig:
 
     @property
     def greedy(self) -> bool:
-        """Whether nothing is left to chance."""
-        return self.temperature == 0 or self.top_k == 1
+        """Whether nothing is left to chance; below 1e-5 logits would overflow, and none is."""
+        return self.temperature < 1e-5 or self.top_k == 1
 
     def validate(self, prefix: str = "config") -> None:
         """Raises `ConfigError` naming the first field that makes no sense."""

@@ -219,6 +219,7 @@ def test_seeds_that_would_be_taken_for_others_are_refused(generator, seed):
         generator.generate(PROMPTS, SamplingConfig(), seed)
 
 
-def test_more_rows_than_memory_holds_are_refused(generator):
-    with pytest.raises(ConfigError, match=r"num_samples=1000000000 of 3 .* GiB.*at most"):
-        generator.generate(PROMPTS, SamplingConfig(num_samples=10**9))
+def test_more_rows_than_memory_holds_are_refused(generator, monkeypatch):
+    monkeypatch.setattr("lm.inference.generate.device_memory", lambda: 2**24)
+    with pytest.raises(ConfigError, match=r"num_samples=10000 of 3 .* GiB.*ask for \d+ at most"):
+        generator.generate(PROMPTS, SamplingConfig(num_samples=10_000))

@@ -89,6 +89,7 @@ def test_lists_of_prompts_and_samples(run):
     assert [text[0] for text in texts] == ["a", "a", "b", "b"]
     assert run.generate([]) == []
     assert isinstance(run.generate(max_new_tokens=4), str)
+    assert run.generate("a", max_new_tokens=np.int64(4), temperature=np.float32(0)).startswith("a")
     assert len(run.generate("a", max_new_tokens=4, num_samples=3)) == 3
 
 
@@ -168,9 +169,10 @@ def test_an_empty_text_without_a_template_starts_from_begin_of_text(tmp_path):
         (b"a", {}, "prompt=b'a' must be text"),
         ("a\udce9", {}, "prompt='a.udce9' is no text"),
         ("a", {"temperature": "hot"}, "temperature='hot' must be float"),
+        ("a", {"temperature": float("nan")}, "temperature=nan must be"),
         ("a", {"top_k": 1.5}, "top_k=1.5 must be int"),
         ("a", {"seed": "x"}, "seed='x' must be a whole number"),
-        ("a", {"num_samples": 10**9}, "num_samples=1000000000 .* GiB"),
+        ("a", {"num_samples": 10**9}, "num_samples=1000000000"),
     ],
 )
 def test_what_is_no_prompt_and_no_setting_is_named(run, prompt, settings, words):
