@@ -44,13 +44,16 @@ def run(words: Sequence[str]) -> None:
 def guarded(function, *args) -> int:
     """The exit code of `function(*args)`: 2 for a mistake, 1 for a run that diverged, in one line.
 
-    A run that was asked to leave, and can be started again, ends in code 75.
+    A run that was asked to leave, and can be started again, ends in code 75; after Ctrl-C in 130.
     """
     try:
         function(*args)
         return 0
     except TrainingInterrupted:
         return TRY_AGAIN
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except (ConfigError, TrainingStopped) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import pathlib
+import signal
 import time
 from typing import Any
 
@@ -114,18 +115,21 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
       The last evaluation: `eval_loss`, `eval_bits_per_byte` and, where asked for, `exact_match`.
 
     Raises:
-      TrainingInterrupted: SIGTERM came to a host before the last step.
+      TrainingInterrupted: SIGTERM came to a host before the last step, and the run saved.
+      KeyboardInterrupt: likewise after Ctrl-C.
       TrainingStopped: training cannot go on.
     """
     job = view(TrainJob, config)
     with hosts.together(job.hosts):
-        results, finished = _run(job, pathlib.Path(workdir))
-    if not finished:
+        results, left_by = _run(job, pathlib.Path(workdir))
+    if left_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    if left_by:
         raise TrainingInterrupted("training was asked to leave; the same command goes on")
     return results
 
 
-def _run(job: TrainJob, directory: pathlib.Path) -> tuple[dict[str, float], bool]:
+def _run(job: TrainJob, directory: pathlib.Path) -> tuple[dict[str, float], int]:
     console = Console(soft_wrap=False, highlight=False, quiet=hosts.index() > 0)
     _prepare_process(job)
     layout = lay_out(job.strategy, job.mesh, job.zero)
@@ -222,20 +226,20 @@ def _run(job: TrainJob, directory: pathlib.Path) -> tuple[dict[str, float], bool
                 start, state, extra = found
                 batches.set_state(extra["data"])
                 console.print(f"resuming at step {start}")
-            results, finished = _train(
+            results, left_by = _train(
                 resolved, layout, training, state, start, extra,
                 batches, validation, checkpointer, directory, console,
             )  # fmt: skip
-    if finished and hosts.index() == 0:
+    if not left_by and hosts.index() == 0:
         results |= finish(resolved, directory, console)
-    return results, finished
+    return results, left_by
 
 
 def _train(
     job, layout: Layout, training: Training, state, start, extra,
     batches, validation, checkpointer, directory, console,
 ):  # fmt: skip
-    """Runs the loop; the last evaluation, and whether all steps are done."""
+    """Runs the loop; the last evaluation, and the signal that ended it before its last step."""
     flops_per_token = flops.training_flops_per_token(
         job.model, batches.block_size, batches.source_length or None, batches.max_targets_per_row
     )
@@ -290,7 +294,7 @@ def _train(
         _, step = loop.run(state, start, extra)
     if step > start:
         console.print(f"trained {step - start} steps in {time.perf_counter() - began:.1f} s")
-    return loop.last_eval, step >= job.train.steps
+    return loop.last_eval, loop.left_by
 
 
 def _prepare_process(job: TrainJob) -> None:

@@ -54,16 +54,25 @@ class Stack:
 
 @contextlib.contextmanager
 def termination_flag() -> Iterator[list[int]]:
-    """A list that SIGTERM fills, so that the loop can save and leave in good order."""
+    """A list that SIGTERM and Ctrl-C fill, so that the loop can save and leave in good order.
+
+    A second Ctrl-C ends the process.
+    """
     received: list[int] = []
-    previous = None
+    previous = {}
+
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with contextlib.suppress(ValueError):  # not in the main thread: nobody will send us the signal
-        previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, receive)
     try:
         yield received
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Dispatch:
@@ -132,6 +141,7 @@ class Loop:
         self.spikes = 0
         self.tokens = 0.0
         self.last_eval: dict[str, float] = {}
+        self.left_by = 0  # the signal that ended the run before its last step
         self._saved = -1
         self._ahead = 0  # batches that roll-backs left out: batch = step + _ahead
         self._profiling = False
@@ -139,7 +149,7 @@ class Loop:
         self._reset_interval()
 
     def run(self, state: Any, start: int, extra: dict[str, Any]) -> tuple[Any, int]:
-        """Trains from step `start` to the last one, or until SIGTERM on any host.
+        """Trains from step `start` to the last one, or until SIGTERM or Ctrl-C on any host.
 
         Args:
           state: the training state after `start` steps.
@@ -205,7 +215,10 @@ class Loop:
             elif step != self._saved and step > start:
                 self._save(state, step, stacked.get_state(), results, wait=True)
             if leaving:
-                self.progress.print(f"SIGTERM: saved step {step}; the same command goes on there")
+                self.left_by = terminated[0] if terminated else signal.SIGTERM
+                name = "Ctrl-C" if self.left_by == signal.SIGINT else "SIGTERM"
+                done = f"saved step {step}; the same command goes on there"
+                self.progress.print(f"{name}: {done if step else 'no step was done yet'}")
         self.checkpointer.wait()
         self._profile(config.profile_start + config.profile_steps)
         return state, step

@@ -10,7 +10,7 @@ import pytest
 import tiny_jobs
 
 from lm.training.config import TrainingInterrupted
-from lm.training.loop import Loop
+from lm.training.loop import Loop, termination_flag
 
 # Dropout, accumulation, packing, several epochs and several steps a dispatch, all at once. Losses
 # are logged every fourth step and saved every sixth, so that a save falls between two records.
@@ -93,29 +93,44 @@ def test_a_truncated_newest_checkpoint_is_named_and_the_one_before_it_used(
     tiny_jobs.assert_same_run(directory, whole["best_fit"])
 
 
-def test_sigterm_between_two_records_saves_says_where_and_goes_on(
-    monkeypatch, place, whole, capsys
+@pytest.mark.parametrize(
+    "number, name, ending",
+    [
+        (signal.SIGTERM, "SIGTERM", TrainingInterrupted),
+        (signal.SIGINT, "Ctrl-C", KeyboardInterrupt),
+    ],
+)
+def test_a_signal_between_two_records_saves_says_where_and_goes_on(
+    monkeypatch, place, whole, capsys, number, name, ending
 ):
     fields = {**HARD, "data__packing": "best_fit"}
     original = Loop._report
 
     def terminate_at_ten(self, dispatch):
         if dispatch.step == 10 and not terminated:
-            terminated.append(os.kill(os.getpid(), signal.SIGTERM))
+            terminated.append(os.kill(os.getpid(), number))
         return original(self, dispatch)
 
     terminated = []
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_report", terminate_at_ten)
-        with pytest.raises(TrainingInterrupted):
-            tiny_jobs.run(place, "terminated", **fields, prompt="The cat")
-    directory = place / "terminated"
+        with pytest.raises(ending):
+            tiny_jobs.run(place, name, **fields, prompt="The cat")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    directory = place / name
     saved = tiny_jobs.checkpoint_steps(directory)[-1]
     assert 10 <= saved < 16
-    assert f"SIGTERM: saved step {saved}; the same command goes on there" in capsys.readouterr().out
+    assert f"{name}: saved step {saved}; the same command goes on there" in capsys.readouterr().out
     assert not (directory / "samples.txt").exists()  # whoever sends SIGTERM does not wait for long
-    tiny_jobs.run(place, "terminated", **fields)
+    tiny_jobs.run(place, name, **fields)
     tiny_jobs.assert_same_run(directory, whole["best_fit"])
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once():
+    with termination_flag() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
 
 
 def test_a_resumed_run_tells_one_story(monkeypatch, place):
@@ -158,7 +173,7 @@ def finish(process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_process_is_bitwise_replaced_by_the_next(tmp_path, signal_number):
     fields = {**HARD, "train__steps": 60, "checkpoint__async_save": False}
     finish(tiny_jobs.start(tiny_jobs.command(tmp_path, "whole", **fields)))
@@ -171,13 +186,15 @@ def test_a_killed_process_is_bitwise_replaced_by_the_next(tmp_path, signal_numbe
         time.sleep(0.002)
     time.sleep(chance.random() * 0.05)
     process.send_signal(signal_number)
-    output, _ = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=300)
     assert max(read_steps(tmp_path / "killed")) < 60  # it was still on its way
     if signal_number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
-        assert process.returncode == 75  # to be started again
-        assert "SIGTERM: saved step" in output
+        sigterm = signal_number == signal.SIGTERM
+        assert process.returncode == (75 if sigterm else 130)  # 75: to be started again
+        assert ("SIGTERM" if sigterm else "Ctrl-C") + ": saved step" in output
+        assert errors == ("" if sigterm else "interrupted\n")
 
     assert "resuming at step" in finish(tiny_jobs.start(arguments))
     tiny_jobs.assert_same_run(tmp_path / "killed", tmp_path / "whole")
