@@ -43,6 +43,8 @@ from lm.config import (
 
 PACKAGED = pathlib.Path(__file__).parent / "configs"  # in a clone, a link to its configs/
 FLAGS = ("config", "workdir")
+# What a run's config.json says beside the fields of its config.
+FACTS = ("tokenizer_fingerprint", "corpus_fingerprint", "framing", "huggingface")
 
 
 class Command(NamedTuple):
@@ -178,7 +180,8 @@ def _of_run(path: pathlib.Path) -> ml_collections.ConfigDict:
             f"--workdir={path.parent}: config.json cannot be read ({error}): name a --config, or "
             "choose another directory"
         ) from None
-    values.pop("tokenizer_fingerprint", None)
+    for fact in FACTS:
+        values.pop(fact, None)
     return ml_collections.ConfigDict(values)
 
 

@@ -225,6 +225,23 @@ def mark_given(config: ml_collections.ConfigDict, fields: Iterable[str]) -> None
     object.__setattr__(config, "_given", frozenset(fields))
 
 
+def fields_set(section: type, config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The fields of `config`'s section `name` that somebody set.
+
+    They have another value than the dataclass `section` has by default, or the command line gave
+    them one (`mark_given`).
+    """
+    given = vars(config).get("_given", ())
+    values = {}
+    for field in dataclasses.fields(section):
+        path = f"{name}.{field.name}"
+        value = config.get(name, {}).get(field.name, field.default)
+        value = _coerce(value, _hint(section, field.name), f"config.{path}")
+        if path in given or value != field.default:
+            values[field.name] = value
+    return values
+
+
 @functools.cache
 def hints(section: type) -> dict[str, Any]:
     """The annotation of every field of a section, evaluated."""

@@ -99,7 +99,7 @@ MISTAKES = {
     ),
     "init_from another model": (
         ["--config.init_from=RUN", "--config.model.width=32"],
-        ["config.init_from=", "model.width=16", "says 32", "set config.model.width=16"],
+        ["config.init_from=", "model.width=16", "says 32", "leave these fields out"],
     ),
     "workdir below a file": (["--workdir=HERE/short.txt/run"], ["--workdir=", "not a directory"]),
     "workdir is a file": (["--workdir=HERE/short.txt"], ["--workdir=", "not a directory"]),
@@ -121,7 +121,7 @@ MISTAKES = {
     ),
     "run of another seed": (
         ["--workdir=RUN", "--config.seed=5"],
-        ["--workdir=", "config.seed=0", "says 5"],
+        ["--workdir=", "config.seed=0", "says 5", "--config.init_from=", "parameters"],
     ),
 }
 # Those that need neither a corpus nor a tokenizer, and are found before there is one.
@@ -299,7 +299,7 @@ def test_a_mask_token_asked_of_a_tokenizer_without_one_is_added(here):
 def test_going_on_with_a_finished_run_is_no_mistake(here):
     code, output, errors = main(*arguments(here, ["--workdir=HERE/again"]))
     assert (code, errors) == (0, "")
-    assert "resuming at step 24" in output
+    assert "finished: 24 of 24 steps" in output and "config.train.steps" in output
 
 
 def test_a_run_directory_alone_says_what_goes_on_in_it(here):

@@ -48,9 +48,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[Made]:
     directory = pathlib.Path(workdir)
     wanted = to_dict(job)
     del wanted["beam"]  # another runner may go on
-    check_directory(directory, wanted)
+    usual = to_dict(CorpusJob())
+    check_directory(directory, wanted, usual)
     tokenizer = _tokenizer(job, directory)
-    check_directory(directory, wanted, tokenizer.fingerprint)
+    check_directory(directory, wanted, usual, tokenizer.fingerprint)
     claim(directory, wanted, tokenizer)
     print(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The run directory: whose it is, claiming a new one, and what another run may take from it.
+"""The run directory: whose it is, claiming a new one, and what may change when a run goes on.
 
 Everything here happens before any work, so that a mistake costs none.
 """
@@ -13,42 +13,101 @@ from collections.abc import Callable
 from typing import Any
 
 from lm import tokenizers
-from lm.config import ConfigError, check, nearest, to_dict, view
-from lm.models import ModelConfig
-from lm.models.huggingface.exact import essence
-from lm.models.huggingface.read import is_checkpoint, read_config
+from lm.config import ConfigError, check
+from lm.jobs.sources import CONFIG
 from lm.parallel import hosts
 from lm.tokenizers import Tokenizer
-from lm.tokenizers.files import has_tokenizer
 
-# What may differ between a run directory and the config that goes on with it.
-FREE_SECTIONS = (
-    "train", "checkpoint", "mesh", "strategy", "zero", "hosts", "prompt", "sample", "init_from",
+# What a run that goes on may have otherwise than it began, by section or field of
+# `lm.jobs.train.TrainJob`; a field's own line goes before its section's.
+# These change nothing of what is computed, or only how fast, where and how often.
+FREE = (
+    "data.cache_dir", "data.prefetch", "data.num_threads", "data.even_batch", "data.epochs",
+    "model.attention", "model.remat", "model.scan_layers", "model.initializer",
+    "model.initializer_std", "objective.chunk", "train.offload_optimizer",
+    "train.steps_per_dispatch", "train.log_every", "train.eval_every", "train.eval_batch_size",
+    "train.on_spike", "train.spike_nats", "train.max_spikes", "train.profile_start",
+    "train.profile_steps", "train.compiler", "train.compilation_cache", "checkpoint", "mesh",
+    "hosts", "strategy", "zero", "prompt", "sample", "exact_match",
 )  # fmt: skip
-# Fields of `model` that decide what its parameters mean, and so must be those of `init_from`.
-_SHAPING = (
-    "architecture", "cell", "cross_attention", "num_layers", "num_encoder_layers", "num_heads",
-    "num_kv_heads", "width", "head_dim", "mlp_width", "vocab_size", "tie_embeddings",
-    "embedding_scale", "embedding_norm", "token_types", "positions", "position_offset",
-    "relative_buckets", "qk_norm", "norm", "norm_position", "norm_unit_offset", "final_norm",
-    "parallel", "shared_norm", "activation", "bias", "qkv_bias", "attention_bias", "norm_bias",
-    "num_experts", "expert_width", "shared_experts", "dense_layers", "head_transform", "head_bias",
-    "output_scale", "pooler", "classifier", "num_labels",
+# These may change, and it is said what that does.
+_ROUNDED = "was {old}, is {new} from here on: no run without a break ends with the same numbers"
+_MOVED = "was {old}, and {new} holds the same"  # or it is refused
+NOTED = {
+    "train.steps": "was {old}, is {new} from here on",
+    "train.accumulation": _ROUNDED,
+    "model.compute_dtype": _ROUNDED,
+    "data.path": _MOVED,
+    "data.validation_path": _MOVED,
+    "init_from": "is not read: this run has begun, from {old}; to start from another model choose "
+    "another --workdir",
+}
+# These make another run of it.
+REFUSED = (
+    "job", "seed", "tokenizer", "model", "optimizer", "data.weights", "data.text_field",
+    "data.num_documents", "data.encoding", "data.on_bad_file", "data.split",
+    "data.validation_fraction", "data.batch_size", "data.block_size", "data.source_length",
+    "data.long_pairs", "data.corruption", "data.packing", "data.end_of_text", "data.shuffle",
+    "data.random_offset", "objective.name", "objective.z_loss", "objective.label_smoothing",
+    "objective.load_balancing", "objective.router_z",
 )  # fmt: skip
+
+
+def classified(field: str) -> str:
+    """Which of the three a field is in: "free", "noted" or "refused"; "" for none."""
+    while field:
+        for name, fields in (("free", FREE), ("noted", NOTED), ("refused", REFUSED)):
+            if field in fields:
+                return name
+        field = field.rpartition(".")[0]
+    return ""
+
+
+def saved_run(directory: pathlib.Path) -> dict[str, Any] | None:
+    """The config.json of the run in `directory`; None where none has begun.
+
+    A training run has begun when there is a checkpoint or a record of a loss. Until then its
+    directory may be claimed by another.
+
+    Raises:
+      ConfigError: config.json cannot be read.
+    """
+    path = directory / CONFIG
+    if not path.exists():
+        return None
+    saved = _read_config(path, f"--workdir={directory}")
+    steps = (p.name for p in (directory / "checkpoints").glob("*"))
+    begun = any(name.isascii() and name.isdigit() for name in steps)
+    metrics = directory / "metrics.jsonl"
+    begun |= metrics.exists() and metrics.stat().st_size > 0
+    return saved if begun or saved.get("job") != "train" else None
 
 
 def check_directory(
-    directory: pathlib.Path, wanted: dict[str, Any], fingerprint: str | None = None
-) -> None:
+    directory: pathlib.Path,
+    wanted: dict[str, Any],
+    usual: dict[str, Any],
+    fingerprint: str | None = None,
+    corpus: Callable[[], str] | None = None,
+) -> list[str]:
     """Raises ConfigError if `directory` holds another run, or cannot be written.
 
-    Another run is one of a config other than `wanted`, or of a tokenizer other than that of
-    `fingerprint`.
+    Another run is one of a config other than `wanted` in what may not change (`REFUSED`), or of
+    another tokenizer or text.
+
+    Args:
+      directory: the run's.
+      wanted: its config, as nested dicts; a field it lacks is not compared.
+      usual: the same of a config that says nothing: what a run had in fields that its version did
+        not know.
+      fingerprint: of the tokenizer, where it is known.
+      corpus: gives the text's (`lm.data.corpus_fingerprint`), if it must be known.
+
+    Returns:
+      What may change and does, one line each.
     """
-    wanted = json.loads(json.dumps(wanted))
-    path = directory / "config.json"
-    if path.exists():
-        saved = _read_config(path, f"--workdir={directory}")
+    notes, saved = [], saved_run(directory)
+    if saved is not None:
         trained = saved.get("tokenizer_fingerprint")
         check(
             fingerprint is None or trained in (None, fingerprint),
@@ -56,13 +115,7 @@ def check_directory(
             f"(fingerprint {fingerprint}, not {trained}): put the original back, or choose "
             "another --workdir",
         )
-        difference = _difference(saved, wanted)
-        if difference:
-            field, old, new = difference
-            raise ConfigError(
-                f"--workdir={directory} holds a run with config.{field}={old!r}, and this config "
-                f"says {new!r}: choose another --workdir, or set the field back"
-            )
+        notes = _changes(directory, saved, wanted, usual, corpus)
     there = next(p for p in (directory, *directory.absolute().parents) if os.path.exists(p))
     check(
         there.is_dir() and os.access(there, os.W_OK),
@@ -70,6 +123,45 @@ def check_directory(
         + ("not writable" if there.is_dir() else "not a directory")
         + "; choose another --workdir",
     )
+    return notes
+
+
+def _changes(directory, saved, wanted, usual, corpus) -> list[str]:
+    old, new, usual = (_flat(json.loads(json.dumps(config))) for config in (saved, wanted, usual))
+    changed = {
+        field: (old.get(field, usual.get(field)), value)
+        for field, value in new.items()
+        if old.get(field, usual.get(field)) != value
+    }
+    moved = [field for field in changed if field in ("data.path", "data.validation_path")]
+    same = moved and corpus and "corpus_fingerprint" in saved
+    same = same and saved["corpus_fingerprint"] == corpus()
+    refused = [f for f in changed if classified(f) == "refused" or (f in moved and not same)]
+    if refused:
+        began = " and ".join(f"config.{field}={changed[field][0]!r}" for field in refused)
+        says = " and ".join(repr(changed[field][1]) for field in refused)
+        same_model = {"job", "model", "tokenizer"}.isdisjoint(f.split(".")[0] for f in refused)
+        raise ConfigError(
+            f"--workdir={directory} holds a run with {began}, and this config says {says}: choose "
+            "another --workdir, or set back what has changed"
+            + (f"; --config.init_from={directory} goes on from its parameters" * same_model)
+        )
+    return [
+        f"config.{field} {NOTED[field].format(old=repr(was), new=repr(now))}"
+        for field, (was, now) in changed.items()
+        if field in NOTED
+    ]
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name → value of every field that is no section."""
+    fields = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            fields |= _flat(value, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = value
+    return fields
 
 
 def check_shared(directory: pathlib.Path) -> None:
@@ -107,22 +199,31 @@ def shared_tokenizer(directory: pathlib.Path, make: Callable[[], Tokenizer]) -> 
     return tokenizer
 
 
-def claim(directory: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
+def claim(
+    directory: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer, **facts: Any
+) -> None:
     """Writes config.json and, into a new run directory, the tokenizer; process 0 does, for all.
+
+    Args:
+      directory: the run's.
+      config: of the job.
+      tokenizer: its own.
+      **facts: what config.json says beside the fields of the config.
 
     Raises:
       ConfigError: the directory cannot be written.
     """
     if hosts.index() == 0:
-        _write_claim(directory, config, tokenizer)
+        wanted = {**config, "tokenizer_fingerprint": tokenizer.fingerprint, **facts}
+        _write_claim(directory, wanted, tokenizer)
     hosts.barrier()
 
 
-def _write_claim(directory: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer) -> None:
-    wanted = json.loads(json.dumps(config))
-    wanted["tokenizer_fingerprint"] = tokenizer.fingerprint
+def _write_claim(directory: pathlib.Path, wanted: dict[str, Any], tokenizer: Tokenizer) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if (directory / CONFIG).exists() and saved_run(directory) is None:  # of a failed start
+            shutil.rmtree(directory / "tokenizer", ignore_errors=True)
         if not (directory / "tokenizer").exists():
             scratch = directory / f".tokenizer.{os.getpid()}"
             tokenizer.save(scratch)
@@ -132,65 +233,13 @@ def _write_claim(directory: pathlib.Path, config: dict[str, Any], tokenizer: Tok
                 shutil.rmtree(scratch)
         scratch = directory / f".config.{os.getpid()}"
         scratch.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-        scratch.rename(directory / "config.json")
+        scratch.rename(directory / CONFIG)
     except OSError as error:
         raise _unwritable(directory, error) from error
 
 
 def _unwritable(directory: pathlib.Path, error: OSError) -> ConfigError:
     return ConfigError(f"--workdir={directory} cannot be written: {error.strerror or error}")
-
-
-def check_init_from(init_from: str, model: dict[str, Any]) -> None:
-    """Raises ConfigError unless `init_from` is empty or has a model whose parameters fit `model`.
-
-    It is a run directory or a Hugging Face directory.
-    `model` is the model section of the config, as a dict; a field it lacks is not compared.
-    """
-    if not init_from:
-        return
-    source, field = pathlib.Path(init_from).expanduser(), f"config.init_from={init_from!r}"
-    if not source.exists():
-        there = [str(p) for p in source.parent.glob("*") if (p / "config.json").exists()]
-        raise ConfigError(f"{field} does not exist{nearest(str(source), there)}")
-    if is_checkpoint(source):
-        check(has_tokenizer(source), f"{field} is a Hugging Face model without a tokenizer")
-        theirs = to_dict(read_config(source)[1])
-    else:
-        for name in ("config.json", "tokenizer", "checkpoints"):
-            check(
-                (source / name).exists(),
-                f"{field} is not the directory of a training run: it has no {name}",
-            )
-        theirs = _read_config(source / "config.json", field).get("model")
-        check(isinstance(theirs, dict), f"{field}: its config.json has no section 'model'")
-    there, here = (_shaping(fields) for fields in (theirs, model))
-    wrong = [
-        name
-        for name in there
-        if name in theirs
-        and name in model
-        and there[name] != here.get(name)
-        # What follows from another field, such as a head's width, is mended with that field.
-        and theirs[name] != model[name]
-    ]
-    if wrong:
-        given = " and ".join(f"model.{name}={theirs[name]!r}" for name in wrong)
-        says = " and ".join(f"{model[name]!r}" for name in wrong)
-        remedy = " ".join(f"config.model.{name}={theirs[name]!r}" for name in wrong)
-        raise ConfigError(f"{field} has {given}, and this config says {says}: set {remedy}")
-
-
-def _shaping(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a model section that decide what its parameters mean, defaults resolved."""
-    config = view(ModelConfig, fields, "config.model")
-    known = essence(config)
-    learned = config.positions == "learned"
-    return {
-        name: known[name]
-        for name in known
-        if name in _SHAPING or (learned and name == "max_length")
-    }
 
 
 def _read_config(path: pathlib.Path, field: str) -> dict[str, Any]:
@@ -202,17 +251,3 @@ def _read_config(path: pathlib.Path, field: str) -> dict[str, Any]:
         ) from None
     check(isinstance(config, dict), f"{field}: {path} does not hold the config of a run")
     return config
-
-
-def _difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """The first field in which two configs differ, outside the sections that may."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in new:
-            if not path and name in FREE_SECTIONS:
-                continue
-            if name in old:
-                found = _difference(old[name], new[name], f"{path}.{name}" if path else name)
-                if found:
-                    return found
-        return None
-    return None if old == new else (path, old, new)

@@ -72,6 +72,11 @@ class Source:
         """`parameters` of a run, each read when it is asked for."""
         return SavedParameters(self._checkpoints(), step, self._abstract(shardings))
 
+    def check_parameters(self) -> None:
+        """Raises ConfigError where there are none: a run that has not saved any yet."""
+        if self.checkpoint is None:
+            self._checkpoints()
+
     def _checkpoints(self) -> pathlib.Path:
         checkpoints = self.directory / CHECKPOINTS
         check(

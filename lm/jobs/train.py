@@ -20,17 +20,25 @@ from rich.console import Console
 
 from lm import tokenizers
 from lm.config import check, to_dict, view
-from lm.data import DataConfig, documents, evaluation_batches, prepare, train_batches
+from lm.data import (
+    DataConfig,
+    corpus_fingerprint,
+    documents,
+    evaluation_batches,
+    prepare,
+    train_batches,
+)
 from lm.inference.config import SamplingConfig
 from lm.jobs.finish import finish
+from lm.jobs.inherited import inherit, initial_parameters, open_model
 from lm.jobs.run_directory import (
+    CONFIG,
     check_directory,
-    check_init_from,
     check_shared,
     claim,
+    saved_run,
     shared_tokenizer,
 )
-from lm.jobs.sources import open_source
 from lm.models import ModelConfig
 from lm.objectives import ObjectiveConfig, check_objective
 from lm.parallel import hosts
@@ -62,7 +70,9 @@ class TrainJob:
 
     job: str = "train"
     seed: int = 0  # of the parameters, the data order, dropout and the samples
-    init_from: str = ""  # start from the parameters and tokenizer of this run, or Hugging Face's
+    # Start from this run or Hugging Face directory: its parameters, tokenizer and whole `model`, of
+    # which only what changes nothing of that may be set here; see `lm.jobs.inherited`.
+    init_from: str = ""
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -89,7 +99,8 @@ class TrainJob:
             length = getattr(self.data, name)
             check(
                 not longest or length <= longest,
-                f"{prefix}.data.{name}={length} is longer than {prefix}.model.max_length={longest}",
+                f"{prefix}.data.{name}={length} is longer than {prefix}.model.max_length="
+                f"{longest}: set it to {longest}",
             )
         check_objective(self.objective, self.model, prefix)
         check(self.exact_match >= 0, f"{prefix}.exact_match={self.exact_match} must be at least 0")
@@ -119,9 +130,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
       KeyboardInterrupt: likewise after Ctrl-C.
       TrainingStopped: training cannot go on.
     """
-    job = view(TrainJob, config)
+    directory = pathlib.Path(workdir)
+    saved = saved_run(directory)
+    fields, carried = inherit(config, saved)
+    job = view(TrainJob, fields)
     with hosts.together(job.hosts):
-        results, left_by = _run(job, pathlib.Path(workdir))
+        results, left_by = _run(job, directory, saved, carried)
     if left_by == signal.SIGINT:
         raise KeyboardInterrupt
     if left_by:
@@ -129,14 +143,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     return results
 
 
-def _run(job: TrainJob, directory: pathlib.Path) -> tuple[dict[str, float], int]:
+def _run(
+    job: TrainJob, directory: pathlib.Path, saved: dict[str, Any] | None, carried: dict[str, Any]
+) -> tuple[dict[str, float], int]:
+    """The run: `saved` is its config.json if it has begun, `carried` what its source says."""
     console = Console(soft_wrap=False, highlight=False, quiet=hosts.index() > 0)
     _prepare_process(job)
     layout = lay_out(job.strategy, job.mesh, job.zero)
-    if job.data.even_batch:
-        shares = batch_ways(layout.mesh) * job.train.accumulation
-        rows = math.lcm(job.data.batch_size, shares)
-        job = dataclasses.replace(job, data=dataclasses.replace(job.data, batch_size=rows))
+    job = _even_batch(job, layout, saved, console)
     check_layout(
         job.model,
         layout,
@@ -150,20 +164,19 @@ def _run(job: TrainJob, directory: pathlib.Path) -> tuple[dict[str, float], int]
         check_offload(job.optimizer, list(layout.mesh.local_devices))
     check_shared(directory)
     check_free(directory / "checkpoints")
-    check_directory(directory, _settled(job))
-    if not (directory / "checkpoints").exists():  # a run under way needs its source no more
-        check_init_from(job.init_from, _settled(job)["model"])
+    usual, corpus = to_dict(TrainJob()), functools.partial(corpus_fingerprint, job.data, job.seed)
+    check_directory(directory, _settled(job), usual, corpus=corpus)
 
-    tokenizer = _tokenizer(job, directory)
+    tokenizer = _tokenizer(job, directory, saved)
     console.print(
         f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens"
         + ("" if tokenizer.lossless else " (does not reproduce every text exactly)")
     )
     model_config = resolve_model(job, tokenizer)
     resolved = dataclasses.replace(job, model=model_config)
-    check_directory(directory, to_dict(resolved), tokenizer.fingerprint)
-    if not (directory / "checkpoints").exists():
-        check_init_from(job.init_from, _settled(resolved)["model"])
+    notes = check_directory(directory, to_dict(resolved), usual, tokenizer.fingerprint, corpus)
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True)
 
     say = functools.partial(console.print, markup=False, soft_wrap=True)  # names are names
     train_corpora, validation_corpora = prepare(job.data, tokenizer, job.seed, say)
@@ -214,18 +227,20 @@ def _run(job: TrainJob, directory: pathlib.Path) -> tuple[dict[str, float], int]
         )
         with Checkpointer(directory / "checkpoints", job.checkpoint) as checkpointer:
             # Last, so that a mistake above can simply be mended, and when no other run writes here.
-            claim(directory, to_dict(resolved), tokenizer)
+            claim(directory, to_dict(resolved), tokenizer, corpus_fingerprint=corpus(), **carried)
             found = checkpointer.restore_latest(training.abstract)
             if found is None:
                 start, extra = 0, {}
-                params = _initial_parameters(job, training.abstract["params"])
+                params = None
+                if job.init_from:
+                    params = initial_parameters(job.init_from, training.abstract["params"])
                 state = create_state(
                     training.specs, training.optimizer, training.abstract, job.seed, params
                 )
             else:
                 start, state, extra = found
                 batches.set_state(extra["data"])
-                console.print(f"resuming at step {start}")
+                console.print(_going_on(job, start, saved, directory), soft_wrap=True)
             results, left_by = _train(
                 resolved, layout, training, state, start, extra,
                 batches, validation, checkpointer, directory, console,
@@ -307,13 +322,53 @@ def _prepare_process(job: TrainJob) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _tokenizer(job: TrainJob, directory: pathlib.Path):
+def _even_batch(
+    job: TrainJob, layout: Layout, saved: dict[str, Any] | None, console: Console
+) -> TrainJob:
+    """With the batch that `data.even_batch` makes: of a run that has begun, the one it has."""
+    if not job.data.even_batch:
+        return job
+    asked, shares = job.data.batch_size, batch_ways(layout.mesh) * job.train.accumulation
+    rows, why = -(-asked // shares) * shares, f"a multiple of the {shares} shares of the devices"
+    began = (saved or {}).get("data", {}).get("batch_size", 0)
+    if began >= asked:
+        rows, why = began, "as the run began"
+    if rows != asked:
+        console.print(f"note: config.data.batch_size={asked} is {rows} here, {why}")
+    return dataclasses.replace(job, data=dataclasses.replace(job.data, batch_size=rows))
+
+
+def _going_on(
+    job: TrainJob, start: int, saved: dict[str, Any] | None, directory: pathlib.Path
+) -> str:
+    """What to say of a run that has `start` steps behind it; that its learning rate jumps, too."""
+    steps = job.train.steps
+    if start >= steps:
+        return (
+            f"finished: {start} of {steps} steps are done; with a larger config.train.steps it "
+            "goes on"
+        )
+    line = f"resuming at step {start} of {steps}"
+    planned = (saved or {}).get("train", {}).get("steps", steps)
+    if planned == steps:
+        return line
+    was, now = (float(make_schedule(job.optimizer, n)(start)) for n in (planned, steps))
+    if math.isclose(was, now, rel_tol=1e-3):
+        return line
+    return (
+        f"{line}\nnote: the learning rate goes from {was:.3g} to {now:.3g} here, for its schedule "
+        f"now spans {steps} steps, not {planned}; one that warms up anew starts with "
+        f"--config.init_from={directory} and another --workdir"
+    )
+
+
+def _tokenizer(job: TrainJob, directory: pathlib.Path, saved: dict[str, Any] | None):
     """The run's tokenizer: its own if it has one, else `init_from`'s, else trained and saved."""
-    saved = directory / "tokenizer"
-    if saved.exists():
-        return tokenizers.load(saved)
+    own = directory / "tokenizer"
+    if own.exists() and (saved is not None or not (directory / CONFIG).exists()):
+        return tokenizers.load(own)
     if job.init_from:
-        return open_source(job.init_from).tokenizer
+        return open_model(job.init_from).tokenizer
     return shared_tokenizer(
         directory,
         lambda: tokenizers.train(job.tokenizer, documents(job.data, "train", job.seed)),
@@ -345,11 +400,3 @@ def _settled(job: TrainJob) -> dict[str, Any]:
         if not wanted["model"][name]:
             del wanted["model"][name]
     return wanted
-
-
-def _initial_parameters(job: TrainJob, abstract: dict[str, Any]) -> dict[str, jax.Array] | None:
-    """The parameters of `init_from`, if it is set."""
-    if not job.init_from:
-        return None
-    shardings = {name: leaf.sharding for name, leaf in abstract.items()}
-    return open_source(job.init_from).parameters(shardings=shardings)[1]

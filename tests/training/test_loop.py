@@ -92,7 +92,7 @@ def test_an_even_batch_is_raised_until_the_devices_share_it(place):
     few = {"data__batch_size": 3, "train__steps": 2, "train__log_every": 2, "checkpoint__every": 0}
     directory = tiny_jobs.run(place, "even", num_devices=4, data__even_batch=True, **few)
     saved = json.loads((directory / "config.json").read_text())
-    assert saved["data"]["batch_size"] == 12
+    assert saved["data"]["batch_size"] == 4
 
 
 def test_padding_changes_no_statistic_of_routers_and_is_no_token(place):
