@@ -50,6 +50,13 @@ ODD = {
 FAST = ("llama", "gemma2", "t5")
 
 
+PAIRS = [
+    "--config.objective.name=seq2seq",
+    "--config.data.text_field=source",
+    "--config.data.text_field=target",
+]
+
+
 def source(place: pathlib.Path, family: str, **fields) -> pathlib.Path:
     """A tiny Hugging Face directory of a family, its texts in letters, and odd in all it can."""
     directory = place / family
@@ -70,7 +77,7 @@ def tune(place: pathlib.Path, init_from: pathlib.Path, name: str, *fields: str):
         "--config=configs/finetune.py",
         f"--workdir={place / name}",
         f"--config.init_from={init_from}",
-        f"--config.data.path={place / 'text.txt'}",
+        f"--config.data.path={place / ('pairs.tsv' if PAIRS[0] in fields else 'text.txt')}",
         f"--config.data.cache_dir={place / 'tokens'}",
         "--config.data.validation_fraction=0.0",
         "--config.data.block_size=8",
@@ -109,17 +116,10 @@ def loss(source: pathlib.Path, batch: dict[str, np.ndarray]) -> float:
     return float((nats_BT * batch["weights"]).sum() / batch["weights"].sum())
 
 
-def objective(place: pathlib.Path, family: str) -> list[str]:
+def objective(family: str) -> list[str]:
     if family in ("bert", "roberta"):
         return ["--config.objective.name=masked"]
-    if family in ("t5", "t5_v1_1", "bart"):
-        fields = "('source', 'target')"
-        return [
-            "--config.objective.name=seq2seq",
-            f"--config.data.path={place / 'pairs.tsv'}",
-            f"--config.data.text_field={fields}",
-        ]
-    return []
+    return PAIRS if family in ("t5", "t5_v1_1", "bart") else []
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def objective(place: pathlib.Path, family: str) -> list[str]:
 )
 def test_the_first_loss_is_the_loss_of_the_source(tmp_path, family):
     directory = source(tmp_path, family)
-    code, _, errors = tune(tmp_path, directory, "tuned", *objective(tmp_path, family))
+    code, _, errors = tune(tmp_path, directory, "tuned", *objective(family))
     assert code == 0, errors
     ((_, first),) = tiny_jobs.losses(tmp_path / "tuned")
     run = lm.load(tmp_path / "tuned")
