@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -60,7 +61,7 @@ def inherit(
         return fields, {name: saved[name] for name in CARRIED if name in saved}
 
     field = f"config.init_from={init_from!r}"
-    source = open_model(init_from)
+    source = open_model(init_from, fields.get("ignore", ()))
     check(source.tokenizer is not None, f"{field} is a Hugging Face model without a tokenizer")
     theirs = source.model
     where = init_from if source.checkpoint else os.path.join(init_from, TOKENIZER)
@@ -119,14 +120,14 @@ def _carried(source: Source, separated: bool) -> dict[str, Any]:
     return carried
 
 
-def open_model(init_from: str) -> Source:
-    """The model that `init_from` names, found to have parameters.
+def open_model(init_from: str, ignore: str | Sequence[str] = ()) -> Source:
+    """The model that `init_from` names, found to have parameters; `ignore`: see `open_source`.
 
     Raises:
       ConfigError: there is none.
     """
     try:
-        source = open_source(init_from)
+        source = open_source(init_from, ignore)
         source.check_parameters()
         return source
     except ConfigError as error:
@@ -134,13 +135,13 @@ def open_model(init_from: str) -> Source:
 
 
 def initial_parameters(
-    init_from: str, abstract: dict[str, jax.ShapeDtypeStruct]
+    source: Source, abstract: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """The parameters of `init_from` where `abstract` says.
+    """The parameters of `source` where `abstract` says.
 
     Of a table of learned positions the first rows, where the run needs no more.
     """
     shardings = {name: leaf.sharding for name, leaf in abstract.items()}
-    params = open_model(init_from).parameters(shardings=shardings)[1]
+    params = source.parameters(shardings=shardings)[1]
     tables = [name for name in params if name.endswith("embedding.positions")]
     return {**params, **{name: params[name][: abstract[name].shape[0]] for name in tables}}

@@ -28,7 +28,7 @@ FREE = (
     "train.steps_per_dispatch", "train.log_every", "train.eval_every", "train.eval_batch_size",
     "train.on_spike", "train.spike_nats", "train.max_spikes", "train.profile_start",
     "train.profile_steps", "train.compiler", "train.compilation_cache", "checkpoint", "mesh",
-    "hosts", "strategy", "zero", "prompt", "sample", "exact_match",
+    "ignore", "hosts", "strategy", "zero", "prompt", "sample", "exact_match",
 )  # fmt: skip
 # These may change, and it is said what that does.
 _ROUNDED = "was {old}, is {new} from here on: no run without a break ends with the same numbers"

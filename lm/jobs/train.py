@@ -73,6 +73,9 @@ class TrainJob:
     # Start from this run or Hugging Face directory: its parameters, tokenizer and whole `model`, of
     # which only what changes nothing of that may be set here; see `lm.jobs.inherited`.
     init_from: str = ""
+    # Of a Hugging Face directory: regular expressions of fields of config.json and of tensors that
+    # may be left out though they are not known.
+    ignore: str | tuple[str, ...] = ()
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -233,7 +236,8 @@ def _run(
                 start, extra = 0, {}
                 params = None
                 if job.init_from:
-                    params = initial_parameters(job.init_from, training.abstract["params"])
+                    source = open_model(job.init_from, job.ignore)
+                    params = initial_parameters(source, training.abstract["params"])
                 state = create_state(
                     training.specs, training.optimizer, training.abstract, job.seed, params
                 )
@@ -368,7 +372,7 @@ def _tokenizer(job: TrainJob, directory: pathlib.Path, saved: dict[str, Any] | N
     if own.exists() and (saved is not None or not (directory / CONFIG).exists()):
         return tokenizers.load(own)
     if job.init_from:
-        return open_model(job.init_from).tokenizer
+        return open_model(job.init_from, job.ignore).tokenizer
     return shared_tokenizer(
         directory,
         lambda: tokenizers.train(job.tokenizer, documents(job.data, "train", job.seed)),
@@ -383,7 +387,7 @@ def resolve_model(job: TrainJob, tokenizer) -> ModelConfig:
     """
     vocab_size = job.model.vocab_size or tokenizer.vocab_size
     check(
-        vocab_size >= tokenizer.vocab_size,
+        tokenizer.fits(vocab_size),
         f"config.model.vocab_size={vocab_size} is smaller than the tokenizer's "
         f"{tokenizer.vocab_size}: raise it, or set it to 0",
     )

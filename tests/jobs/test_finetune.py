@@ -146,7 +146,8 @@ def test_a_tuned_run_stops_and_frames_texts_as_its_source_and_goes_back_as_it_ca
     assert code == 0, errors
     original = lm.load(directory).framing
     assert original.before == (6,) and original.end_of_text == (5, 7)
-    assert lm.load(tmp_path / "tuned").framing == original
+    stream = dataclasses.replace(original, empty=())  # documents had no separators
+    assert lm.load(tmp_path / "tuned").framing == stream
     # A document's end is learnt as an end, too; and a run of that run has it all again.
     assert tune(tmp_path, tmp_path / "tuned", "again")[0] == 0
     again = lm.load(tmp_path / "again")
@@ -159,7 +160,8 @@ def test_a_tuned_run_stops_and_frames_texts_as_its_source_and_goes_back_as_it_ca
         code, _, errors = main("--config=configs/convert.py", *arguments)
         assert code == 0, errors
         assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.6
-        assert lm.load(out).framing == lm.load(tmp_path / run).framing
+        back, own = lm.load(out).framing, lm.load(tmp_path / run).framing
+        assert (back.before, back.end_of_text) == (own.before, own.end_of_text)
 
 
 def test_what_may_not_change_is_named_at_once_and_what_may_is_taken(tmp_path):
