@@ -306,7 +306,7 @@ def test_a_run_directory_alone_says_what_goes_on_in_it(here):
     shutil.copytree(here / "run", here / "alone")
     code, output, errors = main(f"--workdir={here}/alone", "--config.train.steps=26")
     assert (code, errors) == (0, "")
-    assert "resuming at step 24" in output
+    assert "finished: 24 of 24" in output
     assert tiny_jobs.checkpoint_steps(here / "alone")[-1] == 26
 
 
@@ -347,7 +347,7 @@ def test_a_run_goes_on_despite_a_damaged_record_and_folders_that_are_no_steps(he
     (run / "metrics.jsonl").write_bytes(stained)
     code, output, errors = main(*arguments(here, ["--workdir=HERE/stained"]))
     assert code == 0, errors
-    assert "resuming at step 24" in output
+    assert "finished: 24 of 24" in output
     (notice,) = [record.getMessage() for record in caplog.records]
     assert "metrics.jsonl: 2 of 13 lines are damaged and left out" in notice
     assert (run / "metrics.jsonl").read_bytes() == first + b"\n" + rest
