@@ -24,7 +24,8 @@ collective with its mesh axes; times and MFU. runs/plan/plan.json has it all in 
 it is measured.
 
 Llama 3 8B on 64 chips, 2 sequences of 8,192 tokens each: 11.4 GiB of 95.7, of which 1.4 GiB are
-parameters and optimizer state; 2.73 s a step, an MFU of 67 %. Two CPU cores: a minute a mesh.
+parameters and optimizer state; 2.73 s a step, an MFU of 67 %, with --config.train.compiler=tuned
+(`lm.parallel.compiler.options`, which no TPU has run yet). Two CPU cores: a minute a mesh.
 """
 
 from lm.config import defaults

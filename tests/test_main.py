@@ -53,9 +53,13 @@ MISTAKES = {
         ["--config.train.steps_per_dispatch=5"],
         ["config.train.steps_per_dispatch=5", "must divide", "24"],
     ),
-    "long warm-up": (
-        ["--config.optimizer.warmup_steps=100"],
-        ["optimizer.warmup_steps=100", "at most the 24 steps"],
+    "negative warm-up": (
+        ["--config.optimizer.warmup_steps=-1"],
+        ["config.optimizer.warmup_steps=-1", "must not be negative"],
+    ),
+    "warm-up longer than the decay": (
+        ["--config.optimizer.warmup_steps=20", "--config.optimizer.decay_steps=10"],
+        ["config.optimizer.warmup_steps=20", "at most decay_steps=10"],
     ),
     "unknown job": (["--config.job=trian"], ["config.job='trian'", "did you mean 'train'"]),
     "not a flag": (["train"], ["'train' is not a flag"]),
@@ -128,7 +132,8 @@ MISTAKES = {
 CHEAP = (
     "wrong choice",
     "width and heads",
-    "long warm-up",
+    "negative warm-up",
+    "warm-up longer than the decay",
     "cadence",
     "batch and accumulation",
     "run of another config",
@@ -385,6 +390,17 @@ def test_a_checkpoint_that_the_disk_does_not_take_ends_in_one_line(here, caplog)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert_one_line(outcome, ["large/checkpoints: step 2 could not be saved: a file", "ulimit -f"])
     assert not caplog.records  # Orbax has three tracebacks for it
+
+
+def test_a_warm_up_longer_than_the_run_is_cut_to_a_tenth_of_it(here):
+    fields = ["--config.optimizer.warmup_steps=100", "--config.train.steps=20"]
+    code, output, errors = main(*arguments(here, ["--workdir=HERE/warm", *fields]))
+    assert (code, errors) == (0, "")
+    notice = "optimizer.warmup_steps=100 is more than the run's 20 steps: cut to a tenth of them, 2"
+    assert output.count(notice) == 1
+    rates = dict(tiny_jobs.losses(here / "warm", "learning_rate"))
+    assert rates[2] == pytest.approx(1e-2 * 2 / 3)
+    assert rates[4] > rates[2] and rates[20] < 0.2e-2
 
 
 def test_a_run_that_diverges_ends_in_one_line_and_code_one(here):

@@ -128,7 +128,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     if not console.is_terminal:
         console = Console(highlight=False, width=PIPED_WIDTH)
     if job.scaling.presets:
-        result = weak_scaling(job.scaling, job.optimizer, console)
+        result = weak_scaling(job.scaling, job.optimizer, job.train, console)
         return _written(result, workdir, console)
     topology = open_topology(job.topology, job.slices)
     workload = _workload(job, topology)

@@ -17,6 +17,7 @@ from lm.models import costs
 from lm.models.presets import PRESETS, preset
 from lm.parallel.mesh import describe, make_mesh
 from lm.parallel.topology import Topology, open_topology
+from lm.training.config import TrainConfig
 from lm.training.optimizer import OptimizerConfig
 from lm.training.report import binary, si
 
@@ -39,11 +40,14 @@ All columns are of one chip and one step. *FLOPs* includes what the remat policy
 MFU does not. *Memory*, *HBM* and *network* are the least that must be held or moved. Products
 reach 90 % of the peak, which is about what the compiler estimates for products of this size;
 links carry 100 GB/s each way, and every hop takes a microsecond. *Efficiency* is the share of
-the step in which a chip does not wait for others: for collectives as the compiler makes them with
-the options of `lm/parallel/compiler.py`, most of what ZeRO and data parallelism say beside
-compute; *if hidden*, where all of that is. *Compiled* are the bytes received, the step and the
-MFU of the same mesh's compiled program, by the rule of `lm/parallel/roofline.py`, where it was
-compiled (`--config.scaling.compiled`).
+the step in which a chip does not wait for others: for collectives as the compiler makes them,
+some of what ZeRO and data parallelism say beside compute; *if hidden*, where all of that is.
+*Compiled* are the bytes received, the step and the MFU of the same mesh's compiled program, by
+the rule of `lm/parallel/roofline.py`, where it was compiled (`--config.scaling.compiled`).
+
+Steps, MFU and efficiency, on paper and compiled, are with `train.compiler='tuned'`: the options
+of `lm/parallel/compiler.py`, which programs were compiled with but which no TPU has run yet. Runs
+leave them out unless asked. `--config.train.compiler=default` makes the table without them.
 """
 
 
@@ -73,7 +77,7 @@ class ScalingConfig:
 
 
 def weak_scaling(
-    config: ScalingConfig, optimizer: OptimizerConfig, console: Console
+    config: ScalingConfig, optimizer: OptimizerConfig, train: TrainConfig, console: Console
 ) -> dict[str, Any]:
     """Prints the table of every model, writes the page, and returns the figures."""
     result, page = {}, []
@@ -82,7 +86,7 @@ def weak_scaling(
             values[index % len(values)] for values in (config.rows, config.block_size, config.remat)
         )
         figures = [
-            _figures(name, chips, rows, block, remat, optimizer, chips in config.compiled)
+            _figures(name, chips, rows, block, remat, optimizer, train, chips in config.compiled)
             for chips in SLICES
         ]
         title = f"{name}: {rows} × {block:,} tokens a chip and step, remat {remat}, TPU v5p"
@@ -100,11 +104,11 @@ def weak_scaling(
     return result
 
 
-def _figures(name, chips, rows, block, remat, optimizer, compile_too) -> dict[str, Any]:
+def _figures(name, chips, rows, block, remat, optimizer, train, compile_too) -> dict[str, Any]:
     topology = open_topology(f"v5p:{SLICES[chips]}")
     model = preset(name, remat=remat)
     model = dataclasses.replace(model, max_length=max(model.max_length, block))
-    workload = Workload(model, block, rows * chips, optimizer=optimizer)
+    workload = Workload(model, block, rows * chips, optimizer=optimizer, train=train)
     best = candidates(workload, topology, 3, 1)[0]
     paper = best.paper
     flops = costs.training_flops_per_token(model, block) * rows * block

@@ -56,7 +56,7 @@ from lm.training.evaluate import evaluate
 from lm.training.loop import Loop
 from lm.training.metrics import MetricsWriter
 from lm.training.offload import check_offload
-from lm.training.optimizer import OptimizerConfig, make_schedule
+from lm.training.optimizer import OptimizerConfig, make_schedule, warmup_of
 from lm.training.progress import Progress
 from lm.training.report import describe_run
 from lm.training.setup import Training, set_up
@@ -198,6 +198,12 @@ def _run(
         f"config.data.epochs={job.data.epochs}: lower it, or raise the other",
     )
 
+    warmup = warmup_of(job.optimizer, job.train.steps)
+    if warmup != job.optimizer.warmup_steps:
+        say(
+            f"optimizer.warmup_steps={job.optimizer.warmup_steps} is more than the run's "
+            f"{job.train.steps} steps: cut to a tenth of them, {warmup}"
+        )
     validation = None
     if validation_corpora:
         batch_size = job.train.eval_batch_size or job.data.batch_size

@@ -7,7 +7,8 @@ and start them early. It can also give one operation more of the chip's own memo
 16 MiB: with larger tiles a product reads its operands less often. (Beyond 32 MiB it finds tiles
 that are 1 % faster, in several times the time.)
 
-The rules in `made` were read off programs that libtpu 0.0.50 compiled, for 64 to 256 chips.
+The rules in `made` were read off programs that libtpu 0.0.50 compiled, for 64 to 256 chips. The
+options have not been run on a TPU: `config.train.compiler='tuned'` asks for them.
 """
 
 from __future__ import annotations

@@ -41,7 +41,8 @@ class TrainConfig:
     max_spikes: int = 20  # in a run, before it stops whatever `on_spike` says
     profile_start: int = 0  # first step of the profiler's window
     profile_steps: int = 0  # its length; the trace goes to WORKDIR/profile; 0: no profile
-    compiler: str = "tuned"  # tuned | default: TPUs' compiler with `lm.parallel.compiler.options`
+    # default | tuned: TPUs' compiler with `lm.parallel.compiler.options`, which no TPU has run yet.
+    compiler: str = "default"
     compilation_cache: str = "~/.cache/lm/xla"  # compiled programs, kept across runs; "" for none
 
     def validate(self, prefix: str = "config.train") -> None:
@@ -60,7 +61,7 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             check(value >= 0, f"{prefix}.{name}={value} must not be negative")
-        check_choice(f"{prefix}.compiler", self.compiler, ("tuned", "default"))
+        check_choice(f"{prefix}.compiler", self.compiler, ("default", "tuned"))
         check_choice(f"{prefix}.on_spike", self.on_spike, ("skip", "rollback", "stop"))
 
 

@@ -38,7 +38,7 @@ class OptimizerConfig:
     name: str = "adamw"  # adamw, adafactor, lion, muon or sgd
     learning_rate: float = 1e-3  # at the peak of the schedule
     schedule: str = "cosine"  # constant, linear, cosine, inverse_sqrt or wsd: see schedules.py
-    warmup_steps: int = 0  # steps of linear warm-up to the peak
+    warmup_steps: int = 0  # steps of linear warm-up to the peak; beyond the run: a tenth of it
     decay_steps: int = 0  # step at which the decay ends; 0 is the end of the run
     final_fraction: float = 0.1  # learning rate after the decay, as a fraction of the peak
     decay_fraction: float = 0.2  # wsd: share of the steps spent decaying
@@ -77,13 +77,18 @@ class OptimizerConfig:
         check(self.muon_steps >= 1, f"{prefix}.muon_steps={self.muon_steps} must be at least 1")
 
 
+def warmup_of(config: OptimizerConfig, total_steps: int) -> int:
+    """Steps of warm-up: as configured, or a tenth of a run that is shorter than that."""
+    return total_steps // 10 if config.warmup_steps > total_steps else config.warmup_steps
+
+
 def make_schedule(config: OptimizerConfig, total_steps: int) -> schedules.Schedule:
     """The configured learning-rate schedule, step -> rate; raises what `schedules` raises."""
     return schedules.make_schedule(
         config.schedule,
         config.learning_rate,
         total_steps,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=warmup_of(config, total_steps),
         decay_steps=config.decay_steps,
         final_fraction=config.final_fraction,
         decay_fraction=config.decay_fraction,
@@ -115,7 +120,7 @@ def make_optimizer(
     2023; Muon, Jordan et al. 2024 and Liu et al. 2025.
 
     Raises:
-      ConfigError: a field is out of range, or the warm-up longer than `total_steps`.
+      ConfigError: a field is out of range, or the warm-up longer than `decay_steps`.
     """
     config.validate()
     decayed = decay_mask(config.decay, specs)

@@ -14,6 +14,7 @@ from lm.parallel.hlo_runs import runs
 from lm.parallel.mesh import AXES, MeshConfig, make_mesh
 from lm.parallel.roofline import Network, estimate
 from lm.parallel.topology import Topology, parse
+from lm.training.config import TrainConfig
 
 CHIP, SHAPE = parse("v5p:4x4x4")
 
@@ -208,7 +209,7 @@ def test_on_paper_what_is_beside_compute_costs_little_of_it():
         num_layers=8, num_heads=16, width=2048, mlp_width=8192, vocab_size=32000, max_length=4096,
         positions="rotary", norm="rmsnorm", compute_dtype="bfloat16", scan_layers=True,
     )  # fmt: skip
-    workload = Workload(model, 4096, 64)
+    workload = Workload(model, 4096, 64, train=TrainConfig(compiler="tuned"))
     paper = on_paper(workload, MeshConfig(data=1, fsdp=64), 3, TOPOLOGY, GRID)
     zero = paper.network_seconds["zero"]
     assert 0 < paper.beside_seconds < zero

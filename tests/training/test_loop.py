@@ -10,6 +10,7 @@ import tiny_jobs
 from lm.config import ConfigError
 from lm.data.batches import BatchIterator
 from lm.jobs import train
+from lm.parallel import compiler
 from lm.training import evaluate as evaluation
 from lm.training.checkpoints import Checkpointer
 from lm.training.config import TrainConfig, TrainingStopped
@@ -148,6 +149,14 @@ def test_init_from_a_model_of_another_width_is_refused_and_nothing_written(place
     with pytest.raises(ConfigError, match=r"has model\.width=16, and this config says 32"):
         tiny_jobs.run(place, "misfit", init_from=str(plain), model__width=32)
     assert not (place / "misfit").exists()
+
+
+def test_the_compiler_gets_options_of_ours_where_they_are_asked_for_alone(place, monkeypatch):
+    monkeypatch.setattr(compiler, "options", lambda kind: {"xla_of_the_future": "true"})
+    few = {"train__steps": 2, "checkpoint__every": 0}
+    tiny_jobs.run(place, "compiled", **few)
+    with pytest.raises(ConfigError, match=r"compiler='tuned' .*xla_of_the_future"):
+        tiny_jobs.run(place, "tuned_compiler", **few, train__compiler="tuned")
 
 
 def test_a_profile_window_writes_a_trace(place):
