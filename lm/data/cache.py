@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from lm.config import ConfigError, check
+from lm.config import ConfigError, check, printable
 from lm.data import corpora, storage
 from lm.data.config import DataConfig
 from lm.data.entry import (
@@ -39,7 +39,6 @@ from lm.data.entry import (
     read_meta,
     tokens_of,
 )
-from lm.data.report import printable
 from lm.data.shards import Sharded, load_shards, read_shards
 from lm.files import lock, sync_folder
 
@@ -156,16 +155,16 @@ def tokenize(
     key = entry_key(config, corpus, tokenizer, str(folder / HASHES))
     entry = folder / key
     try:
-        if (found := _open(entry, path, tokenizer, notify)) is not None:
+        if (found := _open(entry, corpus, tokenizer, notify)) is not None:
             return found
         with _lock(folder, key) as locked:
             if locked:
                 _clean_leftovers(folder, key)
             # Somebody else may have finished it while we waited for the lock.
-            if (found := _open(entry, path, tokenizer, notify)) is not None:
+            if (found := _open(entry, corpus, tokenizer, notify)) is not None:
                 return found
             _write(entry, fill or fill_alone, corpus, tokenizer, field, notify)
-        found = _open(entry, path, tokenizer, notify)
+        found = _open(entry, corpus, tokenizer, notify)
     except OSError as error:
         raise ConfigError(
             f"data.cache_dir={str(folder)!r}: {error.strerror or error}; "
@@ -257,7 +256,7 @@ def _publish(temporary: Path, entry: Path) -> None:
 
 
 def _open(
-    entry: Path, path: str, tokenizer: Tokenizer, notify: Callable[[str], None]
+    entry: Path, corpus: corpora.Source, tokenizer: Tokenizer, notify: Callable[[str], None]
 ) -> dict[str, TokenizedCorpus] | None:
     """The entry's splits, or None if there is no such entry or it is damaged."""
     if not entry.exists():
@@ -266,8 +265,9 @@ def _open(
     if meta is None:
         notify(f"{entry} is damaged and is made again")
         return None
-    for line in meta.get("notes", ()):  # they say what the run does, so each run hears them
-        notify(line)
+    name = printable(corpus.path)
+    for note in [*corpus.notes, *meta.get("notes", ())]:  # each run hears what is done to its data
+        notify(f"{name} {note}")
     return {
         split: TokenizedCorpus(
             tokens=read_shards(entry, *tokens_of(split, meta)),
@@ -278,7 +278,7 @@ def _open(
             eos_id=tokenizer.eos_id,
             end_of_text=meta["end_of_text"],
             vocab_size=tokenizer.vocab_size,
-            name=f"{printable(path)} ({split})",
+            name=f"{name} ({split})",
             key=f"{entry.name}-{split}",
             skipped=tuple(meta["skipped"]),
             pairs=meta.get("pairs", False),

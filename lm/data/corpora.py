@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lm.config import ConfigError, check, check_choice
+from lm.config import ConfigError, check, check_choice, printable
 from lm.data import files
 from lm.data.config import DataConfig
 from lm.data.files import Span
 from lm.data.hashes import content_hashes
-from lm.data.report import BadFileError, CorpusReport, printable
+from lm.data.report import BadFileError, CorpusReport
 
 __all__ = ["CorpusReport", "Source", "documents", "pairs", "source", "split_of", "splits"]
 
@@ -56,7 +56,7 @@ class Source(abc.ABC):
 
     @property
     def notes(self) -> list[str]:
-        """One line for each thing about the whole that is worth knowing."""
+        """What is worth knowing about the whole: for each thing the rest of a line after `path`."""
         return []
 
     def documents(self, report: CorpusReport) -> Iterator[str]:
@@ -201,10 +201,7 @@ class _Files(Source):
         if not names:
             return []
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        return [
-            f"left out of {printable(self.path)}, which are no data or no files: "
-            f"{', '.join(names[:5])}{more}"
-        ]
+        return [f"is read without what is no data: {', '.join(names[:5])}{more}"]
 
     def items(self, report: CorpusReport) -> Iterator[tuple[str, ...]]:
         for span in self.spans:
@@ -365,7 +362,7 @@ def by_position(corpus: Source, report: CorpusReport) -> bool:
         if len(found) == 2 and number * config.validation_fraction >= 1:
             return False
     report.notes.append(
-        f"{printable(corpus.path)} has {number:,} {'pair' if corpus.pairs else 'document'}"
+        f"has {number:,} {'pair' if corpus.pairs else 'document'}"
         f"{'s' * (number != 1)}, too few to hold some out by data.split='hash': the last "
         f"{config.validation_fraction:.2%} of the text is held out instead"
     )

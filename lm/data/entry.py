@@ -55,7 +55,7 @@ def fill_alone(
     folder: str, corpus: corpora.Source, tokenizer: Tokenizer
 ) -> tuple[dict[str, Any], CorpusReport]:
     """Writes the arrays of an entry in this process; see `Fill`."""
-    report = CorpusReport(notes=corpus.notes)
+    report = CorpusReport()
     left = corpora.num_training_characters(corpus, report)
     items = corpora.splits(corpus, report, left)
     described = write_splits(Path(folder), items, corpus, tokenizer)

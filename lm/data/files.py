@@ -62,6 +62,11 @@ def find(path: str, field: str) -> tuple[list[str], list[str]]:
             raise ConfigError(f"{field}={path!r} does not exist")
         return found, []
     expanded = os.path.expanduser(path)
+    if not os.path.exists(
+        expanded
+    ):  # bytes that are no UTF-8 come from the command line as Latin-1
+        other = os.fsdecode(expanded.encode("latin-1", "replace"))
+        expanded = other if os.path.exists(other) else expanded
     if os.path.isdir(expanded):
         below = _below(expanded)
         found = [file for file in below if os.path.isfile(file) and _is_data(file)]
@@ -490,5 +495,5 @@ def _parquet_records(span: Span, config: DataConfig) -> Iterator[Any]:
                 columns=list(config.text_fields),
             ):
                 yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadFileError(f"not Parquet, {' '.join(str(error).split())}") from None

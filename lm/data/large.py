@@ -112,8 +112,10 @@ def _make(
             if not report.num_documents:
                 raise corpora.no_documents(field, path, report)
             storage.write_bytes(meta, meta_bytes(corpus, described, report))
-            for line in report.notes + report.lines():
+            for line in report.lines():
                 notify(line)
+            for note in corpus.notes + report.notes:
+                notify(f"{path} {note}")
         splits = json.loads(storage.read_bytes(meta))["splits"]
     storage.remove_tree(scratch)
     return Made(path, entry, splits)
@@ -147,7 +149,7 @@ def _fill(
     tasks = [Part(part, left, saved, arrays) for part, left in zip(parts, lefts)]
     records = each(tokenise, tasks, storage.join(scratch, "tokens"), beam)
     records, report = merge(parts, records)
-    report.notes = [*corpus.notes, *chosen.notes]
+    report.notes = chosen.notes
     described, outputs = plan(folder, records, SHARD_ITEMS)
     copied = sum(output.num_bytes for output in outputs)
     assembly = storage.join(scratch, f"assembly-{uuid.uuid4().hex}")

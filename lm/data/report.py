@@ -5,15 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-from lm.config import ConfigError
+from lm.config import ConfigError, printable
 from lm.data.config import DataConfig
 
 LISTED = 20  # skipped items that are named; the others are counted
-
-
-def printable(name: str) -> str:
-    """A file's name with what a terminal cannot or should not show escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
 
 
 class Skipped(NamedTuple):
@@ -69,7 +64,7 @@ class CorpusReport:
     Attributes:
       num_documents: documents read, before any split.
       skipped: what was left out.
-      notes: one line for each decision that the config leaves to the corpus.
+      notes: decisions that the config leaves to the corpus, each the rest of a line after its path.
       unlisted: how many more were left out that `skipped` does not hold.
       tally: of the span that was read last.
     """

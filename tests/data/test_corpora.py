@@ -254,6 +254,8 @@ def test_a_path_is_taken_as_it_is_before_it_is_a_pattern(tmp_path, name):
     for path in (folder, folder / f"{name}.txt".replace("/", ""), folder / "*.txt"):
         assert read(path) == ["this one"]
         assert read(f"{path}, {tmp_path / 'other.txt'}") == ["this one", "another"]
+        if path.name != "*.txt":  # as the command line has names that are no UTF-8
+            assert read(os.fsencode(path).decode("latin-1")) == ["this one"]
     (folder / "bad.txt").write_bytes(b"\0")
     report = CorpusReport()
     read(folder, report)
@@ -274,6 +276,10 @@ def test_a_wrong_parquet_field_names_the_columns(tmp_path):
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "x.parquet")
     with pytest.raises(ConfigError, match="'body'"):
         read(tmp_path / "x.parquet")
+    table = pyarrow.table({"text": pyarrow.array([b"\xff\xfe"]).view("string")})
+    parquet.write_table(table, tmp_path / "y.parquet")
+    with pytest.raises(ConfigError, match=r"not Parquet, .*utf-8"):
+        read(tmp_path / "y.parquet")
     (tmp_path / "y.parquet").write_bytes(b"PAR1 nonsense")
     report = CorpusReport()
     with pytest.raises(ConfigError, match="no documents"):
