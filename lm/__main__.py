@@ -7,6 +7,7 @@ and the run directory. Mistakes a user can mend end in one line and exit code 2.
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -48,7 +49,11 @@ def guarded(function, *args) -> int:
     """
     try:
         function(*args)
+        sys.stdout.flush()
         return 0
+    except BrokenPipeError:  # who reads the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except TrainingInterrupted:
         return TRY_AGAIN
     except KeyboardInterrupt:

@@ -413,6 +413,13 @@ def test_a_run_that_diverges_ends_in_one_line_and_code_one(here):
     assert "data epoch" in errors and "optimizer.learning_rate" in errors
 
 
+def test_output_that_nobody_reads_on_is_no_mistake():
+    process = tiny_jobs.start([sys.executable, "main.py", "--help"])
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=300) == 141
+
+
 @pytest.mark.parametrize(
     "given, words",
     [
