@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import io
 import os
 import pickle
 import shlex
@@ -108,7 +109,24 @@ def _result(folder: str, number: int) -> Any:
     path = storage.join(folder, f"{number}.done")
     if not storage.exists(path):
         path = storage.join(folder, f"{number}.failed")
-    return pickle.loads(storage.read_bytes(path))
+    try:
+        return _Data(io.BytesIO(storage.read_bytes(path))).load()
+    except (pickle.UnpicklingError, EOFError, ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{path} is no result of this job ({error}): remove {folder}") from None
+
+
+class _Data(pickle.Unpickler):
+    """Reads data alone: results lie in the cache between runs, where others may have put them."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """A dataclass, a named tuple or an exception of this package."""
+        found = super().find_class(module, name) if module.split(".")[0] == "lm" else None
+        data = isinstance(found, type) and (
+            dataclasses.is_dataclass(found) or issubclass(found, tuple | Exception)
+        )
+        if not data:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}")
+        return found
 
 
 def _run(numbers: Sequence[int], folder: str, beam: BeamConfig) -> None:

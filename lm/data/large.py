@@ -24,7 +24,6 @@ import functools
 import hashlib
 import json
 import os
-import pickle
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -144,7 +143,8 @@ def _fill(
         training = corpora.training_share(int(lengths.sum()), corpus.config)
         lefts = (training - (np.cumsum(lengths) - lengths)).tolist()
     saved = storage.join(scratch, "tokenizer")
-    storage.write_bytes(saved, pickle.dumps(tokenizer.files()))
+    files = {name: data.decode("latin-1") for name, data in tokenizer.files().items()}
+    storage.write_bytes(saved, json.dumps(files).encode())
     arrays = storage.join(scratch, "arrays")
     tasks = [Part(part, left, saved, arrays) for part, left in zip(parts, lefts)]
     records = each(tokenise, tasks, storage.join(scratch, "tokens"), beam)

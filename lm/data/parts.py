@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import pickle
+import json
 import shutil
 import tempfile
 import uuid
@@ -101,7 +101,8 @@ def _writable(folder: str) -> Iterator[Path]:
 
 @functools.lru_cache(maxsize=4)
 def _load_tokenizer(path: str) -> Tokenizer:
-    return from_files(pickle.loads(storage.read_bytes(path)))
+    files = json.loads(storage.read_bytes(path))
+    return from_files({name: text.encode("latin-1") for name, text in files.items()})
 
 
 def merge(

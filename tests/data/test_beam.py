@@ -68,6 +68,24 @@ def test_a_failed_pipeline_is_one_line_that_says_how_to_go_on(tmp_path, apache_b
     assert beam.each(abs, [-1, -2], folder + "2", BeamConfig(workers=1)) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "planted",
+    [
+        b"cos\nsystem\n(S'touch HERE'\ntR.",  # the classic
+        b"clm.data.storage\nwrite_bytes\n(S'HERE'\nC\x00tR.",  # a function of ours
+        b"clm.data.storage\nos.system\n(S'touch HERE'\ntR.",
+        b"not a pickle",
+    ],
+)
+def test_a_planted_result_is_not_run(planted, tmp_path):
+    touched, folder = tmp_path / "touched", tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "0.done").write_bytes(planted.replace(b"HERE", str(touched).encode()))
+    with pytest.raises(ConfigError, match="is no result of this job"):
+        beam.each(abs, [-1], str(folder), BeamConfig())
+    assert not touched.exists()
+
+
 def test_an_unknown_runner_is_one_line(apache_beam):
     with pytest.raises(ConfigError, match=r"config\.beam\.runner='NoSuchRunner' cannot be used"):
         beam.check_runner(BeamConfig(runner="NoSuchRunner"))

@@ -229,6 +229,7 @@ def test_every_preset_of_a_family_can_be_written_as_that_family():
         ("qwen2_5_0_5b", {"layer_types": ["sliding_attention"] * 24}, "sliding_window"),
         ("qwen2_5_0_5b", {"use_mrope": True}, "use_mrope"),
         ("gemma2_2b", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma2_2b", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping=0"),
         ("gemma3_1b", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ("gemma3_1b", {"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters"),
         ("pythia_160m", {"rotary_pct": 0.02}, "rotary_fraction"),

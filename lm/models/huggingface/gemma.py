@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lm.config import check
 from lm.models.config import ModelConfig
 from lm.models.huggingface.family import demand, settings
 from lm.models.huggingface.llama import (
@@ -52,6 +53,8 @@ _SOFTCAPS = {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}
 
 def _common(values: Json, pattern: int, **own: Any) -> ModelConfig:
     demand(values, "use_bidirectional_attention", None, False)
+    for name in _SOFTCAPS:
+        check(values[name] != 0, f"config.json: {name}=0 would make everything 0; null is none")
     layers, types = values["num_hidden_layers"], values["layer_types"]
     if types is None:  # older files: every so many layers one is global
         types = layer_types(layers, lambda layer: (layer + 1) % pattern != 0)
