@@ -12,6 +12,7 @@ again on all hosts, goes on from the last checkpoint. Only process 0 writes what
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import pathlib
@@ -22,8 +23,7 @@ import uuid
 from collections.abc import Callable, Iterator
 
 import jax
-from jax._src import distributed, xla_bridge  # the client is public in no other way
-from jax._src.lib import _jax
+from jax.extend.backend import register_backend_factory
 
 from lm.config import ConfigError
 from lm.parallel.cluster import Cluster, HostsConfig, detect
@@ -75,7 +75,7 @@ def initialize(config: HostsConfig) -> None:
         if cluster is None:
             return
         _connect(config, cluster)
-    state = distributed.global_state
+    state = _private("distributed").global_state
     _mend_address(state)
     watch = Watch(
         state.client,
@@ -87,6 +87,21 @@ def initialize(config: HostsConfig) -> None:
     watch.start()
     _watch = watch
     _name_process_in_log()
+
+
+def _private(name: str):
+    """The module `jax._src.NAME`: what connects processes is public in no other way.
+
+    Raises:
+      ConfigError: this version of JAX has none.
+    """
+    try:
+        return importlib.import_module(f"jax._src.{name}")
+    except ImportError as error:
+        raise ConfigError(
+            f"config.hosts: several processes need jax._src.{name}, which jax {jax.__version__} "
+            "does not have: install a version that setup.cfg names"
+        ) from error
 
 
 def _connect(config: HostsConfig, cluster: Cluster) -> None:
@@ -122,7 +137,7 @@ def _connect(config: HostsConfig, cluster: Cluster) -> None:
         timer.cancel()
 
 
-def _mend_address(state: distributed.State) -> None:
+def _mend_address(state) -> None:
     """Gives a CPU's collectives an address that other hosts can reach.
 
     Gloo takes what this machine's own name stands for. Where that is the loopback address, as in
@@ -143,10 +158,11 @@ def _mend_address(state: distributed.State) -> None:
         return
 
     def make():
-        gloo = _jax.make_gloo_tcp_collectives(distributed_client=state.client, hostname=mine)
-        return xla_bridge.make_cpu_client(collectives=gloo)
+        made = _private("lib")._jax.make_gloo_tcp_collectives
+        gloo = made(distributed_client=state.client, hostname=mine)
+        return _private("xla_bridge").make_cpu_client(collectives=gloo)
 
-    xla_bridge.register_backend_factory("cpu", make, priority=0, fail_quietly=False)
+    register_backend_factory("cpu", make, priority=0, fail_quietly=False)
 
 
 def _name_process_in_log() -> None:

@@ -17,6 +17,7 @@ from lm.parallel.collectives import axes_of_groups, axes_of_pairs, replica_group
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import MeshConfig
 from lm.parallel.topology import open_topology
+from lm.training.config import TrainConfig
 from lm.training.optimizer import OptimizerConfig
 
 NAMES = ("stage", "data", "fsdp", "tensor")
@@ -92,7 +93,11 @@ def said(strategy, topology="cpu:8", model=MODEL, **mesh):
     """The collectives of a training step, without those of single numbers."""
     config, zero = strategies.resolve(strategy, MeshConfig(**mesh), -1)
     workload = Workload(
-        model, model.max_length, 16, optimizer=OptimizerConfig(name="sgd", weight_decay=0.0)
+        model,
+        model.max_length,
+        16,
+        optimizer=OptimizerConfig(name="sgd", weight_decay=0.0),
+        train=TrainConfig(compiler="tuned"),
     )
     program = compiled(workload, config, zero, open_topology(topology))
     return [c for c in program.estimate.collectives if c.bytes > SMALL]

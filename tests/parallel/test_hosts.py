@@ -1,10 +1,15 @@
 """What processes agree on and how they notice each other's end, without a network or a process."""
 
+import ast
+import pathlib
+import sys
 import threading
 import time
 
 import pytest
 
+import lm
+from lm.config import ConfigError
 from lm.parallel import hosts
 from lm.parallel.cluster import HostsConfig
 from lm.parallel.watch import Watch
@@ -205,3 +210,16 @@ def test_a_broken_collective_waits_for_the_name_of_the_dead():
     made[1].fail(RuntimeError("Gloo AllReduce failed: Connection closed by peer"))
     assert time.monotonic() - began > 1
     assert "process 0" in made[1].died
+
+
+def test_what_is_private_to_jax_is_imported_by_several_processes_alone(monkeypatch):
+    """An upgrade of JAX that moves it stops them, in one line, and nobody else."""
+    for path in pathlib.Path(lm.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                named = [getattr(node, "module", None), *(alias.name for alias in node.names)]
+                assert not any("._src" in str(name) for name in named), f"{path}:{node.lineno}"
+    monkeypatch.setitem(sys.modules, "jax._src.distributed", None)
+    monkeypatch.setattr(hosts.jax.distributed, "is_initialized", lambda: True)
+    with pytest.raises(ConfigError, match=r"config\.hosts: .*jax\._src\.distributed"):
+        hosts.initialize(HostsConfig())
