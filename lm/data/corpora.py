@@ -361,9 +361,10 @@ def by_position(corpus: Source, report: CorpusReport) -> bool:
         found.add(split_of(item[0], config.validation_fraction))
         if len(found) == 2 and number * config.validation_fraction >= 1:
             return False
+    few = "too few" if number * config.validation_fraction < 1 else "too few that differ"
     report.notes.append(
         f"has {number:,} {'pair' if corpus.pairs else 'document'}"
-        f"{'s' * (number != 1)}, too few to hold some out by data.split='hash': the last "
+        f"{'s' * (number != 1)}, {few} to hold some out by data.split='hash': the last "
         f"{config.validation_fraction:.2%} of the text is held out instead"
     )
     return True

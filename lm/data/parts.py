@@ -129,7 +129,7 @@ def merge(
         add([Skipped(last, before.doubt)])
 
     last = ""
-    for part, record in zip(parts, records, strict=True):
+    for part, record in [*zip(parts, records, strict=True), (None, Record())]:
         spans = getattr(part, "spans", ())
         inside = len(spans) == 1 and spans[0].start > 0
         if not inside:
@@ -137,6 +137,8 @@ def merge(
                 no_data()
             before, broken_off = Tally(), False
             listed = (len(report.skipped), report.unlisted)
+            if part is None:
+                break
         elif broken_off:
             record.characters = 0
             continue
@@ -163,8 +165,6 @@ def merge(
         before.records += found.tally.records
         broken_off = record.broken_off
         kept.append(record)
-    if last and before.doubt and not before.first_good and not broken_off:
-        no_data()
     return kept, report
 
 
