@@ -48,8 +48,8 @@ REFUSED = (
     "data.num_documents", "data.encoding", "data.on_bad_file", "data.split",
     "data.validation_fraction", "data.batch_size", "data.block_size", "data.source_length",
     "data.long_pairs", "data.corruption", "data.packing", "data.end_of_text", "data.shuffle",
-    "data.random_offset", "data.document_separator", "objective.name", "objective.z_loss", "objective.label_smoothing",
-    "objective.load_balancing", "objective.router_z",
+    "data.random_offset", "data.document_separator", "objective.name", "objective.z_loss",
+    "objective.label_smoothing", "objective.load_balancing", "objective.router_z",
 )  # fmt: skip
 
 
