@@ -69,7 +69,8 @@ def stepper(shape, device="cpu", bfloat16=True, compiled=False):
     """A function that runs so many optimizer steps on random tokens."""
     import torch
 
-    torch.set_float32_matmul_precision("high")
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as JAX's default is
     model = build(shape).to(device).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True

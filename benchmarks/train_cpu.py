@@ -5,10 +5,11 @@
     python benchmarks/train_cpu.py --shape=gpt2   # GPT-2 124M, batch 4×256
 
 One process each for this repository and for Hugging Face's GPT2LMHeadModel in float32, in bfloat16
-autocast, and in the latter with malloc tuned as `lm.parallel.host_memory` tunes ours. They take
-turns of a few seconds, so that a machine whose speed drifts slows all of them; the ratio of medians
-is what to quote. A step is forward, backward, clipping and AdamW. The last column is model FLOPs
-(`lm.training.flops`) over the matmul peak measured in the same run.
+autocast, and in the latter with torch.compile (which needs a C++ compiler), and with malloc tuned
+as `lm.parallel.host_memory` tunes ours. They take turns of a few seconds, so that a machine whose
+speed drifts slows all of them; the ratio of medians is what to quote. A step is forward, backward,
+clipping and AdamW. The last column is model FLOPs (`lm.training.flops`) over the matmul peak
+measured in the same run.
 """
 
 import argparse
@@ -18,21 +19,26 @@ import subprocess
 import sys
 import time
 
+import torch_peer
+
 SHAPES = {
     "small": dict(layers=4, heads=4, width=128, vocab=65, length=64, batch=12, steps=60, stride=10),
     "gpt2": dict(
         layers=12, heads=12, width=768, vocab=50257, length=256, batch=4, steps=2, stride=1
     ),
 }
-PEERS = {
+TUNED = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+}
+PEERS = {  # name → what is set in the process's environment
     "lm": {},
     "torch float32": {},
     "torch bfloat16": {},
-    "torch bfloat16, tuned malloc": {
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(2**40),
-    },
+    "torch bfloat16, tuned malloc": TUNED,
+    "torch.compile bfloat16": {},
+    "torch.compile bfloat16, tuned malloc": TUNED,
 }
 
 
@@ -88,45 +94,14 @@ def lm_stepper(shape):
     return run
 
 
-def torch_stepper(shape, bfloat16):
-    """A function that runs `steps` optimizer steps of GPT2LMHeadModel."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        n_layer=shape["layers"],
-        n_head=shape["heads"],
-        n_embd=shape["width"],
-        vocab_size=shape["vocab"],
-        n_positions=shape["length"],
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = GPT2LMHeadModel(config).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True
-    )
-    tokens = torch.randint(0, shape["vocab"], (shape["batch"], shape["length"]))
-    print(0, 0, flush=True)
-
-    def run(steps):
-        for _ in range(steps):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
-                loss = model(tokens, labels=tokens).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    return run
-
-
 def work(name, shape):
     """A worker: for every line on its input, runs that many steps and prints the seconds a step."""
-    stepper = lm_stepper(shape) if name == "lm" else torch_stepper(shape, "bfloat16" in name)
+    if name == "lm":
+        stepper = lm_stepper(shape)
+    else:
+        compiled = name.startswith("torch.compile")
+        stepper = torch_peer.stepper(shape, bfloat16="bfloat16" in name, compiled=compiled)
+        print(0, 0, flush=True)
     stepper(shape["stride"])
     print("ready", flush=True)
     for line in sys.stdin:
@@ -139,14 +114,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peers", default=";".join(PEERS), help="which, separated by ;")
     parser.add_argument("--worker", choices=PEERS)
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
+    peers = {name: PEERS[name] for name in dict.fromkeys(["lm", *arguments.peers.split(";")])}
     if arguments.worker:
         return work(arguments.worker, shape)
 
     workers, facts = {}, {}
-    for name, environment in PEERS.items():
+    for name, environment in peers.items():
         workers[name] = subprocess.Popen(
             [sys.executable, __file__, f"--shape={arguments.shape}", f"--worker={name}"],
             env=os.environ | environment,
@@ -157,7 +134,7 @@ def main():
         )
         facts[name] = [float(word) for word in workers[name].stdout.readline().split()]
         assert workers[name].stdout.readline().strip() == "ready", f"{name} did not start"
-    seconds = {name: [] for name in PEERS}
+    seconds = {name: [] for name in peers}
     for _ in range(arguments.rounds):
         for name, worker in workers.items():
             worker.stdin.write(f"{shape['steps']}\n")
@@ -174,7 +151,7 @@ def main():
         median = statistics.median(times)
         mfu = flops_per_token * tokens / median / peak
         print(
-            f"{name:30s} {1e3 * median:9.1f} ms a step (min {1e3 * min(times):.1f})"
+            f"{name:36s} {1e3 * median:9.1f} ms a step (min {1e3 * min(times):.1f})"
             f"{tokens / median:10.0f} tokens/s   lm is {median / ours:.2f}×   {mfu:6.1%} of peak"
         )
 
