@@ -279,13 +279,16 @@ def named_tokens(beside: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def _engine(description: dict[str, Any], specials: Specials) -> tokenizers.Tokenizer:
-    """The library's tokenizer in which no text contains the name of a special."""
+    """The library's tokenizer in which no text contains the name of a special.
+
+    Merges that would make a special of text are taken out of `description`.
+    """
     hidden = {name: f"\0\ufdd0{id}\ufdd1\0" for name, id in specials.ids.items()}
     model = dict(description["model"])
-    if model.get("merges"):  # a special that other tokens could be merged into is none of them
+    if model.get("merges"):
         prefix = model.get("continuing_subword_prefix") or ""
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        model["merges"] = [
+        model["merges"] = description["model"]["merges"] = [
             (a, b) for a, b in pairs if hidden.keys().isdisjoint((a, b, a + b.removeprefix(prefix)))
         ]
     if isinstance(model.get("vocab"), dict):

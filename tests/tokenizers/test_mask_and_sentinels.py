@@ -7,7 +7,7 @@ import pytest
 from trained_tokenizers import ALL, corpus, trained
 
 from lm.config import ConfigError
-from lm.tokenizers import TokenizerConfig, load, train
+from lm.tokenizers import TokenizerConfig, explain, load, train
 from lm.tokenizers.base import DESCRIPTION
 
 TRAINED = [kind for kind in ALL if kind != "tiktoken"]
@@ -74,6 +74,11 @@ def test_a_special_may_be_called_like_a_word(kind):
     text = "the other cat together"
     ids = tokenizer.encode(text)
     assert not specials & set(ids) and tokenizer.decode(ids) == text
+    if kind == "bpe":  # the explanation knows of it
+        steps = explain.merges(tokenizer, "together")
+        assert steps[0][-1].pieces == tuple(
+            map(tokenizer.token_bytes, tokenizer.encode("together"))
+        )
     if kind in ("bpe", "wordpiece"):
         config = TokenizerConfig(kind=kind, special_tokens=("a",))
         with pytest.raises(ConfigError, match=r"config\.tokenizer: the special token 'a' must be"):
