@@ -13,6 +13,8 @@ target alone is printed. An encoder cannot generate; see Run.embed and Run.fill 
 
 The text goes to standard output as it is drawn; the time to the first token, the time between
 tokens and the tokens per second follow on standard error. An empty prompt starts a new document.
+Where the text outgrows the model's context, the model reads on with the last of it; of a longer
+prompt it reads the last from the start (--config.truncate_prompt=False refuses it).
 """
 
 from lm import config

@@ -84,17 +84,12 @@ class Timing:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def __str__(self) -> str:
-        parts = [
-            f"{self.tokens} tokens",
-            f"first after {1e3 * self.first_token_seconds:.1f} ms",
-        ]
+        parts = [f"{self.tokens:,} tokens", f"{self.tokens_per_second:,.0f} tokens/s"]
+        parts.append(f"first after {1e3 * self.first_token_seconds:.1f} ms")
         if self.token_seconds:
-            p95 = float(np.percentile(self.token_seconds, 95))
-            median = statistics.median(self.token_seconds)
-            parts.append(f"then one every {1e3 * median:.2f} ms (95th percentile {1e3 * p95:.2f})")
-        parts.append(f"{self.tokens_per_second:,.0f} tokens/s")
+            parts.append(f"then one every {1e3 * statistics.mean(self.token_seconds):.2f} ms")
         if self.compile_seconds:
-            parts.append(f"compiled before that in {self.compile_seconds:.1f} s")
+            parts.append(f"compiled in {self.compile_seconds:.1f} s")
         return " · ".join(parts)
 
 

@@ -56,8 +56,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
     texts = _print(stream, writer.opening(prompt), job.num_samples)
     for notice in stream.notices:
         print(f"note: {notice}", file=sys.stderr)
-    where = f"{loaded.directory} at step {loaded.step:,}"
-    print(f"{where} · {stream.timing}", file=sys.stderr)
+    print(f"{loaded.directory} at step {loaded.step:,}:\n{stream.timing}", file=sys.stderr)
     return texts
 
 
