@@ -16,6 +16,7 @@ from lm.config import check, check_choice
 from lm.inference.framing import Framing
 from lm.inference.prepare import check_ids, padded_after
 from lm.models import ModelConfig, bind, skeleton
+from lm.parallel.sharding import constrain
 from lm.tokenizers import Tokenizer
 
 POOLINGS = ("mean", "first", "last", "pooler")
@@ -189,4 +190,5 @@ def _carries_space(tokenizer: Tokenizer) -> bool:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config: ModelConfig, params, tokens_NS, segments_NS):
-    return bind(skeleton(config), params)(tokens_NS, segments_BT=segments_NS)
+    logits_NSV = bind(skeleton(config), params)(tokens_NS, segments_BT=segments_NS)
+    return constrain(logits_NSV, None, None, None)  # whole on every device

@@ -41,12 +41,14 @@ from lm.inference.prepare import (
     padded,
     padded_after,
     round_up,
+    split_over,
 )
 from lm.inference.sampling import sample
 from lm.models import Model, ModelConfig
 from lm.models.cache import Cache
 from lm.models.numerics import compute_dtype
 from lm.models.recurrent import RecurrentCache
+from lm.parallel.mesh import replicated
 from lm.parallel.platform import device_memory
 
 CHUNK = 8  # tokens a row draws in one dispatch: what a reader sees appear at once
@@ -228,15 +230,25 @@ class Generator:
         stop = self.end_of_text if sampling.stop_at_end_of_text else ()
         settings = Settings(self.model, sampling, length, chunk, stop, self.vocab_size)
         known = len(self._programs)
+        # On a mesh the parameters alone are split, and all processes see what is drawn.
+        split = split_over(jax.tree.leaves(self.params)[0])
+        whole = replicated(split.mesh) if split else None
         key = (sampling, length, _shapes(arguments[1:]))
         if key not in self._programs:
-            lowered = jax.jit(functools.partial(prefill, settings)).lower(*arguments)
-            self._programs[key] = lowered.compile(), lowered.out_info[0]
+            prefilling = jax.jit(functools.partial(prefill, settings), out_shardings=whole)
+            lowered = prefilling.lower(*arguments)
+            state = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+                lowered.out_info[0],
+            )
+            self._programs[key] = lowered.compile(), state
         prefilling, state = self._programs[key]
         key = (sampling, chunk, _shapes(state))
         if key not in self._programs:
             # The state is donated: the cache is written where it lies, never copied.
-            decoding = jax.jit(functools.partial(decode, settings), donate_argnums=1)
+            decoding = jax.jit(
+                functools.partial(decode, settings), donate_argnums=1, out_shardings=whole
+            )
             self._programs[key] = decoding.lower(self.params, state).compile(), None
         seconds = time.perf_counter() - start if len(self._programs) > known else 0.0
         return prefilling, self._programs[key][0], seconds

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.config import check
 from lm.models import Model, ModelConfig, bind, param_specs, skeleton
@@ -48,9 +49,25 @@ def for_reading(model: Model, params: Mapping[str, jax.Array]) -> dict:
     if model.config.scan_layers:
         return params
     return {
-        name: tuple(params[name]) if "layers" in spec.axes else params[name]
+        name: _layers(params[name]) if "layers" in spec.axes else params[name]
         for name, spec in param_specs(model).items()
     }
+
+
+def split_over(x: jax.Array) -> NamedSharding | None:
+    """The sharding of an array that several devices share; None of any other."""
+    sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    named = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
+    return sharding if named else None
+
+
+def _layers(x: jax.Array) -> tuple[jax.Array, ...]:
+    """One array a layer, split as all of them together."""
+    sharding = split_over(x)
+    if sharding is None:
+        return tuple(x)
+    each = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.jit(lambda x: tuple(x), out_shardings=each)(x)
 
 
 def bound(model: Model, params: Mapping[str, jax.Array | tuple[jax.Array, ...]]) -> Model:

@@ -8,48 +8,95 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import jax
+from jax.sharding import AxisType, Mesh
 from rich.console import Console
 
 from lm.config import ConfigError
 from lm.data import pairs
+from lm.jobs.sources import open_source
+from lm.models import Model, param_specs, skeleton
+from lm.parallel import hosts
+from lm.parallel.mesh import AXES
+from lm.parallel.sharding import parameter_shardings
+from lm.run import Run
 from lm.training.metrics import MetricsWriter
 from lm.training.plots import plot_losses
 
 if TYPE_CHECKING:
     from lm.jobs.train import TrainJob
-    from lm.run import Run
 
 AT_ONCE = 128  # sources translated together
 
 
-def finish(job: TrainJob, directory: pathlib.Path, console: Console) -> dict[str, float]:
+def finish(
+    job: TrainJob,
+    directory: pathlib.Path,
+    console: Console,
+    params: dict[str, jax.Array],
+    mesh: Mesh,
+) -> dict[str, float]:
     """Draws loss.png, writes and prints samples.txt, and counts exact matches.
+
+    All processes of the run take part, and process 0 writes: no device may have room for all of the
+    parameters.
+
+    Args:
+      job: what was run.
+      directory: where.
+      console: of process 0, silent on the others.
+      params: the trained parameters, on all devices of `mesh`; not to be used afterwards.
+      mesh: the run's.
 
     Returns:
       `exact_match`, a share, where the job asks for it.
     """
-    import lm
-
+    first = hosts.index() == 0
     with contextlib.suppress(ConfigError):  # a run too short to have logged a loss
-        console.print(f"loss curve: {plot_losses(directory)}")
+        if first:
+            console.print(f"loss curve: {plot_losses(directory)}")
     # An empty text is the command line's way to ask for none.
     prompts = (job.prompt,) if isinstance(job.prompt, str) and job.prompt else tuple(job.prompt)
     if not prompts and not job.exact_match:
         return {}
-    run = lm.load(str(directory))
-    if prompts:
-        text = samples(run, job, prompts)
-        (directory / "samples.txt").write_text(text, encoding="utf-8")
-        console.print("samples:")
-        console.print(text, markup=False, soft_wrap=True)
-    if not job.exact_match:
-        return {}
-    right, total = exact_matches(run, job, directory / "mistakes.txt")
+    source, model = open_source(directory), skeleton(job.model)
+    mesh, params = _for_reading(model, params, mesh)
+    run = Run(directory, source.config, source.tokenizer, model, params, job.train.steps)
+    with jax.set_mesh(mesh):
+        if prompts:
+            text = samples(run, job, prompts)
+            if first:
+                (directory / "samples.txt").write_text(text, encoding="utf-8")
+            console.print("samples:")
+            console.print(text, markup=False, soft_wrap=True)
+        if not job.exact_match:
+            return {}
+        right, wrong = exact_matches(run, job)
+    total = right + len(wrong)
     console.print(f"exact match: {right} of {total} validation pairs, {right / total:.1%}")
     results = {"exact_match": right / total}
-    with MetricsWriter(directory, job.train.steps) as writer:
-        writer.write(job.train.steps, results)
+    if first:
+        (directory / "mistakes.txt").write_text("\n".join(wrong), encoding="utf-8")
+        with MetricsWriter(directory, job.train.steps) as writer:
+            writer.write(job.train.steps, results)
     return results
+
+
+def _for_reading(
+    model: Model, params: dict[str, jax.Array], mesh: Mesh
+) -> tuple[Mesh, dict[str, jax.Array]]:
+    """The same devices and parameters, split for texts that are too few to share.
+
+    Every axis but `tensor` splits the parameters' width, as `fsdp` does.
+    """
+    sizes = {**dict.fromkeys(AXES, 1), "tensor": mesh.shape["tensor"]}
+    sizes["fsdp"] = mesh.size // sizes["tensor"]
+    kinds = (AxisType.Auto,) * len(AXES)
+    mesh = Mesh(mesh.devices.reshape(*sizes.values()), AXES, axis_types=kinds)
+    shardings = parameter_shardings(param_specs(model), mesh)
+    # One at a time: on its way to other devices an array may be whole on each.
+    names = list(params)
+    return mesh, {n: jax.device_put(params.pop(n), shardings[n], donate=True) for n in names}
 
 
 def samples(run: Run, job: TrainJob, prompts: Sequence[str]) -> str:
@@ -85,13 +132,15 @@ def samples(run: Run, job: TrainJob, prompts: Sequence[str]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def exact_matches(run: Run, job: TrainJob, mistakes: pathlib.Path) -> tuple[int, int]:
-    """How many validation targets greedy decoding gets right to the letter, and of how many.
+def exact_matches(run: Run, job: TrainJob) -> tuple[int, list[str]]:
+    """How many validation targets greedy decoding gets right to the letter.
 
     Args:
       run: the trained model.
       job: names the data, and how many pairs.
-      mistakes: a file for those it gets wrong: source, target and what came instead.
+
+    Returns:
+      That number, and of those it gets wrong source, target and what came instead.
     """
     chosen = list(itertools.islice(pairs(job.data, "validation", job.seed), job.exact_match))
     chosen.sort(key=lambda pair: len(pair[0]))  # sources of like length share a batch
@@ -106,5 +155,4 @@ def exact_matches(run: Run, job: TrainJob, mistakes: pathlib.Path) -> tuple[int,
         for (source, target), output in zip(part, outputs):
             if output.strip() != target.strip():
                 wrong.append(f"{source}\n= {target}\n→ {output}\n")
-    mistakes.write_text("\n".join(wrong), encoding="utf-8")
-    return len(chosen) - len(wrong), len(chosen)
+    return len(chosen) - len(wrong), wrong

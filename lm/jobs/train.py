@@ -251,12 +251,12 @@ def _run(
                 start, state, extra = found
                 batches.set_state(extra["data"])
                 console.print(_going_on(job, start, saved, directory), soft_wrap=True)
-            results, left_by = _train(
+            params, results, left_by = _train(
                 resolved, layout, training, state, start, extra,
                 batches, validation, checkpointer, directory, console,
             )  # fmt: skip
-    if not left_by and hosts.index() == 0:
-        results |= finish(resolved, directory, console)
+    if not left_by:
+        results |= finish(resolved, directory, console, params, layout.mesh)
     return results, left_by
 
 
@@ -264,7 +264,11 @@ def _train(
     job, layout: Layout, training: Training, state, start, extra,
     batches, validation, checkpointer, directory, console,
 ):  # fmt: skip
-    """Runs the loop; the last evaluation, and the signal that ended it before its last step."""
+    """Runs the loop.
+
+    Returns:
+      The parameters, the last evaluation, and the signal that ended it before its last step.
+    """
     flops_per_token = flops.training_flops_per_token(
         job.model, batches.block_size, batches.source_length or None, batches.max_targets_per_row
     )
@@ -316,10 +320,10 @@ def _train(
             peak=peak,
             workdir=directory,
         )
-        _, step = loop.run(state, start, extra)
+        state, step = loop.run(state, start, extra)
     if step > start:
         console.print(f"trained {step - start} steps in {time.perf_counter() - began:.1f} s")
-    return loop.last_eval, loop.left_by
+    return state["params"], loop.last_eval, loop.left_by
 
 
 def _prepare_process(job: TrainJob) -> None:
