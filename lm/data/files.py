@@ -60,19 +60,16 @@ def find(path: str, field: str) -> tuple[list[str], list[str]]:
             raise ConfigError(f"{field}={path!r} cannot be read: {error}") from None
         if not found:
             raise ConfigError(f"{field}={path!r} does not exist")
-        return found, []
+        data = _data(found) if storage.is_folder(path) else found
+        return data, sorted(set(found) - set(data))
     expanded = os.path.expanduser(path)
-    if not os.path.exists(
-        expanded
-    ):  # bytes that are no UTF-8 come from the command line as Latin-1
+    if not os.path.exists(expanded):
+        # Of bytes that are no UTF-8 the command line makes Latin-1.
         other = os.fsdecode(expanded.encode("latin-1", "replace"))
         expanded = other if os.path.exists(other) else expanded
     if os.path.isdir(expanded):
         below = _below(expanded)
-        found = [file for file in below if os.path.isfile(file) and _is_data(file)]
-        kinds = (".parquet", *_RECORDS)
-        records = {kind for kind in kinds if any(suffix(f).startswith(kind) for f in found)}
-        found = [file for file in found if _is_data(file, records)]
+        found = _data([file for file in below if os.path.isfile(file)])
         if not found:
             raise ConfigError(f"{field}={path!r} is a directory without files")
         return found, sorted(set(below) - set(found))
@@ -118,6 +115,14 @@ def _below(root: str) -> list[str]:
 # What data sets keep beside their data.
 _METADATA = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 _ABOUT = ("readme", "license", "licence", "notice", "changelog", "citation", "contributing")
+
+
+def _data(paths: list[str]) -> list[str]:
+    """Those of a folder's files that are its data."""
+    found = [path for path in paths if _is_data(path)]
+    kinds = (".parquet", *_RECORDS)
+    records = {kind for kind in kinds if any(suffix(path).startswith(kind) for path in found)}
+    return [path for path in found if _is_data(path, records)]
 
 
 def _is_data(path: str, records: Iterable[str] = ()) -> bool:

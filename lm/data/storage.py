@@ -121,18 +121,24 @@ def remove_tree(folder: str) -> None:
         store.rm(name, recursive=True)
 
 
+def is_folder(url: str) -> bool:
+    """Whether the URL is that of a directory."""
+    store, name = _store(url)
+    return store.isdir(name)
+
+
 def matching(url: str) -> list[str]:
     """The files that the URL of a file, a directory or a glob stands for, sorted.
 
     Hidden ones are left out of directories.
     """
     store, name = _store(url)
-    if any(character in name for character in "*?["):
-        found = [path for path in store.glob(name) if store.isfile(path)]
+    if store.isdir(name):
+        found = [path for path in store.find(name) if "/." not in path[len(name.rstrip("/")) :]]
+    elif store.exists(name):
+        found = [name]
     else:
-        found = store.find(name) if store.isdir(name) else [name] if store.exists(name) else []
-        inside = len(name.rstrip("/")) if found != [name] else len(name)
-        found = [path for path in found if "/." not in path[inside:]]
+        found = [path for path in store.glob(name) if store.isfile(path)]
     return sorted(store.unstrip_protocol(path) for path in found)
 
 

@@ -267,6 +267,17 @@ def test_from_an_object_store_to_an_object_store(tmp_path):
     storage.remove_tree("memory://bucket")
 
 
+def test_a_store_is_read_as_a_folder_of_this_machine_is():
+    for name in ("README.md", "lr[1e-3]/a.jsonl", "lr[1e-3]/.hidden.jsonl", "b.jsonl"):
+        storage.write_bytes(f"memory://snapshot/{name}", b'{"text": "x"}')
+    names = {"": "ab", "/lr[1e-3]": "a", "/lr[1e-3]/a.jsonl": "a", "/*.jsonl": "b", "/*.md": "R"}
+    for path, expected in names.items():
+        found, left_out = files.find(f"memory://snapshot{path}", "data.path")
+        assert sorted(name.split("/")[-1][0] for name in found) == list(expected)
+        assert len(left_out) == (path == "")
+    storage.remove_tree("memory://snapshot")
+
+
 def test_unknown_stores_are_one_line():
     with pytest.raises(ConfigError, match="paths that start with nosuch:// cannot be used"):
         cache.corpora.source("nosuch://bucket/x", DataConfig(), 0)
