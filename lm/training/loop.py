@@ -190,10 +190,13 @@ class Loop:
                 data_state = stacked.get_state()
                 for dispatch in pending:
                     dispatch.look(self._clock())
+                if not self._compiled:
+                    self.progress.compiling(True)
                 state, metrics = self.step_fn(state, batch)
                 step += self.stride
                 if not self._compiled:
                     jax.block_until_ready(metrics)
+                    self.progress.compiling(False)
                 pending.append(Dispatch(step, metrics, self._compiled))
                 pending[-1].look(self._clock())
                 self._compiled = True

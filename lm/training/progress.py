@@ -2,15 +2,15 @@
 
     step 1200/2000  loss 1.8734  eval 1.9021  52.1k tokens/s  mfu 41.3%  data 0.2%  0:00:43 left
 
-The fields keep this order; one that was not measured is left out. Of several processes only the
-first shows anything.
+The fields keep this order; one that was not measured is left out, and beside the bar those that the
+terminal has no room for. Of several processes only the first shows anything.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -18,6 +18,8 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from lm.parallel import hosts
+
+WIDEST, NARROWEST = 24, 6  # columns of the bar
 
 
 class Progress:
@@ -46,8 +48,9 @@ class Progress:
         self._bar: Bar | None = None
         if self._file.isatty() and not self._silent:
             # Drawn by rich's own thread, four times a second, whatever the rate of updates.
+            self._drawn = BarColumn(WIDEST, complete_style="cyan", finished_style="green")
             self._bar = Bar(
-                BarColumn(bar_width=24, complete_style="cyan", finished_style="green"),
+                self._drawn,
                 TextColumn("{task.description}", style="default", markup=False),
                 console=Console(file=self._file, highlight=False),
                 refresh_per_second=4,
@@ -73,11 +76,28 @@ class Progress:
         }
         if self._bar is not None:
             self._fields.update(fields)
-            self._bar.update(self._task, completed=step, description=self._line(step, now))
+            room = self._bar.console.width - 1
+            lines = (
+                self._line(step, now, without=_LEAST_WANTED[:count])
+                for count in range(len(_LEAST_WANTED) + 1)
+            )
+            for line in lines:
+                if len(line) <= room - NARROWEST:
+                    break
+            self._drawn.bar_width = max(1, min(WIDEST, room - len(line)))
+            self._bar.update(self._task, completed=step, description=line)
         else:
             self._fields = fields
             self._file.write(self._line(step, now) + "\n")
             self._file.flush()
+
+    def compiling(self, now: bool) -> None:
+        """Says while the step compiles, `now`, why there is nothing to report yet."""
+        if self._bar is not None:
+            line = self._line(self._start)
+            self._bar.update(self._task, description=f"{line}  compiling" if now else line)
+        elif now:
+            self.print("compiling")
 
     def print(self, text: str) -> None:
         """Prints lines of text, above the bar if there is one."""
@@ -98,8 +118,9 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def _line(self, step: int, now: float | None = None) -> str:
-        fields = [self._fields[key] for key in _FIELDS if key in self._fields]
+    def _line(self, step: int, now: float | None = None, without: Collection[str] = ()) -> str:
+        names = [key for key in _FIELDS if key in self._fields and key not in without]
+        fields = [self._fields[key] for key in names]
         left = self._time_left(step, now)
         count = f"step {step:{len(str(self._total))}d}/{self._total}"
         return "  ".join([count, *fields, *([f"{left} left"] if left else [])])
@@ -130,3 +151,4 @@ _FIELDS: dict[str, Callable[[Any], str]] = {
     "mfu": lambda value: f"mfu {100 * float(value):.1f}%",
     "data_wait": lambda value: f"data {100 * float(value):.1f}%",
 }
+_LEAST_WANTED = ("data_wait", "eval_bits_per_byte", "eval_loss", "tokens_per_second")

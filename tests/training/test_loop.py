@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from lm.training import evaluate as evaluation
 from lm.training.checkpoints import Checkpointer
 from lm.training.config import TrainConfig, TrainingStopped
 from lm.training.loop import Loop
+from lm.training.progress import Progress
 
 # The loss that the tiny config reports for its steps 1 to 3, in float32 on a CPU. Update it, with a
 # word in the commit, when a change is meant to alter what is computed: the data, the initial
@@ -465,7 +467,7 @@ def test_rates_are_the_tokens_and_the_time_of_the_device(
 ):
     """Without the call that compiles, and without evaluations and checkpoints."""
     machine, records = Machine(waits, within), []
-    ignore = SimpleNamespace(update=lambda *a: None, print=lambda *a: None)
+    ignore = mock.Mock(spec=Progress)
     loop = Loop(
         TrainConfig(steps=60, log_every=log_every, eval_every=eval_every),
         stride=stride,

@@ -11,6 +11,7 @@ import textwrap
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from test_main import main
 
 from lm.config import ConfigError
@@ -154,6 +155,34 @@ def test_terminal_gets_a_bar_and_the_text_above_it(monkeypatch):
     shown = file.getvalue()
     assert "text [bold]as it is[/bold]" in shown and "━" in shown
     assert "step 10/10  loss 1.1250  900 tokens/s" in shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_time_left_and_mfu_and_a_bar_fit_in_every_terminal(monkeypatch, width):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(width))
+    now = iter([0.0, 10.0, 20.0])
+    with Progress(2000, file=Terminal(), clock=lambda: next(now)) as progress:
+
+        def shown():
+            console = Console(file=io.StringIO(), width=width)
+            console.print(progress._bar.get_renderable())
+            [line] = console.file.getvalue().splitlines()
+            assert len(line) <= width and "…" not in line
+            assert line.index("step") > 6  # the bar, and a space
+            return line
+
+        progress.compiling(True)
+        assert shown().rstrip().endswith("step    0/2000  compiling")
+        progress.compiling(False)
+        assert "compiling" not in shown()
+        speed = {"tokens_per_second": 52_123, "mfu": 0.4126, "data_wait": 0.002}
+        for step in (100, 200):
+            progress.update(step, {"loss": 1.5, **speed})
+        progress.update(200, {"eval_loss": 1.75, "eval_bits_per_byte": 0.8123})
+        for text in ("step  200/2000", "loss 1.5000", "mfu 41.3%", "0:06:00 left"):
+            assert text in shown()
+        assert ("eval 1.7500" in shown()) == (width >= 100)
 
 
 def test_loss_is_plotted(tmp_path):
