@@ -166,10 +166,12 @@ def _as_tuple(
 def _divided(path: str) -> list[str]:
     """The paths between commas, of which some may have commas in their names."""
     parts, paths = path.split(","), []
+    if len(parts) == 1:
+        return [path]
     while parts:
         names = [",".join(parts[:count]) for count in range(len(parts), 1, -1)]
         name = next(filter(_exists, names), parts[0])
-        paths.append(name.strip())
+        paths.append(name if os.path.exists(os.path.expanduser(name)) else name.strip())
         del parts[: name.count(",") + 1]
     return paths
 

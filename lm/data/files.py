@@ -56,11 +56,14 @@ def find(path: str, field: str) -> tuple[list[str], list[str]]:
     if storage.is_url(path):
         try:
             found = storage.matching(path)
-        except OSError as error:
-            raise ConfigError(f"{field}={path!r} cannot be read: {error}") from None
+            data = _data(found) if storage.is_folder(path) else found
+        except ConfigError:
+            raise
+        except Exception as error:  # each store's package has its own
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"{field}={path!r} cannot be read: {reason}") from None
         if not found:
             raise ConfigError(f"{field}={path!r} does not exist")
-        data = _data(found) if storage.is_folder(path) else found
         return data, sorted(set(found) - set(data))
     expanded = os.path.expanduser(path)
     if not os.path.exists(expanded):

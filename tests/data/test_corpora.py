@@ -242,7 +242,7 @@ def test_a_folder_gives_its_data_through_links_and_says_what_it_leaves_out(tmp_p
     assert read(notes) == ["LICENSE", "README.md", "code.py"]
 
 
-NAMES = ["lr[1e-3]", "a\\b", "with spaces", "#x", "50%", "a,b", "tab\there", "*", "[/red]"]
+NAMES = ["lr[1e-3]", "a\\b", " with spaces ", "#x", "50%", "a,b", "tab\there", "*", "[/red]"]
 
 
 @pytest.mark.parametrize("name", [*NAMES, os.fsdecode(b"latin \xff")])
