@@ -44,6 +44,7 @@ CONFIGS = {
     "shakespeare_char": ("shakespeare_char", {"data.path": "storyworld"}),
     "bert_tiny": ("bert_tiny", BPE),
     "t5_tiny": ("t5_tiny", {"tokenizer.vocab_size": 400, "tokenizer.num_sentinels": 20}),
+    "finetune": ("finetune", {"init_from": "quickstart"}),
     "translate": ("translate", BPE | PAIRS | {"data.long_pairs": "drop"}),
 }
 PRODUCTS = {
@@ -53,9 +54,10 @@ PRODUCTS = {
     "zero2,stage=2": {"strategy": "zero2", "mesh.stage": 2},
 }
 WAYS = {name: {"strategy": name} for name in STRATEGIES} | PRODUCTS
-# Models that no config trains are tried with some.
+# Models that no config trains, or another trains too, are tried with some.
 KINDS = {
     "mixture": ("zero3", "expert", "context=4", "zero2,stage=2"),
+    "finetune": ("zero3", "megatron_3d", "context"),
     "lstm": ("zero3", "megatron_3d", "context", "expert", "zero2,stage=2"),
 }
 FAST = [("story", way) for way in STRATEGIES]
@@ -88,6 +90,9 @@ def train(place, name, way, devices):
     file, fields = CONFIGS[name]
     caches = {"data.cache_dir": place / "tokens", "train.compilation_cache": ""}
     fields = SMALL | fields | way | caches
+    if "init_from" in fields:
+        on_one_device(place, fields["init_from"])
+        fields["init_from"] = place / f"{fields['init_from']}-1"
     flags = [f"--config.{field}={value}" for field, value in fields.items()]
     workdir = place / "-".join(map(str, [name, *way.values(), devices]))
     command = [f"--config=configs/{file}.py", f"--workdir={workdir}", *flags]
