@@ -64,8 +64,8 @@ class CheckpointConfig:
     keep_best: bool = True  # whether the one with the lowest eval_loss stays as well
     async_save: bool = True  # write while training goes on; False waits for every save
     # Record a checksum of every array, which the devices compute from what they hold (a pass over
-    # their memory, nothing read from disk), and of every small file; verify them on reading. False
-    # checks only that files have their size.
+    # their memory, nothing is read from disk), and of every small file; verify them on reading.
+    # False records only the sizes of files.
     checksums: bool = True
 
     def validate(self, prefix: str = "config.checkpoint") -> None:

@@ -276,11 +276,17 @@ def step_path(directory: pathlib.Path, step: int) -> pathlib.Path:
 
 
 def saved_paths(directory: pathlib.Path) -> list[pathlib.Path]:
-    """All directories that are named as complete checkpoints are, the steps rising."""
+    """All directories that are named as complete checkpoints are, the steps rising.
+
+    Raises:
+      CheckpointError: `directory` cannot be read, which is not to be taken for an empty one.
+    """
     try:
         paths = [path for path in directory.iterdir() if path.is_dir()]
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {reason(error)}") from error
     numbers = [path for path in paths if re.fullmatch("[0-9]{1,12}", path.name)]
     return sorted(numbers, key=lambda path: (int(path.name), path.name))
 

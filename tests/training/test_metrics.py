@@ -67,12 +67,13 @@ def test_resuming_drops_what_will_be_repeated(tmp_path):
 
 def test_tensorboard_reads_one_story(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with MetricsWriter(tmp_path) as writer:
+    run = tmp_path / "lr[1e-3] naïve"
+    with MetricsWriter(run) as writer:
         for step in (1, 2, 3):
             writer.write(step, {"loss": 1.0 / step, "eval_loss": math.nan})
-    with MetricsWriter(tmp_path, start_step=1) as writer:
+    with MetricsWriter(run, start_step=1) as writer:
         writer.write(2, {"loss": 7.0})
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events = accumulator.EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 7.0)]
 
@@ -118,6 +119,9 @@ def test_unusable_directories_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file.*choose another --workdir"):
         MetricsWriter(tmp_path / "file")
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(ConfigError, match=r"/tensorboard: metrics cannot be written here"):
+        MetricsWriter(tmp_path)
     with pytest.raises(ConfigError, match=r"metrics.jsonl cannot be read|nothing cannot be read"):
         read_metrics(tmp_path / "nothing")
 
