@@ -369,8 +369,8 @@ class EvaluationBatches(_Described):
     Attributes (and those of `_Described`):
       num_bytes: UTF-8 bytes of the text that the targets stand for. Bits per byte is the summed
         loss in nats / ln 2 / num_bytes. End-of-text tokens are predicted too, and cost bits, but
-        stand for no bytes. None where the targets are no code for a text: for masked, span
-        corruption and prefix.
+        stand for no bytes; of a tokenizer that loses some of a text, what is left of it counts.
+        None where the targets are no code for a text: for masked, span corruption and prefix.
       num_targets: targets in all batches of all hosts; None where `num_bytes` is.
     """
 

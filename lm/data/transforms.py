@@ -35,6 +35,8 @@ class Vocabulary(Protocol):
     special_ids: Mapping[str, int]
     mask_id: int | None
     sentinel_ids: tuple[int, ...]
+    lossless: bool
+    drops_first_space: bool
 
     def word_edges(self) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens begin a word, and after which one another begins."""
@@ -57,7 +59,7 @@ class Transform:
     source_length = 0
 
     def __init__(self, config: DataConfig, tokenizer: Vocabulary | None):
-        self.config = config
+        self.config, self._tokenizer = config, tokenizer
         self.block_size = config.block_size
         self.max_targets_per_row = self.block_size
         self.single_segment = config.packing == "none" or (
@@ -75,8 +77,14 @@ class Transform:
         """Changes in place what the rows have filled in. `keys` are those of the rows, uint64."""
 
     def num_bytes(self, corpora: list[TokenizedCorpus], rows: list[Rows]) -> int | None:
-        """UTF-8 bytes that all targets stand for, or None where that means little."""
+        """UTF-8 bytes that all targets stand for, or None where that means little.
+
+        A tokenizer that loses some of the text, case or words it does not know, predicts what is
+        left: those bytes are counted that it would decode.
+        """
         total = sum(corpus.num_bytes for corpus in corpora)
+        if self._tokenizer is not None and not self._tokenizer.lossless:
+            total = sum(_decoded_bytes(corpus, self._tokenizer) for corpus in corpora)
         if self.config.packing == "concat" and not self.config.end_of_text:
             total -= sum(corpus.first_token_bytes for corpus in corpora)
         return total
@@ -87,6 +95,14 @@ class Transform:
             name: np.zeros((num_rows, length), np.float32 if name == "weights" else np.int32)
             for name, length in self.lengths.items()
         }
+
+
+def _decoded_bytes(corpus: TokenizedCorpus, tokenizer: Vocabulary) -> int:
+    """UTF-8 bytes of all documents as the tokenizer decodes them."""
+    lengths, step = tokenizer.byte_lengths(), 1 << 22
+    tokens = corpus.tokens
+    total = sum(int(lengths[tokens[i : i + step]].sum()) for i in range(0, len(tokens), step))
+    return total - tokenizer.drops_first_space * (len(corpus.offsets) - 1)
 
 
 class Prefix(Transform):

@@ -4,7 +4,8 @@ Each record holds `step` and whatever was measured there; the names that other t
 
     loss                  training loss, mean nats per target token
     eval_loss             the same on the validation split
-    eval_bits_per_byte    the validation loss in bits per byte of text
+    eval_bits_per_byte    the validation loss in bits per byte of text; where the tokenizer loses
+                          some of it (case, unknown words), of the text as it would decode it
     learning_rate, grad_norm    those of the step itself
     tokens, tokens_per_second    tokens seen so far and their rate, without padding and, for an
                           encoder-decoder, without the source; rates leave out evaluations,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_jobs
 
+from lm import tokenizers
 from lm.config import ConfigError
 from lm.data.batches import BatchIterator
 from lm.jobs import train
@@ -136,6 +137,29 @@ def test_evaluation_counts_every_validation_target_once(place, monkeypatch):
     [(counted, targets, batches)] = seen
     assert counted == targets > 0
     assert batches > 1
+
+
+@pytest.mark.parametrize("kind", ["char", "wordpiece"])
+def test_bits_per_byte_are_of_the_bytes_that_are_predicted(place, kind):
+    """Of what the tokenizer leaves of a text, when it does not know some of its characters."""
+    text = "a cat sat on a mat\n" * 20
+    (place / "known.txt").write_text(text)
+    (place / "unknown.txt").write_text(text + "ω" * 500)
+    directory = tiny_jobs.run(
+        place,
+        f"lossy_{kind}",
+        **{"tokenizer__kind": kind, "tokenizer__vocab_size": 80, "train__steps": 2},
+        data__path=str(place / "known.txt"),
+        data__validation_path=str(place / "unknown.txt"),
+    )
+    of = {
+        name: tiny_jobs.losses(directory, f"eval_{name}")[-1][1]
+        for name in ("loss", "tokens", "bits_per_byte")
+    }
+    tokenizer = tokenizers.load(directory / "tokenizer")
+    left = tokenizer.decode(tokenizer.encode((place / "unknown.txt").read_text())).encode()
+    predicted = of["loss"] * of["tokens"] / np.log(2) / of["bits_per_byte"]
+    assert predicted == pytest.approx(len(left), rel=1e-5)
 
 
 def test_fine_tuning_starts_from_the_given_parameters(place, plain):
@@ -328,7 +352,6 @@ def test_the_data_position_is_right_after_a_rollback_too(place, monkeypatch, cap
 
 def rows_per_epoch(directory):
     """From the run's own config, by building its data again."""
-    from lm import tokenizers
     from lm.config import view
     from lm.data import DataConfig, prepare, train_batches
 
