@@ -13,6 +13,7 @@ import pytest
 import tiny_jobs
 
 from lm import files
+from lm.jobs import train
 
 CONFIG = "--config=tests/tiny_jobs.py"
 
@@ -377,6 +378,19 @@ def test_a_second_run_in_a_directory_is_refused(here):
         outcome = main(*arguments(here, ["--workdir=HERE/again"]))
         assert_one_line(outcome, [f"in use by process {os.getpid()} on ", "another --workdir"])
         assert outcome[1] == "" and contents(here) == before
+
+
+def test_a_run_that_came_and_went_meanwhile_is_not_overwritten(here, monkeypatch):
+    set_up = train.set_up
+
+    def late(*arguments, **fields):
+        shutil.copytree(here / "run", here / "between")
+        return set_up(*arguments, **fields)
+
+    monkeypatch.setattr(train, "set_up", late)
+    outcome = main(*arguments(here, ["--workdir=HERE/between", "--config.model.width=32"]))
+    assert_one_line(outcome, ["holds a run with config.model.width=16", "says 32"])
+    assert contents(here / "between") == contents(here / "run")
 
 
 def test_a_checkpoint_that_the_disk_does_not_take_ends_in_one_line(here, caplog):

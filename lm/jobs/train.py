@@ -235,7 +235,9 @@ def _run(
             chunk=job.objective.chunk,
         )
         with Checkpointer(directory / "checkpoints", job.checkpoint) as checkpointer:
-            # Last, so that a mistake above can simply be mended, and when no other run writes here.
+            # Last, so that a mistake above can simply be mended, and when no other run writes here;
+            # one may have done so since.
+            check_directory(directory, to_dict(resolved), usual, tokenizer.fingerprint, corpus)
             claim(directory, to_dict(resolved), tokenizer, corpus_fingerprint=corpus(), **carried)
             found = checkpointer.restore_latest(training.abstract)
             if found is None:
