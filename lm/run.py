@@ -103,9 +103,10 @@ class Run:
         top_p: float | None = None,
         num_samples: int = 1,
         truncate_prompt: bool = True,
+        stop_at_end_of_text: bool = True,
         seed: int = 0,
     ) -> str | list[str]:
-        """The prompt followed by its continuation, up to end-of-text.
+        """The prompt followed by its continuation, up to end-of-text or `max_new_tokens`.
 
         The prompt is returned as it was given; the rest is what the tokens decode to. Of an
         encoder-decoder the prompt is the source, and the target alone is returned: a translation.
@@ -121,6 +122,7 @@ class Run:
           num_samples: continuations of each prompt.
           truncate_prompt: whether the model reads the last of a prompt that is longer than its
             context; False refuses.
+          stop_at_end_of_text: False goes on after end-of-text, into the next document.
           seed: of the random draws.
 
         Returns:
@@ -137,6 +139,7 @@ class Run:
             "max_new_tokens": max_new_tokens,
             "num_samples": num_samples,
             "truncate_prompt": truncate_prompt,
+            "stop_at_end_of_text": stop_at_end_of_text,
         }
         plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in settings.items()}
         sampling = view(SamplingConfig, plain, "generate")

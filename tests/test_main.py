@@ -20,6 +20,19 @@ CONFIG = "--config=tests/tiny_jobs.py"
 # name → (arguments after --config and --workdir, words that the line must have). RUN is the
 # directory of a finished run, HERE the place it lies in.
 MISTAKES = {
+    "prompt without a mask": (
+        [
+            "--config.objective.name=masked",
+            "--config.model.architecture=encoder",
+            "--config.tokenizer.mask_token=True",
+            "--config.prompt=The cat",
+        ],
+        ["config.prompt='The cat' cannot be asked", "where a token is to be guessed"],
+    ),
+    "prompt that is not to be cut": (
+        ["--config.prompt=" + "cat " * 9, "--config.sample.truncate_prompt=False"],
+        ["cannot be asked", "37 tokens long", "context is 32"],
+    ),
     "misspelt field": (
         ["--config.model.widht=3"],
         ["config.model.widht is not a known field", "did you mean config.model.width?"],

@@ -39,26 +39,38 @@ def fill_spans(
         f"config.model.architecture={config.architecture!r} cannot fill spans: it needs "
         "'encoder_decoder'",
     )
+    asked, ids = sentinel_ids(tokenizer, text)
+    marks = set(tokenizer.sentinel_ids)
+    ids = [*(framing.before or ()), *ids, *(framing.after or ())]
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
+    written: dict[int, list[int]] = {}
+    current: list[int] = []
+    for tokens_1N in generator.generate([ids], sampling):
+        for id in tokens_1N[0].tolist():
+            if id in marks:
+                current = written.setdefault(id, [])
+            elif id != NOTHING:
+                current.append(id)
+    return [tokenizer.decode(written.get(id, [])).strip() for id in asked]
+
+
+def sentinel_ids(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """The sentinels that `text` names, and its ids, in which they stand for themselves.
+
+    Raises:
+      ConfigError: no sentinels in the tokenizer or the text, or out of order.
+    """
     check(
         len(tokenizer.sentinel_ids) > 0,
         "the tokenizer has no sentinels: train one with config.tokenizer.num_sentinels",
     )
     names = {id: name for name, id in tokenizer.special_ids.items()}
     marks = {names[id]: id for id in tokenizer.sentinel_ids}
-    ids = [*(framing.before or ()), *marked_ids(tokenizer, text, marks), *(framing.after or ())]
+    ids = marked_ids(tokenizer, text, marks)
     asked = [id for id in ids if id in marks.values()]
     check(
         bool(asked) and asked == list(tokenizer.sentinel_ids[: len(asked)]),
         f"text={text!r} must have {next(iter(marks))!r}, and further ones in order, where "
         "something is to be filled in",
     )
-    sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
-    written: dict[int, list[int]] = {}
-    current: list[int] = []
-    for tokens_1N in generator.generate([ids], sampling):
-        for id in tokens_1N[0].tolist():
-            if id in marks.values():
-                current = written.setdefault(id, [])
-            elif id != NOTHING:
-                current.append(id)
-    return [tokenizer.decode(written.get(id, [])).strip() for id in asked]
+    return asked, ids

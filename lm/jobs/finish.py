@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pathlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -14,12 +14,17 @@ from rich.console import Console
 
 from lm.config import ConfigError
 from lm.data import pairs
+from lm.inference import Framing
+from lm.inference.encode import mask_ids
+from lm.inference.prepare import check_ids
+from lm.inference.spans import sentinel_ids
 from lm.jobs.sources import open_source
 from lm.models import Model, param_specs, skeleton
 from lm.parallel import hosts
 from lm.parallel.mesh import AXES
 from lm.parallel.sharding import parameter_shardings
 from lm.run import Run
+from lm.tokenizers import Tokenizer
 from lm.training.metrics import MetricsWriter
 from lm.training.plots import plot_losses
 
@@ -55,8 +60,7 @@ def finish(
     with contextlib.suppress(ConfigError):  # a run too short to have logged a loss
         if first:
             console.print(f"loss curve: {plot_losses(directory)}")
-    # An empty text is the command line's way to ask for none.
-    prompts = (job.prompt,) if isinstance(job.prompt, str) and job.prompt else tuple(job.prompt)
+    prompts = _prompts(job)
     if not prompts and not job.exact_match:
         return {}
     source, model = open_source(directory), skeleton(job.model)
@@ -80,6 +84,35 @@ def finish(
         with MetricsWriter(directory, job.train.steps) as writer:
             writer.write(job.train.steps, results)
     return results
+
+
+def check_prompts(job: TrainJob, tokenizer: Tokenizer, carried: Mapping[str, Any]) -> None:
+    """Raises ConfigError where `finish` could not ask a prompt of the trained model.
+
+    Args:
+      job: with the whole model.
+      tokenizer: the run's.
+      carried: what the run's config.json says beside the job.
+    """
+    config = {"data": {"end_of_text": job.data.end_of_text}, **carried}
+    framing = Framing.of_run(config, job.model, tokenizer, "framing")
+    for prompt in _prompts(job):
+        try:
+            if job.objective.name == "masked":
+                ids = mask_ids(tokenizer, prompt)
+            elif job.objective.name == "span_corruption":
+                ids = sentinel_ids(tokenizer, prompt)[1]
+            else:
+                ids = framing.encode(tokenizer, prompt)
+            if job.model.architecture != "decoder" or not job.sample.truncate_prompt:
+                check_ids("prompt", ids, job.model)
+        except ConfigError as error:
+            raise ConfigError(f"config.prompt={prompt!r} cannot be asked: {error}") from None
+
+
+def _prompts(job: TrainJob) -> tuple[str, ...]:
+    # An empty text is the command line's way to ask for none.
+    return (job.prompt,) if isinstance(job.prompt, str) and job.prompt else tuple(job.prompt)
 
 
 def _for_reading(
@@ -123,6 +156,8 @@ def samples(run: Run, job: TrainJob, prompts: Sequence[str]) -> str:
             top_k=job.sample.top_k,
             top_p=job.sample.top_p,
             num_samples=job.sample.num_samples,
+            truncate_prompt=job.sample.truncate_prompt,
+            stop_at_end_of_text=job.sample.stop_at_end_of_text,
             seed=job.seed,
         )
         texts = [texts] if isinstance(texts, str) else texts

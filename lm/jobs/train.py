@@ -29,7 +29,7 @@ from lm.data import (
     train_batches,
 )
 from lm.inference.config import SamplingConfig
-from lm.jobs.finish import finish
+from lm.jobs.finish import check_prompts, finish
 from lm.jobs.inherited import inherit, initial_parameters, open_model
 from lm.jobs.run_directory import (
     CONFIG,
@@ -177,6 +177,7 @@ def _run(
     )
     model_config = resolve_model(job, tokenizer)
     resolved = dataclasses.replace(job, model=model_config)
+    check_prompts(resolved, tokenizer, carried)
     notes = check_directory(directory, to_dict(resolved), usual, tokenizer.fingerprint, corpus)
     for note in notes:
         console.print(f"note: {note}", soft_wrap=True)
