@@ -124,11 +124,10 @@ def slid(run, ids, new):
 
 def test_text_goes_on_past_the_context_from_the_last_of_it(run):
     with pytest.warns(UserWarning, match=r"outgrew the model's context of 32 .* last 24 to 32"):
-        text = run.generate("1234", max_new_tokens=60, temperature=0)
-    ids = run.encode("1234")
-    drawn = slid(run, ids, 60)
-    drawn = drawn[: drawn.index(256)] if 256 in drawn else drawn
-    assert len(drawn) > 40 and text == run.tokenizer.decode(ids + drawn)
+        text = run.generate("The cat sat on the mat.", max_new_tokens=30, temperature=0)
+    ids = run.encode("The cat sat on the mat.")
+    drawn = slid(run, ids, 30)
+    assert 256 not in drawn and text == run.tokenizer.decode(ids + drawn)
 
 
 def test_a_prompt_longer_than_the_context_loses_what_comes_first(run):
@@ -193,7 +192,7 @@ def test_directories_that_are_not_runs_are_told_apart(directory, tmp_path):
     with pytest.raises(ConfigError, match="has no weights"):
         lm.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match=r"config\.json is damaged"):
         lm.load(tmp_path)
 
 
