@@ -28,8 +28,8 @@ def get_config():
     config.model.width = 128
     config.model.positions = "learned"
     config.model.norm = "layernorm"
-    config.model.activation = "gelu"
-    config.model.bias = False
+    config.model.activation = "gelu_tanh"
+    config.model.bias = True
     config.model.dropout = 0.0
     # Normal(1/√fan_in): at width 128 GPT-2's 0.02 starts too small (validation 1.91 against 1.81).
     config.model.initializer = "lecun"

@@ -3,7 +3,7 @@
     python main.py --config=configs/story.py
 
 A character tokenizer and a tiny Transformer on one story alone. Two CPU cores: 2 seconds after 6
-for the compiler. Expect a loss of 0.0001, and the whole story recited from "The cat".
+for the compiler. Expect a loss of 0.0002, and the whole story recited from "The cat".
 """
 
 from lm.config import defaults
@@ -24,6 +24,7 @@ def get_config():
     config.model.num_layers = 2
     config.model.num_heads = 2
     config.model.width = 64
+    config.model.activation = "swiglu"
 
     config.optimizer.learning_rate = 1e-2
     config.optimizer.warmup_steps = 10

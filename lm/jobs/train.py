@@ -19,7 +19,7 @@ import ml_collections
 from rich.console import Console
 
 from lm import tokenizers
-from lm.config import check, to_dict, view
+from lm.config import ConfigError, check, to_dict, view
 from lm.data import (
     DataConfig,
     corpus_fingerprint,
@@ -40,6 +40,7 @@ from lm.jobs.run_directory import (
     shared_tokenizer,
 )
 from lm.models import ModelConfig
+from lm.models.huggingface.families import family_for
 from lm.objectives import ObjectiveConfig, check_objective
 from lm.parallel import hosts
 from lm.parallel.cluster import HostsConfig
@@ -48,6 +49,7 @@ from lm.parallel.layout import Layout, lay_out
 from lm.parallel.mesh import MeshConfig, batch_sharding, batch_ways
 from lm.parallel.rows import assemble, local_rows
 from lm.tokenizers import TokenizerConfig
+from lm.tokenizers.export import huggingface_files
 from lm.training import flops
 from lm.training.checkpoints import CheckpointConfig, Checkpointer, check_free
 from lm.training.checks import check_layout
@@ -179,8 +181,8 @@ def _run(
     resolved = dataclasses.replace(job, model=model_config)
     check_prompts(resolved, tokenizer, carried)
     notes = check_directory(directory, to_dict(resolved), usual, tokenizer.fingerprint, corpus)
-    for note in notes:
-        console.print(f"note: {note}", soft_wrap=True)
+    for note in (*notes, *_stays_here(model_config, tokenizer)):
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
 
     say = functools.partial(console.print, markup=False, soft_wrap=True)  # names are names
     train_corpora, validation_corpora = prepare(job.data, tokenizer, job.seed, say)
@@ -390,6 +392,16 @@ def _tokenizer(job: TrainJob, directory: pathlib.Path, saved: dict[str, Any] | N
         directory,
         lambda: tokenizers.train(job.tokenizer, documents(job.data, "train", job.seed)),
     )
+
+
+def _stays_here(model: ModelConfig, tokenizer) -> list[str]:
+    """Why the model cannot be converted to a Hugging Face directory, if it cannot."""
+    try:
+        family_for(model)
+        huggingface_files(tokenizer)
+        return []
+    except ConfigError as error:
+        return [f"this model will not convert to Hugging Face: {error}"]
 
 
 def resolve_model(job: TrainJob, tokenizer) -> ModelConfig:

@@ -10,8 +10,10 @@ import pytest
 import tiny_huggingface as tiny
 import tiny_jobs
 from safetensors.numpy import load_file
+from test_main import main
 
 import lm
+from lm.command import load_config
 from lm.config import ConfigError, defaults
 from lm.jobs import convert, generate
 from lm.jobs.convert import ConvertJob
@@ -340,3 +342,39 @@ def test_the_command_line(source, tmp_path):
     assert wrong.returncode == 2 and "not a regular expression" in wrong.stderr
     found = main(here, f"--workdir={tmp_path / 'x'}", "--config.ignore=cls")
     assert found.returncode == 0 and "cls.extra" in found.stdout, found.stderr
+
+
+def trained_configs():
+    for path in sorted((tiny_jobs.REPOSITORY / "configs").glob("*.py")):
+        config = load_config(path)
+        if config.get("job") == "train" and not config.init_from:
+            # One that converts, and one that says why not, are enough for every day.
+            slow = path.stem not in ("story", "bert_tiny")
+            yield pytest.param(path.stem, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("name", trained_configs())
+def test_a_shipped_config_converts_or_says_at_its_start_that_it_will_not(name, tmp_path):
+    fields = {
+        "data.num_documents": 1 if name == "story" else 400,
+        "data.cache_dir": tmp_path / "tokens",
+        "train.steps": 2,
+        "train.eval_every": 0,
+        "train.compilation_cache": "",
+        "optimizer.warmup_steps": 1,
+        "exact_match": 0,
+        "prompt": "",
+    }
+    if name == "shakespeare_char":
+        (tmp_path / "text.txt").write_text("The cat sat on the mat. " * 400)
+        fields["data.path"] = tmp_path / "text.txt"
+    words = [f"--config.{field}={value}" for field, value in fields.items()]
+    code, output, errors = main(f"--config={name}", f"--workdir={tmp_path / 'run'}", *words)
+    assert code == 0, errors
+    said = "will not convert to Hugging Face: " in output.partition("parameter ")[0]
+    assert said == (name == "bert_tiny")
+    out = f"--workdir={tmp_path / 'hf'}"
+    code, _, errors = main(
+        "--config=convert", f"--config.init_from={tmp_path / 'run'}", "--config.to=hf", out
+    )
+    assert (code == 0) == (not said), errors

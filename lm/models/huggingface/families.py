@@ -51,7 +51,11 @@ def family_for(config: ModelConfig) -> Family:
             nearly[name] = error
         except ConfigError:  # too far from the family even to be written
             continue
-    closest = min(nearly, key=lambda name: len(nearly[name].lost), default=None)
+    closest = min(
+        nearly,
+        key=lambda name: ("architecture" in nearly[name].lost, len(nearly[name].lost)),
+        default=None,
+    )
     lost = nearly[closest].lost if closest else {}
     instead = [f"model.{name}={other!r}, not {own!r}" for name, (own, other) in lost.items()]
     raise ConfigError(
