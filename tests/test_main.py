@@ -372,7 +372,8 @@ def test_a_run_goes_on_despite_a_damaged_record_and_folders_that_are_no_steps(he
     assert (run / "metrics.jsonl").read_bytes() == first + b"\n" + rest
 
 
-def test_a_run_may_lie_in_a_directory_of_any_name(here):
+def test_a_run_may_lie_in_a_directory_of_any_name(here, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(here))
     name = r"lr[1e-3]/a\b/50% a b/#x?y=1/naïve"
     few = ["--config.train.steps=4", "--config.train.log_every=2", "--config.checkpoint.every=2"]
     code, _, errors = main(*arguments(here, [f"--workdir=HERE/{name}", *few]))

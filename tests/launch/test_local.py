@@ -321,15 +321,16 @@ def test_whoever_goes_is_named_and_the_other_asks_to_be_started_again(tmp_path, 
 @pytest.mark.slow
 def test_a_directory_in_use_or_damaged_is_refused_by_each_whatever_its_name(tmp_path):
     checkpoints = tmp_path / r"lr[1e-3]\b" / "checkpoints"
-    code, _ = launch(tmp_path, checkpoints.parent.name, 2, 1, train__steps=8)
+    where = {"TMPDIR": str(tmp_path)}
+    code, _ = launch(tmp_path, checkpoints.parent.name, 2, 1, (), where, train__steps=8)
     assert code == 0 and tiny_jobs.checkpoint_steps(checkpoints.parent) == [8]
     with files.lock(checkpoints / "lock"):
-        code, output = launch(tmp_path, checkpoints.parent.name, 2, 1, train__steps=16)
+        code, output = launch(tmp_path, checkpoints.parent.name, 2, 1, (), where, train__steps=16)
     assert code == 2
     assert output.count(f"is in use by process {os.getpid()} on ") == 2
     newest = checkpoints / "00000008"
     newest.rename(checkpoints / "00000016")
-    code, output = launch(tmp_path, checkpoints.parent.name, 2, 1, train__steps=16)
+    code, output = launch(tmp_path, checkpoints.parent.name, 2, 1, (), where, train__steps=16)
     assert code == 2
     assert output.count("00000016 is damaged (it is that of step 8, renamed)") == 2
 
