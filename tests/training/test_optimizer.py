@@ -97,6 +97,23 @@ def test_adamw_is_torch_adamw():
         np.testing.assert_allclose(params[name], mirror[name].detach().numpy(), atol=2e-6)
 
 
+def test_the_rate_is_the_callers_and_the_state_that_of_older_checkpoints():
+    config = OptimizerConfig(learning_rate=0.5, schedule="linear", final_fraction=0.0)
+    made, params = make_optimizer(config, 10, SPECS), arrays(0)
+    older = optax.chain(
+        optimizer.clip_by_global_norm(1.0),
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(0.1, mask=optimizer.decay_mask("matrices", SPECS)),
+        optax.scale_by_learning_rate(made.schedule),
+    )
+    state = made.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(older.init(params))
+    own, _ = made.update(arrays(1), state, params)
+    given, _ = made.update(arrays(1), state, params, learning_rate=made.schedule(6))
+    for name in params:
+        np.testing.assert_allclose(given[name], 0.4 * own[name], rtol=1e-5)
+
+
 def test_clipping_leaves_small_gradients_and_shrinks_large_ones():
     clip = optimizer.clip_by_global_norm(2.0)
     gradients = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
