@@ -62,6 +62,13 @@ def guarded(function, *args) -> int:
     except (ConfigError, TrainingStopped) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except (MemoryError, RuntimeError, OSError) as error:  # what no check foresaw
+        memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+        if not memory and getattr(error, "filename", None) is None:
+            raise
+        what = f"out of memory: {error}" if memory else f"{error.filename!r}: {error.strerror}"
+        print(f"error: {' '.join(what.split())[:500]}", file=sys.stderr)
+        return 2
 
 
 def main() -> None:

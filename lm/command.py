@@ -34,6 +34,8 @@ from lm.config import (
     ConfigError,
     check,
     check_choice,
+    check_path,
+    coerce,
     from_texts,
     hints,
     limits,
@@ -66,7 +68,9 @@ def read(words: Sequence[str], jobs: Mapping[str, str]) -> Command:
       ConfigError: a flag, a file or a field that does not exist.
     """
     flags, fields = _split([_decoded(word) for word in words])
-    workdir = os.path.expanduser(flags.get("workdir", ""))
+    workdir = flags.get("workdir", "")
+    check_path("--workdir", workdir)
+    workdir = os.path.expanduser(workdir)
     saved = pathlib.Path(workdir, "config.json")
     if "config" not in flags and workdir and saved.is_file():
         config = _of_run(saved)
@@ -205,7 +209,7 @@ def _put(values: dict[str, Any], section: type, field: str, texts: Sequence[str]
         not dataclasses.is_dataclass(hint),
         f"config.{field} is a section: set its fields, as in --config.{field}.NAME=VALUE",
     )
-    at[last] = from_texts(texts, hint)
+    at[last] = coerce(from_texts(texts, hint), hint, f"config.{field}")
 
 
 def _leaves(section: type, prefix: str = "") -> dict[str, Any]:

@@ -29,6 +29,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import ml_collections
 
 T = TypeVar("T")
+_INT32 = 2**31 - 1
 
 
 class ConfigError(ValueError):
@@ -70,36 +71,29 @@ class Bounds:
 
     def check(self, field: str, value: float) -> None:
         """Raises ConfigError unless `value` lies between the bounds."""
-        low, high = self._within(isinstance(value, int))
-        above = value > low if self.ends[0] == "(" else value >= low
-        below = value < high if self.ends[1] == ")" else value <= high
-        finite = isinstance(value, int) or math.isfinite(value)
-        simple = self.words() if finite and not (above and self.high == math.inf) else ""
-        check(
-            above and below and finite,
-            f"{field}={_shown(value)} must be {simple or self.words(isinstance(value, int))}",
-        )
+        if isinstance(value, int):
+            least = max(self.low, -_INT32)
+            most = _INT32 if self.high == math.inf else self.high
+            holds = least <= value <= most
+            wanted = f"at least {_number(least)}" if value < least else f"at most {_number(most)}"
+        else:
+            above = value > self.low if self.ends[0] == "(" else value >= self.low
+            below = value < self.high if self.ends[1] == ")" else value <= self.high
+            holds, wanted = above and below and math.isfinite(value), self.words()
+        check(holds, f"{field}={_shown(value)} must be {wanted}")
 
-    def _within(self, whole: bool) -> tuple[float, float]:
-        most = 2**31 - 1 if whole else math.inf
-        return max(self.low, -most), most if self.high == math.inf else self.high
-
-    def words(self, exactly: bool | None = None) -> str:
-        """'at least 1', 'in [0, 1)', …; with the limits of its type, if it is known to be whole."""
-        low, high = (self.low, self.high) if exactly is None else self._within(exactly)
-        least, most = _number(low), _number(high)
-        if math.isfinite(low) and math.isfinite(high):
+    def words(self) -> str:
+        """'at least 1', 'in [0, 1)', …"""
+        least, most = _number(self.low), _number(self.high)
+        if math.isfinite(self.low) and self.high < 2**20:
             return f"in {self.ends[0]}{least}, {most}{self.ends[1]}"
-        if math.isfinite(low):
-            finite = "" if exactly is None else "a finite number "
-            return f"{finite}{'above' if self.ends[0] == '(' else 'at least'} {least}"
-        if math.isfinite(high):
-            return f"{'below' if self.ends[1] == ')' else 'at most'} {most}"
+        if math.isfinite(self.low):
+            return f"{'above' if self.ends[0] == '(' else 'at least'} {least}"
         return "a finite number"
 
 
 def _number(value: float) -> str:
-    return f"{int(value):_}" if math.isfinite(value) and value == int(value) else f"{value:g}"
+    return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:g}"
 
 
 class _Text:
@@ -135,10 +129,16 @@ class _Path(_Text):
 
 Count = Annotated[int, Bounds(0)]
 Positive = Annotated[int, Bounds(1)]
+Size = Annotated[int, Bounds(1, 2**20)]  # of an array, or how many of something kept in memory
+SizeOrZero = Annotated[int, Bounds(0, 2**20)]
+Bytes = Annotated[int, Bounds(1, 2**50)]
 Seed = Annotated[int, Bounds(0, 2**32 - 1)]
-Size = Annotated[int, Bounds(1, 2**40)]  # of files or texts, in bytes
 Share = Annotated[float, Bounds(0, 1)]
+ShareBelowOne = Annotated[float, Bounds(0, 1, "[)")]
+NotNegative = Annotated[float, Bounds(0)]
+AboveZero = Annotated[float, Bounds(0, ends="(]")]
 Path = Annotated[str, _Path()]
+check_path = _Path().check  # of a field's name and a path; raises ConfigError
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
@@ -152,9 +152,9 @@ def check_choice(field: str, value: Any, allowed: Iterable[Any]) -> None:
     allowed = list(allowed)
     if value not in allowed:
         choices = ", ".join(map(repr, allowed))
-        raise ConfigError(
-            f"{field}={value!r} is not one of {choices}{nearest(str(value), map(str, allowed))}"
-        )
+        shown = _shown(value)
+        close = nearest(value if isinstance(value, str) else shown, map(str, allowed))
+        raise ConfigError(f"{field}={shown} is not one of {choices}{close}")
 
 
 def check(condition: bool, message: str) -> None:
@@ -189,8 +189,8 @@ def defaults(section: Any) -> ml_collections.ConfigDict:
     return config
 
 
-def view(section: type[T], config: Mapping[str, Any], prefix: str = "config") -> T:
-    """The frozen dataclass `section` filled from `config`.
+def view(section: type[T], config: Mapping[str, Any] | T, prefix: str = "config") -> T:
+    """The frozen dataclass `section` filled from `config`: a dict, or another such dataclass.
 
     Fields that `config` leaves out keep their defaults, so that a run directory written by an
     earlier version still opens. A dataclass with a `validate(self, prefix)` method is asked to
@@ -199,6 +199,8 @@ def view(section: type[T], config: Mapping[str, Any], prefix: str = "config") ->
     Raises:
       ConfigError: a field `section` does not have, or a value of the wrong type.
     """
+    if dataclasses.is_dataclass(config):
+        config = vars(config)
     names = [field.name for field in dataclasses.fields(section)]
     for name in config:
         if name not in names:
@@ -209,11 +211,11 @@ def view(section: type[T], config: Mapping[str, Any], prefix: str = "config") ->
             continue
         hint, value = _hint(section, name), config[name]
         if dataclasses.is_dataclass(hint):
-            if not isinstance(value, Mapping | ml_collections.ConfigDict):
-                raise ConfigError(f"{prefix}.{name}={value!r} must be a section of fields")
+            if not isinstance(value, Mapping | ml_collections.ConfigDict | hint):
+                raise ConfigError(f"{prefix}.{name}={_shown(value)} must be a section of fields")
             values[name] = view(hint, value, f"{prefix}.{name}")
         else:
-            values[name] = _coerce(value, hint, f"{prefix}.{name}")
+            values[name] = coerce(value, hint, f"{prefix}.{name}")
     result = section(**values)
     if hasattr(result, "validate"):
         result.validate(prefix)
@@ -236,7 +238,7 @@ def fields_set(section: type, config: Mapping[str, Any], name: str) -> dict[str,
     for field in dataclasses.fields(section):
         path = f"{name}.{field.name}"
         value = config.get(name, {}).get(field.name, field.default)
-        value = _coerce(value, _hint(section, field.name), f"config.{path}")
+        value = coerce(value, _hint(section, field.name), f"config.{path}")
         if path in given or value != field.default:
             values[field.name] = value
     return values
@@ -321,17 +323,22 @@ def _bare(hint: Any) -> Any:
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 
-def _coerce(value: Any, hint: Any, field: str) -> Any:
+def coerce(value: Any, hint: Any, field: str) -> Any:
     """`value` as the annotated type, or a ConfigError. Lists become tuples; ints may be floats."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
     if len(_options(hint)) > 1:
+        if value is None and type(None) in args:
+            return None
         for option in args:
             try:
-                return _coerce(value, option, field)
+                return coerce(value, option, field)
             except _WrongType:
                 continue
+            except ConfigError as error:
+                none = ", or None" if type(None) in args else ""
+                raise ConfigError(f"{error}{none}") from None
     elif origin is Literal:
         check_choice(field, value, args)
         return value
@@ -340,9 +347,9 @@ def _coerce(value: Any, hint: Any, field: str) -> Any:
             return None
     elif origin is tuple:
         if isinstance(value, list | tuple):
-            return tuple(_coerce(v, args[0], f"{field}[{i}]") for i, v in enumerate(value))
+            return tuple(coerce(v, args[0], f"{field}[{i}]") for i, v in enumerate(value))
         try:
-            return (_coerce(value, args[0], field),)
+            return (coerce(value, args[0], f"{field}[0]"),)
         except _WrongType:
             pass
     elif origin is dict or hint is dict:
@@ -353,7 +360,8 @@ def _coerce(value: Any, hint: Any, field: str) -> Any:
         allowed = int | float if kind is float else kind
         if isinstance(value, allowed) and isinstance(value, bool) == (kind is bool):
             if kind is float:
-                value = math.copysign(math.inf, value) if abs(value) >= 1e308 else float(value)
+                huge = isinstance(value, int) and abs(value) > 1e308
+                value = (math.inf if value > 0 else -math.inf) if huge else float(value)
             for rule in rules or _RULES.get(kind, ()):
                 rule.check(field, value)
             return value

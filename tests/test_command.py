@@ -1,17 +1,23 @@
 """The command line: words become values by the type of the field, whatever they look like."""
 
+import copy
 import functools
+import math
 import operator
+import os
 import re
+import subprocess
+import sys
 import typing
 
 import pytest
 import tiny_jobs
 
+import lm
 from lm import command
 from lm.__main__ import JOBS
 from lm.command import read
-from lm.config import ConfigError, to_dict, view
+from lm.config import ConfigError, defaults, to_dict, view
 
 CONFIGS = sorted(path.stem for path in (tiny_jobs.REPOSITORY / "configs").glob("*.py"))
 TEXTS = (
@@ -60,7 +66,7 @@ def test_text_arrives_to_the_letter_in_every_field_of_text(name):
         (["--config.prompt=a", "--config.prompt=b"], "prompt", ("a", "b")),
         (["--config.prompt", "a b"], "prompt", "a b"),
         (["-config.seed=7"], "seed", 7),
-        (["--config.seed", "-7"], "seed", -7),
+        (["--config.zero", "-1"], "zero", -1),
         (["--config.seed=1", "--config.seed=2"], "seed", 2),
         (["--config.model.dropout=1e-1"], "model.dropout", 0.1),
         (["--config.model.dropout=0"], "model.dropout", 0.0),
@@ -154,6 +160,42 @@ def test_help_lists_the_configs_and_shows_the_fields_of_one():
     words = ["--config=quickstart", "--config.model.width=96"]
     text = command.help_text(words, JOBS, "lm")
     assert text.startswith("Raw text to a model that writes little stories")
-    assert re.search(r"^  width=96$", text, re.MULTILINE)
-    assert re.search(r"^  steps=1800 +optimizer steps$", text, re.MULTILINE)
+    assert re.search(r"^  width=96 +\(at least 1\)$", text, re.MULTILINE)
+    assert re.search(r"^  steps=1800 +optimizer steps \(at least 1\)$", text, re.MULTILINE)
     assert "0 nothing, 1 the" in text  # a comment that stands above its field
+
+
+ODD = (
+    -1, 0, 1, 2**20, 2**31, 2**63, 10**30, 10**5000, -1.0, 0.0, 0.5, 1e308, math.nan, math.inf, "",
+    " ", "\0", "\ud800", "~nobody/x", "a/" * 3000, "x" * 300, "\n", "auto", None, True, [], [0],
+    [""], ["a", 1], {}, {"a": 1}, b"a", object(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_an_odd_value_in_any_field_is_accepted_or_named_in_one_line(job):
+    """Whatever a config file assigns or a run's config.json holds."""
+    kind, config = section(job), to_dict(defaults(section(job)))
+    config |= {"init_from": "x"} if "init_from" in config else {}
+    for field in command._leaves(kind):
+        *outer, last = field.split(".")
+        for value in ODD:
+            changed = copy.deepcopy(config)
+            functools.reduce(operator.getitem, outer, changed)[last] = value
+            try:
+                view(kind, changed)
+            except ConfigError as error:
+                line = str(error)
+                assert "\n" not in line, line[:300]
+                named = last in line or "config." in line
+                assert named, line[:300]
+
+
+def test_a_clone_called_lm_is_the_package_from_the_folder_it_lies_in(tmp_path):
+    (tmp_path / "lm").symlink_to(tiny_jobs.REPOSITORY)
+    code = "import lm, lm.config; print(lm.__version__, lm.load, lm.config.view)"
+    environment = {name: v for name, v in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.startswith(f"{lm.__version__} <function load"), done.stderr

@@ -69,7 +69,7 @@ MISTAKES = {
     ),
     "negative warm-up": (
         ["--config.optimizer.warmup_steps=-1"],
-        ["config.optimizer.warmup_steps=-1", "must not be negative"],
+        ["config.optimizer.warmup_steps=-1", "must be at least 0"],
     ),
     "warm-up longer than the decay": (
         ["--config.optimizer.warmup_steps=20", "--config.optimizer.decay_steps=10"],
@@ -78,6 +78,26 @@ MISTAKES = {
     "unknown job": (["--config.job=trian"], ["config.job='trian'", "did you mean 'train'"]),
     "not a flag": (["train"], ["'train' is not a flag"]),
     "misspelt flag": (["--wrokdir=x"], ["wrokdir", "workdir"]),
+    "model beyond memory": (
+        ["--config.model.width=1048576", "--config.model.num_layers=999"],
+        ["config.model: ", "GiB", "make it smaller"],
+    ),
+    "batch beyond memory": (
+        ["--config.data.batch_size=1048576", "--config.data.block_size=1048576"],
+        ["config.data.batch_size=1048576", "GiB"],
+    ),
+    "beyond 64 bits": (
+        [f"--config.data.num_threads={10**30}"],
+        [f"config.data.num_threads={10**30} must be at most 1024"],
+    ),
+    "unknown user": (
+        ["--config.data.path=~nobodyatall/x"],
+        ["config.data.path='~nobodyatall/x'", "no user 'nobodyatall'"],
+    ),
+    "unknown user's workdir": (["--workdir=~nobodyatall/x"], ["--workdir=", "no user"]),
+    "name too long": (["--config.init_from=" + "x" * 256], ["init_from=", "longer than 255"]),
+    "workdir too long": (["--workdir=" + "x/" * 2500], ["--workdir=", "longer than 4095"]),
+    "not finite": (["--config.optimizer.learning_rate=nan"], ["learning_rate=nan", "at least 0"]),
     "negative mesh": (["--config.mesh.tensor=3"], ["config.mesh", "tensor=3", "1"]),
     "block and context": (
         ["--config.model.max_length=16"],
@@ -169,7 +189,7 @@ GENERATE_MISTAKES = {
         ["--config.init_from=HERE/swapped"],
         ["tokenizer is not the tokenizer", "put the original back"],
     ),
-    "truncated run": (["--config.init_from=HERE/truncated"], ["config.json cannot be read"]),
+    "truncated run": (["--config.init_from=HERE/truncated"], ["config.json is damaged"]),
     "negative temperature": (
         ["--config.init_from=RUN", "--config.temperature=-1.0"],
         ["config.temperature=-1.0"],
@@ -325,7 +345,7 @@ def test_a_run_directory_alone_says_what_goes_on_in_it(here):
     shutil.copytree(here / "run", here / "alone")
     code, output, errors = main(f"--workdir={here}/alone", "--config.train.steps=26")
     assert (code, errors) == (0, "")
-    assert "finished: 24 of 24" in output
+    assert "resuming at step 24" in output
     assert tiny_jobs.checkpoint_steps(here / "alone")[-1] == 26
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.config import view
 from lm.models import ModelConfig, bind, param_specs, skeleton
 
 # Compiling is most of what these tests do, and none of them is about speed.
@@ -30,7 +31,7 @@ SIZES = {
 
 def config(**fields) -> ModelConfig:
     result = ModelConfig(**{**SIZES, "compute_dtype": "float32", "scan_layers": True, **fields})
-    result.validate()
+    view(type(result), result)
     return result
 
 

@@ -10,11 +10,11 @@ import os
 import pickle
 import shlex
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from absl import logging
 
-from lm.config import ConfigError, check
+from lm.config import Bounds, Bytes, ConfigError, check
 from lm.data import storage
 
 
@@ -23,15 +23,13 @@ class BeamConfig:
     """The `beam` section of a config: who does the work."""
 
     runner: str = "DirectRunner"  # any of Apache Beam's; this one is this machine
-    workers: int = 0  # DirectRunner: processes; 0: one per core
+    workers: Annotated[int, Bounds(0, 4096)] = 0  # DirectRunner: processes; 0: one per core
     options: str = ""  # further pipeline options, as on a command line: "--project=x --region=y"
-    part_bytes: int = 64 << 20  # input that a worker takes at a time, where a file can be cut
+    part_bytes: Bytes = 64 << 20  # input that a worker takes at a time, where a file can be cut
 
     def validate(self, prefix: str = "config.beam") -> None:
         """Raises `ConfigError` naming the first field that makes no sense."""
         check(bool(self.runner), f"{prefix}.runner='' must name a runner, such as 'DirectRunner'")
-        check(self.workers >= 0, f"{prefix}.workers={self.workers!r} must be at least 0")
-        check(self.part_bytes >= 1, f"{prefix}.part_bytes={self.part_bytes!r} must be at least 1")
         try:
             options = shlex.split(self.options)
         except ValueError as error:

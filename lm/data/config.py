@@ -7,11 +7,20 @@ import dataclasses
 import glob
 import os
 from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
 
-from lm.config import check, check_choice
+from lm.config import (
+    AboveZero,
+    Bounds,
+    Path,
+    Positive,
+    Share,
+    ShareBelowOne,
+    Size,
+    SizeOrZero,
+    check,
+)
 
-PACKINGS = ("concat", "best_fit", "none")
-SPLITS = ("hash", "position")
 OBJECTIVES = ("causal", "masked", "span_corruption", "seq2seq", "prefix")
 
 
@@ -19,27 +28,20 @@ OBJECTIVES = ("causal", "masked", "span_corruption", "seq2seq", "prefix")
 class CorruptionConfig:
     """The `data.corruption` section: what masked and span-corruption objectives hide."""
 
-    rate: float = 0.15  # share of tokens that are hidden
-    mask_share: float = 0.8  # masked: share of the hidden ones that the mask token stands for, ...
-    random_share: float = 0.1  # ... and a random token; the rest are shown as they are
+    rate: Annotated[float, Bounds(0, 1, "()")] = 0.15  # share of tokens that are hidden
+    mask_share: Share = 0.8  # masked: share of the hidden ones that the mask token stands for, ...
+    random_share: Share = 0.1  # ... and a random token; the rest are shown as they are
     whole_words: bool = False  # masked: hide whole words, not single tokens
-    span_length: float = 3.0  # span corruption: mean number of tokens in a hidden span
+    # span corruption: mean number of tokens in a hidden span
+    span_length: Annotated[float, Bounds(1)] = 3.0
 
     def validate(self, prefix: str = "config.data.corruption") -> None:
         """Raises `ConfigError` naming the first field that makes no sense."""
-        check(0 < self.rate < 1, f"{prefix}.rate={self.rate!r} must be in (0, 1)")
-        for name in ("mask_share", "random_share"):
-            value = getattr(self, name)
-            check(0 <= value <= 1, f"{prefix}.{name}={value!r} must be in [0, 1]")
         total = self.mask_share + self.random_share
         check(
             total <= 1 + 1e-9,
             f"{prefix}.mask_share={self.mask_share!r} and random_share={self.random_share!r} must "
             f"not be more than 1 together, and are {total:g}",
-        )
-        check(
-            self.span_length >= 1,
-            f"{prefix}.span_length={self.span_length!r} must be at least 1",
         )
 
 
@@ -56,41 +58,45 @@ class DataConfig:
     """
 
     # One corpus, or several to mix: a tuple, or names with commas between them.
-    path: str | tuple[str, ...] = "storyworld"
-    weights: tuple[float, ...] = ()  # share of rows per path; empty: every row once per epoch
+    path: Path | tuple[Path, ...] = "storyworld"
+    weights: tuple[AboveZero, ...] = ()  # share of rows per path; empty: every row once per epoch
     # The field of JSON, Parquet and Hugging Face records that is read. Two, such as
     # ("source", "target") or "source,target", make a corpus of pairs.
     text_field: str | tuple[str, ...] = "text"
-    num_documents: int = 50_000  # documents (or pairs) taken from an unlimited or streaming corpus
+    # documents (or pairs) taken from an unlimited or streaming corpus
+    num_documents: Positive = 50_000
     encoding: str = "utf-8"  # of text files
     # What stands between the documents of a plain text file, such as "<|endoftext|>"; \n and \t in
     # it are a line break and a tab. "": a file is one document.
     document_separator: str = ""
-    on_bad_file: str = "skip"  # binary, mis-encoded or empty files: "skip" (counted) or "refuse"
+    # binary, mis-encoded or empty files: skip counts them
+    on_bad_file: Literal["skip", "refuse"] = "skip"
 
     # "hash": a document's own text (a pair's source) decides, so equal texts never straddle the
     # splits. "position": the last part of the corpus, counted in characters, is held out; also
     # where "hash" has too few documents to choose from (fewer than 1 / validation_fraction).
-    split: str = "hash"
-    validation_fraction: float = 0.05  # share held out; 0 for none
-    validation_path: str | tuple[str, ...] = ""  # a corpus of its own to validate on, instead
+    split: Literal["hash", "position"] = "hash"
+    validation_fraction: ShareBelowOne = 0.05  # share held out; 0 for none
+    validation_path: Path | tuple[Path, ...] = ""  # a corpus of its own to validate on, instead
 
-    batch_size: int = 32  # sequences in a batch, over all hosts
+    batch_size: Size = 32  # sequences in a batch, over all hosts
     even_batch: bool = False  # raise batch_size to a multiple of the devices that share it
     # Tokens in a sequence: of the encoder's in span corruption, of the decoder's in seq2seq.
-    block_size: int = 256
-    source_length: int = 0  # seq2seq: tokens in a sequence of the encoder; 0: block_size
-    long_pairs: str = "refuse"  # seq2seq: pairs longer than that: "refuse" or "drop" (counted)
+    block_size: Size = 256
+    source_length: SizeOrZero = 0  # seq2seq: tokens in a sequence of the encoder; 0: block_size
+    # seq2seq: pairs longer than that: drop counts them
+    long_pairs: Literal["refuse", "drop"] = "refuse"
     corruption: CorruptionConfig = dataclasses.field(default_factory=CorruptionConfig)
-    packing: str = "concat"  # "concat", "best_fit" or "none" (one document a row)
+    packing: Literal["concat", "best_fit", "none"] = "concat"  # none: one document a row
     end_of_text: bool = True  # documents end with end-of-text; False: one stream, no separators
     shuffle: bool = True  # visit training rows in a new random order each epoch
     random_offset: bool = True  # "concat": cut training windows at other places each epoch
-    epochs: int | None = None  # passes over the training rows; None for no limit
+    epochs: Positive | None = None  # passes over the training rows; None for no limit
 
-    cache_dir: str = ""  # tokenised corpora; "": $LM_CACHE_DIR, else ~/.cache/lm/tokens
-    prefetch: int = 8  # batches prepared ahead on the host; 0 for none
-    num_threads: int = 1  # threads that prepare them; 0 prepares in the consumer's thread
+    cache_dir: Path = ""  # tokenised corpora; "": $LM_CACHE_DIR, else ~/.cache/lm/tokens
+    prefetch: SizeOrZero = 8  # batches prepared ahead on the host; 0 for none
+    # threads that prepare them; 0 prepares in the consumer's thread
+    num_threads: Annotated[int, Bounds(0, 1024)] = 1
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -121,32 +127,6 @@ class DataConfig:
                 f"{prefix}.weights={self.weights!r} must have one number for each of the "
                 f"{len(self.paths)} corpora in {prefix}.path={self.path!r}",
             )
-            check(
-                all(0 < weight < float("inf") for weight in self.weights),
-                f"{prefix}.weights={self.weights!r} must all be positive",
-            )
-        check_choice(f"{prefix}.packing", self.packing, PACKINGS)
-        check_choice(f"{prefix}.split", self.split, SPLITS)
-        check_choice(f"{prefix}.on_bad_file", self.on_bad_file, ("skip", "refuse"))
-        check_choice(f"{prefix}.long_pairs", self.long_pairs, ("refuse", "drop"))
-        for name, least in (
-            ("num_documents", 1),
-            ("batch_size", 1),
-            ("block_size", 1),
-            ("source_length", 0),
-            ("prefetch", 0),
-            ("num_threads", 0),
-        ):
-            value = getattr(self, name)
-            check(value >= least, f"{prefix}.{name}={value!r} must be at least {least}")
-        check(
-            self.epochs is None or self.epochs >= 1,
-            f"{prefix}.epochs={self.epochs!r} must be at least 1, or None for no limit",
-        )
-        check(
-            0 <= self.validation_fraction < 1,
-            f"{prefix}.validation_fraction={self.validation_fraction!r} must be in [0, 1)",
-        )
         check(
             len(self.text_fields) in (1, 2),
             f"{prefix}.text_field={self.text_field!r} must name a field, or two for pairs",

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.config import check
+from lm.config import check, view
 from lm.inference.config import SamplingConfig
 from lm.inference.prepare import (
     Prompt,
@@ -187,7 +187,7 @@ class Generator:
           ConfigError: a prompt that is empty, or too long and not to be cut; more rows than memory
             holds.
         """
-        sampling.validate("sampling")
+        view(type(sampling), sampling, "sampling")
         check(
             isinstance(seed, int | np.integer) and -(2**31) <= seed < 2**32,
             f"seed={seed!r} must be a whole number from {-(2**31)} to {2**32 - 1}",

@@ -12,7 +12,7 @@ import ml_collections
 from rich.console import Console
 from rich.table import Table
 
-from lm.config import check, view
+from lm.config import Path, check, view
 from lm.training.metrics import FILE, read_metrics
 from lm.training.plots import plot_runs, series
 
@@ -22,7 +22,7 @@ class CompareRunsJob:
     """Which runs to compare."""
 
     job: str = "compare_runs"
-    runs: tuple[str, ...] = ("runs",)  # directories of runs, or such as have runs in them
+    runs: tuple[Path, ...] = ("runs",)  # directories of runs, or such as have runs in them
     against: Literal["step", "tokens"] = "step"  # what the horizontal axis counts
 
 

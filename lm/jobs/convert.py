@@ -6,14 +6,14 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import ml_collections
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from lm.config import ConfigError, check, check_choice, view
+from lm.config import AboveZero, ConfigError, Count, Path, check, view
 from lm.inference import Framing
 from lm.jobs.imported import GENERATION, open_imported
 from lm.jobs.sources import open_source
@@ -38,14 +38,17 @@ class ConvertJob:
     """What to convert, to what."""
 
     job: str = "convert"
-    init_from: str = ""  # a Hugging Face directory or hub name (to run); a run directory (to hf)
-    to: str = "run"  # run: a run directory | hf: a Hugging Face directory
-    dtype: str = "float32"  # of what is written: float32 | bfloat16 | float16
+    init_from: Path = ""  # a Hugging Face directory or hub name (to run); a run directory (to hf)
+    to: Literal[DIRECTIONS] = "run"  # run: a run directory | hf: a Hugging Face directory
+    # of what is written: float32 | bfloat16 | float16
+    dtype: Literal[tuple(PARAMETER_DTYPES)] = "float32"
     # Regular expressions of tensors, and of fields of config.json, that may be left out though the
     # family does not know them: "cls.seq_relationship". They are listed in what is printed.
     ignore: str | tuple[str, ...] = ()
-    step: int | str = "latest"  # to hf: of which checkpoint: its step, latest or best
-    shard_gigabytes: float = 5.0  # to hf: the most a file of weights may hold, in 10⁹ bytes
+    # to hf: of which checkpoint: its step, latest or best
+    step: Count | Literal["latest", "best"] = "latest"
+    # to hf: the most a file of weights may hold, in 10⁹ bytes
+    shard_gigabytes: AboveZero = 5.0
     mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=1, fsdp=-1))
 
     def validate(self, prefix: str = "config") -> None:
@@ -54,16 +57,6 @@ class ConvertJob:
             bool(self.init_from),
             f"{prefix}.init_from='' must name a Hugging Face directory, or a run directory for "
             f"{prefix}.to='hf'",
-        )
-        check_choice(f"{prefix}.to", self.to, DIRECTIONS)
-        check_choice(f"{prefix}.dtype", self.dtype, PARAMETER_DTYPES)
-        check(
-            self.shard_gigabytes > 0,
-            f"{prefix}.shard_gigabytes={self.shard_gigabytes} must be positive",
-        )
-        check(
-            self.step in ("latest", "best") or isinstance(self.step, int),
-            f"{prefix}.step={self.step!r} must be a step, 'latest' or 'best'",
         )
 
 

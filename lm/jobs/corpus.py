@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from lm import tokenizers
-from lm.config import ConfigError, check, to_dict, view
+from lm.config import ConfigError, Path, Seed, check, to_dict, view
 from lm.data import DataConfig, documents
 from lm.data.beam import BeamConfig, check_runner
 from lm.data.large import Made, prepare
@@ -28,8 +28,8 @@ class CorpusJob:
     """What to tokenise, with what, and who does it. The sections are those of a training run."""
 
     job: str = "corpus"
-    seed: int = 0  # of generated corpora
-    init_from: str = ""  # take the tokenizer of this run, or Hugging Face directory
+    seed: Seed = 0  # of generated corpora
+    init_from: Path = ""  # take the tokenizer of this run, or Hugging Face directory
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     beam: BeamConfig = dataclasses.field(default_factory=BeamConfig)

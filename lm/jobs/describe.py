@@ -9,7 +9,7 @@ import ml_collections
 from rich.console import Console
 from rich.table import Table
 
-from lm.config import check, view
+from lm.config import Count, check, view
 from lm.models import ModelConfig, costs, param_specs, skeleton
 from lm.models.presets import PRESETS, Overrides, preset
 from lm.parallel.params import ParamSpec
@@ -27,14 +27,8 @@ class DescribeJob:
     preset: str = "gpt2_small"  # a name of `lm.models.presets`; "" lists them
     list: bool = False  # list the presets instead
     model: Overrides = dataclasses.field(default_factory=Overrides)  # what is not as it says
-    context: int = 0  # tokens that FLOPs and cache are counted at; 0: model.max_length
-    source_length: int = 0  # of an encoder-decoder's source; 0: as long as the context
-
-    def validate(self, prefix: str = "config") -> None:
-        """Raises ConfigError on a negative length."""
-        for name in ("context", "source_length"):
-            value = getattr(self, name)
-            check(value >= 0, f"{prefix}.{name}={value} must be positive, or 0 for all of it")
+    context: Count = 0  # tokens that FLOPs and cache are counted at; 0: model.max_length
+    source_length: Count = 0  # of an encoder-decoder's source; 0: as long as the context
 
 
 def run(config: ml_collections.ConfigDict, workdir: str = "") -> costs.Parameters | None:

@@ -10,7 +10,7 @@ import sys
 import ml_collections
 
 import lm
-from lm.config import ConfigError, check, view
+from lm.config import ConfigError, Path, Seed, check, view
 from lm.inference import SamplingConfig, TextGeneration
 
 
@@ -19,13 +19,13 @@ class GenerateJob(SamplingConfig):
     """What to continue, with which model; how to draw is inherited."""
 
     job: str = "generate"
-    seed: int = 0  # of the random draws: the same seed, the same text
-    init_from: str = ""  # the directory of a run, or a Hugging Face directory
+    seed: Seed = 0  # of the random draws: the same seed, the same text
+    init_from: Path = ""  # the directory of a run, or a Hugging Face directory
     # Of a Hugging Face directory: regular expressions of fields of config.json and of tensors that
     # may be left out though they are not known.
     ignore: str | tuple[str, ...] = ()
     prompt: str = ""  # "-" reads it from standard input
-    prompt_file: str = ""  # read it from this file instead; "-" is standard input
+    prompt_file: Path = ""  # read it from this file instead; "-" is standard input
 
     def validate(self, prefix: str = "config") -> None:
         """Raises `ConfigError` naming the first field that makes no sense."""
@@ -34,7 +34,6 @@ class GenerateJob(SamplingConfig):
             not (self.prompt and self.prompt_file),
             f"{prefix}.prompt_file={self.prompt_file!r} must be empty when {prefix}.prompt is set",
         )
-        super().validate(prefix)
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:

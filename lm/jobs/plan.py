@@ -11,13 +11,13 @@ import json
 import math
 import pathlib
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import ml_collections
 from rich.console import Console
 
-from lm.config import ConfigError, check, to_dict, view
+from lm.config import AboveZero, Bounds, ConfigError, Count, Size, SizeOrZero, check, to_dict, view
 from lm.jobs import plan_report as report
 from lm.jobs.plan_analytic import on_paper, whole_state
 from lm.jobs.plan_programs import Program, Workload, decode_programs, train_program
@@ -42,21 +42,11 @@ PIPED_WIDTH = 140  # columns where standard output is no terminal
 class PlannedData:
     """The shape of a batch; a plan needs no data."""
 
-    block_size: int = 0  # tokens a sequence; 0: the model's context
-    source_length: int = 0  # of an encoder-decoder's source; 0: as long as the block
-    batch_size: int = 0  # sequences a step, over all devices; 0: rows_per_device on each
-    rows_per_device: int = 1  # where batch_size is 0: sequences for each device there is
+    block_size: SizeOrZero = 0  # tokens a sequence; 0: the model's context
+    source_length: SizeOrZero = 0  # of an encoder-decoder's source; 0: as long as the block
+    batch_size: SizeOrZero = 0  # sequences a step, over all devices; 0: rows_per_device on each
+    rows_per_device: Size = 1  # where batch_size is 0: sequences for each device there is
     packed: bool = False  # rows hold several documents, with segments and positions
-
-    def validate(self, prefix: str = "config.data") -> None:
-        """Raises ConfigError on a negative size."""
-        for name in ("block_size", "source_length", "batch_size"):
-            value = getattr(self, name)
-            check(value >= 0, f"{prefix}.{name}={value} must be positive, or 0 to choose it")
-        check(
-            self.rows_per_device >= 1,
-            f"{prefix}.rows_per_device={self.rows_per_device} must be at least 1",
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,33 +54,19 @@ class DecodePlan:
     """Inference with the same model on the same devices."""
 
     enabled: bool = False  # compile prefill and a decoding step too
-    batch_size: int = 0  # rows, over all devices; 0: 8 for each share of the mesh
-    prompt_length: int = 1024  # tokens read at once by prefill
-    cache_length: int = 0  # tokens the cache has room for; 0: data.block_size
+    batch_size: SizeOrZero = 0  # rows, over all devices; 0: 8 for each share of the mesh
+    prompt_length: Size = 1024  # tokens read at once by prefill
+    cache_length: SizeOrZero = 0  # tokens the cache has room for; 0: data.block_size
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # as it is: chosen
-
-    def validate(self, prefix: str = "config.decode") -> None:
-        """Raises ConfigError on a size that is not positive."""
-        check(
-            self.prompt_length >= 1, f"{prefix}.prompt_length={self.prompt_length} must be positive"
-        )
-        for name in ("batch_size", "cache_length"):
-            value = getattr(self, name)
-            check(value >= 0, f"{prefix}.{name}={value} must be positive, or 0 to choose it")
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchConfig:
     """Trying several meshes."""
 
-    meshes: int = 0  # how many of the most promising to compile and rank; 0: config.mesh alone
-    seconds: float = 420.0  # no further mesh is begun after this long
+    meshes: Count = 0  # how many of the most promising to compile and rank; 0: config.mesh alone
+    seconds: AboveZero = 420.0  # no further mesh is begun after this long
     naive: bool = True  # compile a deliberately naive one beside them
-
-    def validate(self, prefix: str = "config.search") -> None:
-        """Raises ConfigError on a negative number."""
-        check(self.meshes >= 0, f"{prefix}.meshes={self.meshes} must not be negative")
-        check(self.seconds > 0, f"{prefix}.seconds={self.seconds} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +77,14 @@ class PlanJob:
     preset: str = ""  # a name of `lm.models.presets`; "": `model` says everything
     model: Overrides = dataclasses.field(default_factory=Overrides)  # what is not as it says
     topology: str = "v5p:4x4x4"  # v4, v5e, v5p, v6e or tpu7x and its shape; cpu:8: fake devices
-    slices: int = 1  # so many of them, connected by the data centre's network
+    slices: Size = 1  # so many of them, connected by the data centre's network
     data: PlannedData = dataclasses.field(default_factory=PlannedData)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     strategy: str = ""  # as in training
-    zero: int = -1  # as in training
+    zero: Annotated[int, Bounds(-1, 3)] = -1  # as in training
     search: SearchConfig = dataclasses.field(default_factory=SearchConfig)
     decode: DecodePlan = dataclasses.field(default_factory=DecodePlan)
     scaling: ScalingConfig = dataclasses.field(default_factory=ScalingConfig)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from lm.config import check, check_choice
+from lm.config import Path, Size, check
 from lm.jobs.plan_programs import Workload, train_program
 from lm.jobs.plan_report import decimal, plain_table, seconds
 from lm.jobs.plan_search import Candidate, candidates
 from lm.models import costs
+from lm.models.config import REMAT
 from lm.models.presets import PRESETS, preset
 from lm.parallel.mesh import describe, make_mesh
 from lm.parallel.topology import Topology, open_topology
@@ -55,19 +56,17 @@ leave them out unless asked. `--config.train.compiler=default` makes the table w
 class ScalingConfig:
     """A table of chips instead of one plan, where `presets` names models. On TPU v5p, by ZeRO 3."""
 
-    presets: tuple[str, ...] = ()  # names of lm.models.presets; (): no table
-    rows: tuple[int, ...] = (2,)  # sequences a chip, of each model in turn
-    block_size: tuple[int, ...] = (8192,)  # tokens of each, of each model in turn
-    remat: tuple[str, ...] = ("full",)  # of each model in turn
-    compiled: tuple[int, ...] = ()  # numbers of chips for which the step is compiled as well
-    page: str = ""  # a Markdown page to write besides
+    presets: tuple[Literal[tuple(PRESETS)], ...] = ()  # names of lm.models.presets; (): no table
+    rows: tuple[Size, ...] = (2,)  # sequences a chip, of each model in turn
+    block_size: tuple[Size, ...] = (8192,)  # tokens of each, of each model in turn
+    remat: tuple[Literal[REMAT], ...] = ("full",)  # of each model in turn
+    compiled: tuple[
+        Literal[SLICES], ...
+    ] = ()  # numbers of chips for which the step is compiled as well
+    page: Path = ""  # a Markdown page to write besides
 
     def validate(self, prefix: str = "config.scaling") -> None:
         """Raises ConfigError on an unknown model or size, or too few values for the models."""
-        for index, name in enumerate(self.presets):
-            check_choice(f"{prefix}.presets[{index}]", name, PRESETS)
-        for index, chips in enumerate(self.compiled):
-            check_choice(f"{prefix}.compiled[{index}]", chips, SLICES)
         for name in ("rows", "block_size", "remat"):
             count = len(getattr(self, name))
             check(

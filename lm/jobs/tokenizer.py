@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import ml_collections
 import rich
@@ -16,7 +17,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from lm.config import ConfigError, check, check_choice, to_dict, view
+from lm.config import Bytes, ConfigError, Seed, check, to_dict, view
 from lm.data.config import DataConfig
 from lm.data.corpora import documents
 from lm.tokenizers import KINDS, Tokenizer, TokenizerConfig, as_tiktoken, explain, train
@@ -29,14 +30,14 @@ class TokenizerJob:
     """Which tokenizers to train, on what, and what to show."""
 
     job: str = "tokenizer"
-    seed: int = 0  # for generated corpora
+    seed: Seed = 0  # for generated corpora
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     # Shared by the kinds below, but for its `kind`.
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
 
     # The kinds to compare. "tiktoken" is the trained "bpe" with its merges written as ranks. Empty:
     # only `tokenizer` itself.
-    kinds: tuple[str, ...] = (
+    kinds: tuple[Literal[tuple(k for k in KINDS if k != "huggingface")], ...] = (
         "char",
         "byte",
         "bpe",
@@ -45,7 +46,7 @@ class TokenizerJob:
         "sentencepiece_unigram",
         "sentencepiece_bpe",
     )
-    heldout_bytes: int = 1_000_000  # compare on at most this much validation text
+    heldout_bytes: Bytes = 1_000_000  # compare on at most this much validation text
 
     # Show how each tokenizer cuts this text, and for BPE the merges that build it, step by step.
     # Nearly all words in text follow a space, and with it are other tokens: " together".
@@ -53,14 +54,8 @@ class TokenizerJob:
 
     def validate(self, prefix: str = "config") -> None:
         """Raises `ConfigError` naming the first field that makes no sense."""
-        for i, kind in enumerate(self.kinds):
-            check_choice(f"{prefix}.kinds[{i}]", kind, [k for k in KINDS if k != "huggingface"])
         check(
             len(set(self.kinds)) == len(self.kinds), f"{prefix}.kinds={self.kinds!r} repeats a kind"
-        )
-        check(
-            self.heldout_bytes >= 1,
-            f"{prefix}.heldout_bytes={self.heldout_bytes!r} must be at least 1",
         )
 
 

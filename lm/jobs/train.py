@@ -12,14 +12,14 @@ import os
 import pathlib
 import signal
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import ml_collections
 from rich.console import Console
 
 from lm import tokenizers
-from lm.config import ConfigError, check, to_dict, view
+from lm.config import Bounds, ConfigError, Count, Path, Seed, check, to_dict, view
 from lm.data import (
     DataConfig,
     corpus_fingerprint,
@@ -52,7 +52,7 @@ from lm.tokenizers import TokenizerConfig
 from lm.tokenizers.export import huggingface_files
 from lm.training import flops
 from lm.training.checkpoints import CheckpointConfig, Checkpointer, check_free
-from lm.training.checks import check_layout
+from lm.training.checks import check_layout, check_memory
 from lm.training.config import TrainConfig, TrainingInterrupted, check_dispatch, dispatch_steps
 from lm.training.evaluate import evaluate
 from lm.training.loop import Loop
@@ -71,10 +71,10 @@ class TrainJob:
     """Everything about one training run."""
 
     job: str = "train"
-    seed: int = 0  # of the parameters, the data order, dropout and the samples
+    seed: Seed = 0  # of the parameters, the data order, dropout and the samples
     # Start from this run or Hugging Face directory: its parameters, tokenizer and whole `model`, of
     # which only what changes nothing of that may be set here; see `lm.jobs.inherited`.
-    init_from: str = ""
+    init_from: Path = ""
     # Of a Hugging Face directory: regular expressions of fields of config.json and of tensors that
     # may be left out though they are not known.
     ignore: str | tuple[str, ...] = ()
@@ -90,12 +90,13 @@ class TrainJob:
     strategy: str = ""  # a name of lm.parallel.strategies: sets zero, and mesh axes left alone
     # What data parallelism over fsdp, expert and context splits besides the batch: 0 nothing, 1 the
     # optimizer's state, 2 gradients too, 3 parameters too; -1: what the strategy says, 3 without.
-    zero: int = -1
+    zero: Annotated[int, Bounds(-1, 3)] = -1
     # When training ends, samples.txt gets continuations of these; or of an encoder's hidden words
     # the likeliest; or of an encoder-decoder's sources the targets.
     prompt: str | tuple[str, ...] = ()
     sample: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
-    exact_match: int = 0  # seq2seq: validation pairs whose targets are then compared word for word
+    # seq2seq: validation pairs whose targets are then compared word for word
+    exact_match: Count = 0
 
     def validate(self, prefix: str = "config") -> None:
         """Raises ConfigError where sections contradict each other."""
@@ -108,7 +109,6 @@ class TrainJob:
                 f"{longest}: set it to {longest}",
             )
         check_objective(self.objective, self.model, prefix)
-        check(self.exact_match >= 0, f"{prefix}.exact_match={self.exact_match} must be at least 0")
         check(
             not self.exact_match or self.objective.name == "seq2seq",
             f"{prefix}.exact_match={self.exact_match} needs {prefix}.objective.name='seq2seq', not "
@@ -165,6 +165,7 @@ def _run(
         eval_batch_size=job.train.eval_batch_size,
         source_length=job.data.source_length,
     )
+    check_memory(job.model, job.data.batch_size, job.data.block_size + job.data.source_length)
     if job.train.offload_optimizer:
         check_offload(job.optimizer, list(layout.mesh.local_devices))
     check_shared(directory)

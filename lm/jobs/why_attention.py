@@ -16,7 +16,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ import ml_collections
 import numpy as np
 from rich.console import Console
 
-from lm.config import ConfigError, check, to_dict, view
+from lm.config import Bounds, ConfigError, Count, Positive, Seed, Size, check, to_dict, view
 from lm.jobs.why_attention_report import plot, report, tables
 from lm.jobs.why_attention_tasks import TEST, Batch, Task, copying, repeated, translation
 from lm.models import ModelConfig, bind, count, init, param_specs, skeleton
@@ -52,15 +52,12 @@ class GradientsConfig:
     """How far back the loss of one token reaches, in language models that repeat a text."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)  # its `cell` is all in turn
-    length: int = 24  # symbols in the text to be repeated
-    steps: int = 200  # of training; 0: only as initialised
-    batch_size: int = 64  # sequences a step, and over which norms are averaged
+    length: Annotated[int, Bounds(2, 2**20)] = 24  # symbols in the text to be repeated
+    steps: Count = 200  # of training; 0: only as initialised
+    batch_size: Size = 64  # sequences a step, and over which norms are averaged
 
     def validate(self, prefix: str = "config.gradients") -> None:
         """Raises ConfigError on the first impossible field."""
-        for name, least in (("length", 2), ("steps", 0), ("batch_size", 1)):
-            value = getattr(self, name)
-            check(value >= least, f"{prefix}.{name}={value} must be at least {least}")
         _check_sizes(self.model, f"{prefix}.model", "decoder")
 
 
@@ -71,23 +68,17 @@ class BottleneckConfig:
     fixed: ModelConfig = dataclasses.field(default_factory=ModelConfig)  # one vector between
     attending: ModelConfig = dataclasses.field(default_factory=ModelConfig)  # Bahdanau's attention
     transformer: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    steps: int = 500  # of every model on either task
-    batch_size: int = 24  # rows a step, each with as many pairs as fit
-    row_length: int = 64  # places in a row, on either side
-    symbols: int = 24  # most symbols to copy
-    words: int = 14  # most words to translate
-    pairs: int = 40_000  # sentences to train on
+    steps: Positive = 500  # of every model on either task
+    batch_size: Size = 24  # rows a step, each with as many pairs as fit
+    row_length: Size = 64  # places in a row, on either side
+    symbols: Annotated[int, Bounds(6, 2**20)] = 24  # most symbols to copy
+    words: Annotated[int, Bounds(4, 2**20)] = 14  # most words to translate
+    pairs: Annotated[int, Bounds(1, 2**30)] = 40_000  # sentences to train on
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)  # theirs
-    test_pairs: int = 64  # at every length
+    test_pairs: Size = 64  # at every length
 
     def validate(self, prefix: str = "config.bottleneck") -> None:
         """Raises ConfigError on the first impossible field."""
-        for name, least in (
-            ("steps", 1), ("batch_size", 1), ("pairs", 1), ("test_pairs", 1), ("symbols", 6),
-            ("words", 4),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            check(value >= least, f"{prefix}.{name}={value} must be at least {least}")
         check(
             self.row_length > self.symbols,
             f"{prefix}.row_length={self.row_length} must be more than symbols={self.symbols}",
@@ -111,17 +102,14 @@ class SpeedConfig:
     """Forward and backward passes over few texts, at several lengths."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)  # `cell`: lstm, attention
-    lengths: tuple[int, ...] = (16, 64, 256, 1024)
-    rows: int = 1  # texts at a time
-    repeats: int = 3  # the median of so many counts
+    lengths: tuple[Size, ...] = (16, 64, 256, 1024)
+    rows: Size = 1  # texts at a time
+    repeats: Size = 3  # the median of so many counts
 
     def validate(self, prefix: str = "config.speed") -> None:
         """Raises ConfigError on the first impossible field."""
-        for name in ("rows", "repeats"):
-            value = getattr(self, name)
-            check(value >= 1, f"{prefix}.{name}={value} must be at least 1")
         check(
-            len(self.lengths) >= 1 and min(self.lengths) >= 1,
+            len(self.lengths) >= 1,
             f"{prefix}.lengths={self.lengths} must be at least one length of at least 1",
         )
         _check_sizes(self.model, f"{prefix}.model", "decoder")
@@ -132,8 +120,9 @@ class WhyAttentionJob:
     """What to measure, and with which models."""
 
     job: str = "why_attention"
-    seed: int = 0  # of parameters and data
-    alphabet: int = 26  # symbols that texts to repeat or copy are made of
+    seed: Seed = 0  # of parameters and data
+    # symbols that texts to repeat or copy are made of
+    alphabet: Annotated[int, Bounds(2, 2**20)] = 26
     gradients: GradientsConfig = dataclasses.field(default_factory=GradientsConfig)
     bottleneck: BottleneckConfig = dataclasses.field(default_factory=BottleneckConfig)
     speed: SpeedConfig = dataclasses.field(default_factory=SpeedConfig)
@@ -141,8 +130,6 @@ class WhyAttentionJob:
 
     def validate(self, prefix: str = "config") -> None:
         """Raises ConfigError on the first impossible field."""
-        check(self.seed >= 0, f"{prefix}.seed={self.seed} must not be negative")
-        check(self.alphabet >= 2, f"{prefix}.alphabet={self.alphabet} must be at least 2")
         for steps in (self.gradients.steps, self.bottleneck.steps):
             make_schedule(self.optimizer, steps or self.bottleneck.steps)  # for its errors
 

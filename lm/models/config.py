@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Annotated, Literal
 
-from lm.config import ConfigError, check, check_choice
+from lm.config import (
+    AboveZero,
+    Bounds,
+    ConfigError,
+    Count,
+    NotNegative,
+    Positive,
+    ShareBelowOne,
+    Size,
+    SizeOrZero,
+    check,
+)
 
 ARCHITECTURES = ("decoder", "encoder", "encoder_decoder")
 CELLS = ("attention", "rnn", "gru", "lstm")
@@ -23,6 +35,7 @@ REMAT = ("none", "dots", "projections", "qkv", "full", "offload")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "fp8")
 ATTENTION = ("auto", "xla", "splash", "cudnn")
+AboveOne = Annotated[float, Bounds(1, ends="(]")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,104 +45,103 @@ class ModelConfig:
     With `cell`, one of the recurrent networks before it. `lm.models.presets` has the known models.
     """
 
-    architecture: str = "decoder"  # decoder (GPT) | encoder (BERT) | encoder_decoder (T5)
-    cell: str = "attention"  # attention | rnn | gru | lstm: what carries the past to the present
+    # decoder (GPT) | encoder (BERT) | encoder_decoder (T5)
+    architecture: Literal[ARCHITECTURES] = "decoder"
+    cell: Literal[CELLS] = "attention"  # what carries the past to the present
     cross_attention: bool = True  # recurrent encoder_decoder: Bahdanau's; False: one fixed vector
 
     # Size
-    num_layers: int = 4  # of the decoder, where there are both
-    num_encoder_layers: int | None = None  # None: as many as the decoder's
-    num_heads: int = 4
-    num_kv_heads: int | None = None  # None: one per head; 1: multi-query; between: grouped-query
-    width: int = 128
-    head_dim: int | None = None  # None: width / num_heads
-    mlp_width: int | None = None  # None: 4 × width, or 8/3 × width when gated, to a multiple of 64
-    vocab_size: int = 0  # 0: the tokenizer's
-    max_length: int = 0  # context in tokens; 0: data.block_size
+    num_layers: Size = 4  # of the decoder, where there are both
+    num_encoder_layers: Size | None = None  # None: as many as the decoder's
+    num_heads: Size = 4
+    num_kv_heads: Size | None = None  # None: one per head; 1: multi-query; between: grouped-query
+    width: Size = 128
+    head_dim: Size | None = None  # None: width / num_heads
+    mlp_width: Size | None = None  # None: 4 × width, or 8/3 × width when gated, to a multiple of 64
+    vocab_size: Annotated[int, Bounds(0, 2**24)] = 0  # 0: the tokenizer's
+    max_length: Count = 0  # context in tokens; 0: data.block_size
 
     # Embedding
     tie_embeddings: bool = True  # the output head is the token embedding
-    embedding_scale: float = 1.0  # multiplies token embeddings; 0: √width (2017, Gemma)
+    embedding_scale: NotNegative = 1.0  # multiplies token embeddings; 0: √width (2017, Gemma)
     embedding_norm: bool = False  # a norm after the embeddings (BERT, BART, BLOOM)
-    token_types: int = 0  # segment embeddings (BERT has 2); 0: none
+    token_types: SizeOrZero = 0  # segment embeddings (BERT has 2); 0: none
 
     # Positions
-    positions: str = "rotary"  # learned | sinusoidal | rotary | relative (T5) | alibi | none
-    position_offset: int = 0  # unused rows before position 0 of a learned table (OPT, BART: 2)
-    rotary_base: float = 10_000.0
-    rotary_local_base: float | None = None  # local layers', unscaled (Gemma 3); None: as others
-    rotary_fraction: float = 1.0  # share of each head that is rotated (GPT-NeoX: 0.25)
-    rotary_scaling: str = "none"  # none | linear | llama3 | yarn: how angles are slowed
-    rotary_factor: float = 1.0  # how many times longer than the original context
-    rotary_original_length: int = 8192  # llama3, yarn: that original context
-    rotary_low: float = 1.0  # llama3: low_freq_factor; yarn: beta_slow
-    rotary_high: float = 4.0  # llama3: high_freq_factor; yarn: beta_fast
-    relative_buckets: int = 32  # relative: learned biases a head (Raffel et al. 2020, §2.1)
-    relative_distance: int = 128  # relative: distances from here on share a bucket
+    # learned | sinusoidal | rotary | relative (T5) | alibi | none
+    positions: Literal[POSITIONS] = "rotary"
+    # unused rows before position 0 of a learned table (OPT, BART: 2)
+    position_offset: SizeOrZero = 0
+    rotary_base: AboveOne = 10_000.0
+    rotary_local_base: AboveOne | None = None  # local layers', unscaled (Gemma 3); None: as others
+    # share of each head that is rotated (GPT-NeoX: 0.25)
+    rotary_fraction: Annotated[float, Bounds(0, 1, "(]")] = 1.0
+    rotary_scaling: Literal[ROTARY_SCALINGS] = "none"  # how angles are slowed
+    rotary_factor: AboveZero = 1.0  # how many times longer than the original context
+    rotary_original_length: Positive = 8192  # llama3, yarn: that original context
+    rotary_low: AboveZero = 1.0  # llama3: low_freq_factor; yarn: beta_slow
+    rotary_high: AboveZero = 4.0  # llama3: high_freq_factor; yarn: beta_fast
+    relative_buckets: Size = 32  # relative: learned biases a head (Raffel et al. 2020, §2.1)
+    relative_distance: Size = 128  # relative: distances from here on share a bucket
 
     # Attention
     qk_norm: bool = False  # normalise each head's queries and keys (Qwen 3, Gemma 3)
-    attention_scale: float | None = None  # None: head_dim^-½; T5: 1
-    attention_softcap: float = 0.0  # c·tanh(scores/c); 0: none (Gemma 2: 50)
-    attention_pattern: tuple[str, ...] = ("global",)  # of each layer in turn, repeated
-    window: int = 0  # local layers see this many tokens, their own included
+    attention_scale: AboveZero | None = None  # None: head_dim^-½; T5: 1
+    attention_softcap: NotNegative = 0.0  # c·tanh(scores/c); 0: none (Gemma 2: 50)
+    attention_pattern: tuple[Literal[RANGES], ...] = ("global",)  # of each layer in turn, repeated
+    window: Count = 0  # local layers see this many tokens, their own included
 
     # Block
-    norm: str = "rmsnorm"  # layernorm | rmsnorm
-    norm_position: str = "pre"  # pre (GPT-2) | post (2017) | sandwich: both (Gemma 2)
-    norm_epsilon: float = 1e-5
+    norm: Literal[NORMS] = "rmsnorm"  # layernorm | rmsnorm
+    # pre (GPT-2) | post (2017) | sandwich: both (Gemma 2)
+    norm_position: Literal[NORM_POSITIONS] = "pre"
+    norm_epsilon: AboveZero = 1e-5
     norm_unit_offset: bool = False  # scales are stored less one (Gemma)
     final_norm: bool | None = None  # None: unless post-norm
     parallel: bool = False  # attention and MLP read the same residual stream (GPT-J, PaLM)
     shared_norm: bool = False  # parallel: and through the same norm (PaLM)
-    activation: str = "gelu_tanh"  # gelu | gelu_tanh | relu | silu | swiglu | geglu
+    activation: Literal[ACTIVATIONS] = "gelu_tanh"
     bias: bool = False  # biases in projections and in LayerNorm, where not said otherwise:
     qkv_bias: bool | None = None  # of queries, keys and values; None: as `bias`
     attention_bias: bool | None = None  # of attention's output; None: as `bias`
     norm_bias: bool | None = None  # of LayerNorm; None: as `bias`
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
 
     # Mixture of experts (Shazeer et al. 2017), instead of the MLP
-    num_experts: int = 0  # 0: a dense MLP
-    experts_per_token: int = 2
-    expert_width: int | None = None  # hidden width of one expert; None: mlp_width
-    shared_experts: int = 0  # experts that every token visits (DeepSeekMoE)
-    dense_layers: int = 0  # first layers that keep a dense MLP (DeepSeekMoE: 1)
-    router_score: str = "softmax"  # softmax | sigmoid
+    num_experts: SizeOrZero = 0  # 0: a dense MLP
+    experts_per_token: Size = 2
+    expert_width: Size | None = None  # hidden width of one expert; None: mlp_width
+    shared_experts: SizeOrZero = 0  # experts that every token visits (DeepSeekMoE)
+    dense_layers: SizeOrZero = 0  # first layers that keep a dense MLP (DeepSeekMoE: 1)
+    router_score: Literal[ROUTER_SCORES] = "softmax"  # softmax | sigmoid
     router_normalize: bool = True  # the chosen experts' weights sum to one
-    capacity_factor: float = 0.0  # experts take this × their fair share of tokens; 0: dropless
+    # experts take this × their fair share of tokens; 0: dropless
+    capacity_factor: NotNegative = 0.0
 
     # Head
     head_transform: bool = False  # projection, activation and norm before it (BERT)
     head_bias: bool = False
-    output_scale: float = 1.0  # multiplies what the head reads; 0: width^-½ (T5 when tied)
-    logits_softcap: float = 0.0  # c·tanh(logits/c); 0: none (Gemma 2: 30)
+    output_scale: NotNegative = 1.0  # multiplies what the head reads; 0: width^-½ (T5 when tied)
+    logits_softcap: NotNegative = 0.0  # c·tanh(logits/c); 0: none (Gemma 2: 30)
     pooler: bool = False  # encoder: tanh projection of the first token (BERT)
-    classifier: str = "none"  # none | sequence (reads the first token) | token
-    num_labels: int = 2  # of the classifier
+    classifier: Literal[CLASSIFIERS] = "none"  # none | sequence (reads the first token) | token
+    num_labels: Size = 2  # of the classifier
 
     # How it starts and how it is computed
-    initializer: str = "gpt2"  # gpt2 | normal | scaled_zero | xavier | lecun | t5
-    initializer_std: float = 0.02
-    compute_dtype: str = "auto"  # auto: bfloat16 where the platform is fast at it
-    quantization: str = "none"  # none | int8 | fp8: products with the blocks' weights, in training
-    attention: str = "auto"  # auto | xla | splash (TPU) | cudnn (GPU); see lm.models.kernels
+    initializer: Literal[INITIALIZERS] = "gpt2"  # gpt2 | normal | scaled_zero | xavier | lecun | t5
+    initializer_std: AboveZero = 0.02
+    compute_dtype: Literal[DTYPES] = "auto"  # auto: bfloat16 where the platform is fast at it
+    quantization: Literal[QUANTIZATIONS] = "none"  # products with the blocks' weights, in training
+    # auto | xla | splash (TPU) | cudnn (GPU); see lm.models.kernels
+    attention: Literal[ATTENTION] = "auto"
     # none | dots | projections | qkv | full | offload: how much is recomputed backwards. Under full
     # a layer's input is all that is kept of it; under offload that waits in the host's memory, at
     # the cost of moving it there and back. Not in a pipeline.
-    remat: str = "none"
+    remat: Literal[REMAT] = "none"
     scan_layers: bool | None = None  # None: scan, but for up to 12 layers on a CPU
 
     def validate(self, prefix: str = "config.model") -> None:
         """Raises ConfigError on the first impossible field, or pair of fields."""
-        for name, allowed in _CHOICES.items():
-            check_choice(f"{prefix}.{name}", getattr(self, name), allowed)
-        for index, reach in enumerate(self.attention_pattern):
-            check_choice(f"{prefix}.attention_pattern[{index}]", reach, RANGES)
-        for names, holds, wanted in _BOUNDS:
-            for name in names.split():
-                value = getattr(self, name)
-                check(value is None or holds(value), f"{prefix}.{name}={value} must be {wanted}")
         self._validate_heads(prefix)
         self._validate_attention(prefix)
         self._validate_experts(prefix)
@@ -289,51 +301,3 @@ class ModelConfig:
         """Whether `part` (qkv | attention | norm) has biases: what it says itself, else `bias`."""
         own = getattr(self, f"{part}_bias")
         return self.bias if own is None else own
-
-
-_CHOICES = {
-    "architecture": ARCHITECTURES,
-    "cell": CELLS,
-    "positions": POSITIONS,
-    "rotary_scaling": ROTARY_SCALINGS,
-    "norm": NORMS,
-    "norm_position": NORM_POSITIONS,
-    "activation": ACTIVATIONS,
-    "router_score": ROUTER_SCORES,
-    "classifier": CLASSIFIERS,
-    "initializer": INITIALIZERS,
-    "compute_dtype": DTYPES,
-    "quantization": QUANTIZATIONS,
-    "attention": ATTENTION,
-    "remat": REMAT,
-}
-
-_BOUNDS = (
-    (
-        "num_layers num_heads width experts_per_token num_labels relative_buckets "
-        "rotary_original_length",
-        lambda x: x >= 1,
-        "at least 1",
-    ),
-    (
-        "num_kv_heads head_dim mlp_width num_encoder_layers expert_width",
-        lambda x: x >= 1,
-        "at least 1, or None to choose it",
-    ),
-    ("relative_distance", lambda x: 1 <= x <= 1 << 20, "from 1 to 2²⁰"),
-    ("vocab_size max_length", lambda x: x >= 0, "positive, or 0 to choose it"),
-    (
-        "norm_epsilon initializer_std rotary_factor attention_scale rotary_low rotary_high",
-        lambda x: x > 0,
-        "positive",
-    ),
-    ("rotary_base rotary_local_base", lambda x: x > 1, "more than 1"),
-    (
-        "token_types position_offset window num_experts shared_experts dense_layers "
-        "embedding_scale output_scale attention_softcap logits_softcap capacity_factor",
-        lambda x: x >= 0,
-        "at least 0",
-    ),
-    ("rotary_fraction", lambda x: 0 < x <= 1, "in (0, 1]"),
-    ("dropout", lambda x: 0 <= x < 1, "in [0, 1)"),
-)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
-from lm.config import check, check_choice
+from lm.config import Count, NotNegative, ShareBelowOne, check
 from lm.models import ModelConfig
 
 # What a batch asks of the model (`lm.data` makes it) → the architectures that can answer.
@@ -21,24 +22,13 @@ OBJECTIVES = {
 class ObjectiveConfig:
     """What the loss is."""
 
-    name: str = "causal"  # causal | prefix | masked | span_corruption | seq2seq
-    z_loss: float = 0.0  # coefficient of log²Z (Chowdhery et al. 2022); 1e-4 where it is used
-    label_smoothing: float = 0.0  # share of the target spread over the vocabulary; 2017: 0.1
-    load_balancing: float = 0.01  # experts: coefficient of the load-balancing loss
-    router_z: float = 0.001  # experts: coefficient of the router's z-loss
-    chunk: int = 0  # positions whose logits exist at once; 0 chooses
-
-    def validate(self, prefix: str = "config.objective") -> None:
-        """Raises ConfigError on an unknown objective, or a coefficient out of range."""
-        check_choice(f"{prefix}.name", self.name, OBJECTIVES)
-        for name in ("z_loss", "load_balancing", "router_z"):
-            value = getattr(self, name)
-            check(value >= 0, f"{prefix}.{name}={value} must not be negative")
-        check(
-            0 <= self.label_smoothing < 1,
-            f"{prefix}.label_smoothing={self.label_smoothing} must be in [0, 1)",
-        )
-        check(self.chunk >= 0, f"{prefix}.chunk={self.chunk} must be positive, or 0 to choose it")
+    name: Literal[tuple(OBJECTIVES)] = "causal"  # what it predicts; see OBJECTIVES
+    z_loss: NotNegative = 0.0  # coefficient of log²Z (Chowdhery et al. 2022); 1e-4 where it is used
+    # share of the target spread over the vocabulary; 2017: 0.1
+    label_smoothing: ShareBelowOne = 0.0
+    load_balancing: NotNegative = 0.01  # experts: coefficient of the load-balancing loss
+    router_z: NotNegative = 0.001  # experts: coefficient of the router's z-loss
+    chunk: Count = 0  # positions whose logits exist at once; 0 chooses
 
 
 def check_objective(objective: ObjectiveConfig, model: ModelConfig, prefix: str) -> None:

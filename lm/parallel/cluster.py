@@ -20,11 +20,11 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from absl import logging
 
-from lm.config import ConfigError, check, check_choice
+from lm.config import Bounds, ConfigError, Count, check
 
 CLUSTERS = ("auto", "none", "explicit", "slurm", "tpu", "kubernetes")
 _SRUN = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -37,24 +37,19 @@ _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attribu
 class HostsConfig:
     """The processes of a run and how they find each other."""
 
-    cluster: str = "auto"  # where to look: auto, none, explicit, slurm, tpu or kubernetes
+    cluster: Literal[CLUSTERS] = "auto"  # where to look
     coordinator: str = ""  # host:port at which process 0 listens and the others find it
-    process_id: int = -1  # which process this is, from 0
-    num_processes: int = 0  # how many there are
-    heartbeat_timeout: int = 30  # seconds of silence after which a process counts as dead
-    initialization_timeout: int = 300  # seconds to wait for all processes to arrive
-    local_devices: int = 0  # fake devices of this process, on a CPU; 0: what there is
+    process_id: Annotated[int, Bounds(-1)] = -1  # which process this is, from 0
+    num_processes: Count = 0  # how many there are
+    # seconds of silence after which a process counts as dead
+    heartbeat_timeout: Annotated[int, Bounds(2, 10**6)] = 30
+    # seconds to wait for all processes to arrive
+    initialization_timeout: Annotated[int, Bounds(2, 10**6)] = 300
+    # fake devices of this process, on a CPU; 0: what there is
+    local_devices: Annotated[int, Bounds(0, 4096)] = 0
 
     def validate(self, prefix: str = "config.hosts") -> None:
         """Raises ConfigError on the first impossible field."""
-        check_choice(f"{prefix}.cluster", self.cluster, CLUSTERS)
-        for name in ("heartbeat_timeout", "initialization_timeout"):
-            value = getattr(self, name)
-            check(value >= 2, f"{prefix}.{name}={value} must be at least 2 seconds")
-        check(self.process_id >= -1, f"{prefix}.process_id={self.process_id} must be 0 or more")
-        for name in ("num_processes", "local_devices"):
-            value = getattr(self, name)
-            check(value >= 0, f"{prefix}.{name}={value} must not be negative")
         if self.coordinator:
             _check_address(f"{prefix}.coordinator", self.coordinator)
 

@@ -4,47 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lm.config import ConfigError, check, check_choice
+from lm.config import Bounds, ConfigError, Count, Positive, check
 from lm.parallel.schedule import REDUCE_DTYPES
 
 # From those that talk least, which may lie across hosts and slices, to those that talk most.
 AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("stage", "data", "fsdp", "expert")  # rows of a batch are split over these
 
+Ways = Annotated[int, Bounds(-1)]  # -1: all devices that remain
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """How many ways each axis splits; one axis may be -1, meaning all devices that remain."""
 
-    data: int = -1  # copies of the model, each with its share of the batch
-    fsdp: int = 1  # the batch again, and what config.zero says with it
-    tensor: int = 1  # heads, MLP and vocabulary
-    context: int = 1  # each sequence, its attention by a ring
-    expert: int = 1  # experts, and the batch again
-    stage: int = 1  # layers, in a pipeline
-    microbatches: int = 0  # of a pipeline, a multiple of stage; 0: four a stage, or what divides
-    reduce_dtype: str = "float32"  # float32 | bfloat16: what parameters' gradients travel in
-    rounds: int = 1  # times a micro-batch passes through a pipeline; 1: GPipe, more: circular
+    data: Ways = -1  # copies of the model, each with its share of the batch
+    fsdp: Ways = 1  # the batch again, and what config.zero says with it
+    tensor: Ways = 1  # heads, MLP and vocabulary
+    context: Ways = 1  # each sequence, its attention by a ring
+    expert: Ways = 1  # experts, and the batch again
+    stage: Ways = 1  # layers, in a pipeline
+    microbatches: Count = 0  # of a pipeline, a multiple of stage; 0: four a stage, or what divides
+    reduce_dtype: Literal[REDUCE_DTYPES] = "float32"  # what parameters' gradients travel in
+    rounds: Positive = 1  # times a micro-batch passes through a pipeline; 1: GPipe, more: circular
 
     def validate(self, prefix: str = "config.mesh") -> None:
         """Raises ConfigError unless sizes are positive and at most one is -1."""
         for axis in AXES:
-            size = getattr(self, axis)
-            check(size >= 1 or size == -1, f"{prefix}.{axis}={size} must be positive, or -1")
+            check(getattr(self, axis) != 0, f"{prefix}.{axis}=0 must be positive, or -1")
         rest = [axis for axis in AXES if getattr(self, axis) == -1]
         check(len(rest) <= 1, f"{prefix}: only one axis may be -1, not {' and '.join(rest)}")
-        check_choice(f"{prefix}.reduce_dtype", self.reduce_dtype, REDUCE_DTYPES)
-        check(self.rounds >= 1, f"{prefix}.rounds={self.rounds} must be at least 1")
-        check(
-            self.microbatches >= 0,
-            f"{prefix}.microbatches={self.microbatches} must be positive, or 0 to choose it",
-        )
         check(
             self.stage != 1 or (self.rounds == 1 and self.microbatches == 0),
             f"{prefix}.microbatches={self.microbatches} and rounds={self.rounds} are for a "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from lm.config import check, check_choice
+from lm.config import check, check_choice, view
 from lm.parallel.mesh import AXES, MeshConfig
 
 
@@ -55,5 +55,5 @@ def resolve(strategy: str, mesh: MeshConfig, zero: int) -> tuple[MeshConfig, int
     if -1 in given.values():
         sizes = {axis: 1 if size == -1 else size for axis, size in sizes.items()}
     resolved = dataclasses.replace(mesh, **{**sizes, **given})
-    resolved.validate()
+    resolved = view(MeshConfig, resolved, "config.mesh")
     return resolved, chosen.zero if zero < 0 else zero

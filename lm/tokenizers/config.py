@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated, Literal
 
 import tokenizers
 
-from lm.config import ConfigError, check, check_choice, nearest
+from lm.config import (
+    Bounds,
+    Bytes,
+    ConfigError,
+    Path,
+    Positive,
+    SizeOrZero,
+    check,
+    nearest,
+)
 from lm.tokenizers.base import MASKS, SENTINEL
 
 TRAINED_KINDS = (
@@ -53,23 +63,24 @@ class TokenizerConfig:
     from `path`: `tiktoken` (a file of ranks) and `huggingface` (any `tokenizer.json`).
     """
 
-    kind: str = "bpe"  # see above
+    kind: Literal[KINDS] = "bpe"  # see above
 
     # Ids in all, specials included. `char` keeps the most frequent characters; `byte` ignores it.
     # A corpus with too few repetitions may give `bpe` and `wordpiece` fewer.
-    vocab_size: int = 1024
+    vocab_size: Annotated[int, Bounds(1, 2**24)] = 1024
 
     # Read this tokenizer instead of training one: a directory (one that was saved, or a Hugging
     # Face model), a tokenizer.json, a SentencePiece .model or a .tiktoken file. The file decides
     # the kind; what only training needs has no effect. Special tokens that are asked for below and
     # are not there get ids after the last one.
-    path: str = ""
+    path: Path = ""
 
-    train_bytes: int = 10_000_000  # train on at most this much text, from the corpus's start
-    min_frequency: int = 2  # `bpe`, `wordpiece`: a pair must occur this often to be merged
+    train_bytes: Bytes = 10_000_000  # train on at most this much text, from the corpus's start
+    min_frequency: Positive = 2  # `bpe`, `wordpiece`: a pair must occur this often to be merged
     pattern: str = "gpt2"  # `bpe`, `tiktoken`: "gpt2", "cl100k", "o200k", or a regular expression
     lowercase: bool = False  # `wordpiece`: fold case, as bert-base-uncased
-    character_coverage: float = 0.9995  # SentencePiece: the share of characters not left to bytes
+    # SentencePiece: the share of characters not left to bytes
+    character_coverage: Annotated[float, Bounds(0.9, 1)] = 0.9995
 
     # The end-of-text token. None: "<|endoftext|>", or what the files at `path` say.
     eos_token: str | None = None
@@ -77,7 +88,7 @@ class TokenizerConfig:
     # the files at `path` say.
     bos_token: str | None = None
     mask_token: bool = False  # have "[MASK]", for masked language modelling
-    num_sentinels: int = 0  # have "<extra_id_0>", "<extra_id_1>", ..., for span corruption
+    num_sentinels: SizeOrZero = 0  # have "<extra_id_0>", "<extra_id_1>", ..., for span corruption
     special_tokens: tuple[str, ...] = ()  # further specials, such as "<|user|>"
 
     @property
@@ -93,21 +104,9 @@ class TokenizerConfig:
 
     def validate(self, prefix: str = "config.tokenizer") -> None:
         """Raises `ConfigError` naming the first field that makes no sense."""
-        check_choice(f"{prefix}.kind", self.kind, KINDS)
         check(
             bool(self.path) or self.kind not in LOADED_KINDS,
             f"{prefix}.path='' must name a file: kind {self.kind!r} is read, not trained",
-        )
-        for name, least in (("vocab_size", 1), ("train_bytes", 1), ("min_frequency", 1)):
-            value = getattr(self, name)
-            check(value >= least, f"{prefix}.{name}={value!r} must be at least {least}")
-        check(
-            0.9 <= self.character_coverage <= 1,
-            f"{prefix}.character_coverage={self.character_coverage!r} must be in [0.9, 1]",
-        )
-        check(
-            self.num_sentinels >= 0,
-            f"{prefix}.num_sentinels={self.num_sentinels!r} must be at least 0",
         )
         for name in self.special_tokens:
             check(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from lm.config import check
+from lm.config import check, view
 from lm.tokenizers import merging, plain, sentence_piece
 from lm.tokenizers.base import Tokenizer, well_formed
 from lm.tokenizers.config import TokenizerConfig
@@ -22,7 +22,7 @@ def train(
     Raises:
       ConfigError: a field that makes no sense, no text, or a vocabulary that does not fit the text.
     """
-    config.validate(prefix)
+    view(TokenizerConfig, config, prefix)
     if config.path:
         return open_path(config.path, config, prefix)
     if config.kind == "byte":

@@ -33,7 +33,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from lm import files
-from lm.config import check
+from lm.config import Count, Positive
 from lm.parallel import hosts
 from lm.training.manifests import checksums, write_manifest
 from lm.training.saved import (
@@ -59,19 +59,14 @@ _log = logging.getLogger(__name__)
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
-    every: int = 1000  # steps between saves; 0 saves only when the trainer asks (at its end)
-    keep: int = 2  # how many of the latest checkpoints stay on disk
+    every: Count = 1000  # steps between saves; 0 saves only when the trainer asks (at its end)
+    keep: Positive = 2  # how many of the latest checkpoints stay on disk
     keep_best: bool = True  # whether the one with the lowest eval_loss stays as well
     async_save: bool = True  # write while training goes on; False waits for every save
     # Record a checksum of every array, which the devices compute from what they hold (a pass over
     # their memory, nothing is read from disk), and of every small file; verify them on reading.
     # False records only the sizes of files.
     checksums: bool = True
-
-    def validate(self, prefix: str = "config.checkpoint") -> None:
-        """Raises `ConfigError` for a negative interval or when nothing would be kept."""
-        check(self.every >= 0, f"{prefix}.every={self.every} must be 0 (only at the end) or more")
-        check(self.keep >= 1, f"{prefix}.keep={self.keep} must be at least 1")
 
 
 def check_free(directory: pathlib.Path) -> None:

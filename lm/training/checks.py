@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+import jax
+
 from lm.config import check
-from lm.models import ModelConfig
+from lm.models import ModelConfig, count, param_specs, skeleton
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import batch_ways
 from lm.parallel.pipeline import check_layers
@@ -70,3 +74,34 @@ def check_layout(
         f"config.mesh.expert={sizes['expert']} must divide config.model.num_experts="
         f"{model.num_experts}: use mesh.fsdp or mesh.data for the rest",
     )
+
+
+def check_memory(model: ModelConfig, batch_size: int, length: int) -> None:
+    """Raises ConfigError where not even all devices together hold one copy of what must be there.
+
+    That is the parameters and their gradients in float32, and a batch's inputs and targets. What
+    passes may still not fit: see the report at the start.
+
+    Args:
+      model: the model.
+      batch_size: sequences a step.
+      length: tokens a sequence, of source and target together.
+    """
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        here = (
+            (device.memory_stats() or {}).get("bytes_limit") or 2**40
+        ) * jax.local_device_count()
+    memory = here * jax.process_count()
+    parameters = count(param_specs(skeleton(model)))
+    for needed, what in (
+        (8 * parameters, f"config.model: {parameters:,} parameters and their gradients take"),
+        (8 * batch_size * length, f"config.data.batch_size={batch_size}: a batch takes"),
+    ):
+        check(
+            needed < memory,
+            f"{what} {needed / 2**30:,.0f} GiB, and all devices together have "
+            f"{memory / 2**30:,.0f} GiB: make it smaller",
+        )

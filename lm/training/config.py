@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
-from lm.config import check, check_choice
+from lm.config import Count, NotNegative, Path, Positive, Size, SizeOrZero, check
 
 
 class TrainingStopped(RuntimeError):
@@ -26,43 +27,24 @@ class TrainingInterrupted(TrainingStopped):
 class TrainConfig:
     """The training loop."""
 
-    steps: int = 1000  # optimizer steps
-    accumulation: int = 1  # micro-batches whose gradients make one step
+    steps: Positive = 1000  # optimizer steps
+    accumulation: Size = 1  # micro-batches whose gradients make one step
     offload_optimizer: bool = False  # keep the optimizer's state in the host's memory
-    steps_per_dispatch: int = 0  # steps the device runs per call from the host; 0 chooses
-    log_every: int = 10  # steps between records of the loss; 0 never
-    eval_every: int = 0  # steps between evaluations on all validation data; 0: at the end alone
-    eval_batch_size: int = 0  # sequences a validation batch; 0: data.batch_size
+    steps_per_dispatch: Count = 0  # steps the device runs per call from the host; 0 chooses
+    log_every: Count = 10  # steps between records of the loss; 0 never
+    eval_every: Count = 0  # steps between evaluations on all validation data; 0: at the end alone
+    eval_batch_size: SizeOrZero = 0  # sequences a validation batch; 0: data.batch_size
     # When a step's loss or gradient is not finite, or its loss exceeds the running mean by
     # `spike_nats`: skip leaves that step out; rollback returns to the last checkpoint and leaves
     # out the data since; stop ends the run. The step's update is never applied.
-    on_spike: str = "skip"
-    spike_nats: float = 0.0  # 0: only values that are not finite count
-    max_spikes: int = 20  # in a run, before it stops whatever `on_spike` says
-    profile_start: int = 0  # first step of the profiler's window
-    profile_steps: int = 0  # its length; the trace goes to WORKDIR/profile; 0: no profile
-    # default | tuned: TPUs' compiler with `lm.parallel.compiler.options`, which no TPU has run yet.
-    compiler: str = "default"
-    compilation_cache: str = "~/.cache/lm/xla"  # compiled programs, kept across runs; "" for none
-
-    def validate(self, prefix: str = "config.train") -> None:
-        """Raises ConfigError on the first impossible field."""
-        for name in ("steps", "accumulation", "max_spikes"):
-            value = getattr(self, name)
-            check(value >= 1, f"{prefix}.{name}={value} must be at least 1")
-        for name in (
-            "steps_per_dispatch",
-            "log_every",
-            "eval_every",
-            "eval_batch_size",
-            "profile_start",
-            "profile_steps",
-            "spike_nats",
-        ):
-            value = getattr(self, name)
-            check(value >= 0, f"{prefix}.{name}={value} must not be negative")
-        check_choice(f"{prefix}.compiler", self.compiler, ("default", "tuned"))
-        check_choice(f"{prefix}.on_spike", self.on_spike, ("skip", "rollback", "stop"))
+    on_spike: Literal["skip", "rollback", "stop"] = "skip"
+    spike_nats: NotNegative = 0.0  # 0: only values that are not finite count
+    max_spikes: Positive = 20  # in a run, before it stops whatever `on_spike` says
+    profile_start: Count = 0  # first step of the profiler's window
+    profile_steps: Count = 0  # its length; the trace goes to WORKDIR/profile; 0: no profile
+    # tuned: TPUs' compiler with `lm.parallel.compiler.options`, which no TPU has run yet.
+    compiler: Literal["default", "tuned"] = "default"
+    compilation_cache: Path = "~/.cache/lm/xla"  # compiled programs, kept across runs; "" for none
 
 
 def check_dispatch(asked: int, cadences: tuple[int, ...]) -> None:

@@ -13,13 +13,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lm.config import check, check_choice
+from lm.config import (
+    AboveZero,
+    Bounds,
+    Count,
+    NotNegative,
+    Share,
+    ShareBelowOne,
+    view,
+)
 from lm.parallel.params import ParamSpec
 from lm.training import schedules
 
@@ -35,46 +43,25 @@ _HEAD_AXES = {"heads", "kv_heads", "head_dim"}  # together, one side of an atten
 class OptimizerConfig:
     """Which optimizer, its learning-rate schedule, and its numbers."""
 
-    name: str = "adamw"  # adamw, adafactor, lion, muon or sgd
-    learning_rate: float = 1e-3  # at the peak of the schedule
-    schedule: str = "cosine"  # constant, linear, cosine, inverse_sqrt or wsd: see schedules.py
-    warmup_steps: int = 0  # steps of linear warm-up to the peak; beyond the run: a tenth of it
-    decay_steps: int = 0  # step at which the decay ends; 0 is the end of the run
-    final_fraction: float = 0.1  # learning rate after the decay, as a fraction of the peak
-    decay_fraction: float = 0.2  # wsd: share of the steps spent decaying
-    b1: float = 0.9  # decay of the first moment (adamw, lion) or of the momentum (sgd)
-    b2: float = 0.95  # decay of the second moment (adamw) or of the momentum (lion)
-    eps: float = 1e-8  # adamw: added to the root of the second moment
-    weight_decay: float = 0.1  # times the learning rate, taken off the decayed parameters
-    decay: str = "matrices"  # what decays: matrices, no_embeddings (matrices but no tables) or all
-    clip_norm: float = 1.0  # largest global norm of the gradient; 0 does not clip
-    momentum_dtype: str = "float32"  # of the stored first moment: float32 or bfloat16
-    muon_momentum: float = 0.95  # muon: decay of the momentum of its matrices
-    muon_steps: int = 5  # muon: Newton-Schulz iterations; what is no layer's matrix gets adamw
-    muon_rms: float = 0.2  # muon: RMS of an update, so that adamw's rates fit; 0: Jordan's scaling
-
-    def validate(self, prefix: str = "config.optimizer") -> None:
-        """Raises `ConfigError` for an unknown name or a number out of range."""
-        check_choice(f"{prefix}.name", self.name, OPTIMIZERS)
-        check_choice(f"{prefix}.schedule", self.schedule, schedules.SCHEDULES)
-        check_choice(f"{prefix}.decay", self.decay, DECAYED)
-        check_choice(f"{prefix}.momentum_dtype", self.momentum_dtype, ("float32", "bfloat16"))
-        for field in ("b1", "b2", "muon_momentum"):
-            value = getattr(self, field)
-            check(0 <= value < 1, f"{prefix}.{field}={value} must be at least 0 and below 1")
-        for field in ("learning_rate", "weight_decay", "clip_norm", "muon_rms"):
-            value = getattr(self, field)
-            check(
-                0 <= value < math.inf, f"{prefix}.{field}={value} must be finite and not negative"
-            )
-        for field in ("warmup_steps", "decay_steps"):
-            value = getattr(self, field)
-            check(value >= 0, f"{prefix}.{field}={value} must not be negative")
-        for field in ("final_fraction", "decay_fraction"):
-            value = getattr(self, field)
-            check(0 <= value <= 1, f"{prefix}.{field}={value} must be between 0 and 1")
-        check(self.eps > 0, f"{prefix}.eps={self.eps} must be positive")
-        check(self.muon_steps >= 1, f"{prefix}.muon_steps={self.muon_steps} must be at least 1")
+    name: Literal[OPTIMIZERS] = "adamw"  # of the update
+    learning_rate: NotNegative = 1e-3  # at the peak of the schedule
+    schedule: Literal[schedules.SCHEDULES] = "cosine"  # of the learning rate: see schedules.py
+    warmup_steps: Count = 0  # steps of linear warm-up to the peak; beyond the run: a tenth of it
+    decay_steps: Count = 0  # step at which the decay ends; 0 is the end of the run
+    final_fraction: Share = 0.1  # learning rate after the decay, as a fraction of the peak
+    decay_fraction: Share = 0.2  # wsd: share of the steps spent decaying
+    b1: ShareBelowOne = 0.9  # decay of the first moment (adamw, lion) or of the momentum (sgd)
+    b2: ShareBelowOne = 0.95  # decay of the second moment (adamw) or of the momentum (lion)
+    eps: AboveZero = 1e-8  # adamw: added to the root of the second moment
+    weight_decay: NotNegative = 0.1  # times the learning rate, taken off the decayed parameters
+    decay: Literal[DECAYED] = "matrices"  # what decays; no_embeddings: matrices but no tables
+    clip_norm: NotNegative = 1.0  # largest global norm of the gradient; 0 does not clip
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"  # of the stored first moment
+    muon_momentum: ShareBelowOne = 0.95  # muon: decay of the momentum of its matrices
+    # muon: Newton-Schulz iterations; what is no layer's matrix gets adamw
+    muon_steps: Annotated[int, Bounds(1, 100)] = 5
+    # muon: RMS of an update, so that adamw's rates fit; 0: Jordan's scaling
+    muon_rms: NotNegative = 0.2
 
 
 def warmup_of(config: OptimizerConfig, total_steps: int) -> int:
@@ -122,7 +109,7 @@ def make_optimizer(
     Raises:
       ConfigError: a field is out of range, or the warm-up longer than `decay_steps`.
     """
-    config.validate()
+    view(OptimizerConfig, config, "config.optimizer")
     decayed = decay_mask(config.decay, specs)
     steps = [_direction(config, specs)]
     if config.clip_norm:

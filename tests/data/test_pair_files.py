@@ -7,7 +7,7 @@ import json
 import pytest
 from bytes_tokenizer import ByteTokenizer
 
-from lm.config import ConfigError
+from lm.config import ConfigError, view
 from lm.data import DataConfig, documents, pairs, prepare
 from lm.data.corpora import CorpusReport, num_training_characters, splits
 from lm.data.corpora import source as open_source
@@ -51,7 +51,7 @@ def test_fields_may_have_other_names(tmp_path):
     ):
         read(tmp_path, text_field=("sources", "en"))
     with pytest.raises(ConfigError, match=r"text_field=.* must name a field, or two for pairs"):
-        dataclasses.replace(CONFIG, text_field=("a", "b", "c")).validate()
+        view(DataConfig, {"text_field": ("a", "b", "c")}, "config.data")
 
 
 def test_bad_pairs_are_counted_with_their_reason_or_refused(tmp_path):

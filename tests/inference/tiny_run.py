@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.config import to_dict
+from lm.config import to_dict, view
 from lm.models import ModelConfig, init, param_specs, skeleton
 from lm.tokenizers import TokenizerConfig, train
 from lm.training.checkpoints import CheckpointConfig, Checkpointer
@@ -26,7 +26,7 @@ TINY = {
 def tiny_model(seed=0, **fields):
     """A skeleton and its random parameters."""
     config = ModelConfig(**{**TINY, **fields})
-    config.validate()
+    view(type(config), config)
     model = skeleton(config)
     return model, init(param_specs(model), jax.random.key(seed))
 

@@ -225,7 +225,7 @@ def test_what_was_ignored_is_said(tmp_path, capsys):
         ({"to": "huggingface"}, "config.to='huggingface' is not one of 'run', 'hf'"),
         ({"to": "hf"}, "is a Hugging Face directory already"),
         ({"dtype": "int8"}, "config.dtype='int8'"),
-        ({"shard_gigabytes": 0.0}, "config.shard_gigabytes=0.0 must be positive"),
+        ({"shard_gigabytes": 0.0}, "config.shard_gigabytes=0.0 must be above 0"),
         ({"mesh__fsdp": 3}, "config.mesh"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 import tiny_models
 from jax.extend.core import jaxprs_in_params
 
+from lm.config import view
 from lm.models import ModelConfig, bind, costs, param_specs, skeleton
 from lm.models.presets import preset
 
@@ -40,7 +41,7 @@ FAMILIES = {
 
 def model_of(fields):
     config = ModelConfig(**fields, compute_dtype="float32", scan_layers=False)
-    config.validate()
+    view(type(config), config)
     return config, skeleton(config)
 
 

@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm.config import ConfigError
+from lm.config import ConfigError, view
 from lm.models import ModelConfig, bind, init, param_specs, skeleton
 from lm.models.experts import grouped_contract
 from lm.models.numerics import contract
@@ -189,6 +189,6 @@ def test_the_products_with_a_blocks_weights_and_no_others_are_quantized():
 
 def test_an_unknown_kind_is_an_error_that_names_the_nearest():
     with pytest.raises(ConfigError, match=r"config.model.quantization='int4' .* 'int8'\?\)"):
-        ModelConfig(quantization="int4").validate()
+        view(ModelConfig, {"quantization": "int4"}, "config.model")
     with pytest.raises(ConfigError, match="quantization='int8' needs cell='attention', not 'gru'"):
-        ModelConfig(quantization="int8", cell="gru").validate()
+        view(ModelConfig, {"quantization": "int8", "cell": "gru"}, "config.model")

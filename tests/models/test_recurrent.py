@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from lm.config import ConfigError
+from lm.config import ConfigError, view
 from lm.models import ModelConfig, bind, count, init, param_specs, skeleton
 from lm.models.cells import KINDS, Cells, bounds, zeros
 from lm.models.taps import reading, replacing
@@ -36,7 +36,7 @@ def kinds(*names):
 def config(cell="lstm", **fields):
     sizes = {"num_layers": 2, "num_heads": 1, "width": 12, "vocab_size": VOCAB, "max_length": 16}
     result = ModelConfig(cell=cell, **{**sizes, "compute_dtype": "float32", **fields})
-    result.validate()
+    view(type(result), result)
     return result
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from lm.config import ConfigError
+from lm.config import ConfigError, view
 from lm.models import bind
 from lm.models.build import init, param_specs
 from lm.models.experts import Experts
@@ -92,5 +92,5 @@ def test_no_tokens_is_no_loss():
 
 
 def test_a_negative_coefficient_is_refused():
-    with pytest.raises(ConfigError, match=r"config\.objective\.router_z=-1 must not be negative"):
-        ObjectiveConfig(router_z=-1).validate()
+    with pytest.raises(ConfigError, match=r"config\.objective\.router_z=-1.0 must be at least 0"):
+        view(ObjectiveConfig, {"router_z": -1}, "config.objective")

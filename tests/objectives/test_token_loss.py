@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_models
 
-from lm.config import ConfigError
+from lm.config import ConfigError, view
 from lm.data.config import OBJECTIVES as DATA_OBJECTIVES
 from lm.models import ModelConfig, bind, skeleton
 from lm.objectives import OBJECTIVES, ObjectiveConfig, check_objective, token_loss
@@ -153,9 +153,9 @@ def test_every_objective_of_the_data_has_a_loss_and_models_it_fits():
     [
         ({"name": "casual"}, "did you mean 'causal'"),
         ({"label_smoothing": 1.0}, r"config.objective.label_smoothing=1.0 must be in \[0, 1\)"),
-        ({"router_z": -1.0}, "config.objective.router_z=-1.0 must not be negative"),
+        ({"router_z": -1.0}, "config.objective.router_z=-1.0 must be at least 0"),
     ],
 )
 def test_impossible_settings_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
-        ObjectiveConfig(**fields).validate()
+        view(ObjectiveConfig, fields, "config.objective")

@@ -32,7 +32,7 @@ def no_network(key):
 
 def found(environment, metadata=no_network, **fields):
     config = HostsConfig(**fields)
-    config.validate()
+    view(HostsConfig, config, "config.hosts")
     return detect(config, {**NO_TPU, **environment}, metadata)
 
 

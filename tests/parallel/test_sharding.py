@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 from jax.sharding import PartitionSpec
 
-from lm.config import ConfigError
+from lm.config import ConfigError, view
 from lm.models import Transformer, bind, param_specs
 from lm.objectives import ObjectiveConfig, token_loss
 from lm.parallel.mesh import MeshConfig, batch_sharding, batch_ways, describe, make_mesh
@@ -156,4 +156,4 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes, message):
 )
 def test_impossible_mesh_sizes_are_refused(sizes, message):
     with pytest.raises(ConfigError, match=message):
-        MeshConfig(**sizes).validate()
+        view(MeshConfig, sizes, "config.mesh")

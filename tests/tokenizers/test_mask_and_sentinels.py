@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from trained_tokenizers import ALL, corpus, trained
 
-from lm.config import ConfigError
+from lm.config import ConfigError, view
 from lm.tokenizers import TokenizerConfig, explain, load, train
 from lm.tokenizers.base import DESCRIPTION
 
@@ -59,9 +59,9 @@ def test_names_that_collide_are_refused():
     for changes in ({"special_tokens": ("[MASK]",)}, {"special_tokens": ("<extra_id_1>",)}):
         config = TokenizerConfig(mask_token=True, num_sentinels=2, **changes)
         with pytest.raises(ConfigError, match=r"special_tokens=.* must be distinct"):
-            config.validate()
+            view(TokenizerConfig, config, "config.tokenizer")
     with pytest.raises(ConfigError, match=r"num_sentinels=-1 must be at least 0"):
-        TokenizerConfig(num_sentinels=-1).validate()
+        view(TokenizerConfig, {"num_sentinels": -1}, "config.tokenizer")
     same = TokenizerConfig(kind="byte", eos_token="</s>", bos_token="</s>")
     assert train(same, []).vocab_size == 257, "one token may begin and end"
 

@@ -16,7 +16,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm.config import ConfigError
+from lm.config import ConfigError, view
 from lm.training import checkpoints, manifests, saved
 from lm.training.checkpoints import CheckpointConfig, Checkpointer
 from lm.training.saved import CheckpointError
@@ -484,4 +484,4 @@ def test_manifest_says_what_the_checkpoint_holds(tmp_path):
 @pytest.mark.parametrize("field, value", [("every", -1), ("keep", 0)])
 def test_config_names_the_field(field, value):
     with pytest.raises(ConfigError, match=f"config.checkpoint.{field}={value}"):
-        CheckpointConfig(**{field: value}).validate()
+        view(CheckpointConfig, {field: value}, "config.checkpoint")

@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 from rich.console import Console
 
+from lm.config import view
 from lm.models import ModelConfig, bind, count, param_specs, skeleton
 from lm.models.presets import preset
 from lm.objectives.cross_entropy import linear_cross_entropy
@@ -112,7 +113,7 @@ LONG_TO_COMPILE = ("experts", "gru")
 )
 def test_expected_activations_are_what_xla_allocates(fields, context):
     config = ModelConfig(**{**DEEP, **fields}, compute_dtype="float32", scan_layers=True)
-    config.validate()
+    view(type(config), config)
     model = skeleton(config)
     layout = lay_out("", MeshConfig(data=1, context=context), -1, jax.devices()[:context])
     sharding = batch_sharding(layout.mesh)

@@ -299,7 +299,7 @@ def test_schedule_without_room_to_decay():
         ({"schedule": "cosin"}, "config.optimizer.schedule='cosin' .*did you mean 'cosine'"),
         ({"decay": "matrix"}, "config.optimizer.decay='matrix' .*did you mean 'matrices'"),
         ({"momentum_dtype": "float16"}, "config.optimizer.momentum_dtype='float16'"),
-        ({"warmup_steps": -1}, "config.optimizer.warmup_steps=-1 must not be negative"),
+        ({"warmup_steps": -1}, "config.optimizer.warmup_steps=-1 must be at least 0"),
         ({"warmup_steps": 9, "decay_steps": 5}, "warmup_steps=9 must be at most decay_steps=5"),
         ({"learning_rate": -1e-3}, "config.optimizer.learning_rate=-0.001"),
         ({"weight_decay": float("nan")}, "config.optimizer.weight_decay=nan"),

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm.config import ConfigError, check, check_choice
+from lm.config import ConfigError, check, check_choice, view
 from lm.files import read_json
 from lm.models import count
 from lm.models.config import ModelConfig
@@ -222,7 +222,7 @@ def _read_config(
         family = family_of(hf)
         config = family.read_config(hf)
         config = family.settle(config, _Tensors(_renamed(found, family), family.base_prefix))
-        config.validate("its model")
+        view(type(config), config, "its model")
     except ConfigError as error:
         raise ConfigError(f"{directory}: {error}") from None
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -12,10 +12,9 @@ distribution with the published spread elsewhere; dropout is that of the publish
 from __future__ import annotations
 
 import dataclasses
-import typing
 from typing import Any
 
-from lm.config import check, nearest, view
+from lm.config import check, hints, nearest, view
 from lm.models.config import ModelConfig
 from lm.models.presets import decoders, encoders, llama
 from lm.models.presets.family import Preset
@@ -27,10 +26,11 @@ Overrides = dataclasses.make_dataclass(
     "Overrides",
     [
         (name, hint | None, dataclasses.field(default=None))
-        for name, hint in typing.get_type_hints(ModelConfig).items()
+        for name, hint in hints(ModelConfig).items()
     ],
     frozen=True,
 )
+Overrides.__wrapped__ = ModelConfig  # whose source says what the fields mean
 
 
 def preset(name: str, /, prefix: str = "config.model", **overrides: Any) -> ModelConfig:
