@@ -17,7 +17,6 @@ import importlib
 import importlib.util
 import inspect
 import io
-import json
 import os
 import pathlib
 import re
@@ -42,6 +41,7 @@ from lm.config import (
     mark_given,
     nearest,
 )
+from lm.files import read_json
 
 PACKAGED = pathlib.Path(__file__).parent / "configs"  # in a clone, a link to its configs/
 FLAGS = ("config", "workdir")
@@ -177,12 +177,11 @@ def load_config(path: pathlib.Path) -> ml_collections.ConfigDict:
 def _of_run(path: pathlib.Path) -> ml_collections.ConfigDict:
     """The config that a run directory was written with."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        check(isinstance(values, dict) and "job" in values, "it does not hold the config of a run")
-    except (OSError, ValueError) as error:
+        values = read_json(path)
+        check("job" in values, f"{path} does not hold the config of a run")
+    except ConfigError as error:
         raise ConfigError(
-            f"--workdir={path.parent}: config.json cannot be read ({error}): name a --config, or "
-            "choose another directory"
+            f"--workdir={path.parent}: {error}: name a --config, or choose another directory"
         ) from None
     for fact in FACTS:
         values.pop(fact, None)

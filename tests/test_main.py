@@ -151,7 +151,7 @@ MISTAKES = {
     ),
     "truncated config.json": (
         ["--workdir=HERE/truncated"],
-        ["--workdir=", "config.json cannot be read", "choose another"],
+        ["--workdir=", "config.json is damaged", "choose another"],
     ),
     "tokenizer of another run": (
         ["--workdir=HERE/swapped"],

@@ -14,6 +14,7 @@ from typing import Any
 
 from lm import tokenizers
 from lm.config import ConfigError, check
+from lm.files import read_json
 from lm.jobs.sources import CONFIG
 from lm.parallel import hosts
 from lm.tokenizers import Tokenizer
@@ -244,10 +245,6 @@ def _unwritable(directory: pathlib.Path, error: OSError) -> ConfigError:
 
 def _read_config(path: pathlib.Path, field: str) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{field}: {path} cannot be read ({error}): restore it, or choose another directory"
-        ) from None
-    check(isinstance(config, dict), f"{field}: {path} does not hold the config of a run")
-    return config
+        return read_json(path)
+    except ConfigError as error:
+        raise ConfigError(f"{field}: {error}: restore it, or choose another directory") from None

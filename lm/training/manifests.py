@@ -42,9 +42,13 @@ def damage(path: str | os.PathLike[str], checksums: bool = True) -> str | None:
         if path.name != f"{manifest['step']:08d}":
             return f"it is that of step {manifest['step']}, renamed"
         for name, (size, crc) in manifest["files"].items():
+            if ".." in name.split("/") or name.startswith("/"):
+                return f"{MANIFEST} names {name!r}, which is not in it"
             found = (path / name).stat().st_size
             if found != size:
                 return f"{name} has {found} bytes instead of {size}"
+            if not (path / name).is_file():
+                return f"{name} is no file"
             if checksums and crc is not None and _crc32(path / name) != crc:
                 return f"{name} does not match its checksum"
     except FileNotFoundError as error:

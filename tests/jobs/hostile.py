@@ -1,7 +1,8 @@
 """Directories that a stranger might have made, and what opening each of them comes to.
 
 As a program, `hostile.py DIR` opens all that are in DIR, in little memory, and prints the outcomes:
-{name: [what lm.load says, what `main.py --config=generate` says]}.
+{name: what is said by lm.load, by `main.py --config=generate` and, of those in `RESUMED`, by
+`main.py --workdir=` and `main.py --config=finetune`}.
 """
 
 from __future__ import annotations
@@ -130,6 +131,12 @@ def description(**fields) -> Callable[[pathlib.Path], None]:
         file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
 
     return change
+
+
+def manifest(files: str) -> Callable[[pathlib.Path], None]:
+    """A manifest of the checkpoint at step 2, with these files."""
+    text = f'{{"step":2,"metrics":{{}},"arrays":{{}},"files":{files}}}'
+    return written("checkpoints/00000002/manifest.json", text)
 
 
 def both(*changes: Callable[[pathlib.Path], None]) -> Callable[[pathlib.Path], None]:
@@ -274,12 +281,18 @@ RUNS: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "a run of lists": (written("config.json", '{"model":[]}'), "sections of fields"),
     "a loop of runs": (loop("config.json"), "config.json"),
     "a loop of tokenizers": (loop("tokenizer"), "tokenizer"),
+    "a deep manifest": (manifest(DEEP), "manifest.json is not readable"),
+    "a manifest of a device": (manifest('{"/dev/zero":[0,1]}'), "'/dev/zero', which is not in it"),
+    "a manifest outside": (manifest('{"../../../p":[0,1]}'), "which is not in it"),
+    "a manifest of a pipe": (both(manifest('{"p":[0,1]}'), pipe("checkpoints/00000002/p")), "p is"),
     "a loop of checkpoints": (loop("checkpoints"), "checkpoint"),
     "a description outside": (description(model_files=["../../config.json"]), "no file's name"),
     "a description of numbers": (description(model_files=7), "names no model_files"),
     "a deep description": (written("tokenizer/lm_tokenizer.json", DEEP), "nested too deeply"),
     "a kind of list": (description(kind=["byte"]), "kind"),
 }
+
+RESUMED = ("a deep run", "layers", "a deep header")
 
 
 def build(root: pathlib.Path, model: pathlib.Path, run: pathlib.Path) -> None:
@@ -321,8 +334,13 @@ def main(root: str) -> None:
     outcomes = {}
     for path in sorted(pathlib.Path(root).iterdir()):
         words = (f"init_from={path / 'x'}", "max_new_tokens=1")
-        sys.argv[1:] = ["--config=generate", *(f"--config.{word}" for word in words)]
-        outcomes[path.name] = [said(functools.partial(lm.load, path / "x")), said(command)]
+        outcomes[path.name] = [said(functools.partial(lm.load, path / "x"))]
+        doors = [["--config=generate", *(f"--config.{word}" for word in words)]]
+        if path.name in RESUMED:
+            doors.append([f"--workdir={path / 'x'}"])
+            doors.append(["--config=finetune", f"--config.{words[0]}", f"--workdir={path / 'new'}"])
+        for sys.argv[1:] in doors:
+            outcomes[path.name].append(said(command))
     print(json.dumps(outcomes))
 
 
