@@ -95,8 +95,8 @@ class Run:
 
 
 def known(value):
-    """`value`, or None for a NaN, which JSON does not have."""
-    return None if isinstance(value, float) and math.isnan(value) else value
+    """`value`, or None for a NaN or an infinity, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def reason(error):
@@ -196,7 +196,12 @@ def time_attention(run):
         f"attention {chosen}, forward and backward",
         milliseconds=1e3 * kernel,
         tflops=flops / kernel / 1e12,
-        xla_milliseconds=1e3 * timed(lambda *arrays: attend(*arrays, mask)),
+    )
+    plain = timed(lambda *arrays: attend(*arrays, mask))
+    run.figure(
+        "attention xla, forward and backward",
+        milliseconds=1e3 * plain,
+        tflops=flops / plain / 1e12,
     )
 
 
@@ -244,8 +249,8 @@ def train(run, name, quantization="none"):
         optimizer = OptimizerConfig(learning_rate=3e-4, schedule="constant")
         return set_up(config, ObjectiveConfig(), optimizer, train_config, layout), layout
 
-    before = run.of(f"train {name}")
-    if before:  # with other products
+    before = run.of(f"train {name}") if quantization != "none" else None
+    if before:
         plans = [(before["remat"], max(before["batch"] // n, 1)) for n in (1, 2, 4)]
     else:
         plans = batch_plans(run, config, length, set_up_for)
