@@ -35,7 +35,9 @@ def get_config():
     config.model.num_layers = 4
     config.model.num_heads = 4
     config.model.width = 128
-    config.model.positions = "rotary"  # with BERT's learned ones looking around starts much later
+    # With BERT's learned positions looking around starts much later; with these the model does not
+    # convert to Hugging Face.
+    config.model.positions = "rotary"
     config.model.norm = "layernorm"
     config.model.bias = True
     config.model.activation = "gelu"

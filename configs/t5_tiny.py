@@ -35,6 +35,8 @@ def get_config():
     config.model.num_layers = 3
     config.model.num_heads = 4
     config.model.width = 128
+    # Without T5's attention_scale=1, with which it would convert to Hugging Face: at this optimizer
+    # that learns slower (after 100 steps 4.60 nats a token, not 4.03).
     config.model.positions = "relative"
     config.model.norm_epsilon = 1e-6
     config.model.activation = "geglu"

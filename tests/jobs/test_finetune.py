@@ -211,8 +211,7 @@ def test_learned_positions_may_be_fewer_but_not_more_and_the_run_outlives_its_so
     assert code == 2 and "model.max_length=32, and this config says 33" in errors
     assert tune(tmp_path, directory, "tuned", "--config.model.max_length=9")[0] == 0
     shutil.rmtree(directory)
-    more = ["--config.train.steps=2", "--config.model.max_length=9"]
-    code, output, errors = tune(tmp_path, directory, "tuned", *more)
+    code, output, errors = main(f"--workdir={tmp_path / 'tuned'}", "--config.train.steps=2")
     assert code == 0, errors
     assert "resuming at step 1 of 2" in output
     assert lm.load(tmp_path / "tuned").params["embedding.positions"].shape[0] == 9
