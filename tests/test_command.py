@@ -199,3 +199,8 @@ def test_a_clone_called_lm_is_the_package_from_the_folder_it_lies_in(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.stdout.startswith(f"{lm.__version__} <function load"), done.stderr
+
+
+@pytest.mark.parametrize("config", ["story", "corpus", "plan"])
+def test_a_workdir_in_the_home_directory_is_there(config):
+    assert read([f"--config={config}", "--workdir=~/x"], JOBS).workdir == os.path.expanduser("~/x")
