@@ -11,9 +11,10 @@ from typing import Any, Literal
 import jax
 import ml_collections
 from jax.experimental import multihost_utils
+from rich import markup
 from rich.console import Console
 
-from lm.config import AboveZero, ConfigError, Count, Path, check, view
+from lm.config import AboveZero, ConfigError, Count, Path, check, printable, view
 from lm.inference import Framing
 from lm.jobs.imported import GENERATION, open_imported
 from lm.jobs.sources import open_source
@@ -220,7 +221,8 @@ def _summary(job, family: Family, model: ModelConfig, origin, kind, ignored):
         "tokenizer": kind,
     }
     if ignored:
-        facts["ignored"] = f"{len(ignored)} tensors: {', '.join(ignored)}"
+        names = markup.escape(printable(", ".join(ignored)))  # of another's file
+        facts["ignored"] = f"{len(ignored)} tensors: {names}"
     return summary, facts
 
 

@@ -204,10 +204,12 @@ def test_without_a_tokenizer_there_are_ids_only(tmp_path):
 
 
 def test_what_was_ignored_is_said(tmp_path, capsys):
-    weights = {**tiny.tensors(), "cls.extra": np.ones(2, np.float32)}
+    odd = "cls.\x1b[2J[red]x"
+    weights = {**tiny.tensors(), "cls.extra": np.ones(2, np.float32), odd: np.ones(2, np.float32)}
     path = tiny.write_directory(tmp_path / "hf", weights)
-    assert run(path, tmp_path / "run", ignore="cls")["ignored"] == ["cls.extra"]
-    assert "cls.extra" in capsys.readouterr().out
+    assert set(run(path, tmp_path / "run", ignore="cls")["ignored"]) == {"cls.extra", odd}
+    printed = capsys.readouterr().out
+    assert "cls.extra" in printed and r"cls.\x1b[2J[red]x" in printed and "\x1b" not in printed
     (path / "config.json").write_text(json.dumps({**tiny.CONFIG, "attn_factor": 2}))
     with pytest.raises(ConfigError, match=r"attn_factor=2, .* config.ignore=attn_factor says"):
         lm.load(path, ignore="cls")
