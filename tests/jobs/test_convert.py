@@ -217,6 +217,10 @@ def test_what_was_ignored_is_said(tmp_path, capsys):
     config = defaults(GenerateJob)
     config.update_from_flattened_dict(fields)
     assert len(generate.run(config, "")) == 1
+    steps = {"train__steps": 2, "checkpoint__every": 0, **GPT2}
+    ignore = ("cls", "attn_factor")
+    trained = tiny_jobs.run(tmp_path, "t", init_from=str(path), ignore=ignore, **steps)
+    assert lm.load(trained).step == 2
 
 
 @pytest.mark.parametrize(
