@@ -271,11 +271,12 @@ FOREIGN: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
 }  # fmt: skip
 # What is done to a run directory.
 RUNS: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
-    "layers of a run": (changed(num_layers=HUGE), "checkpoint"),
-    "width of a run": (changed(width=2**31 - 4), "checkpoint"),
-    "vocabulary of a run": (changed(vocab_size=2**31 - 1), "checkpoint"),
-    "experts of a run": (changed(num_experts=HUGE, activation="swiglu"), "checkpoint"),
+    "layers of a run": (changed(num_layers=HUGE), "num_layers="),
+    "width of a run": (changed(width=2**31 - 4), "width="),
+    "vocabulary of a run": (changed(vocab_size=2**31 - 1), "vocab_size="),
+    "experts of a run": (changed(num_experts=HUGE, activation="swiglu"), "num_experts="),
     "layers beyond a run": (changed(num_layers=5000), "checkpoint"),
+    "a wider run": (changed(width=1 << 20), "checkpoint"),
     "positions of a run": (changed(positions="learned", max_length=2**31 - 1), "checkpoint"),
     "a deep run": (written("config.json", '{"model":' + DEEP), "nested too deeply"),
     "a run of lists": (written("config.json", '{"model":[]}'), "sections of fields"),
