@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.config import ConfigError, check, check_choice, printable
-from lm.data import files
+from lm.data import files, paths
 from lm.data.config import DataConfig
 from lm.data.files import Span
 from lm.data.hashes import content_hashes
@@ -184,7 +184,7 @@ class _Files(Source):
         super().__init__(path, config)
         self.field = field
         self.pairs = len(config.text_fields) == 2
-        found, self.left_out = files.find(path, field)
+        found, self.left_out = paths.find(path, field)
         self.spans = [Span(file) for file in found]
 
     @property
@@ -214,7 +214,7 @@ class _Files(Source):
         groups: list[list[Span]] = []
         left: int | None = None
         for file in self.files:
-            length = files.size_or_nothing(file)
+            length = paths.size_or_nothing(file)
             found = files.spans(file, length, size, self.config)
             if len(found) > 1:
                 groups += [[span] for span in found]
@@ -230,7 +230,7 @@ class _Files(Source):
     def fingerprint(self, sidecar: str | None = None) -> dict[str, Any]:
         hashes = content_hashes(self.files, sidecar)
         # The suffix decides how the bytes are read, and nothing else of the name does.
-        suffixes = map(files.suffix, self.files)
+        suffixes = map(paths.suffix, self.files)
         return {
             "corpus": "files",
             "reader": _READER,
@@ -274,7 +274,7 @@ class _Hub(Source):
     @property
     def files(self) -> list[str]:
         """Those of a directory."""
-        return files.find(self.name, self.field)[0] if os.path.isdir(self.name) else []
+        return paths.find(self.name, self.field)[0] if os.path.isdir(self.name) else []
 
     def _records(self) -> Iterator[dict[str, Any]]:
         try:
@@ -431,9 +431,9 @@ def _items(
     report = report if report is not None else CorpusReport()
     separate = bool(config.validation_paths)
     use_validation_paths = separate and split == "validation"
-    paths = config.validation_paths if use_validation_paths else config.paths
+    chosen = config.validation_paths if use_validation_paths else config.paths
     field = "data.validation_path" if use_validation_paths else "data.path"
-    for path in paths:
+    for path in chosen:
         corpus = source(path, config, seed, field)
         before = report.num_documents
         if separate:

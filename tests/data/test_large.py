@@ -10,7 +10,7 @@ from corpus_files import contents, write_all_kinds
 
 from lm import tokenizers
 from lm.config import ConfigError
-from lm.data import beam, cache, entry, files, large, parts, prepare, storage
+from lm.data import beam, cache, entry, files, large, parts, paths, prepare, storage
 from lm.data.beam import BeamConfig
 from lm.data.config import DataConfig
 from lm.tokenizers import TokenizerConfig
@@ -272,7 +272,7 @@ def test_a_store_is_read_as_a_folder_of_this_machine_is():
         storage.write_bytes(f"memory://snapshot/{name}", b'{"text": "x"}')
     names = {"": "ab", "/lr[1e-3]": "a", "/lr[1e-3]/a.jsonl": "a", "/*.jsonl": "b", "/*.md": "R"}
     for path, expected in names.items():
-        found, left_out = files.find(f"memory://snapshot{path}", "data.path")
+        found, left_out = paths.find(f"memory://snapshot{path}", "data.path")
         assert sorted(name.split("/")[-1][0] for name in found) == list(expected)
         assert len(left_out) == (path == "")
     storage.remove_tree("memory://snapshot")
