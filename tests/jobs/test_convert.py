@@ -359,7 +359,7 @@ def trained_configs():
             yield pytest.param(path.stem, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize("name", trained_configs())
+@pytest.mark.parametrize("name", [*trained_configs()])
 def test_a_shipped_config_converts_or_says_at_its_start_that_it_will_not(name, tmp_path):
     fields = {
         "data.num_documents": 1 if name == "story" else 400,
