@@ -236,7 +236,7 @@ def test_what_cannot_be_honoured_is_named_in_one_line(name, fields, word, tmp_pa
     [
         ("bert_base", {"norm_position": "pre"}),
         ("roberta_base", {"norm": "rmsnorm"}),
-        ("t5_small", {"attention_scale": None}),
+        ("t5_small", {"norm": "layernorm"}),
         ("t5_v1_1_small", {"output_scale": 2.0}),
         ("bart_base", {"norm_epsilon": 1e-6}),
     ],

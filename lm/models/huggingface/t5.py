@@ -4,12 +4,15 @@ T5's head is its token embedding, of a stream scaled by width^-½; v1.1 has a he
 scale. config.json says `tie_word_embeddings` for both, but files are written in which it is true
 of neither; so `scale_decoder_outputs` says whether to scale where it is there, and the tensors say
 whether the head is the embedding.
+
+Attention scores have no scale here. A model of ours that scales them is written with the scale in
+its queries.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -118,6 +121,12 @@ def _read_mt5(hf: Mapping[str, Any]) -> ModelConfig:
     return _read(hf, _MT5, False)
 
 
+def _writer(read: Callable[[Mapping[str, Any]], ModelConfig], kind: str):
+    """`Family.write_config`; the scale of attention is in the tensors."""
+    write = written(read, lambda config: _write(config, kind), "tie_embeddings")
+    return lambda config: write(dataclasses.replace(config, attention_scale=1.0))
+
+
 def _write(config: ModelConfig, kind: str) -> dict[str, Any]:
     encoder = config.architecture == "encoder"
     name, plain, gated = next(
@@ -151,13 +160,24 @@ def _table(ours: str, theirs: str) -> Rule:
     return Rule((ours,), (theirs,), lambda tensors, shapes: tensors, lambda arrays: arrays)
 
 
+def _scaled(rule: Rule, scale: float) -> Rule:
+    """`rule` for tensors that are `scale` times ours."""
+    return dataclasses.replace(
+        rule,
+        load=lambda tensors, shapes: [array / scale for array in rule.load(tensors, shapes)],
+        save=lambda arrays: rule.save([array * scale for array in arrays]),
+    )
+
+
 def _stack(config: ModelConfig, ours: str, theirs: str, crosses: bool) -> list[Rule]:
     """The encoder or the decoder."""
     layer, mlp = f"{theirs}.block.{{layer}}.layer", 2 if crosses else 1
+    scale = config.attention_scale or config.head_width**-0.5
 
     def attend(name: str, where: str) -> list[Rule]:
         parts = (f"{where}.{part}" for part in ("q", "k", "v", "o"))
-        return attention(f"{ours}blocks.{name}", *parts, bias=False)
+        query, *others = attention(f"{ours}blocks.{name}", *parts, bias=False)
+        return [query if scale == 1 else _scaled(query, scale), *others]
 
     hidden = f"{layer}.{mlp}.DenseReluDense"
     inward = {"up": "wi"} if not config.gated else {"gate": "wi_0", "up": "wi_1"}
@@ -217,7 +237,7 @@ T5 = Family(
         "T5WithLMHeadModel",  # what the first files call it
     ),
     read_config=_read_t5,
-    write_config=written(_read_t5, lambda config: _write(config, "T5"), "tie_embeddings"),
+    write_config=_writer(_read_t5, "T5"),
     rules=_rules,
     base_prefix="transformer.",
     aliases=_aliases,
@@ -229,7 +249,7 @@ MT5 = Family(
     model_type="mt5",
     architectures=("MT5ForConditionalGeneration", "MT5Model", "MT5EncoderModel"),
     read_config=_read_mt5,
-    write_config=written(_read_mt5, lambda config: _write(config, "MT5"), "tie_embeddings"),
+    write_config=_writer(_read_mt5, "MT5"),
     rules=_rules,
     base_prefix="transformer.",
     aliases=_aliases,
