@@ -32,8 +32,8 @@ def get_config():
 
     config.objective.name = "seq2seq"
     config.model.architecture = "encoder_decoder"
-    # With T5's block the model would convert to Hugging Face, but it learns slower (after 100 steps
-    # 3.45 nats a token, not 2.77).
+    # With T5's block (positions="relative", activation="geglu", norm_epsilon=1e-6) the model would
+    # convert to Hugging Face, but it learns slower (0.83 nats a token after 300 steps, not 0.06).
     config.model.num_layers = 3
     config.model.num_heads = 4
     config.model.width = 128
