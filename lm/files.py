@@ -61,15 +61,16 @@ def parse_json(data: bytes | str, name: str) -> Any:
         raise ConfigError(f"{name} is damaged: {error}") from None
 
 
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The object in a file of JSON.
-
-    Raises:
-      ConfigError: as `read_bytes` and `parse_json` do; or something other than an object.
-    """
-    value = parse_json(read_bytes(path), str(path))
-    check(isinstance(value, dict), f"{path} is damaged: not a JSON object")
+def parse_object(data: bytes | str, name: str) -> dict[str, Any]:
+    """The object that is a JSON text; errors as of `parse_json`, and where it is something else."""
+    value = parse_json(data, name)
+    check(isinstance(value, dict), f"{name} is damaged: not a JSON object")
     return value
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a file of JSON; errors as of `read_bytes` and `parse_object`."""
+    return parse_object(read_bytes(path), str(path))
 
 
 def is_plain(name: str) -> bool:

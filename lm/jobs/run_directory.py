@@ -15,9 +15,11 @@ from typing import Any
 from lm import tokenizers
 from lm.config import ConfigError, check
 from lm.files import read_json
-from lm.jobs.sources import CONFIG
+from lm.jobs.sources import CHECKPOINTS, CONFIG
 from lm.parallel import hosts
 from lm.tokenizers import Tokenizer
+from lm.training.metrics import FILE as METRICS
+from lm.training.saved import saved_paths
 
 # What a run that goes on may have otherwise than it began, by section or field of
 # `lm.jobs.train.TrainJob`; a field's own line goes before its section's.
@@ -71,15 +73,14 @@ def saved_run(directory: pathlib.Path) -> dict[str, Any] | None:
     directory may be claimed by another.
 
     Raises:
-      ConfigError: config.json cannot be read.
+      ConfigError: config.json, or the directory of checkpoints, cannot be read.
     """
     path = directory / CONFIG
     if not path.exists():
         return None
     saved = _read_config(path, f"--workdir={directory}")
-    steps = (p.name for p in (directory / "checkpoints").glob("*"))
-    begun = any(name.isascii() and name.isdigit() for name in steps)
-    metrics = directory / "metrics.jsonl"
+    metrics = directory / METRICS
+    begun = bool(saved_paths(directory / CHECKPOINTS))
     begun |= metrics.exists() and metrics.stat().st_size > 0
     return saved if begun or saved.get("job") != "train" else None
 

@@ -32,6 +32,7 @@ from lm.inference.config import SamplingConfig
 from lm.jobs.finish import check_prompts, finish
 from lm.jobs.inherited import inherit, initial_parameters, open_model
 from lm.jobs.run_directory import (
+    CHECKPOINTS,
     CONFIG,
     check_directory,
     check_shared,
@@ -169,7 +170,7 @@ def _run(
     if job.train.offload_optimizer:
         check_offload(job.optimizer, list(layout.mesh.local_devices))
     check_shared(directory)
-    check_free(directory / "checkpoints")
+    check_free(directory / CHECKPOINTS)
     usual, corpus = to_dict(TrainJob()), functools.partial(corpus_fingerprint, job.data, job.seed)
     check_directory(directory, _settled(job), usual, corpus=corpus)
 
@@ -238,7 +239,7 @@ def _run(
             accumulation=job.train.accumulation,
             chunk=job.objective.chunk,
         )
-        with Checkpointer(directory / "checkpoints", job.checkpoint) as checkpointer:
+        with Checkpointer(directory / CHECKPOINTS, job.checkpoint) as checkpointer:
             # Last, so that a mistake above can simply be mended, and when no other run writes here;
             # one may have done so since.
             check_directory(directory, to_dict(resolved), usual, tokenizer.fingerprint, corpus)

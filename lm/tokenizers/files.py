@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.config import ConfigError, check, nearest
-from lm.files import is_plain, parse_json, read_bytes, read_json
+from lm.files import is_plain, parse_object, read_bytes, read_json
 from lm.tokenizers import vocabularies
 from lm.tokenizers.base import DESCRIPTION, MASKS, SENTINEL, Specials, Tokenizer, sentinels
 from lm.tokenizers.config import KINDS, TokenizerConfig
@@ -203,8 +203,7 @@ def from_files(files: dict[str, bytes]) -> Tokenizer:
     Raises:
       ConfigError: a file is damaged, or is not the one that was saved.
     """
-    info = parse_json(files[DESCRIPTION], DESCRIPTION)
-    check(isinstance(info, dict), f"{DESCRIPTION} is damaged: not a JSON object")
+    info = parse_object(files[DESCRIPTION], DESCRIPTION)
     try:
         kind, ids = str(info["kind"]), {str(k): int(v) for k, v in info["special_tokens"].items()}
         specials = Specials(

@@ -31,7 +31,7 @@ from tokenizers import (
 )
 
 from lm.config import ConfigError, check
-from lm.files import parse_json
+from lm.files import parse_object
 from lm.tokenizers.base import SENTINEL
 from lm.tokenizers.config import END_OF_TEXT
 from lm.tokenizers.huggingface import USUAL_NAMES, named_roles, named_tokens
@@ -98,7 +98,7 @@ def byte_pairs(vocab: bytes, merges: bytes, beside: Mapping[str, bytes]) -> byte
       ConfigError: a file is damaged.
     """
     settings = _settings(beside, "tokenizer_config.json")
-    ids = _object(vocab, "vocab.json")
+    ids = parse_object(vocab, "vocab.json")
     lines = merges.decode("utf-8", "replace").split("\n")
     pairs = [tuple(line.split()) for line in lines if line.strip() and line[:9] != "#version:"]
     marked = any(name.endswith(_END_OF_WORD) for name in ids)
@@ -143,7 +143,7 @@ def settled(data: bytes, beside: Mapping[str, bytes]) -> bytes:
     that of the byte-level ones; `tokenizer_config.json` or their defaults decide.
     """
     settings, kind = _settings(beside, "tokenizer_config.json"), tokenizer_class(beside)
-    description = _object(data, "tokenizer.json")
+    description = parse_object(data, "tokenizer.json")
     normalizer = description.get("normalizer") or {}
     words = description.get("pre_tokenizer") or {}
     if kind in _BERT and normalizer.get("type") == "BertNormalizer":
@@ -263,10 +263,4 @@ def _with_specials(
 
 
 def _settings(beside: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    return _object(beside[name], name) if name in beside else {}
-
-
-def _object(data: bytes, name: str) -> dict[str, Any]:
-    value = parse_json(data, name)
-    check(isinstance(value, dict), f"{name} is damaged: not a JSON object")
-    return value
+    return parse_object(beside[name], name) if name in beside else {}
