@@ -37,11 +37,12 @@ from accelerator_checks import SMALL, TINY, arithmetic, attention, decoding
 from accelerator_sections import add, reason, run_section, table
 
 from lm.inference import Generator, SamplingConfig
-from lm.models import ModelConfig, init, kernels, param_specs, skeleton
-from lm.models.attention import attend, attention_mask
+from lm.models import ModelConfig, init, param_specs, skeleton
+from lm.models.attention import kernels
+from lm.models.attention.attention import attend, attention_mask
 from lm.models.costs import cache_bytes, prefill_flops_per_token, training_flops_per_token
-from lm.models.marks import Marks
 from lm.models.presets import preset
+from lm.models.segments import Marks
 from lm.models.stack import Context
 from lm.objectives import ObjectiveConfig
 from lm.parallel.layout import lay_out

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.inference import Generator, SamplingConfig
-from lm.models import ModelConfig, bind, init, kernels, param_specs, skeleton
-from lm.models.attention import attend, attention_mask
-from lm.models.marks import Marks
+from lm.models import ModelConfig, bind, init, param_specs, skeleton
+from lm.models.attention import kernels
+from lm.models.attention.attention import attend, attention_mask
+from lm.models.attention.ring import ring_attention
 from lm.models.positions import alibi_bias, alibi_slopes
 from lm.models.presets import preset
-from lm.models.ring_attention import ring_attention
+from lm.models.segments import Marks
 from lm.models.stack import Context
 from lm.objectives import ObjectiveConfig, token_loss
 from lm.parallel.platform import compiling_for, platform

@@ -16,17 +16,17 @@ import time
 import jax
 import jax.numpy as jnp
 
-from lm.models import ModelConfig, bind, build, param_specs
-from lm.models.experts import Experts
+from lm.models import ModelConfig, bind, init, param_specs
+from lm.models.hooks import no_tap
 from lm.models.layers import MLP
-from lm.models.numerics import compute_dtype
-from lm.models.taps import no_tap
+from lm.models.matmul import compute_dtype
+from lm.models.moe.experts import Experts
 
 
 def layer(config, args):
     """(forward, forward and backward), each a jitted function of parameters and input."""
     module = Experts(config) if config.num_experts else MLP(config)
-    params = build.init(param_specs(module), jax.random.key(0))
+    params = init(param_specs(module), jax.random.key(0))
 
     def forward(params, x_BTD):
         out = bind(module, params)(x_BTD, no_tap)

@@ -8,7 +8,7 @@ import typing
 if typing.TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lm.run import Run
+    from lm.runs.run import Run
 
 __all__ = ["load"]
 __version__ = "0.1.0"
@@ -35,6 +35,6 @@ def load(
       ConfigError: neither of them, no such checkpoint, or one that its tokenizer does not fit; a
         Hugging Face model that is not understood to the last tensor and field.
     """
-    from lm.run import Run  # JAX is imported when it is needed
+    from lm.runs.run import Run  # JAX is imported when it is needed
 
     return Run.load(directory, step, ignore)

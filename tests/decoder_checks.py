@@ -13,8 +13,8 @@ from encoder_checks import streams
 from tiny_models import compiled
 
 from lm.models import bind, skeleton
+from lm.models.hooks import no_tap, reading
 from lm.models.huggingface import to_tensors
-from lm.models.taps import no_tap, reading
 
 OUTPUTS, GRADIENTS = 2e-5, 1e-4  # absolute; of the largest number in a tensor
 GOLDEN = {"rows": 2, "length": 10}  # of the batch that golden files are about

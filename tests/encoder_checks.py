@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.models import bind, skeleton
+from lm.models.hooks import no_tap, reading
 from lm.models.huggingface.layout import to_tensors
 from lm.models.huggingface.read import open_checkpoint
-from lm.models.taps import no_tap, reading
 
 IGNORED = -100  # a label that does not count
 

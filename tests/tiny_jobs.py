@@ -18,7 +18,7 @@ import numpy as np
 from lm.config import defaults
 from lm.jobs import train
 from lm.parallel.layout import lay_out
-from lm.training.saved import restore_parameters
+from lm.training.restore import restore_parameters
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 

@@ -25,7 +25,7 @@ import numpy as np
 from absl import logging
 
 from lm.config import ConfigError, check
-from lm.data import draws
+from lm.data import counter_rng
 from lm.data.cache import TokenizedCorpus
 from lm.data.config import DataConfig
 from lm.data.packing import Rows
@@ -51,7 +51,7 @@ class _Gather:
     def __call__(self, numbers: Sequence[int]) -> Batch:
         batch = self.transform.empty(len(numbers))
         numbers = np.asarray(numbers, np.int64)
-        keys = draws.keys(self.seed, numbers)
+        keys = counter_rng.keys(self.seed, numbers)
         epochs, numbers_in_epoch = np.divmod(numbers, self.total)
         corpora = np.searchsorted(self.bounds, numbers_in_epoch, side="right") - 1
         corpora[numbers == _EMPTY_ROW] = -1

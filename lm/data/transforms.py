@@ -18,11 +18,11 @@ from typing import Protocol
 import numpy as np
 
 from lm.config import check, check_choice
-from lm.data import draws
+from lm.data import counter_rng
 from lm.data.cache import TokenizedCorpus
 from lm.data.config import OBJECTIVES, DataConfig
+from lm.data.encoder_decoder_rows import HiddenSpans, Pairs, noise_spans, raw_length, target_length
 from lm.data.packing import Rows, rows_of
-from lm.data.two_sided import HiddenSpans, Pairs, noise_spans, raw_length, target_length
 
 Batch = dict[str, np.ndarray]
 _CHOICE, _REPLACEMENT, _WORD, _SPLIT, _ROUNDING = range(8, 13)  # purposes of random numbers
@@ -121,7 +121,7 @@ class Prefix(Transform):
         row, column = np.nonzero((positions == 0) & used)  # where segments start
         last_of_row = np.append(row[1:] != row[:-1], True)
         ends = np.where(last_of_row, used.sum(1)[row], np.append(column[1:], 0))
-        draw = draws.uniform(keys[row], column, _SPLIT)
+        draw = counter_rng.uniform(keys[row], column, _SPLIT)
         prefix_lengths = 1 + (draw * (ends - column)).astype(np.int64)
         given = np.zeros(positions.shape, np.int64)
         given[used] = np.repeat(prefix_lengths, ends - column)
@@ -168,7 +168,7 @@ class Masked(Transform):
         tokens = batch["inputs"]
         candidates = (batch["segment_ids"] > 0) & ~self._special[tokens]
         num = candidates.sum(1)
-        wanted = num * self.config.corruption.rate + draws.uniform(keys, 0, _ROUNDING)
+        wanted = num * self.config.corruption.rate + counter_rng.uniform(keys, 0, _ROUNDING)
         wanted = np.minimum(np.maximum(wanted.astype(np.int64), 1), num)
         wanted = np.minimum(wanted, self.max_targets_per_row)
         if self._edges is None:
@@ -180,7 +180,7 @@ class Masked(Transform):
         originals = tokens[row, column]
         batch["targets"][row, column] = originals
         batch["weights"][row, column] = 1
-        draw = draws.uniform(keys[row], column, _REPLACEMENT)
+        draw = counter_rng.uniform(keys[row], column, _REPLACEMENT)
         share = self.config.corruption
         # What is left of the draw between the two thresholds is uniform too: it picks the token.
         chance = (draw - share.mask_share) / max(share.random_share, 1e-12)
@@ -196,7 +196,7 @@ class Masked(Transform):
 def _smallest(keys: np.ndarray, candidates: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """bool [n, T]: `wanted` [n] of each row's `candidates` [n, T], all sets equally likely."""
     columns = np.arange(candidates.shape[1])
-    numbers = draws.bits(keys[:, None], columns, _CHOICE)
+    numbers = counter_rng.bits(keys[:, None], columns, _CHOICE)
     numbers[~candidates] = np.iinfo(np.uint64).max
     ordered = np.sort(numbers, 1)
     limit = ordered[np.arange(len(keys)), np.maximum(wanted - 1, 0)]
@@ -224,7 +224,7 @@ def _whole_words(keys: np.ndarray, words: np.ndarray, wanted: np.ndarray) -> np.
     first = np.flatnonzero(np.append(True, flat[1:] != flat[:-1])[: len(flat)])
     word, length = flat[first], np.diff(first, append=len(flat))
     row, column = np.divmod(word, width)
-    draw = draws.bits(keys[row], column, _WORD) >> np.uint64(24)
+    draw = counter_rng.bits(keys[row], column, _WORD) >> np.uint64(24)
     order = np.argsort(row.astype(np.uint64) << np.uint64(40) | draw)
     row, length, word = row[order], length[order], word[order]
     left = wanted.copy()

@@ -46,7 +46,7 @@ from lm.inference.prepare import (
 from lm.inference.sampling import sample
 from lm.models import Model, ModelConfig
 from lm.models.cache import Cache
-from lm.models.numerics import compute_dtype
+from lm.models.matmul import compute_dtype
 from lm.models.recurrent import RecurrentCache
 from lm.parallel.mesh import replicated
 from lm.parallel.platform import device_memory

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.config import check
 from lm.models import Model, ModelConfig, bind, param_specs, skeleton
-from lm.models.numerics import compute_dtype
+from lm.models.matmul import compute_dtype
 from lm.models.stack import Layers
 from lm.parallel.params import ParamSpec
 from lm.parallel.platform import platform

@@ -16,8 +16,6 @@ from rich.console import Console
 
 from lm.config import AboveZero, ConfigError, Count, Path, check, printable, view
 from lm.inference import Framing
-from lm.jobs.imported import GENERATION, open_imported
-from lm.jobs.sources import open_source
 from lm.models import ModelConfig, count, param_specs, skeleton
 from lm.models.huggingface import hub
 from lm.models.huggingface.families import FAMILIES, family_for
@@ -26,6 +24,8 @@ from lm.models.huggingface.read import CONFIG, PARAMETER_DTYPES, is_checkpoint
 from lm.models.huggingface.write import check_new, save_pretrained
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.sharding import parameter_shardings
+from lm.runs.imported import GENERATION, open_imported
+from lm.runs.sources import open_source
 from lm.tokenizers import Tokenizer
 from lm.tokenizers.export import framed, huggingface_files
 from lm.training.checkpoints import CheckpointConfig, Checkpointer

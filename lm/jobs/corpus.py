@@ -17,8 +17,8 @@ from lm.config import ConfigError, Path, Seed, check, to_dict, view
 from lm.data import DataConfig, documents
 from lm.data.beam import BeamConfig, check_runner
 from lm.data.large import Made, prepare
-from lm.jobs.run_directory import check_directory, claim
-from lm.jobs.sources import open_source
+from lm.runs.directory import check_directory, claim
+from lm.runs.sources import open_source
 from lm.tokenizers import Tokenizer, TokenizerConfig
 from lm.tokenizers.files import has_tokenizer
 

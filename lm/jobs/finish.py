@@ -18,12 +18,12 @@ from lm.inference import Framing
 from lm.inference.encode import mask_ids
 from lm.inference.prepare import check_ids
 from lm.inference.spans import sentinel_ids
-from lm.jobs.sources import open_source
 from lm.models import Model, param_specs, skeleton
 from lm.parallel import hosts
 from lm.parallel.mesh import AXES
 from lm.parallel.sharding import parameter_shardings
-from lm.run import Run
+from lm.runs.run import Run
+from lm.runs.sources import open_source
 from lm.tokenizers import Tokenizer
 from lm.training.metrics import MetricsWriter
 from lm.training.plots import plot_losses

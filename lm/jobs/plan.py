@@ -18,11 +18,7 @@ import ml_collections
 from rich.console import Console
 
 from lm.config import AboveZero, Bounds, ConfigError, Count, Size, SizeOrZero, check, to_dict, view
-from lm.jobs import plan_report as report
-from lm.jobs.plan_analytic import on_paper, whole_state
-from lm.jobs.plan_programs import Program, Workload, decode_programs, train_program
 from lm.jobs.plan_scaling import ScalingConfig, weak_scaling
-from lm.jobs.plan_search import advice, candidates, divisors, naive_meshes
 from lm.models import ModelConfig, costs
 from lm.models.presets import Overrides, preset
 from lm.objectives import ObjectiveConfig, check_objective
@@ -31,6 +27,10 @@ from lm.parallel.layout import lay_out
 from lm.parallel.mesh import MeshConfig, describe, make_mesh, mesh_sizes
 from lm.parallel.platform import compiling_for
 from lm.parallel.topology import Topology, open_topology
+from lm.planning import report as report
+from lm.planning.analytic import on_paper, whole_state
+from lm.planning.programs import Program, Workload, decode_programs, train_program
+from lm.planning.search import advice, candidates, divisors, naive_meshes
 from lm.training.config import TrainConfig
 from lm.training.optimizer import OptimizerConfig
 from lm.training.report import model_line

@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lm.config import Path, Size, check
-from lm.jobs.plan_programs import Workload, train_program
-from lm.jobs.plan_report import decimal, plain_table, seconds
-from lm.jobs.plan_search import Candidate, candidates
 from lm.models import costs
 from lm.models.config import REMAT
 from lm.models.presets import PRESETS, preset
 from lm.parallel.mesh import describe, make_mesh
 from lm.parallel.topology import Topology, open_topology
+from lm.planning.programs import Workload, train_program
+from lm.planning.report import decimal, plain_table, seconds
+from lm.planning.search import Candidate, candidates
 from lm.training.config import TrainConfig
 from lm.training.optimizer import OptimizerConfig
 from lm.training.report import binary, si
@@ -32,7 +32,7 @@ INTRODUCTION = """\
 # Weak scaling on paper
 
 Every chip gets the same work; the table says what becomes of it as chips are added. Nothing
-here was measured: the figures are the plan's analytic model (`lm/jobs/plan_analytic.py`), for
+here was measured: the figures are the plan's analytic model (`lm/planning/analytic.py`), for
 slices of TPU v5p, of the fastest mesh it finds that fits, by ZeRO 3. Made by
 
     python main.py --config=configs/plan_scaling.py
@@ -44,7 +44,7 @@ links carry 100 GB/s each way, and every hop takes a microsecond. *Efficiency* i
 the step in which a chip does not wait for others: for collectives as the compiler makes them,
 some of what ZeRO and data parallelism say beside compute; *if hidden*, where all of that is.
 *Compiled* are the bytes received, the step and the MFU of the same mesh's compiled program, by
-the rule of `lm/parallel/roofline.py`, where it was compiled (`--config.scaling.compiled`).
+the rule of `lm/planning/roofline.py`, where it was compiled (`--config.scaling.compiled`).
 
 Steps, MFU and efficiency, on paper and compiled, are with `train.compiler='tuned'`: the options
 of `lm/parallel/compiler.py`, which programs were compiled with but which no TPU has run yet. Runs

@@ -30,16 +30,6 @@ from lm.data import (
 )
 from lm.inference.config import SamplingConfig
 from lm.jobs.finish import check_prompts, finish
-from lm.jobs.inherited import inherit, initial_parameters, open_model
-from lm.jobs.run_directory import (
-    CHECKPOINTS,
-    CONFIG,
-    check_directory,
-    check_shared,
-    claim,
-    saved_run,
-    shared_tokenizer,
-)
 from lm.models import ModelConfig
 from lm.models.huggingface.families import family_for
 from lm.objectives import ObjectiveConfig, check_objective
@@ -49,6 +39,16 @@ from lm.parallel.host_memory import keep_buffers
 from lm.parallel.layout import Layout, lay_out
 from lm.parallel.mesh import MeshConfig, batch_sharding, batch_ways
 from lm.parallel.rows import assemble, local_rows
+from lm.runs.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    check_directory,
+    check_shared,
+    claim,
+    saved_run,
+    shared_tokenizer,
+)
+from lm.runs.inherited import inherit, initial_parameters, open_model
 from lm.tokenizers import TokenizerConfig
 from lm.tokenizers.export import huggingface_files
 from lm.training import flops
@@ -74,7 +74,7 @@ class TrainJob:
     job: str = "train"
     seed: Seed = 0  # of the parameters, the data order, dropout and the samples
     # Start from this run or Hugging Face directory: its parameters, tokenizer and whole `model`, of
-    # which only what changes nothing of that may be set here; see `lm.jobs.inherited`.
+    # which only what changes nothing of that may be set here; see `lm.runs.inherited`.
     init_from: Path = ""
     # Of a Hugging Face directory: regular expressions of fields of config.json and of tensors that
     # may be left out though they are not known.

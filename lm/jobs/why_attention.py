@@ -25,10 +25,10 @@ import numpy as np
 from rich.console import Console
 
 from lm.config import Bounds, ConfigError, Count, Positive, Seed, Size, check, to_dict, view
-from lm.jobs.why_attention_report import plot, report, tables
-from lm.jobs.why_attention_tasks import TEST, Batch, Task, copying, repeated, translation
+from lm.experiments.why_attention.report import plot, report, tables
+from lm.experiments.why_attention.tasks import TEST, Batch, Task, copying, repeated, translation
 from lm.models import ModelConfig, bind, count, init, param_specs, skeleton
-from lm.models.taps import reading, replacing
+from lm.models.hooks import reading, replacing
 from lm.objectives import ObjectiveConfig, token_loss
 from lm.parallel.host_memory import keep_buffers
 from lm.tokenizers import TokenizerConfig

@@ -10,8 +10,8 @@ Names carry shapes. One letter a dimension, after the underscore:
 so `x_BTD` is a batch of residual streams and `w_DF` maps width to feed-forward width.
 """
 
-from lm.models.build import bind, count, init, param_specs
 from lm.models.config import ModelConfig
+from lm.models.params import bind, count, init, param_specs
 from lm.models.recurrent import Recurrent
 from lm.models.transformer import Transformer
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.models.config import ModelConfig
-from lm.models.numerics import compute_dtype
+from lm.models.matmul import compute_dtype
 
 Stacked = jax.Array | tuple[jax.Array, ...]
 

@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm.models.build import declare, stack
 from lm.models.config import ModelConfig
+from lm.models.hooks import Tap, no_tap, within
 from lm.models.layers import dropout, weight_initializer
-from lm.models.numerics import add_bias, cheap, compute_dtype, contract, masked_softmax
+from lm.models.matmul import add_bias, cheap, compute_dtype, contract, masked_softmax
+from lm.models.params import declare, stack
 from lm.models.stack import unstack
-from lm.models.taps import Tap, no_tap, within
 from lm.parallel.sharding import constrain
 
 State = tuple[jax.Array, ...]  # (hidden,), and for an LSTM (hidden, memory); float32
@@ -262,7 +262,7 @@ class Cells(nnx.Module):
           start, bounds, starts, memory: see `through_time`.
           context_TBD: what a lower layer's attention found, instead of `memory`.
           backwards: whether the last token is read first.
-          tap: see `lm.models.taps`.
+          tap: see `lm.models.hooks`.
         """
         kind, dtype = KINDS[self.config.cell], compute_dtype(self.config.compute_dtype)
         p = contract("tbd,dge->tbge", x_TBD, self.input[...], jnp.float32)

@@ -132,7 +132,7 @@ class ModelConfig:
     initializer_std: AboveZero = 0.02
     compute_dtype: Literal[DTYPES] = "auto"  # auto: bfloat16 where the platform is fast at it
     quantization: Literal[QUANTIZATIONS] = "none"  # products with the blocks' weights, in training
-    # auto | xla | splash (TPU) | cudnn (GPU); see lm.models.kernels
+    # auto | xla | splash (TPU) | cudnn (GPU); see lm.models.attention.kernels
     attention: Literal[ATTENTION] = "auto"
     # none | dots | projections | qkv | full | offload: how much is recomputed backwards. Under full
     # a layer's input is all that is kept of it; under offload that waits in the host's memory, at

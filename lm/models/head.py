@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lm.models.numerics import contract
-from lm.models.taps import Tap, no_tap
+from lm.models.hooks import Tap, no_tap
+from lm.models.matmul import contract
 from lm.parallel.sharding import constrain
 
 
@@ -27,7 +27,7 @@ class LanguageModel(nnx.Module):
         Args:
           tokens_BT: token ids; the source's [B, S] for an encoder-decoder.
           targets_BT: an encoder-decoder's inputs to the decoder.
-          tap: reads or replaces named activations (`lm.models.taps`).
+          tap: reads or replaces named activations (`lm.models.hooks`).
           **arguments: as of `hidden`.
         """
         return self.unembed(self.hidden(tokens_BT, targets_BT, tap=tap, **arguments), tap=tap)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.extend.random import threefry2x32_p
 
-from lm.models.build import declare
 from lm.models.config import ModelConfig
-from lm.models.numerics import add_bias, cheap, contract, contract_each
-from lm.models.taps import Tap, no_tap
+from lm.models.hooks import Tap, no_tap
+from lm.models.matmul import add_bias, cheap, contract, contract_each
+from lm.models.params import declare
 from lm.parallel.sharding import constrain
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from lm.models.ring_attention import HEADS
+from lm.models.attention.ring import HEADS
 from lm.parallel.mesh import batch_ways
 from lm.parallel.pipeline import AXIS, choose_microbatches, pipeline
 from lm.parallel.ring import context_ways

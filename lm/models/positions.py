@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.models.config import ModelConfig
-from lm.models.numerics import finished
+from lm.models.matmul import finished
 
 
 def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:

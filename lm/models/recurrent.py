@@ -26,7 +26,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lm.config import check
-from lm.models.build import declare, stack
 from lm.models.cells import (
     Bounds,
     Cells,
@@ -41,11 +40,12 @@ from lm.models.cells import (
 )
 from lm.models.config import ModelConfig
 from lm.models.head import LanguageModel
+from lm.models.hooks import Tap, no_tap, within
 from lm.models.layers import embedding_initializer, weight_initializer
-from lm.models.marks import Marks, same_document
-from lm.models.numerics import add_bias, compute_dtype, contract
+from lm.models.matmul import add_bias, compute_dtype, contract
+from lm.models.params import declare, stack
+from lm.models.segments import Marks, same_document
 from lm.models.stack import unstack
-from lm.models.taps import Tap, no_tap, within
 from lm.parallel.sharding import constrain
 
 # Fields of a Transformer that would change what is computed, and what they are without one.
@@ -186,7 +186,7 @@ class Recurrent(LanguageModel):
           source_segments_BS: likewise of an encoder-decoder's source.
           rows_B: each row's number in the whole batch; 0, 1, 2, … unless given.
           dropout_key: turns dropout on.
-          tap: see `lm.models.taps`.
+          tap: see `lm.models.hooks`.
 
         Raises:
           ConfigError: a prefix, which would have to be read before itself.
@@ -277,7 +277,7 @@ class Recurrent(LanguageModel):
           tokens_BT: the new tokens of every row; padding may stand anywhere.
           positions_BT: their positions, of which only -1, padding, matters.
           cache: the state after the tokens before.
-          tap: see `lm.models.taps`.
+          tap: see `lm.models.hooks`.
 
         Returns:
           [B, T, D], and the cache after the new tokens.

@@ -11,17 +11,17 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.models import layers
-from lm.models.attention import Attention, Pair, attention_mask
-from lm.models.build import declare, stack
+from lm.models.attention.attention import Attention, Pair, attention_mask
+from lm.models.attention.ring import ScoreBias
 from lm.models.cache import Cache
 from lm.models.config import ModelConfig
-from lm.models.experts import Experts, RouterStats
-from lm.models.marks import Marks, same_document
-from lm.models.numerics import compute_dtype
+from lm.models.hooks import Tap, no_tap, within
+from lm.models.matmul import compute_dtype
+from lm.models.moe.experts import Experts, RouterStats
+from lm.models.params import declare, stack
 from lm.models.pipelined import LAYER_INPUT, pipeline_stages, remat_policy, through_stages
 from lm.models.positions import alibi_bias, alibi_slopes, relative_bias, rotary_angles
-from lm.models.ring_attention import ScoreBias
-from lm.models.taps import Tap, no_tap, within
+from lm.models.segments import Marks, same_document
 from lm.parallel.platform import platform
 from lm.parallel.sharding import constrain
 
@@ -117,7 +117,7 @@ class Block(nnx.Module):
           cache: this layer's keys and values.
           source: keys and values of the encoder's output; made of `context.memory_BSD` if None.
           key: turns dropout on.
-          tap: see `lm.models.taps`.
+          tap: see `lm.models.hooks`.
         """
         config = self.config
         keys = (None,) * 5 if key is None else jax.random.split(key, 5)

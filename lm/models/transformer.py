@@ -10,18 +10,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lm.models import layers
-from lm.models.attention import attention_mask
-from lm.models.build import declare
+from lm.models.attention.attention import attention_mask
 from lm.models.cache import Cache
 from lm.models.config import ModelConfig
-from lm.models.experts import RouterStats
+from lm.models.embedding_lookup import lookup
 from lm.models.head import LanguageModel
-from lm.models.lookup import lookup
-from lm.models.marks import Marks
-from lm.models.numerics import compute_dtype
+from lm.models.hooks import Tap, no_tap, within
+from lm.models.matmul import compute_dtype
+from lm.models.moe.experts import RouterStats
+from lm.models.params import declare
 from lm.models.positions import sinusoids
+from lm.models.segments import Marks
 from lm.models.stack import Context, Stack, unstack
-from lm.models.taps import Tap, no_tap, within
 from lm.parallel.ring import from_zigzag, to_zigzag, zigzag_divides
 from lm.parallel.sharding import constrain
 
@@ -63,7 +63,7 @@ class Embedding(nnx.Module):
           positions_BT: where each stands in its document.
           types_BT: which part of its document each is of; all 0 unless given.
           table: token embeddings, if there are none of its own.
-          tap: see `lm.models.taps`.
+          tap: see `lm.models.hooks`.
         """
         config, dtype = self.config, compute_dtype(self.config.compute_dtype)
         x_BTD = lookup(self.tokens[...] if table is None else table, tokens_BT, dtype)
@@ -161,7 +161,7 @@ class Transformer(LanguageModel, Stack):
           rows_B: each row's number in the whole batch, for dropout; 0, 1, 2, … unless given.
           filled_BT: false for padding, which visits no expert, where segments do not say so.
           dropout_key: turns dropout on.
-          tap: see `lm.models.taps`.
+          tap: see `lm.models.hooks`.
         """
         memory, both = (), self.config.architecture == "encoder_decoder"
         if both:
@@ -237,7 +237,7 @@ class Transformer(LanguageModel, Stack):
           tokens_BT: the new tokens of every row; padding may stand anywhere.
           positions_BT: their positions, -1 for padding.
           cache: holds the tokens before; must have T free slots.
-          tap: see `lm.models.taps`.
+          tap: see `lm.models.hooks`.
 
         Returns:
           The last residual stream [B, T, D], and the cache with the new tokens.

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from lm.config import ConfigError
-from lm.models.numerics import contract
-from lm.parallel.gradients import after, axes_of, shared, summed_over
+from lm.models.matmul import contract
 from lm.parallel.platform import platform
+from lm.parallel.reduce import after, axes_of, shared, summed_over
 from lm.parallel.schedule import current_schedule
 from lm.parallel.sharding import ACTIVATION_RULES, automatic_axes, partition, zero_rules
 

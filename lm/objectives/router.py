@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lm.models.experts import RouterStats
+from lm.models.moe.experts import RouterStats
 from lm.objectives.config import ObjectiveConfig
 
 

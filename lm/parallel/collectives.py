@@ -15,8 +15,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lm.parallel import hlo
-from lm.parallel.hlo_costs import read_of, updated
+from lm.planning import hlo
+from lm.planning.hlo_costs import read_of, updated
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 The axis `context` splits a sequence: each device keeps its own queries while keys and values travel
 around the ring, so that no device ever holds them all (Liu et al. 2023). What is done with each
-block is the caller's; `lm.models.ring_attention` does attention with it.
+block is the caller's; `lm.models.attention.ring` does attention with it.
 
 Where later tokens see earlier ones alone, a device with the first tokens of a sequence would wait
 for the one with the last. In zig-zag order each has a chunk from either end: device i of c holds

@@ -36,7 +36,7 @@ from lm import files
 from lm.config import Count, Positive
 from lm.parallel import hosts
 from lm.training.manifests import checksums, write_manifest
-from lm.training.saved import (
+from lm.training.restore import (
     CheckpointError,
     best_step,
     exactly,

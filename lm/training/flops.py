@@ -18,11 +18,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from lm.models import ModelConfig, bind, param_specs, skeleton
+from lm.models.attention.ring import ScoreBias
 from lm.models.costs import training_flops_per_token as training_flops_per_token
-from lm.models.marks import Marks
-from lm.models.numerics import compute_dtype
+from lm.models.matmul import compute_dtype
 from lm.models.positions import alibi_bias, relative_bias
-from lm.models.ring_attention import ScoreBias
+from lm.models.segments import Marks
 from lm.models.stack import Block, Context, rematerialized
 from lm.objectives.cross_entropy import chunk_length
 from lm.parallel.layout import Layout

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lm.models import ModelConfig, count
-from lm.models.numerics import compute_dtype
+from lm.models.matmul import compute_dtype
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import describe
 from lm.parallel.params import ParamSpec

@@ -12,7 +12,7 @@ from objective_vocabulary import Vocabulary, corpus_of
 
 from lm.config import ConfigError, defaults, view
 from lm.data import CorruptionConfig, DataConfig, evaluation_batches, train_batches
-from lm.data.two_sided import both_lengths, noise_spans, raw_length, target_length
+from lm.data.encoder_decoder_rows import both_lengths, noise_spans, raw_length, target_length
 
 VOCABULARY = Vocabulary()
 EOS, BOS, MASK = Vocabulary.eos_id, Vocabulary.bos_id, Vocabulary.mask_id

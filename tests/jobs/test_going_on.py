@@ -8,8 +8,8 @@ import pytest
 import tiny_jobs
 
 from lm.config import ConfigError
-from lm.jobs.run_directory import FREE, NOTED, REFUSED, classified
 from lm.jobs.train import TrainJob
+from lm.runs.directory import FREE, NOTED, REFUSED, classified
 
 SHORT = {"train__steps": 4, "train__log_every": 2, "checkpoint__every": 2}
 
@@ -50,7 +50,7 @@ def leaves(section, prefix=""):
 
 def test_every_field_of_a_run_is_free_noted_or_refused():
     fields = list(leaves(TrainJob()))
-    assert [f for f in fields if not classified(f)] == [], "say in lm/jobs/run_directory.py"
+    assert [f for f in fields if not classified(f)] == [], "say in lm/runs/directory.py"
     listed = [*FREE, *NOTED, *REFUSED]
     assert len({*listed}) == len(listed)
     sections = {f.rpartition(".")[0] for f in fields} | {f.split(".")[0] for f in fields}

@@ -12,7 +12,7 @@ import safetensors.numpy
 from lm.config import ConfigError
 from lm.models.config import ModelConfig
 from lm.models.huggingface import from_tensors, to_tensors
-from lm.models.huggingface.exact import essence
+from lm.models.huggingface.config_roundtrip import essence
 from lm.models.huggingface.families import FAMILIES, family_of
 from lm.models.huggingface.layout import layout
 from lm.models.positions import rotary_frequencies

@@ -11,10 +11,11 @@ import pytest
 import tiny_models
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from lm.models import bind, experts, param_specs
-from lm.models.build import stack
-from lm.models.experts import Experts
-from lm.models.taps import no_tap, reading, replacing
+from lm.models import bind, param_specs
+from lm.models.hooks import no_tap, reading, replacing
+from lm.models.moe import experts
+from lm.models.moe.experts import Experts
+from lm.models.params import stack
 from lm.parallel.sharding import parameter_shardings
 
 B, T, D = 4, 6, 8

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from lm.config import ConfigError
-from lm.models import flash_tpu, kernels
-from lm.models.attention import attend, attention_mask
+from lm.models.attention import kernels
+from lm.models.attention import splash as splash_kernels
+from lm.models.attention.attention import attend, attention_mask
+from lm.models.attention.ring import ScoreBias, ring_attention
 from lm.models.config import ModelConfig
-from lm.models.marks import Marks, same_document
-from lm.models.ring_attention import ScoreBias, ring_attention
+from lm.models.segments import Marks, same_document
 from lm.models.stack import Context
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.platform import compiling_for
@@ -133,7 +134,7 @@ RING_OPTIONS = [
 @pytest.mark.parametrize("options", RING_OPTIONS, ids=str)
 def test_kernels_of_the_ring_are_attention(options, monkeypatch):
     for name in ("QUERY_BLOCK", "KEY_BLOCK", "BACKWARD_BLOCK"):
-        monkeypatch.setattr(flash_tpu, name, 128)
+        monkeypatch.setattr(splash_kernels, name, 128)
     options = dict(options)
     marking = {name: options.pop(name, False) for name in ("packed", "prefix")}
     arrays, weights, *marks = inputs(512, **marking)

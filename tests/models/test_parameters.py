@@ -7,8 +7,8 @@ import pytest
 import tiny_models
 
 from lm.models import ModelConfig, Transformer, bind, count, init, param_specs
-from lm.models.build import unbind
-from lm.models.taps import reading
+from lm.models.hooks import reading
+from lm.models.params import unbind
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.sharding import parameter_shardings
 

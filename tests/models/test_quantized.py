@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.config import ConfigError, view
 from lm.models import ModelConfig, bind, init, param_specs, skeleton
-from lm.models.experts import grouped_contract
-from lm.models.numerics import contract
+from lm.models.matmul import contract
+from lm.models.moe.experts import grouped_contract
 from lm.models.quantized import RECIPES
 from lm.parallel.mesh import MeshConfig, make_mesh
 

@@ -12,7 +12,7 @@ import tiny_models
 from lm.config import ConfigError, view
 from lm.models import ModelConfig, bind, count, init, param_specs, skeleton
 from lm.models.cells import KINDS, Cells, bounds, zeros
-from lm.models.taps import reading, replacing
+from lm.models.hooks import reading, replacing
 from lm.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from lm.parallel.sharding import parameter_shardings
 

@@ -13,9 +13,9 @@ PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from lm.models import kernels
-from lm.models.marks import Marks
-from lm.models.ring_attention import ring_attention
+from lm.models.attention import kernels
+from lm.models.segments import Marks
+from lm.models.attention.ring import ring_attention
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.platform import compiling_for
 from lm.parallel.topology import open_topology

@@ -10,8 +10,8 @@ import tiny_models
 
 from lm.models import Transformer, bind
 from lm.models.config import ACTIVATIONS, NORMS, POSITIONS
+from lm.models.hooks import reading, replacing
 from lm.models.layers import dropout
-from lm.models.taps import reading, replacing
 
 
 def close(a, b, atol=2e-5):

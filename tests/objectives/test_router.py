@@ -10,9 +10,9 @@ import tiny_models
 
 from lm.config import ConfigError, view
 from lm.models import bind
-from lm.models.build import init, param_specs
-from lm.models.experts import Experts
-from lm.models.taps import no_tap
+from lm.models.hooks import no_tap
+from lm.models.moe.experts import Experts
+from lm.models.params import init, param_specs
 from lm.objectives import ObjectiveConfig
 from lm.objectives.router import router_loss
 

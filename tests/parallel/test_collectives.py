@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tpu_compiler import needs_libtpu
 
-from lm.jobs.plan_programs import Workload, train_program
 from lm.models import ModelConfig
 from lm.parallel import collectives, strategies
 from lm.parallel.collectives import axes_of_groups, axes_of_pairs, replica_groups
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import MeshConfig
 from lm.parallel.topology import open_topology
+from lm.planning.programs import Workload, train_program
 from lm.training.config import TrainConfig
 from lm.training.optimizer import OptimizerConfig
 

@@ -11,10 +11,11 @@ import pytest
 import tiny_models
 from jax.sharding import PartitionSpec
 
-from lm.models import bind, dispatch, param_specs
-from lm.models.build import stack
-from lm.models.experts import Experts
-from lm.models.taps import no_tap
+from lm.models import bind, param_specs
+from lm.models.hooks import no_tap
+from lm.models.moe import dispatch
+from lm.models.moe.experts import Experts
+from lm.models.params import stack
 from lm.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from lm.parallel.sharding import PARAMETER_RULES, WHOLE_RULES, parameter_shardings
 

@@ -10,11 +10,11 @@ import tiny_models
 from jax.sharding import PartitionSpec
 
 from lm.config import ConfigError
-from lm.parallel import hlo, hlo_runs
 from lm.parallel.collectives import collectives
 from lm.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
 from lm.parallel.pipeline import bubble_fraction, choose_microbatches, pipeline
 from lm.parallel.schedule import Schedule, current_schedule, following
+from lm.planning import hlo, hlo_runs
 
 LAYERS, WIDTH = 24, 5
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from lm.config import ConfigError
-from lm.models import flash
-from lm.models.attention import attend, attention_mask
+from lm.models.attention import flash
+from lm.models.attention.attention import attend, attention_mask
+from lm.models.attention.ring import ScoreBias, ring_attention
 from lm.models.config import ModelConfig
-from lm.models.marks import Marks, same_document
 from lm.models.positions import alibi_slopes, relative_bias
-from lm.models.ring_attention import ScoreBias, ring_attention
+from lm.models.segments import Marks, same_document
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.ring import from_zigzag, to_zigzag, zigzag_slots
 

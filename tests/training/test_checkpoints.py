@@ -17,9 +17,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lm.config import ConfigError, view
-from lm.training import checkpoints, manifests, saved
+from lm.training import checkpoints, manifests, restore
 from lm.training.checkpoints import CheckpointConfig, Checkpointer
-from lm.training.saved import CheckpointError
+from lm.training.restore import CheckpointError
 
 
 def make_state(seed=0, optimizer=None, width=8):
@@ -184,7 +184,7 @@ def test_damaged_newest_is_named_and_the_one_before_used(tmp_path, caplog, harm)
         assert "00000002 is damaged" in warning and "\n" not in warning
         with pytest.raises(CheckpointError, match="00000002 is damaged"):
             checkpointer.restore(2, abstract(first))
-        step, _ = saved.restore_parameters(tmp_path)
+        step, _ = restore.restore_parameters(tmp_path)
         assert step == 1
         checkpointer.save(2, second, wait=True)  # the run comes by again and mends it
         assert checkpointer.restore_latest(abstract(second)).step == 2
@@ -206,8 +206,8 @@ def test_if_all_are_damaged_each_is_named_and_none_is_overwritten(tmp_path):
         ]
         for read in (
             lambda: checkpointer.restore_latest(abstract(state)),
-            lambda: saved.restore_parameters(tmp_path),
-            lambda: saved.SavedParameters(tmp_path, None, abstract(state["params"])),
+            lambda: restore.restore_parameters(tmp_path),
+            lambda: restore.SavedParameters(tmp_path, None, abstract(state["params"])),
         ):
             for words in faults:
                 with pytest.raises(CheckpointError, match=words) as error:
@@ -295,7 +295,7 @@ def test_a_directory_may_have_any_name(tmp_path, monkeypatch, name):
     with Checkpointer(tmp_path / name) as checkpointer:
         checkpointer.save(1, state, wait=True)
         assert_same_bits(checkpointer.restore_latest(abstract(state)).state, state)
-    assert_same_bits(saved.restore_parameters(tmp_path / name)[1], state["params"])
+    assert_same_bits(restore.restore_parameters(tmp_path / name)[1], state["params"])
 
 
 def test_names_that_are_no_step_are_none(tmp_path):
@@ -303,12 +303,12 @@ def test_names_that_are_no_step_are_none(tmp_path):
     for name in ("²", "٣", "9" * 250, "-1", "00000001.saving", "old"):
         (tmp_path / name).mkdir()
     (tmp_path / "00000007").write_text("a file")
-    assert saved.saved_steps(tmp_path) == []
+    assert restore.saved_steps(tmp_path) == []
     with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.restore_latest(abstract(state)) is None
         checkpointer.save(7, state, wait=True)
         assert checkpointer.restore_latest(abstract(state)).step == 7
-    assert saved.restore_parameters(tmp_path)[0] == 7
+    assert restore.restore_parameters(tmp_path)[0] == 7
 
 
 def test_one_run_at_a_time_writes_and_any_may_read(tmp_path):
@@ -319,7 +319,7 @@ def test_one_run_at_a_time_writes_and_any_may_read(tmp_path):
         for claim in (Checkpointer, checkpoints.check_free):
             with pytest.raises(CheckpointError, match=holder):
                 claim(tmp_path)
-        assert saved.restore_parameters(tmp_path)[0] == 1
+        assert restore.restore_parameters(tmp_path)[0] == 1
     checkpoints.check_free(tmp_path)
     (tmp_path / "lock").write_text("process 1 on a host that died\n")
     with Checkpointer(tmp_path) as checkpointer:
@@ -341,18 +341,18 @@ def test_parameters_alone(tmp_path):
         for step, loss in {1: 2.0, 2: 1.0, 3: 1.5}.items():
             checkpointer.save(step, states[step], metrics={"eval_loss": loss})
     for asked, step in {None: 3, "latest": 3, "best": 2, 1: 1}.items():
-        got, params = saved.restore_parameters(tmp_path, asked)
+        got, params = restore.restore_parameters(tmp_path, asked)
         assert got == step
         assert_same_bits(params, states[step]["params"])
     target = {"half": jax.ShapeDtypeStruct((4,), jnp.float32, sharding=states[1]["step"].sharding)}
-    _, some = saved.restore_parameters(tmp_path, 1, target)
+    _, some = restore.restore_parameters(tmp_path, 1, target)
     assert some["half"].dtype == jnp.float32 and list(some) == ["half"]
     np.testing.assert_array_equal(some["half"], states[1]["params"]["half"].astype(jnp.float32))
     for asked, message in {"newest": "'latest' or 'best'", 9: "no checkpoint of step 9"}.items():
         with pytest.raises(CheckpointError, match=message):
-            saved.restore_parameters(tmp_path, asked)
+            restore.restore_parameters(tmp_path, asked)
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        saved.restore_parameters(tmp_path / "missing")
+        restore.restore_parameters(tmp_path / "missing")
 
 
 def test_another_configuration_is_refused_by_name(tmp_path):
@@ -373,7 +373,7 @@ def test_another_configuration_is_refused_by_name(tmp_path):
             assert "\n" not in str(error.value)
     wider = {"embed": jax.ShapeDtypeStruct((16, 12), jnp.float32)}
     with pytest.raises(CheckpointError, match="another configuration"):
-        saved.restore_parameters(tmp_path, abstract=wider)
+        restore.restore_parameters(tmp_path, abstract=wider)
 
 
 def test_a_file_in_place_of_the_directory_is_refused(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 from lm.config import ConfigError, check_choice, nearest
 from lm.models.config import ModelConfig
 from lm.models.huggingface import bart, bert, bloom, gemma, gpt2, llama, neox, opt, t5
-from lm.models.huggingface.exact import NotExact
+from lm.models.huggingface.config_roundtrip import NotExact
 from lm.models.huggingface.family import Family
 
 _MODULES = (gpt2, llama, gemma, neox, opt, bloom, bert, t5, bart)

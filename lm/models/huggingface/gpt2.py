@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lm.models.config import ModelConfig
-from lm.models.huggingface.exact import exact
+from lm.models.huggingface.config_roundtrip import exact
 from lm.models.huggingface.family import Arrays, Family, Rule, Shapes, demand, same, settings
 from lm.models.huggingface.parts import activation, activation_name
 

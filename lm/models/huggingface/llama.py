@@ -9,7 +9,7 @@ import numpy as np
 
 from lm.config import check, check_choice, view
 from lm.models.config import ModelConfig
-from lm.models.huggingface.exact import exact
+from lm.models.huggingface.config_roundtrip import exact
 from lm.models.huggingface.family import (
     Arrays,
     Family,

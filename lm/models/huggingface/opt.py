@@ -7,7 +7,7 @@ from typing import Any
 
 from lm.config import view
 from lm.models.config import ModelConfig
-from lm.models.huggingface.exact import exact
+from lm.models.huggingface.config_roundtrip import exact
 from lm.models.huggingface.family import Family, Rule, demand, same, settings
 from lm.models.huggingface.parts import (
     activation,

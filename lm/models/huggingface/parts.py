@@ -8,7 +8,7 @@ from typing import Any
 
 from lm.config import check, check_choice
 from lm.models.config import ModelConfig
-from lm.models.huggingface.exact import exact
+from lm.models.huggingface.config_roundtrip import exact
 from lm.models.huggingface.family import ACTIVATIONS, Rule, linear, same
 
 _GATED = {"gelu_tanh": "geglu", "silu": "swiglu"}

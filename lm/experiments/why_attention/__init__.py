@@ -1,0 +1,1 @@
+"""Attention against recurrence, on tasks whose difficulty is known."""

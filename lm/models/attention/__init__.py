@@ -1,0 +1,1 @@
+"""Attention: the layer, and what computes it on each platform."""

@@ -1,0 +1,223 @@
+"""How numbers are multiplied: the one place that knows what each platform is good at.
+
+Parameters are float32. `contract` multiplies in the compute dtype and accumulates in float32,
+forward and backward: both gradients multiply operands of the compute dtype too, which plain
+autodiff of a bfloat16 product with a float32 result would not (it widens the gradient first).
+Between devices that each hold a part of such a sum, activations and their gradients travel in the
+compute dtype, gradients of parameters in float32 or as `lm.parallel.reduce` says. A product may
+be of eight-bit numbers instead: `lm.models.quantized`.
+
+On the CPU, XLA fuses the cheap operations that produce an operand into the copy that feeds the
+product and then recomputes them with strided access. A barrier around the operands that the
+backward pass reads keeps each product alone with finished arrays.
+
+What the backward pass needs of the cheap operations it recomputes (`cheap`) rather than reads back:
+under a scan over layers every saved array is copied into a stack of them and out again.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from lm.models import quantized
+from lm.parallel.platform import platform
+from lm.parallel.schedule import reduce_dtype
+
+JOINED_ROWS = 256  # products of fewer rows than this are not joined
+
+
+@functools.cache
+def fast_bfloat16(platform: str) -> bool:
+    """Whether bfloat16 products beat float32 ones: TPU, GPU, AMX or AVX512-BF16."""
+    if platform == "gpu":
+        capability = str(getattr(jax.devices("gpu")[0], "compute_capability", ""))
+        return not capability.replace(".", "").isdigit() or float(capability) >= 8  # Ampere, or AMD
+    if platform != "cpu":
+        return True
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The dtype that `model.compute_dtype` names; `auto` is bfloat16 where that is faster."""
+    if name == "auto":
+        name = "bfloat16" if fast_bfloat16(platform()) else "float32"
+    return jnp.dtype(name)
+
+
+def contract(
+    spec: str,
+    x: jax.Array,
+    w: jax.Array,
+    dtype: jnp.dtype | None = None,
+    *,
+    quantization: str = "none",
+) -> jax.Array:
+    """`einsum(spec, x, w)` of two arrays in x's dtype, accumulated in float32.
+
+    Every letter of one operand that the other lacks must be in the output (no broadcasting sums),
+    so that both gradients are contractions as well.
+
+    Args:
+      spec: an einsum of two operands with an explicit output, e.g. `btd,df->btf`.
+      x: the activations; their dtype is the compute dtype.
+      w: the other operand: a float32 parameter, or activations.
+      dtype: of the result; x's own unless given.
+      quantization: none, or the name of a recipe of `lm.models.quantized`, by which this product
+        and both of its gradients are taken.
+
+    Returns:
+      The product in `dtype`. To remat policies its name is `product`, or `batched_product` where
+      the operands share a dimension with the output, as attention's do.
+    """
+    operands, out = spec.split("->")
+    first, second = operands.split(",")
+    batched = set(first) & set(second) & set(out)
+    product = _contract(spec, jnp.dtype(dtype or x.dtype), quantization, x, w)
+    # A policy cannot see the dot inside a custom derivative, but it sees the name of its result.
+    return checkpoint_name(product, "batched_product" if batched else "product")
+
+
+def contract_each(
+    spec: str, x: jax.Array, weights: Sequence[jax.Array], *, quantization: str = "none"
+) -> list[jax.Array]:
+    """`contract(spec, x, w)` for every w of `weights`, as one larger product where that pays.
+
+    The weights differ only in the size of their first dimension that x lacks, along which they are
+    joined on the CPU: a copy, so not when decoding, where reading the weights is all the work; and
+    not where the mesh splits weights over `tensor`, as joining would move them between devices.
+    Elsewhere each product is large enough, and joining costs memory: at Llama-2-70B's size, 5 GB.
+
+    Args:
+      spec: as for `contract`, e.g. `btd,dhc->bthc`.
+      x: the activations.
+      weights: float32 parameters.
+      quantization: as for `contract`.
+    """
+    first, second, out = spec.replace("->", ",").split(",")
+    letter = next(letter for letter in second if letter not in first)
+    axis, out_axis = second.index(letter), out.index(letter)
+    contracted = math.prod(size for name, size in zip(first, x.shape) if name in second)
+    split = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
+    if platform() != "cpu" or split or x.size // contracted < JOINED_ROWS:
+        return [contract(spec, x, w, quantization=quantization) for w in weights]
+    joined = jnp.concatenate([w.astype(x.dtype) for w in weights], axis)
+    sizes = [w.shape[axis] for w in weights]
+    product = contract(spec, x, joined, quantization=quantization)
+    return list(jax.lax.split(product, sizes, out_axis))
+
+
+def _einsum(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype, kinds=None) -> jax.Array:
+    """`einsum` in a's dtype, or of the two operands as eight-bit numbers of `kinds`."""
+    if kinds:
+        product = quantized.einsum(spec, a, b, kinds, _sum_dtype(dtype))
+    else:
+        b = b.astype(a.dtype)
+        product = jnp.einsum(spec, a, b, preferred_element_type=_sum_dtype(dtype))
+    return product.astype(dtype)
+
+
+def _sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """What a product wanted in `dtype` leaves the hardware in, to be summed over devices so.
+
+    Accelerators accumulate in float32 and round at the end; the CPU is faster with float32.
+    """
+    return dtype if dtype == jnp.bfloat16 and platform() != "cpu" else jnp.dtype(jnp.float32)
+
+
+def _settle(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """On the CPU, finishes `arrays` before anything reads them; elsewhere does nothing."""
+    return jax.lax.optimization_barrier(arrays) if platform() == "cpu" else arrays
+
+
+def finished(x: jax.Array) -> jax.Array:
+    """On the CPU, float32 `x` behind a product with the identity; elsewhere `x`.
+
+    XLA recomputes what is cheap by its count, sines and cosines among it, wherever it is read; it
+    never recomputes a product.
+    """
+    if platform() != "cpu":
+        return x
+    return jnp.matmul(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision="highest")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _contract(spec, dtype, quantization, x, w):
+    return _einsum(spec, x, w, dtype, quantized.RECIPES[quantization].forward)
+
+
+def _contract_forward(spec, dtype, quantization, x, w):
+    (x,) = _settle(x)
+    return _contract(spec, dtype, quantization, x, w), (x, w)
+
+
+def _contract_backward(spec, dtype, quantization, saved, gradient):
+    x, w = saved
+    recipe = quantized.RECIPES[quantization]
+    operands, out = spec.split("->")
+    first, second = operands.split(",")
+    (gradient,) = _settle(gradient.astype(x.dtype))
+    dx = _einsum(f"{out},{second}->{first}", gradient, w, x.dtype, recipe.to_x)
+    summed = reduce_dtype() if w.dtype == jnp.float32 else w.dtype
+    dw = _einsum(f"{first},{out}->{second}", x, gradient, summed, recipe.to_w)
+    return dx, dw.astype(w.dtype)
+
+
+_contract.defvjp(_contract_forward, _contract_backward)
+
+
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """`x + bias` in x's dtype; `bias` float32, shaped as the last axes of x.
+
+    Its gradient, a sum over all rows, is taken as a product with ones: accumulated in float32, and
+    on the CPU several times faster than XLA's reduction of leading axes.
+    """
+    return x + bias.astype(x.dtype)
+
+
+def _add_bias_backward(bias, gradient):
+    (gradient,) = _settle(gradient)
+    rows = gradient.reshape(-1, bias.size)
+    ones = jnp.ones(rows.shape[:1], rows.dtype)
+    summed = _einsum("n,nd->d", ones, rows, jnp.dtype(jnp.float32))
+    return gradient, summed.reshape(bias.shape).astype(bias.dtype)
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), _add_bias_backward)
+
+
+def cheap(function):
+    """`function`, whose backward pass starts from its inputs and recomputes what lies between."""
+    return jax.checkpoint(function, prevent_cse=False)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def masked_softmax(scores: jax.Array, mask: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Softmax over the last axis of float32 `scores` where `mask` holds, rounded to `dtype`.
+
+    The backward pass reads the rounded result alone, half the size of the scores or less. A row
+    that may see nothing gives a uniform mean and not NaN.
+    """
+    return jax.nn.softmax(jnp.where(mask, scores, -1e30), -1).astype(dtype)
+
+
+def _softmax_forward(scores, mask, dtype):
+    pattern = masked_softmax(scores, mask, dtype)
+    return pattern, pattern
+
+
+def _softmax_backward(dtype, pattern, gradient):
+    p, g = pattern.astype(jnp.float32), gradient.astype(jnp.float32)
+    return p * (g - jnp.sum(p * g, -1, keepdims=True)), None
+
+
+masked_softmax.defvjp(_softmax_forward, _softmax_backward)

@@ -1,0 +1,223 @@
+"""What an instruction of a compiled program costs, each time it runs.
+
+FLOPs     of dots and convolutions, 2 for each product that meets a value (not padding), in
+          fusions too; and of kernels that state theirs
+bytes     read and written in HBM, of each fusion as a whole: what lies between its operations
+          stays on the chip, as do arrays that the compiler placed there (a TPU's S(1), VMEM). Of
+          an operand that is only sliced, the slice; of a result updated in place, the update
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import numpy as np
+
+from lm.planning.hlo import Computation, Instruction, Module
+
+# Neither read nor write: names, tuples and the ends of what a `-start` began.
+FREE = frozenset(
+    (
+        *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "domain"),
+        *("partition-id", "replica-id", "after-all", "add-dependency"),
+        *("opt-barrier", "optimization-barrier", "while", "conditional", "call"),
+    )
+)
+_SLICES = frozenset(("dynamic-slice", "slice", "gather"))
+
+# ---- FLOPs -----------------------------------------------------------------------------------
+
+
+def products(
+    module: Module, computation: Computation, instruction: Instruction
+) -> list[tuple[Computation, Instruction]]:
+    """The dots and convolutions that an instruction consists of."""
+    if instruction.opcode in ("dot", "convolution"):
+        return [(computation, instruction)]
+    if instruction.opcode != "fusion":
+        return []
+    inner = module.computations[instruction.called[0]]
+    return [p for i in inner.instructions.values() for p in products(module, inner, i)]
+
+
+def product_flops(computation: Computation, instruction: Instruction) -> float:
+    """FLOPs of a dot or a convolution."""
+    if instruction.opcode == "convolution":
+        return _convolution_flops(computation, instruction)
+    dims = computation.operand(instruction, 0).arrays[0].dims
+    contracted = _integers(instruction.attribute("lhs_contracting_dims") or "")
+    return 2.0 * instruction.arrays[0].size * math.prod(dims[d] for d in contracted)
+
+
+def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
+    left = computation.operand(instruction, 0).arrays[0]
+    kernel = computation.operand(instruction, 1).arrays[0]
+    labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels"))
+    groups = int(instruction.attribute("batch_group_count") or 1)
+    total = 2.0 * left.dims[labels[1].index("b")] / groups
+    total *= kernel.dims[labels[2].index("i")] * kernel.dims[labels[2].index("o")]
+    window = _window(instruction.attribute("window") or "{}")
+    for place, letter in enumerate(sorted(set(labels[1]) - {"b", "f"})):
+        total *= _meetings(
+            left.dims[labels[1].index(letter)],
+            kernel.dims[labels[2].index(letter)],
+            instruction.arrays[0].dims[labels[3].index(letter)],
+            *(values[place] if place < len(values) else default for values, default in window),
+        )
+    return total
+
+
+def _window(text: str):
+    """(values for each spatial dimension, default) of stride, pad, lhs_dilate and rhs_dilate."""
+    fields = dict(part.split("=") for part in text.strip("{}").split())
+
+    def split(key, default, convert):
+        return [convert(v) for v in fields[key].split("x")] if key in fields else [], default
+
+    return (
+        split("stride", 1, int),
+        split("pad", 0, lambda pair: int(pair.split("_")[0])),
+        split("lhs_dilate", 1, int),
+        split("rhs_dilate", 1, int),
+    )
+
+
+@functools.cache
+def _meetings(size, kernel, outputs, stride, pad, dilation, kernel_dilation) -> int:
+    """How many (output, kernel) places read a value, and not padding or a hole of dilation."""
+    if kernel == 1 and pad == 0 and dilation == 1:
+        return outputs
+    places, count = np.arange(outputs, dtype=np.int64) * stride - pad, 0
+    for offset in range(kernel):
+        read = places + offset * kernel_dilation
+        inside = (read >= 0) & (read <= (size - 1) * dilation) & (read % dilation == 0)
+        count += int(inside.sum())
+    return count
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"-?\d+", text)]
+
+
+def stated(instruction: Instruction, what: str) -> float:
+    """What a kernel states of itself, `flops` or `bytes_accessed`; 0 if it does not."""
+    if instruction.opcode != "custom-call":
+        return 0.0
+    found = re.search(rf'"{what}":"?(\d+)', instruction.attributes)
+    return float(found[1]) if found else 0.0
+
+
+# Products of [queries, keys] by [keys, width of a head] that kernels of attention take, by what is
+# in their names: the scores and the mixing of values; and backwards those, and their gradients.
+_ATTENTION = (
+    (re.compile("fwd|forward"), 2),
+    (re.compile("dkv|backward_key"), 4),
+    (re.compile("dq|backward_query"), 3),
+)
+
+
+def attention_flops(computation: Computation, instruction: Instruction) -> float:
+    """FLOPs of a Pallas kernel of attention that does not state them, if all pairs are seen.
+
+    Its first two operands of rank four are queries [B, H, T, C] and keys [B, K, S, C]. 0 for any
+    other instruction.
+    """
+    if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
+        return 0.0
+    if stated(instruction, "flops") or not re.search("splash|flash|ring", instruction.name):
+        return 0.0
+    arrays = [a for name in instruction.operands for a in computation.instructions[name].arrays]
+    ranked = [a.dims for a in arrays if len(a.dims) == 4]
+    counts = [count for pattern, count in _ATTENTION if pattern.search(instruction.name)]
+    if len(ranked) < 2 or not counts:
+        return 0.0
+    return counts[0] * 2.0 * math.prod(ranked[0]) * ranked[1][2]
+
+
+def flops_of(module: Module, computation: Computation, instruction: Instruction) -> float:
+    """FLOPs of running an instruction once."""
+    found = products(module, computation, instruction)
+    return sum(product_flops(*p) for p in found) + stated(instruction, "flops")
+
+
+# ---- Bytes -----------------------------------------------------------------------------------
+
+
+def bytes_of(module: Module, computation: Computation, instruction: Instruction) -> float:
+    """Bytes that running an instruction once reads and writes in HBM."""
+    opcode = instruction.opcode
+    if opcode in FREE or opcode.endswith("-done"):
+        return 0.0
+    if opcode == "custom-call" and 'custom_call_target="AllocateBuffer"' in instruction.attributes:
+        return 0.0
+    if opcode == "fusion":
+        inner = module.computations[instruction.called[0]]
+        read = 0.0
+        for number, name in enumerate(instruction.operands):
+            full = sum(a.moved for a in computation.instructions[name].arrays)
+            parameter = inner.parameters.get(number)
+            if full and parameter is not None:
+                read += min(full, read_of(module, inner, parameter.name))
+        return read + _written(module, inner, instruction)
+    operands = [computation.instructions[name] for name in instruction.operands]
+    result = sum(array.moved for array in instruction.arrays)
+    if opcode in _SLICES:
+        return result + min(result, sum(a.moved for a in operands[0].arrays))
+    if opcode == "dynamic-update-slice":
+        return 2 * operands[1].arrays[0].moved
+    if opcode == "scatter":
+        return 3 * operands[-1].arrays[0].moved
+    if opcode.endswith("-start"):  # the result is beside what it was made of
+        result = min(result, instruction.arrays[-1 if len(instruction.arrays) < 3 else 1].moved)
+        if opcode == "copy-start":
+            result = instruction.arrays[0].moved
+    return result + sum(array.moved for operand in operands for array in operand.arrays)
+
+
+def read_of(module: Module, computation: Computation, name: str) -> float:
+    """Bytes of the value `name` that the others of its computation read, wherever it is."""
+    total, whole = 0.0, sum(a.bytes for a in computation.instructions[name].arrays)
+    if computation.root.name == name:
+        return whole
+    for user in computation.users.get(name, ()):
+        if user.opcode in _SLICES and user.operands[0] == name:
+            total += sum(a.bytes for a in user.arrays)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+            continue
+        elif user.opcode in ("bitcast", "get-tuple-element", "copy-start", "copy-done"):
+            total += read_of(module, computation, user.name)
+        elif user.opcode == "fusion":
+            inner = module.computations[user.called[0]]
+            for number, operand in enumerate(user.operands):
+                if operand == name and number in inner.parameters:
+                    total += read_of(module, inner, inner.parameters[number].name)
+        else:
+            return whole
+    return total
+
+
+def _written(module: Module, inner: Computation, instruction: Instruction) -> float:
+    """Bytes of a fusion's results that it writes."""
+    root = inner.root
+    names = root.operands if root.opcode == "tuple" else (root.name,)
+    if len(names) != len(instruction.arrays):
+        return sum(array.moved for array in instruction.arrays)
+    return sum(
+        min(array.moved, updated(module, inner, name) or array.bytes)
+        for name, array in zip(names, instruction.arrays)
+    )
+
+
+def updated(module: Module, computation: Computation, name: str) -> float | None:
+    """Bytes of the update, where a value is another one updated in place; else None."""
+    instruction = computation.instructions[name]
+    while instruction.opcode == "bitcast":
+        instruction = computation.operand(instruction, 0)
+    if instruction.opcode == "fusion":
+        inner = module.computations[instruction.called[0]]
+        return updated(module, inner, inner.root.name) if inner.root.opcode != "tuple" else None
+    if instruction.opcode == "dynamic-update-slice":
+        return computation.operand(instruction, 1).arrays[0].bytes
+    return None

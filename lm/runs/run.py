@@ -1,0 +1,271 @@
+"""A run, opened: what its directory holds, ready to be asked. Or a Hugging Face directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm.config import ConfigError, check, view
+from lm.inference import (
+    Candidate,
+    Framing,
+    Generator,
+    SamplingConfig,
+    TextGenerator,
+    embed,
+    fill,
+    fill_spans,
+)
+from lm.models import Model, bind, skeleton
+from lm.runs.sources import CONFIG, open_source
+from lm.tokenizers import Tokenizer
+from lm.training.metrics import read_metrics
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A trained model with all that belongs to it; `lm.load` makes one.
+
+    Attributes:
+      directory: where it was read from.
+      config: the whole configuration of the run, as nested dicts.
+      tokenizer: text ⇄ ids; None for a Hugging Face model that came without one.
+      skeleton: the model without its parameters: what `lm.models.bind` and `param_specs` take.
+      params: dotted name → array, float32.
+      step: the optimizer step of the checkpoint.
+    """
+
+    directory: pathlib.Path
+    config: dict[str, Any]
+    tokenizer: Tokenizer | None
+    skeleton: Model
+    params: dict[str, jax.Array]
+    step: int
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | os.PathLike[str],
+        step: int | str | None = None,
+        ignore: str | Sequence[str] = (),
+    ) -> Run:
+        """See `lm.load`."""
+        source = open_source(directory, ignore)
+        step, params = source.parameters(step)
+        model = skeleton(source.model)
+        return cls(source.directory, source.config, source.tokenizer, model, params, step)
+
+    def model(self, tokens_BT: Any, targets_BT: Any = None, **arguments: Any) -> jax.Array:
+        """Logits [B, T, V], float32, of the token after each position, or at it (encoder).
+
+        Compiled for each shape; with a `tap` it runs operation by operation, so that the tap may
+        keep what it sees.
+
+        Args:
+          tokens_BT: token ids, as an array or lists of equal length; see `encode`. An
+            encoder-decoder's source.
+          targets_BT: what its decoder reads, from its start token on.
+          **arguments: as of `lm.models.Transformer.__call__`.
+
+        Raises:
+          ConfigError: rows of unequal length, too long, or with ids the model does not have.
+        """
+        both = self.skeleton.config.architecture == "encoder_decoder"
+        check(
+            both == (targets_BT is not None),
+            f"a model with architecture={self.skeleton.config.architecture!r} reads "
+            + ("two texts: source_BS and targets_BT" if both else "one text, and no targets_BT"),
+        )
+        tokens = [self._checked(x) for x in (tokens_BT, targets_BT) if x is not None]
+        if "tap" in arguments:
+            return self.transformer(*tokens, **arguments)
+        return self._forward(self.params, *tokens, **arguments)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens the model reads for `text`: those around it too (`lm.inference.Framing`)."""
+        return self.framing.encode(self.tokenizer, text)
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_samples: int = 1,
+        truncate_prompt: bool = True,
+        stop_at_end_of_text: bool = True,
+        seed: int = 0,
+    ) -> str | list[str]:
+        """The prompt followed by its continuation, up to end-of-text or `max_new_tokens`.
+
+        The prompt is returned as it was given; the rest is what the tokens decode to. Of an
+        encoder-decoder the prompt is the source, and the target alone is returned: a translation.
+        The same arguments give the same text.
+
+        Args:
+          prompt: one text or several, which are continued together.
+          max_new_tokens: the most tokens to add. Past the model's context its window slides (see
+            `lm.inference.generate`); an encoder-decoder's target ends there.
+          temperature: 0 is greedy; see `lm.inference.SamplingConfig` for this and the next two.
+          top_k: draw from the k likeliest tokens only.
+          top_p: draw from the fewest tokens that hold this share of the probability.
+          num_samples: continuations of each prompt.
+          truncate_prompt: whether the model reads the last of a prompt that is longer than its
+            context; False refuses.
+          stop_at_end_of_text: False goes on after end-of-text, into the next document.
+          seed: of the random draws.
+
+        Returns:
+          A string; for several prompts or samples a list, the samples of a prompt side by side.
+
+        Raises:
+          ConfigError: a prompt that is no text or too long, a setting out of range, or an encoder,
+            which cannot generate.
+        """
+        settings = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "max_new_tokens": max_new_tokens,
+            "num_samples": num_samples,
+            "truncate_prompt": truncate_prompt,
+            "stop_at_end_of_text": stop_at_end_of_text,
+        }
+        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in settings.items()}
+        sampling = view(SamplingConfig, plain, "generate")
+        check(
+            isinstance(prompt, Sequence) and not isinstance(prompt, bytes),
+            f"prompt={prompt!r} must be text, or a list of texts",
+        )
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            return []
+        stream = self.text_generator.generate(prompts, sampling, seed)
+        texts = [self.text_generator.opening(t) for t in prompts for _ in range(num_samples)]
+        for row, text in stream:
+            texts[row] += text
+        for notice in stream.notices:
+            warnings.warn(notice, stacklevel=2)
+        return texts[0] if isinstance(prompt, str) and num_samples == 1 else texts
+
+    def embed(self, texts: str | Sequence[str], pooling: str = "mean") -> np.ndarray:
+        """A vector for each text, float32 [N, D], or [D] for a single one.
+
+        Args:
+          texts: one or several; a text's vector does not depend on the others.
+          pooling: "mean" over the tokens, "first", "last" or "pooler"; see `lm.inference.embed`.
+
+        Raises:
+          ConfigError: a text longer than the model's context, or a pooling the model does not have.
+        """
+        several = [texts] if isinstance(texts, str) else list(texts)
+        ids = [self.encode(text) for text in several]
+        vectors_ND = embed(self.skeleton.config, self.params, ids, pooling)
+        return vectors_ND[0] if isinstance(texts, str) else vectors_ND
+
+    def fill(self, text: str, top_k: int = 5) -> list[list[Candidate]]:
+        """The likeliest tokens in place of each mask in `text`; for an encoder.
+
+            for token, probability, _ in run.fill("The cat [MASK] on the mat.")[0]:
+                print(f"{probability:.2f}{token}")
+
+        Args:
+          text: with the mask token's name where a token is to be guessed.
+          top_k: how many candidates for each mask.
+
+        Raises:
+          ConfigError: a model that is not an encoder, or a text without a mask, or too long.
+        """
+        config = self.skeleton.config
+        return fill(config, self.params, self.tokenizer, self.framing, text, top_k)
+
+    def fill_spans(self, text: str, max_new_tokens: int = 100) -> list[str]:
+        """What stands behind each sentinel in `text`; for an encoder-decoder trained as T5 was.
+
+            run.fill_spans("The cat <extra_id_0> on the <extra_id_1>.")
+
+        Args:
+          text: with sentinels, numbered from 0, where something is to be filled in.
+          max_new_tokens: of all stretches together.
+
+        Raises:
+          ConfigError: another kind of model, or a text without sentinels, or too long.
+        """
+        generator = self.text_generator.generator
+        return fill_spans(generator, self.tokenizer, self.framing, text, max_new_tokens)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The records of `metrics.jsonl`, as they are now."""
+        return read_metrics(self.directory)
+
+    @functools.cached_property
+    def transformer(self) -> Model:
+        """The model with its parameters bound, for all that `model` does not do."""
+        return bind(self.skeleton, self.params)
+
+    @functools.cached_property
+    def framing(self) -> Framing:
+        """The special tokens around a text: as the config's section `framing` says, or as usual."""
+        check(
+            self.tokenizer is not None,
+            f"{self.directory} has no tokenizer: its model reads ids (Run.model), and no text",
+        )
+        where = f"{self.directory / CONFIG}: framing"
+        return Framing.of_run(self.config, self.skeleton.config, self.tokenizer, where)
+
+    @functools.cached_property
+    def text_generator(self) -> TextGenerator:
+        """The model as a writer; `generate` returns what this streams."""
+        generator = Generator(
+            self.skeleton,
+            self.params,
+            end_of_text=self.framing.end_of_text,
+            vocab_size=self.tokenizer.vocab_size,
+            decoder_start=self.framing.decoder_start,
+            begin_of_text=self.framing.before,
+        )
+        return TextGenerator(generator, self.tokenizer, self.framing)
+
+    @functools.cached_property
+    def _forward(self):
+        skeleton = self.skeleton
+        return jax.jit(lambda params, *tokens, **a: bind(skeleton, params)(*tokens, **a))
+
+    def _checked(self, tokens_BT: Any) -> np.ndarray:
+        config = self.skeleton.config
+        try:
+            tokens_BT = np.asarray(tokens_BT)
+        except ValueError:
+            raise ConfigError(
+                "tokens_BT has rows of different lengths: pad or split them"
+            ) from None
+        shape = tokens_BT.shape
+        check(
+            tokens_BT.ndim == 2 and np.issubdtype(tokens_BT.dtype, np.integer),
+            f"tokens_BT of shape {shape} and type {tokens_BT.dtype} must be rows of token ids, "
+            "such as [run.encode(text)]",
+        )
+        check(
+            shape[1] <= config.max_length,
+            f"tokens_BT has {shape[1]} tokens a row, but the model's context is "
+            f"{config.max_length}",
+        )
+        check(
+            tokens_BT.size == 0 or (tokens_BT.min() >= 0 and tokens_BT.max() < config.vocab_size),
+            f"tokens_BT has ids outside 0 … {config.vocab_size - 1}",
+        )
+        return tokens_BT.astype(np.int32)
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.directory)!r}, step={self.step})"
