@@ -6,7 +6,7 @@
 
 One process each for this repository and for Hugging Face's GPT2LMHeadModel in float32, in bfloat16
 autocast, and in the latter with torch.compile (which needs a C++ compiler), and with malloc tuned
-as `lm.parallel.host_memory` tunes ours. They take turns of a few seconds, so that a machine whose
+as `lm.parallel.platform` tunes ours. They take turns of a few seconds, so that a machine whose
 speed drifts slows all of them; the ratio of medians is what to quote. A step is forward, backward,
 clipping and AdamW. The last column is model FLOPs (`lm.training.flops`) over the matmul peak
 measured in the same run.
@@ -49,8 +49,8 @@ def lm_stepper(shape):
 
     from lm.models import ModelConfig, Transformer, param_specs
     from lm.objectives import ObjectiveConfig
-    from lm.parallel.host_memory import keep_buffers
     from lm.parallel.mesh import MeshConfig, make_mesh
+    from lm.parallel.platform import keep_buffers
     from lm.training.config import TrainConfig
     from lm.training.flops import total_peak_flops, training_flops_per_token
     from lm.training.optimizer import OptimizerConfig, make_optimizer

@@ -1,7 +1,7 @@
 """Tokenised corpora → batches: batch n is a function of the seed, n and the global row number.
 
 The pipeline is a Grain `MapDataset` of row numbers: shuffled anew in every epoch, repeated, mixed,
-cut into batches of which each host takes the rows its devices need (`lm.parallel.rows`), and only
+cut into batches of which each host takes the rows its devices need (`lm.parallel.mesh`), and only
 then turned into arrays, a host's part of a batch at a time. Every stage is random access, so a
 position in it is one number, resuming costs nothing and is exact, and the number of hosts changes
 who computes a row but not which rows there are.

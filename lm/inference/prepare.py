@@ -15,8 +15,8 @@ from lm.config import check
 from lm.models import Model, ModelConfig, bind, param_specs, skeleton
 from lm.models.matmul import compute_dtype
 from lm.models.stack import Layers
-from lm.parallel.params import ParamSpec
 from lm.parallel.platform import platform
+from lm.parallel.sharding import ParamSpec
 
 UNROLLED_LAYERS = 24  # up to here the time to compile them one by one is bearable
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from lm.config import Count, check, view
 from lm.models import ModelConfig, costs, param_specs, skeleton
 from lm.models.presets import PRESETS, Overrides, preset
-from lm.parallel.params import ParamSpec
+from lm.parallel.sharding import ParamSpec
 from lm.training.optimizer import OPTIMIZERS, OptimizerConfig, make_optimizer
 from lm.training.report import binary, facts_table, model_line, parameters_table, si
 

@@ -22,8 +22,7 @@ from lm.jobs.plan_scaling import ScalingConfig, weak_scaling
 from lm.models import ModelConfig, costs
 from lm.models.presets import Overrides, preset
 from lm.objectives import ObjectiveConfig, check_objective
-from lm.parallel import strategies
-from lm.parallel.layout import lay_out
+from lm.parallel.layout import lay_out, resolve
 from lm.parallel.mesh import MeshConfig, describe, make_mesh, mesh_sizes
 from lm.parallel.platform import compiling_for
 from lm.parallel.topology import Topology, open_topology
@@ -108,7 +107,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         return _written(result, workdir, console)
     topology = open_topology(job.topology, job.slices)
     workload = _workload(job, topology)
-    mesh_config, zero = strategies.resolve(job.strategy, job.mesh, job.zero)
+    mesh_config, zero = resolve(job.strategy, job.mesh, job.zero)
     result: dict[str, Any] = {"config": to_dict(job), "topology": topology.name}
     if job.search.meshes:
         ranked, best = _search(job, workload, mesh_config, zero, topology, console)

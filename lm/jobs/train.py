@@ -35,10 +35,9 @@ from lm.models.huggingface.families import family_for
 from lm.objectives import ObjectiveConfig, check_objective
 from lm.parallel import hosts
 from lm.parallel.cluster import HostsConfig
-from lm.parallel.host_memory import keep_buffers
 from lm.parallel.layout import Layout, lay_out
-from lm.parallel.mesh import MeshConfig, batch_sharding, batch_ways
-from lm.parallel.rows import assemble, local_rows
+from lm.parallel.mesh import MeshConfig, assemble, batch_sharding, batch_ways, local_rows
+from lm.parallel.platform import keep_buffers
 from lm.runs.directory import (
     CHECKPOINTS,
     CONFIG,
@@ -88,7 +87,7 @@ class TrainJob:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     hosts: HostsConfig = dataclasses.field(default_factory=HostsConfig)
-    strategy: str = ""  # a name of lm.parallel.strategies: sets zero, and mesh axes left alone
+    strategy: str = ""  # a name of lm.parallel.layout: sets zero, and mesh axes left alone
     # What data parallelism over fsdp, expert and context splits besides the batch: 0 nothing, 1 the
     # optimizer's state, 2 gradients too, 3 parameters too; -1: what the strategy says, 3 without.
     zero: Annotated[int, Bounds(-1, 3)] = -1

@@ -30,7 +30,7 @@ from lm.experiments.why_attention.tasks import TEST, Batch, Task, copying, repea
 from lm.models import ModelConfig, bind, count, init, param_specs, skeleton
 from lm.models.hooks import reading, replacing
 from lm.objectives import ObjectiveConfig, token_loss
-from lm.parallel.host_memory import keep_buffers
+from lm.parallel.platform import keep_buffers
 from lm.tokenizers import TokenizerConfig
 from lm.training.config import TrainConfig
 from lm.training.optimizer import OptimizerConfig, make_optimizer, make_schedule

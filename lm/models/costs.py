@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from lm.models import ModelConfig, param_specs, skeleton
-from lm.parallel.params import ParamSpec
+from lm.parallel.sharding import ParamSpec
 
 _TABLES = ("tokens", "positions", "types")  # looked up, of `embedding` and `encoder_embedding`
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from lm.parallel.layout import current_layout
 from lm.parallel.reduce import axes_of, shared, summed_over
-from lm.parallel.schedule import current_schedule
 from lm.parallel.sharding import (
     ACTIVATION_RULES,
     WHOLE_RULES,
@@ -57,7 +57,7 @@ def lookup(table_VD: jax.Array, rows_BT: jax.Array, dtype: jnp.dtype = jnp.float
     vocab = partition(("vocab", None), table_VD.shape, mesh, WHOLE_RULES)[0]
     short = partition(("batch", "norm_length", None), shape, mesh, ACTIVATION_RULES)
     whole = partition(("batch", "length", None), shape, mesh, ACTIVATION_RULES)
-    rules = zero_rules(current_schedule().zero, "gradients")
+    rules = zero_rules(current_layout().zero, "gradients")
     split = _Split(
         frozenset(names),
         vocab,

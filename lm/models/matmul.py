@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.models import quantized
+from lm.parallel.layout import current_layout
 from lm.parallel.platform import platform
-from lm.parallel.schedule import reduce_dtype
 
 JOINED_ROWS = 256  # products of fewer rows than this are not joined
 
@@ -166,7 +166,7 @@ def _contract_backward(spec, dtype, quantization, saved, gradient):
     first, second = operands.split(",")
     (gradient,) = _settle(gradient.astype(x.dtype))
     dx = _einsum(f"{out},{second}->{first}", gradient, w, x.dtype, recipe.to_x)
-    summed = reduce_dtype() if w.dtype == jnp.float32 else w.dtype
+    summed = jnp.dtype(current_layout().reduce_dtype) if w.dtype == jnp.float32 else w.dtype
     dw = _einsum(f"{first},{out}->{second}", x, gradient, summed, recipe.to_w)
     return dx, dw.astype(w.dtype)
 

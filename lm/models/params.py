@@ -15,7 +15,7 @@ from typing import TypeVar
 import jax
 from flax import nnx
 
-from lm.parallel.params import ParamSpec
+from lm.parallel.sharding import ParamSpec
 
 Model = TypeVar("Model", bound=nnx.Module)
 

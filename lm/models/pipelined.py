@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from lm.models.attention.ring import HEADS
+from lm.parallel.layout import current_layout
 from lm.parallel.mesh import batch_ways
 from lm.parallel.pipeline import AXIS, choose_microbatches, pipeline
 from lm.parallel.ring import context_ways
-from lm.parallel.schedule import current_schedule
 from lm.parallel.sharding import automatic_axes
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def through_stages(
       reach_L: whether each layer is local; one answer where it is the same for all.
     """
     mesh, _ = automatic_axes()
-    stages, schedule = mesh.shape[AXIS], current_schedule()
+    stages, layout = mesh.shape[AXIS], current_layout()
     ways = batch_ways(mesh) // stages
     marks, memory_marks = context.marks, context.memory_marks
     slots = tuple(None if m is None else m.slots_1T for m in (marks, memory_marks))
@@ -109,8 +109,8 @@ def through_stages(
         x_BTD,
         (rows, context.memory_BSD),
         (slots, (keys_L, varying_L), bias),
-        microbatches=choose_microbatches(schedule.microbatches, stages, x_BTD.shape[0], ways),
-        rounds=schedule.rounds,
-        whole_axes=schedule.whole_axes,
+        microbatches=choose_microbatches(layout.microbatches, stages, x_BTD.shape[0], ways),
+        rounds=layout.rounds,
+        whole_axes=layout.whole_axes,
         policy=remat_policy(stack.config.remat, LAYER_INPUT),
     )

@@ -23,9 +23,9 @@ from jax.sharding import PartitionSpec
 
 from lm.config import ConfigError
 from lm.models.matmul import contract
+from lm.parallel.layout import current_layout
 from lm.parallel.platform import platform
 from lm.parallel.reduce import after, axes_of, shared, summed_over
-from lm.parallel.schedule import current_schedule
 from lm.parallel.sharding import ACTIVATION_RULES, automatic_axes, partition, zero_rules
 
 # Logits held at once: 128 MiB of float32, and four times that where there is a faster product to
@@ -69,7 +69,7 @@ class Split(NamedTuple):
         mesh, names = automatic_axes()
         if not names:
             return cls()
-        rules = zero_rules(current_schedule().zero, "gradients")
+        rules = zero_rules(current_layout().zero, "gradients")
         return cls(
             frozenset(names),
             partition(("batch", "length", None), x_shape, mesh, ACTIVATION_RULES),

@@ -1,10 +1,15 @@
-"""The device mesh: which axes there are, and how many devices split each."""
+"""The device mesh: its axes, how many devices split each, and which rows of a batch a host reads.
+
+A host reads the rows that its devices hold and no others. Where an axis that does not split rows
+(`tensor`, `context`) spans hosts, hosts read the same rows; they need not lie side by side.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -12,7 +17,6 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.config import Bounds, ConfigError, Count, Positive, check
-from lm.parallel.schedule import REDUCE_DTYPES
 
 # From those that talk least, which may lie across hosts and slices, to those that talk most.
 AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
@@ -32,7 +36,7 @@ class MeshConfig:
     expert: Ways = 1  # experts, and the batch again
     stage: Ways = 1  # layers, in a pipeline
     microbatches: Count = 0  # of a pipeline, a multiple of stage; 0: four a stage, or what divides
-    reduce_dtype: Literal[REDUCE_DTYPES] = "float32"  # what parameters' gradients travel in
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # what parameters' gradients travel in
     rounds: Positive = 1  # times a micro-batch passes through a pipeline; 1: GPipe, more: circular
 
     def validate(self, prefix: str = "config.mesh") -> None:
@@ -126,3 +130,56 @@ def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
 def batch_ways(mesh: Mesh) -> int:
     """How many shares the rows of a batch are split into."""
     return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+
+
+def local_rows(
+    sharding: NamedSharding, batch_size: int, devices: Iterable[jax.Device] | None = None
+) -> np.ndarray:
+    """The rows of a global batch that these devices hold part of, rising; int64 [rows].
+
+    Args:
+      sharding: of arrays whose first dimension is the rows.
+      batch_size: rows of the whole batch.
+      devices: those of this process by default.
+    """
+    by_row = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
+    chosen = by_row.addressable_devices if devices is None else set(devices)
+    held = np.zeros(batch_size, bool)
+    for device, (rows,) in by_row.devices_indices_map((batch_size,)).items():
+        if device in chosen:
+            held[rows] = True
+    return np.flatnonzero(held)
+
+
+def assemble(
+    batch: Mapping[str, np.ndarray],
+    sharding: NamedSharding,
+    rows: np.ndarray,
+    batch_size: int,
+    leading: int = 0,
+) -> dict[str, jax.Array]:
+    """Global arrays on their devices, from this host's rows of each.
+
+    The transfers are started, not waited for.
+
+    Args:
+      batch: name → array [..., rows of this host, tokens], with `leading` dimensions before rows.
+      sharding: of the global arrays.
+      rows: from `local_rows`; the global rows that the batch's stand for, in order.
+      batch_size: rows of the whole batch.
+      leading: dimensions before the rows.
+    """
+    if len(rows) == batch_size and sharding.is_fully_addressable:
+        return jax.device_put(dict(batch), sharding)
+
+    def whole(local: np.ndarray) -> jax.Array:
+        shape = (*local.shape[:leading], batch_size, *local.shape[leading + 1 :])
+
+        def part(index: tuple[slice, ...]) -> Any:
+            wanted = index[leading]
+            first, last = np.searchsorted(rows, wanted.indices(batch_size)[:2])
+            return local[*index[:leading], first:last, *index[leading + 1 :]]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return {name: whole(local) for name, local in batch.items()}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lm.parallel.schedule import reduce_dtype
+from lm.parallel.layout import current_layout
 
 PIECE = 2**25  # numbers of a table that are added up over devices at once
 
@@ -42,7 +42,7 @@ def summed_over(axes: Sequence[str], gradient: jax.Array, spec: PartitionSpec) -
     left = tuple(axis for axis in axes if not any(axis in axes_of(entry) for entry in kept))
 
     def summed(gradient):
-        gradient = gradient.astype(reduce_dtype())
+        gradient = gradient.astype(current_layout().reduce_dtype)
         for dimension, entry in enumerate(kept):
             if entry:
                 gradient = jax.lax.psum_scatter(

@@ -12,17 +12,22 @@ computed or kept twice.
 
 ZeRO (Rajbhandari et al. 2020) splits what data parallelism would keep many copies of over the axes
 `ZERO_AXES`: `zero` = 1 the optimizer's state, 2 gradients too, 3 parameters too.
+
+A model declares its parameters once, as a flat dict from dotted name to `ParamSpec`. Abstract
+shapes, shardings, initial values, optimizer masks, counts and checkpoints all come from that dict.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lm.parallel.mesh import BATCH_AXES
-from lm.parallel.params import ParamSpec
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -50,6 +55,30 @@ WHOLE_RULES: Rules = {
 }
 
 PARAMETER_RULES: Rules = {**WHOLE_RULES, "embed": ZERO_AXES}
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """A parameter's shape, its logical axes (one name per dimension) and how it starts.
+
+    Logical axes: `vocab`, `embed`, `mlp`, `heads`, `kv_heads`, `head_dim`, `layers`, `length`,
+    `expert`, `distance`, `type`, or None for a dimension that is never sharded.
+    `initializer(key, shape, dtype)` gives the initial value of the whole array, stacked layers
+    included.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    initializer: Callable[..., Any]
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"shape {self.shape} and axes {self.axes} differ in length")
+
+    @property
+    def size(self) -> int:
+        """How many numbers the parameter holds."""
+        return math.prod(self.shape)
 
 
 def partition(

@@ -23,9 +23,8 @@ from lm.models.matmul import compute_dtype
 from lm.objectives import ObjectiveConfig
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import BATCH_AXES, MeshConfig, batch_sharding, batch_ways, make_mesh
-from lm.parallel.params import ParamSpec
 from lm.parallel.platform import compiling_for
-from lm.parallel.sharding import ACTIVATION_RULES, WHOLE_RULES, partition
+from lm.parallel.sharding import ACTIVATION_RULES, WHOLE_RULES, ParamSpec, partition
 from lm.parallel.topology import Topology
 from lm.planning import hlo
 from lm.planning.hlo_runs import stacks

@@ -27,8 +27,7 @@ from lm.models.stack import Block, Context, rematerialized
 from lm.objectives.cross_entropy import chunk_length
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import batch_ways
-from lm.parallel.params import ParamSpec
-from lm.parallel.sharding import parameter_shardings, zero_rules
+from lm.parallel.sharding import ParamSpec, parameter_shardings, zero_rules
 from lm.parallel.topology import published_peak as published_peak
 
 # ---- Peak ------------------------------------------------------------------------------------

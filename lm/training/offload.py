@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from lm.config import check
-from lm.parallel.params import ParamSpec
-from lm.parallel.sharding import WHOLE_RULES, partition
+from lm.parallel.sharding import WHOLE_RULES, ParamSpec, partition
 from lm.training.optimizer import OptimizerConfig, make_optimizer
 from lm.training.step import Update
 

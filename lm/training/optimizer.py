@@ -28,7 +28,7 @@ from lm.config import (
     ShareBelowOne,
     view,
 )
-from lm.parallel.params import ParamSpec
+from lm.parallel.sharding import ParamSpec
 from lm.training import schedules
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")

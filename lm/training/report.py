@@ -15,8 +15,8 @@ from lm.models import ModelConfig, count
 from lm.models.matmul import compute_dtype
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import describe
-from lm.parallel.params import ParamSpec
 from lm.parallel.platform import device_memory
+from lm.parallel.sharding import ParamSpec
 from lm.training import flops
 
 WIDE = 100  # columns from which the table names the logical axes too

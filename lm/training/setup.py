@@ -12,7 +12,7 @@ from lm.objectives import ObjectiveConfig
 from lm.parallel import compiler
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import replicated
-from lm.parallel.params import ParamSpec
+from lm.parallel.sharding import ParamSpec
 from lm.training.config import TrainConfig
 from lm.training.offload import HOST, streamed_update
 from lm.training.optimizer import Optimizer, OptimizerConfig, make_optimizer

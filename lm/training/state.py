@@ -10,8 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from lm.models import init
 from lm.parallel.mesh import replicated
-from lm.parallel.params import ParamSpec
-from lm.parallel.sharding import parameter_shardings, zero_rules
+from lm.parallel.sharding import ParamSpec, parameter_shardings, zero_rules
 from lm.training.optimizer import Optimizer
 from lm.training.step import State, initial_state
 

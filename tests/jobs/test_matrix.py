@@ -7,7 +7,7 @@ import pytest
 import tiny_jobs
 from test_main import main
 
-from lm.parallel.strategies import STRATEGIES
+from lm.parallel.layout import STRATEGIES
 
 SLOW = pytest.mark.slow
 

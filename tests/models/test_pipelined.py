@@ -11,8 +11,8 @@ import tiny_models
 
 from lm.config import ConfigError
 from lm.models import Transformer, bind, param_specs
+from lm.parallel.layout import Layout
 from lm.parallel.mesh import MeshConfig, batch_sharding, make_mesh
-from lm.parallel.schedule import Schedule, following
 from lm.parallel.sharding import parameter_shardings
 
 ROWS, LENGTH = 16, 20
@@ -82,7 +82,7 @@ def problem(case: Case):
 
 def on_mesh(case: Case, specs, values, batch, function):
     mesh = make_mesh(MeshConfig(**case.mesh))
-    with jax.set_mesh(mesh), following(Schedule(case.microbatches, case.rounds)):
+    with Layout(mesh, microbatches=case.microbatches, rounds=case.rounds).active():
         values = jax.device_put(values, parameter_shardings(specs, mesh))
         batch = jax.device_put(batch, batch_sharding(mesh))
         compiled = function.lower(values, batch).compile()

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tpu_compiler import needs_libtpu
 
 from lm.models import ModelConfig
-from lm.parallel import collectives, strategies
+from lm.parallel import collectives
 from lm.parallel.collectives import axes_of_groups, axes_of_pairs, replica_groups
-from lm.parallel.layout import lay_out
+from lm.parallel.layout import lay_out, resolve
 from lm.parallel.mesh import MeshConfig
 from lm.parallel.topology import open_topology
 from lm.planning.programs import Workload, train_program
@@ -91,7 +91,7 @@ def compiled(workload, mesh, zero, topology):
 @functools.cache
 def said(strategy, topology="cpu:8", model=MODEL, **mesh):
     """The collectives of a training step, without those of single numbers."""
-    config, zero = strategies.resolve(strategy, MeshConfig(**mesh), -1)
+    config, zero = resolve(strategy, MeshConfig(**mesh), -1)
     workload = Workload(
         model,
         model.max_length,

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from parallel_training import MODEL, STEPS, problem, train
 
-from lm.parallel.layout import lay_out
+from lm.parallel.layout import STRATEGIES, lay_out, resolve
 from lm.parallel.mesh import MeshConfig
-from lm.parallel.strategies import STRATEGIES, resolve
 
 MIXTURE = {"num_experts": 8, "num_layers": 2}
 BUSY = {"dropout": 0.2, "accumulation": 2}

@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec
 
 from lm.config import ConfigError
 from lm.parallel.collectives import collectives
+from lm.parallel.layout import Layout, current_layout
 from lm.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
 from lm.parallel.pipeline import bubble_fraction, choose_microbatches, pipeline
-from lm.parallel.schedule import Schedule, current_schedule, following
 from lm.planning import hlo, hlo_runs
 
 LAYERS, WIDTH = 24, 5
@@ -220,9 +220,8 @@ def test_layers_that_do_not_divide_are_refused():
         jax.eval_shape(piped, *arguments)
 
 
-def test_a_schedule_holds_within_its_block():
-    assert current_schedule() == Schedule()
-    with following(Schedule(8, 2, zero=1)):
-        assert current_schedule() == Schedule(8, 2, 1)
-        assert current_schedule().whole_axes == ("data", "fsdp")
-    assert current_schedule().whole_axes == ("data",)
+def test_a_layout_holds_within_its_block():
+    layout = Layout(make_mesh(MeshConfig()), zero=1, microbatches=8, rounds=2)
+    with layout.active():
+        assert current_layout() == layout and layout.whole_axes == ("data", "fsdp")
+    assert current_layout().mesh is None and current_layout().whole_axes == ("data",)

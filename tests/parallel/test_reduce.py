@@ -9,19 +9,19 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from lm.parallel import reduce
+from lm.parallel.layout import Layout
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.reduce import after, shared, summed_over
-from lm.parallel.schedule import Schedule, following
 
 ROWS, WIDTH = 12, 16
+MESH = make_mesh(MeshConfig(data=2, fsdp=4), jax.devices()[:8])
 
 
 def summed(spec: PartitionSpec, parts: np.ndarray, axes=("data", "fsdp")) -> np.ndarray:
     """`summed_over` of parts [8, V, D], of which each of eight devices has one."""
-    mesh = make_mesh(MeshConfig(data=2, fsdp=4), jax.devices()[:8])
     local = jax.shard_map(
         lambda part: summed_over(axes, part[0], spec),
-        mesh=mesh,
+        mesh=MESH,
         in_specs=PartitionSpec(("data", "fsdp")),
         out_specs=shared(spec, axes),
         check_vma=False,
@@ -49,7 +49,7 @@ def test_a_dimension_split_by_an_axis_that_is_not_summed_over_stays_as_it_is(par
 
 
 def test_bfloat16_rounds_every_part_before_the_sum(parts):
-    with following(Schedule(reduce_dtype="bfloat16")):
+    with Layout(MESH, reduce_dtype="bfloat16").active():
         found = summed(PartitionSpec(None, "fsdp"), parts)
     np.testing.assert_allclose(found, parts.sum(0), atol=0.1)
     assert np.abs(found.astype(np.float32) - parts.sum(0)).max() > 1e-4

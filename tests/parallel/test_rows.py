@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh
 
-from lm.parallel.mesh import AXES, BATCH_AXES, batch_sharding
-from lm.parallel.rows import assemble, local_rows
+from lm.parallel.mesh import AXES, BATCH_AXES, assemble, batch_sharding, local_rows
 
 SHAPES = [
     shape

@@ -3,8 +3,8 @@
 import pytest
 
 from lm.config import ConfigError
+from lm.parallel.layout import STRATEGIES, resolve
 from lm.parallel.mesh import AXES, MeshConfig, mesh_sizes
-from lm.parallel.strategies import STRATEGIES, resolve
 
 
 def sizes(strategy, mesh=None, zero=-1, devices=8):

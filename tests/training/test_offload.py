@@ -13,7 +13,7 @@ from lm.config import ConfigError
 from lm.models import init, param_specs, skeleton
 from lm.objectives import ObjectiveConfig
 from lm.parallel.mesh import MeshConfig, make_mesh
-from lm.parallel.params import ParamSpec
+from lm.parallel.sharding import ParamSpec
 from lm.training.checkpoints import CheckpointConfig, Checkpointer
 from lm.training.config import TrainConfig
 from lm.training.offload import HOST, check_offload, streamed_update

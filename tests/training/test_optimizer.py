@@ -8,7 +8,7 @@ import pytest
 
 from lm.config import ConfigError
 from lm.models import ModelConfig, param_specs, skeleton
-from lm.parallel.params import ParamSpec
+from lm.parallel.sharding import ParamSpec
 from lm.training import optimizer, schedules
 from lm.training.optimizer import OptimizerConfig, make_optimizer
 

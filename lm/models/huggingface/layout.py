@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from lm.models import param_specs, skeleton
 from lm.models.config import ModelConfig
 from lm.models.huggingface.family import Family, Rule
-from lm.parallel.params import ParamSpec
+from lm.parallel.sharding import ParamSpec
 
 Shape = tuple[int, ...]
 Array = np.ndarray | jax.Array

@@ -22,7 +22,7 @@ from lm.models.huggingface.families import family_of
 from lm.models.huggingface.family import Family, Rule, copy_into
 from lm.models.huggingface.layout import Layout, layout
 from lm.models.huggingface.tensors import DTYPES, Stored
-from lm.parallel.params import ParamSpec
+from lm.parallel.sharding import ParamSpec
 
 CONFIG = "config.json"
 PARAMETER_DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
