@@ -45,12 +45,12 @@ from lm.models.presets import preset
 from lm.models.segments import Marks
 from lm.models.stack import Context
 from lm.objectives import ObjectiveConfig
+from lm.parallel.chips import chip_of, published_peak
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import MeshConfig
 from lm.parallel.platform import platform
-from lm.parallel.topology import chip_of, published_peak
 from lm.training.config import TrainConfig
-from lm.training.flops import expected_memory
+from lm.training.memory import expected_memory
 from lm.training.optimizer import OptimizerConfig
 from lm.training.setup import set_up
 from lm.training.state import create_state

@@ -8,7 +8,7 @@ One process each for this repository and for Hugging Face's GPT2LMHeadModel in f
 autocast, and in the latter with torch.compile (which needs a C++ compiler), and with malloc tuned
 as `lm.parallel.platform` tunes ours. They take turns of a few seconds, so that a machine whose
 speed drifts slows all of them; the ratio of medians is what to quote. A step is forward, backward,
-clipping and AdamW. The last column is model FLOPs (`lm.training.flops`) over the matmul peak
+clipping and AdamW. The last column is model FLOPs (`lm.models.costs`) over the matmul peak
 measured in the same run.
 """
 
@@ -48,11 +48,13 @@ def lm_stepper(shape):
     import jax.numpy as jnp
 
     from lm.models import ModelConfig, Transformer, param_specs
+    from lm.models.costs import training_flops_per_token
+    from lm.models.matmul import compute_dtype
     from lm.objectives import ObjectiveConfig
+    from lm.parallel.chips import total_peak_flops
     from lm.parallel.mesh import MeshConfig, make_mesh
     from lm.parallel.platform import keep_buffers
     from lm.training.config import TrainConfig
-    from lm.training.flops import total_peak_flops, training_flops_per_token
     from lm.training.optimizer import OptimizerConfig, make_optimizer
     from lm.training.state import abstract_state, create_state
     from lm.training.step import make_train_step
@@ -83,7 +85,11 @@ def lm_stepper(shape):
         "targets": tokens[..., 1:],
         "weights": jnp.ones(tokens[..., 1:].shape),
     }
-    print(total_peak_flops(), training_flops_per_token(config, shape["length"]), flush=True)
+    print(
+        total_peak_flops(compute_dtype("auto")),
+        training_flops_per_token(config, shape["length"]),
+        flush=True,
+    )
 
     def run(steps):
         nonlocal state

@@ -34,7 +34,7 @@ ROOMS = (
 )
 
 # What is not so yet. Whoever mends one takes it out: a test fails as long as it stands here.
-UPWARD = {"lm.parallel.collectives"}  # files that import from a later room
+UPWARD: set[str] = set()  # files that import from a later room
 CIRCLES = {"jobs", "data", "models", "tokenizers"}  # rooms with files that import each other
 
 FILES = {

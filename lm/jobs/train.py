@@ -31,9 +31,12 @@ from lm.data import (
 from lm.inference.config import SamplingConfig
 from lm.jobs.finish import check_prompts, finish
 from lm.models import ModelConfig
+from lm.models.costs import training_flops_per_token
 from lm.models.huggingface.families import family_for
+from lm.models.matmul import compute_dtype
 from lm.objectives import ObjectiveConfig, check_objective
 from lm.parallel import hosts
+from lm.parallel.chips import total_peak_flops
 from lm.parallel.cluster import HostsConfig
 from lm.parallel.layout import Layout, lay_out
 from lm.parallel.mesh import MeshConfig, assemble, batch_sharding, batch_ways, local_rows
@@ -50,7 +53,6 @@ from lm.runs.directory import (
 from lm.runs.inherited import inherit, initial_parameters, open_model
 from lm.tokenizers import TokenizerConfig
 from lm.tokenizers.export import huggingface_files
-from lm.training import flops
 from lm.training.checkpoints import CheckpointConfig, Checkpointer, check_free
 from lm.training.checks import check_layout, check_memory
 from lm.training.config import TrainConfig, TrainingInterrupted, check_dispatch, dispatch_steps
@@ -275,10 +277,10 @@ def _train(
     Returns:
       The parameters, the last evaluation, and the signal that ended it before its last step.
     """
-    flops_per_token = flops.training_flops_per_token(
+    flops_per_token = training_flops_per_token(
         job.model, batches.block_size, batches.source_length or None, batches.max_targets_per_row
     )
-    peak = flops.total_peak_flops(job.model.compute_dtype)
+    peak = total_peak_flops(compute_dtype(job.model.compute_dtype))
     tokens_per_step = job.data.batch_size * batches.block_size
     cadences = (*job.cadences, start)
     asked = job.train.steps_per_dispatch or extra.get("stride", 0)

@@ -1,4 +1,4 @@
-"""What the compiler for TPUs is asked for beyond its defaults, and what it makes of a collective.
+"""What the compiler for TPUs is asked for beyond its defaults.
 
 By default a TPU's TensorCore speaks to other chips itself: nothing is multiplied meanwhile, and an
 all-gather over all three dimensions of a torus is an all-reduce of shares among zeros, of twice the
@@ -7,13 +7,10 @@ and start them early. It can also give one operation more of the chip's own memo
 16 MiB: with larger tiles a product reads its operands less often. (Beyond 32 MiB it finds tiles
 that are 1 % faster, in several times the time.)
 
-The rules in `made` were read off programs that libtpu 0.0.50 compiled, for 64 to 256 chips. The
-options have not been run on a TPU: `config.train.compiler='tuned'` asks for them.
+The options have not been run on a TPU: `config.train.compiler='tuned'` asks for them.
 """
 
 from __future__ import annotations
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lm.config import ConfigError
-from lm.parallel.collectives import Collective
+from lm.parallel.chips import Chip, chip_of
 from lm.parallel.mesh import replicated
-from lm.parallel.topology import Chip, chip_of
 
 _SPARSE_CORES = ("v5p", "v6e", "tpu7x")  # by `Chip.name`: chips that have them
 
@@ -83,27 +79,3 @@ def check_options(device: jax.Device, prefix: str = "config.train") -> None:
 def has_sparse_cores(chip: Chip) -> bool:
     """Whether collectives run on a chip's SparseCores, beside its TensorCore."""
     return chip.name in _SPARSE_CORES
-
-
-def made(collective: Collective, dimensions: int, whole: bool, tuned: bool) -> Collective:
-    """A collective as the compiler makes it.
-
-    Args:
-      collective: an all-gather, reduce-scatter or all-reduce as it is meant; others stay.
-      dimensions: of the torus, that its group extends along.
-      whole: whether over all of each of these.
-      tuned: whether with `options`, on a chip that has SparseCores.
-    """
-    kind = collective.kind
-    if kind not in ("all-gather", "reduce-scatter", "all-reduce"):
-        return collective
-    every = 2 * dimensions  # both ways along each dimension at once; else a ring through all
-    if tuned:
-        scattered = kind == "reduce-scatter" and dimensions > 2
-        links = every if whole and not scattered else 2
-        return dataclasses.replace(collective, links=links, asynchronous=True)
-    if kind == "all-reduce":
-        return dataclasses.replace(collective, links=every)
-    if dimensions > 2 and whole:
-        return dataclasses.replace(collective, kind="all-reduce", links=every, part=kind)
-    return dataclasses.replace(collective, links=2 if kind == "all-gather" else 1)

@@ -17,7 +17,7 @@ ZeRO, x bytes of the residual stream of its tokens in the compute dtype, g = (wa
                pass keeps written and read back
 
 These are the least bytes. Times are of the collectives that the compiler makes of them
-(`lm.parallel.compiler`), of which some move more.
+(`lm.planning.collectives.made`), of which some move more.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ import numpy as np
 from lm.models import ModelConfig, costs, param_specs, skeleton
 from lm.models.matmul import compute_dtype
 from lm.parallel import compiler
-from lm.parallel.collectives import Collective
 from lm.parallel.mesh import BATCH_AXES, MeshConfig, mesh_sizes
 from lm.parallel.pipeline import bubble_fraction, choose_microbatches
 from lm.parallel.platform import compiling_for
 from lm.parallel.sharding import ZERO_AXES
-from lm.parallel.topology import Topology
+from lm.planning.collectives import Collective, made
 from lm.planning.programs import Workload
 from lm.planning.roofline import Network
-from lm.training import flops
+from lm.planning.topology import Topology
+from lm.training.memory import kept_by_row
 from lm.training.optimizer import make_optimizer
 
 MATRICES = 4  # of a layer, that are gathered at a time: of attention in and out, of the MLP
@@ -239,7 +239,7 @@ def _kept(model: ModelConfig, length: int, source_length: int | None) -> tuple[f
       layers waits in its host's memory.
     """
     if model.cell != "attention":
-        return float(flops.kept_by_row(model, length, source_length or length)), 0.0, 0.0
+        return float(kept_by_row(model, length, source_length or length)), 0.0, 0.0
     item = compute_dtype(model.compute_dtype).itemsize
     heads = model.num_heads * model.head_width
     pairs = model.kv_heads * model.head_width
@@ -315,7 +315,7 @@ def _times(
             else:
                 meant = Collective(kind, 1.0, ways, along, group=group or ())
                 meant = dataclasses.replace(meant, bytes=once / meant.received)
-            one = compiler.made(meant, dimensions, whole, tuned)
+            one = made(meant, dimensions, whole, tuned)
             if network is None:
                 each = one.received / topology.chip.link / (one.links or 1)
             else:

@@ -25,10 +25,10 @@ from lm.parallel.layout import Layout
 from lm.parallel.mesh import BATCH_AXES, MeshConfig, batch_sharding, batch_ways, make_mesh
 from lm.parallel.platform import compiling_for
 from lm.parallel.sharding import ACTIVATION_RULES, WHOLE_RULES, ParamSpec, partition
-from lm.parallel.topology import Topology
 from lm.planning import hlo
 from lm.planning.hlo_runs import stacks
 from lm.planning.roofline import Estimate, estimate
+from lm.planning.topology import Topology
 from lm.training.checks import check_layout
 from lm.training.config import TrainConfig
 from lm.training.optimizer import OptimizerConfig

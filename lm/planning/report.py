@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lm.parallel.collectives import summed
-from lm.parallel.topology import Topology
 from lm.planning.analytic import strategy_of
+from lm.planning.collectives import summed
 from lm.planning.programs import Memory, Program
 from lm.planning.roofline import Estimate
 from lm.planning.search import Advice
+from lm.planning.topology import Topology
 from lm.training.report import binary, facts_table, si
 
 LABEL = "compiled, not measured"

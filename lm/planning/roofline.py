@@ -27,10 +27,11 @@ from collections.abc import Sequence
 import numpy as np
 from jax.sharding import Mesh
 
-from lm.parallel.collectives import Collective, collectives
-from lm.parallel.topology import Chip, Topology
+from lm.parallel.chips import Chip
 from lm.planning import hlo, hlo_costs
+from lm.planning.collectives import Collective, collectives
 from lm.planning.hlo_runs import Run, runs
+from lm.planning.topology import Topology
 
 HOP_SECONDS = 1e-6
 _EIGHT_BIT = ("s8", "u8", "s4", "u4")

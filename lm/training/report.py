@@ -12,12 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from lm.models import ModelConfig, count
+from lm.models.costs import training_flops_per_token
 from lm.models.matmul import compute_dtype
+from lm.parallel.chips import peak_flops
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import describe
 from lm.parallel.platform import device_memory
 from lm.parallel.sharding import ParamSpec
-from lm.training import flops
+from lm.training.memory import Memory, expected_memory, parameter_table
 
 WIDE = 100  # columns from which the table names the logical axes too
 
@@ -52,8 +54,8 @@ def describe_run(
       max_targets: of how many tokens of a row logits are made; 0: of all.
     """
     mesh, dtype = layout.mesh, compute_dtype(model_config.compute_dtype)
-    peak = flops.peak_flops(mesh.devices.flat[0], dtype)
-    memory = flops.expected_memory(
+    peak = peak_flops(mesh.devices.flat[0], dtype)
+    memory = expected_memory(
         model_config,
         specs,
         layout,
@@ -65,7 +67,7 @@ def describe_run(
         source_length=source_length,
         max_targets=max_targets,
     )
-    per_token = flops.training_flops_per_token(model_config, block_size, source_length, max_targets)
+    per_token = training_flops_per_token(model_config, block_size, source_length, max_targets)
     tokens = batch_size * accumulation * block_size
     seconds = per_token * tokens / (peak.flops * mesh.size)
 
@@ -153,7 +155,7 @@ def parameters_table(
     Name, shape (768/fsdp: split over that axis of `mesh`), logical axes where there is room,
     count, and bytes in float32.
     """
-    rows = flops.parameter_table(specs, mesh)
+    rows = parameter_table(specs, mesh)
     wide = width >= WIDE
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold cyan", show_edge=False)
     table.add_column("parameter", no_wrap=True)
@@ -174,7 +176,7 @@ def parameters_table(
     return table
 
 
-def _memory(memory: flops.Memory, mesh) -> Text:
+def _memory(memory: Memory, mesh) -> Text:
     parts = [
         f"{binary(memory.parameters)} parameters",
         f"{binary(memory.gradients)} gradients",

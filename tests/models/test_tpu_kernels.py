@@ -18,7 +18,7 @@ from lm.models.segments import Marks
 from lm.models.attention.ring import ring_attention
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.platform import compiling_for
-from lm.parallel.topology import open_topology
+from lm.planning.topology import open_topology
 
 topology = open_topology(sys.argv[1])
 B, H, K, C, T = 2, 8, 2, 128, 2048

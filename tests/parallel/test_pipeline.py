@@ -10,11 +10,11 @@ import tiny_models
 from jax.sharding import PartitionSpec
 
 from lm.config import ConfigError
-from lm.parallel.collectives import collectives
 from lm.parallel.layout import Layout, current_layout
 from lm.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
 from lm.parallel.pipeline import bubble_fraction, choose_microbatches, pipeline
 from lm.planning import hlo, hlo_runs
+from lm.planning.collectives import collectives
 
 LAYERS, WIDTH = 24, 5
 

@@ -12,15 +12,16 @@ import pytest
 from lm.config import ConfigError
 from lm.jobs import plan
 from lm.models import ModelConfig, costs, param_specs, skeleton
-from lm.parallel import topology
-from lm.parallel.collectives import Collective
+from lm.parallel.chips import published_peak
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh, mesh_sizes
-from lm.parallel.topology import Topology, open_topology, parse, published_peak
+from lm.planning import topology
 from lm.planning.analytic import on_paper
+from lm.planning.collectives import Collective
 from lm.planning.programs import Workload, _refused, train_program
 from lm.planning.roofline import Network
 from lm.planning.search import advice, candidates, meshes
+from lm.planning.topology import Topology, open_topology, parse
 
 ROOT = Path(__file__).parents[2]
 TINY = dict(

@@ -7,14 +7,15 @@ import pytest
 from lm.config import ConfigError
 from lm.models import ModelConfig
 from lm.parallel import compiler
-from lm.parallel.collectives import Collective, collectives
 from lm.parallel.mesh import AXES, MeshConfig, make_mesh
-from lm.parallel.topology import Topology, parse
 from lm.planning import hlo
 from lm.planning.analytic import on_paper
+from lm.planning.collectives import Collective, collectives
+from lm.planning.collectives import made as made_of
 from lm.planning.hlo_runs import runs
 from lm.planning.programs import Workload
 from lm.planning.roofline import Network, estimate
+from lm.planning.topology import Topology, parse
 from lm.training.config import TrainConfig
 
 CHIP, SHAPE = parse("v5p:4x4x4")
@@ -174,7 +175,7 @@ def test_a_collective_in_pieces_between_products_is_one():
 
 def made(kind, group, tuned=True):
     collective = Collective(kind, 1e9, len(group), (), group=tuple(group))
-    return compiler.made(collective, *NETWORK.spans(group), tuned)
+    return made_of(collective, *NETWORK.spans(group), tuned)
 
 
 LINE, PLANE, CUBE, PART = range(4), range(16), range(64), range(32)

@@ -13,11 +13,11 @@ from lm.config import view
 from lm.models import ModelConfig, bind, count, param_specs, skeleton
 from lm.models.presets import preset
 from lm.objectives.cross_entropy import linear_cross_entropy
+from lm.parallel.chips import chip_of, peak_flops, published_peak, total_peak_flops
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from lm.parallel.platform import compiling_for
-from lm.parallel.topology import chip_of
-from lm.training import flops
+from lm.training.memory import expected_memory, kept_by_row
 from lm.training.report import binary, describe_run
 
 
@@ -53,24 +53,24 @@ def abstract_parameters(model):
     ],
 )
 def test_published_peaks_are_found_by_device_kind(kind, dtype, teraflops):
-    assert flops.published_peak(kind, dtype) == pytest.approx(teraflops * 1e12)
+    assert published_peak(kind, dtype) == pytest.approx(teraflops * 1e12)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "NVIDIA L40", "NVIDIA A1000", "Tesla T40", ""])
 def test_a_chip_that_is_not_listed_has_no_published_peak(kind):
-    assert flops.published_peak(kind, "bfloat16") is None
+    assert published_peak(kind, "bfloat16") is None
 
 
 def test_bandwidth_is_that_of_the_chip_and_its_memory():
     kinds = ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "NVIDIA H200", "NVIDIA GH200 480GB")
     assert [chip_of(kind).bandwidth / 1e9 for kind in kinds] == [2039, 1555, 4800, 4000]
-    assert flops.published_peak("NVIDIA A100-SXM4-80GB", "float8_e4m3fn") is None  # has no fp8
+    assert published_peak("NVIDIA A100-SXM4-80GB", "float8_e4m3fn") is None  # has no fp8
 
 
 def test_the_peak_of_a_cpu_is_measured_and_shared_by_its_devices():
     with jax.set_mesh(make_mesh(MeshConfig())):  # as in training
-        peak = flops.peak_flops(jax.devices()[0], "float32")
-        total = flops.total_peak_flops("float32")
+        peak = peak_flops(jax.devices()[0], "float32")
+        total = total_peak_flops("float32")
     assert peak.source == "measured"
     assert 1e9 < peak.flops * 8 == total < 1e15
 
@@ -83,7 +83,7 @@ DEEP = {"num_layers": 8, "num_heads": 4, "width": 64, "vocab_size": 64, "max_len
 def expected(config, mesh=None, **arguments):
     layout = lay_out("", mesh or MeshConfig(), -1, None if mesh else jax.devices()[:1])
     sizes = {"block_size": config.max_length, "batch_size": 8} | arguments
-    return flops.expected_memory(config, param_specs(skeleton(config)), layout, **sizes)
+    return expected_memory(config, param_specs(skeleton(config)), layout, **sizes)
 
 
 FAMILIES = {
@@ -128,13 +128,13 @@ def test_expected_activations_are_what_xla_allocates(fields, context):
     with layout.active():
         lowered = tiny_models.compiled(jax.grad(loss)).lower(abstract_parameters(model), ids)
     allocated = lowered.compile().memory_analysis().temp_size_in_bytes
-    memory = flops.expected_memory(config, param_specs(model), layout, block_size=128, batch_size=8)
+    memory = expected_memory(config, param_specs(model), layout, block_size=128, batch_size=8)
     assert 0.7 < (memory.activations + memory.logits) / allocated < 1.5
 
 
 def test_layer_inputs_that_wait_in_the_hosts_memory_take_none_of_the_devices():
     kept = {
-        remat: flops.kept_by_row(ModelConfig(**DEEP, remat=remat), 128, 0)
+        remat: kept_by_row(ModelConfig(**DEEP, remat=remat), 128, 0)
         for remat in ("none", "full", "offload")
     }
     assert kept["none"] > kept["full"] > kept["offload"] == 0
@@ -143,7 +143,7 @@ def test_layer_inputs_that_wait_in_the_hosts_memory_take_none_of_the_devices():
 def test_where_a_kernel_computes_attention_no_scores_are_kept():
     config = ModelConfig(**DEEP, compute_dtype="bfloat16")
     with compiling_for("tpu"):
-        short, long = (flops.kept_by_row(config, length, 0) for length in (256, 1024))
+        short, long = (kept_by_row(config, length, 0) for length in (256, 1024))
     assert long == pytest.approx(4 * short, rel=1e-3)  # as many bytes a token
 
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from tpu_compiler import needs_libtpu
 
 from lm.models import ModelConfig
-from lm.parallel import collectives
-from lm.parallel.collectives import axes_of_groups, axes_of_pairs, replica_groups
 from lm.parallel.layout import lay_out, resolve
 from lm.parallel.mesh import MeshConfig
-from lm.parallel.topology import open_topology
+from lm.planning import collectives
+from lm.planning.collectives import axes_of_groups, axes_of_pairs, replica_groups
 from lm.planning.programs import Workload, train_program
+from lm.planning.topology import open_topology
 from lm.training.config import TrainConfig
 from lm.training.optimizer import OptimizerConfig
 

@@ -1,25 +1,19 @@
-"""What a step costs: FLOPs, the peak they are measured against, and memory.
-
-The definition of FLOPs is that of `lm.models.costs`.
-"""
+"""What training holds on a device, before anything is compiled: parameters, and memory in all."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from lm.models import ModelConfig, bind, param_specs, skeleton
 from lm.models.attention.ring import ScoreBias
-from lm.models.costs import training_flops_per_token as training_flops_per_token
 from lm.models.matmul import compute_dtype
 from lm.models.positions import alibi_bias, relative_bias
 from lm.models.segments import Marks
@@ -28,56 +22,6 @@ from lm.objectives.cross_entropy import chunk_length
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import batch_ways
 from lm.parallel.sharding import ParamSpec, parameter_shardings, zero_rules
-from lm.parallel.topology import published_peak as published_peak
-
-# ---- Peak ------------------------------------------------------------------------------------
-
-
-class Peak(NamedTuple):
-    """What one device can do at best."""
-
-    flops: float  # a second
-    source: str  # "published" or "measured"
-
-
-def peak_flops(device: jax.Device | None = None, dtype: Any = "float32") -> Peak:
-    """The most FLOPs a second that products in `dtype` reach on `device` (the first by default).
-
-    Accelerators have a published figure. For the CPU, and for a chip that is not in the table, it
-    is measured: the fastest of several square products, in less than 0.3 s. Devices that share one
-    CPU share its peak.
-    """
-    device = jax.local_devices()[0] if device is None else device
-    flops = published_peak(device.device_kind, dtype)
-    if flops is not None:
-        return Peak(flops, "published")
-    shared = jax.local_device_count("cpu") if device.platform == "cpu" else 1
-    return Peak(_measured_peak(device, jnp.dtype(dtype)) / shared, "measured")
-
-
-def total_peak_flops(dtype: str = "auto") -> float:
-    """FLOPs a second of all devices of all processes together, in model.compute_dtype `dtype`."""
-    return peak_flops(None, compute_dtype(dtype)).flops * jax.device_count()
-
-
-@functools.cache
-def _measured_peak(device: jax.Device, dtype: jnp.dtype, size: int = 1024) -> float:
-    x = jax.device_put(np.full((size, size), 0.5, dtype), device)
-
-    @jax.jit
-    def product(x):
-        return jax.lax.dot(x, x, preferred_element_type=jnp.float32)
-
-    # A mesh of its own, for the caller may have set one over more devices.
-    with jax.set_mesh(Mesh(np.array([device]), ("all",))):
-        jax.block_until_ready(product(x))
-        best, deadline = math.inf, time.perf_counter() + 0.12
-        while time.perf_counter() < deadline:
-            start = time.perf_counter()
-            jax.block_until_ready(product(x))
-            best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
 
 # ---- Parameters ------------------------------------------------------------------------------
 
