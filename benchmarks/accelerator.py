@@ -42,8 +42,8 @@ from lm.models.attention import kernels
 from lm.models.attention.attention import attend, attention_mask
 from lm.models.costs import cache_bytes, prefill_flops_per_token, training_flops_per_token
 from lm.models.presets import preset
-from lm.models.segments import Marks
 from lm.models.stack import Context
+from lm.models.text import Text
 from lm.objectives import ObjectiveConfig
 from lm.parallel.chips import chip_of, published_peak
 from lm.parallel.layout import lay_out
@@ -133,9 +133,9 @@ def time_attention(run):
         return run.note(f"no attention kernel is made for a {platform().upper()}")
     B, T, H, C = 4, 2048, 16, 128
     arrays = [jax.random.normal(jax.random.key(i), (B, T, H, C), jnp.bfloat16) for i in range(3)]
-    marks = Marks.of(jnp.zeros((B, T)))
-    mask = jnp.broadcast_to(attention_mask(marks.slots_1T, marks.slots_1T), (B, T, T))
-    context = Context(mask, marks, marks, causal=True)
+    text = Text.of(jnp.zeros((B, T)))
+    mask = jnp.broadcast_to(attention_mask(text.slots_1T, text.slots_1T), (B, T, T))
+    context = Context(mask, text, text, causal=True)
     config = ModelConfig(num_heads=H, head_dim=C)
 
     def timed(function):

@@ -15,8 +15,8 @@ from lm.models.attention.attention import attend, attention_mask
 from lm.models.attention.ring import ring_attention
 from lm.models.positions import alibi_bias, alibi_slopes
 from lm.models.presets import preset
-from lm.models.segments import Marks
 from lm.models.stack import Context
+from lm.models.text import Text
 from lm.objectives import ObjectiveConfig, token_loss
 from lm.parallel.platform import compiling_for, platform
 
@@ -146,13 +146,13 @@ def check_attention(run, name, chosen, C, packed, alibi, fields):
     shapes = ((B, T, H, C), (B, T, K, C), (B, T, K, C), (B, T, H, C))
     *arrays, weights = (jax.random.normal(k, n, jnp.bfloat16) for k, n in zip(keys, shapes))
     segments = jnp.tile((jnp.arange(T) > T // 3).astype(jnp.int32) + 1, (B, 1))
-    marks = Marks.of(jnp.zeros((B, T)), None, segments if packed else None)
-    slots, segments, bias = marks.slots_1T, marks.segments_BT, None
+    text = Text.of(jnp.zeros((B, T)), None, segments if packed else None)
+    slots, segments, bias = text.slots_1T, text.segments_BT, None
     if alibi:
         distance = slots[:, None, :] - slots[:, :, None]
         bias = alibi_bias(jnp.asarray(alibi_slopes(H)), distance)
     mask = jnp.broadcast_to(attention_mask(slots, slots, segments, segments, **fields), (B, T, T))
-    context = Context(mask, marks, marks, bias_BHTS=bias, **fields)
+    context = Context(mask, text, text, bias_BHTS=bias, **fields)
     config = ModelConfig(num_heads=H, num_kv_heads=K, head_dim=C, window=fields.get("window", 0))
 
     def gradients_and_heads(function, arrays):
@@ -171,7 +171,7 @@ def check_attention(run, name, chosen, C, packed, alibi, fields):
     rounded = gradients_and_heads(reference, arrays)
     contestants = {}
     if not alibi:  # the ring's bias is a function, not a table
-        ring = functools.partial(ring_attention, query_marks=marks, key_marks=marks, **fields)
+        ring = functools.partial(ring_attention, query_text=text, key_text=text, **fields)
         contestants["ring"] = ring
     if chosen:
         found = kernels.choose(config, *arrays[:2], context, dropped=False, tapped=False)

@@ -37,7 +37,9 @@ class _Split(NamedTuple):
         return self.tokens[:2] != self.found[:2]
 
 
-def lookup(table_VD: jax.Array, rows_BT: jax.Array, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+def embedding_lookup(
+    table_VD: jax.Array, rows_BT: jax.Array, dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
     """`table_VD[rows_BT]`, [B, T, D].
 
     On a mesh each device looks up the rows of its own tokens; where `tensor` splits the table, in

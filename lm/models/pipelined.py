@@ -64,7 +64,7 @@ def through_stages(
 ) -> tuple[jax.Array, Any]:
     """What `stack.scan_blocks` returns of its `blocks`, computed in a pipeline.
 
-    Rows travel with their marks, and each stage makes its own `Context` of them; only the bias of
+    Rows travel with their text, and each stage makes its own `Context` of them; only the bias of
     attention scores, which all rows share, comes from outside: as a table of all pairs, unless a
     ring of devices shares the sequence, which never makes one. Of what happens in a layer, the
     backward pass keeps what `config.remat` says, for every micro-batch.
@@ -79,18 +79,18 @@ def through_stages(
     mesh, _ = automatic_axes()
     stages, layout = mesh.shape[AXIS], current_layout()
     ways = batch_ways(mesh) // stages
-    marks, memory_marks = context.marks, context.memory_marks
-    slots = tuple(None if m is None else m.slots_1T for m in (marks, memory_marks))
-    rows = tuple(None if m is None else m._replace(slots_1T=None) for m in (marks, memory_marks))
+    text, memory_text = context.text, context.memory_text
+    slots = tuple(None if m is None else m.slots_1T for m in (text, memory_text))
+    rows = tuple(None if m is None else m._replace(slots_1T=None) for m in (text, memory_text))
     fixed, varying_L = (reach_L, None) if isinstance(reach_L, bool) else (None, reach_L)
     bias = context.bias, context.bias_BHTS if context_ways() == 1 else None
 
     def stage_fn(blocks, first, x_BTD, along, shared):
-        (marks, memory_marks), memory_BSD = along
+        (text, memory_text), memory_BSD = along
         slots, layers, bias = shared
-        marks = marks._replace(slots_1T=slots[0])
-        if memory_marks is not None:
-            memory_marks = memory_marks._replace(slots_1T=slots[1])
+        text = text._replace(slots_1T=slots[0])
+        if memory_text is not None:
+            memory_text = memory_text._replace(slots_1T=slots[1])
         count = jax.tree.leaves(blocks)[0].shape[0]
         keys_L, varying_L = jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), layers
@@ -98,7 +98,7 @@ def through_stages(
         return stack.scan_blocks(
             blocks,
             x_BTD,
-            stack.context(marks, memory_BSD, memory_marks, *bias),
+            stack.context(text, memory_BSD, memory_text, *bias),
             keys_L,
             fixed if varying_L is None else varying_L,
         )

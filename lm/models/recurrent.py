@@ -44,8 +44,8 @@ from lm.models.hooks import Tap, no_tap, within
 from lm.models.layers import embedding_initializer, weight_initializer
 from lm.models.matmul import add_bias, compute_dtype, contract
 from lm.models.params import declare, stack
-from lm.models.segments import Marks, same_document
 from lm.models.stack import unstack
+from lm.models.text import Text, same_document
 from lm.parallel.sharding import constrain
 
 # Fields of a Transformer that would change what is computed, and what they are without one.
@@ -213,8 +213,8 @@ class Recurrent(LanguageModel):
         memory_BSD, finals = self._encode(tokens_BT, source_segments_BS, noises[1], tap)
         mask_BTS = None
         if source_segments_BS is not None:
-            target = Marks.of(targets_BT, segments_BT=segments_BT)
-            mask_BTS = same_document(target, Marks.of(tokens_BT, segments_BT=source_segments_BS))
+            target = Text.of(targets_BT, segments_BT=segments_BT)
+            mask_BTS = same_document(target, Text.of(tokens_BT, segments_BT=source_segments_BS))
         starts, restarts = self._starts(finals), None
         if mask_BTS is not None and segments_BT is not None:
             restarts = self._starts(finals, mask_BTS)

@@ -21,7 +21,7 @@ from lm.models.moe.experts import Experts, RouterStats
 from lm.models.params import declare, stack
 from lm.models.pipelined import LAYER_INPUT, pipeline_stages, remat_policy, through_stages
 from lm.models.positions import alibi_bias, alibi_slopes, relative_bias, rotary_angles
-from lm.models.segments import Marks, same_document
+from lm.models.text import Text, same_document
 from lm.parallel.platform import platform
 from lm.parallel.sharding import constrain
 
@@ -34,8 +34,8 @@ class Context(NamedTuple):
     """What every layer of one call shares."""
 
     mask_BTS: jax.Array  # which keys each query may see
-    marks: Marks | None = None  # of the queries; None in cached decoding
-    key_marks: Marks | None = None  # of the keys
+    text: Text | None = None  # of the queries; None in cached decoding
+    key_text: Text | None = None  # of the keys
     rotary: tuple[jax.Array, ...] | None = None
     bias_BHTS: jax.Array | None = None  # added to attention scores
     bias: ScoreBias | None = None  # the same, as what it is made of; None in cached decoding
@@ -45,7 +45,7 @@ class Context(NamedTuple):
     local: tuple | None = None  # mask, rotary angles and window of local layers
     memory_BSD: jax.Array | None = None  # the encoder's output, unless the cache has its keys
     memory_mask_BTS: jax.Array | None = None  # what of it each token may see
-    memory_marks: Marks | None = None
+    memory_text: Text | None = None
     valid_BT: jax.Array | None = None  # which tokens are not padding
 
     def of_layer(self, is_local: bool | jax.Array) -> Context:
@@ -64,7 +64,7 @@ class Context(NamedTuple):
 
     def across(self) -> Context:
         """What attention to the encoder's output has."""
-        return Context(self.memory_mask_BTS, self.marks, self.memory_marks)
+        return Context(self.memory_mask_BTS, self.text, self.memory_text)
 
 
 class Block(nnx.Module):
@@ -170,7 +170,7 @@ class Block(nnx.Module):
     def _dropped(self, written_BTD, key, context: Context) -> jax.Array:
         if key is None:
             return written_BTD
-        rows, slots = context.marks.rows_B[:, None], context.marks.slots_1T
+        rows, slots = context.text.rows_B[:, None], context.text.slots_1T
         return layers.dropout(written_BTD, self.config.dropout, key, rows, slots)
 
     def _normed(self, name: str, x_BTD: jax.Array, tap: Tap) -> jax.Array:
@@ -214,9 +214,9 @@ class Stack(nnx.Module):
 
     def context(
         self,
-        marks: Marks,
+        text: Text,
         memory_BSD: jax.Array | None = None,
-        memory_marks: Marks | None = None,
+        memory_text: Text | None = None,
         bias: ScoreBias | None = None,
         bias_BHTS: jax.Array | None = None,
     ) -> Context:
@@ -224,29 +224,29 @@ class Stack(nnx.Module):
 
         The bias of attention scores can be given, where it is there already.
         """
-        slots = marks.slots_1T
-        segments = marks.segments_BT
+        slots = text.slots_1T
+        segments = text.segments_BT
         placed = {"bias": bias, "bias_BHTS": bias_BHTS}
         if bias_BHTS is None:
             distance_1TS = slots[:, None, :] - slots[:, :, None]
-            placed = self.place(marks.positions_BT, distance_1TS, bias)
+            placed = self.place(text.positions_BT, distance_1TS, bias)
         context = Context(
             attention_mask(
                 slots, slots, segments, segments,
-                causal=not self.encodes, prefix_BS=marks.prefix_BT,
+                causal=not self.encodes, prefix_BS=text.prefix_BT,
             ),
-            marks=marks,
-            key_marks=marks,
+            text=text,
+            key_text=text,
             causal=not self.encodes,
             memory_BSD=memory_BSD,
-            memory_marks=memory_marks,
-            valid_BT=marks.valid_BT,
+            memory_text=memory_text,
+            valid_BT=text.valid_BT,
             **placed,
         )  # fmt: skip
         if memory_BSD is not None:
-            context = context._replace(memory_mask_BTS=same_document(marks, memory_marks))
+            context = context._replace(memory_mask_BTS=same_document(text, memory_text))
         return self.with_local(
-            context, marks.positions_BT, slots, slots, segments, segments, prefix_BS=marks.prefix_BT
+            context, text.positions_BT, slots, slots, segments, segments, prefix_BS=text.prefix_BT
         )
 
     def with_local(self, context: Context, positions_BT, *slots, **masking) -> Context:

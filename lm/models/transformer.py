@@ -13,15 +13,15 @@ from lm.models import layers
 from lm.models.attention.attention import attention_mask
 from lm.models.cache import Cache
 from lm.models.config import ModelConfig
-from lm.models.embedding_lookup import lookup
+from lm.models.embedding_lookup import embedding_lookup
 from lm.models.head import LanguageModel
 from lm.models.hooks import Tap, no_tap, within
 from lm.models.matmul import compute_dtype
 from lm.models.moe.experts import RouterStats
 from lm.models.params import declare
 from lm.models.positions import sinusoids
-from lm.models.segments import Marks
 from lm.models.stack import Context, Stack, unstack
+from lm.models.text import Text
 from lm.parallel.ring import from_zigzag, to_zigzag, zigzag_divides
 from lm.parallel.sharding import constrain
 
@@ -66,17 +66,17 @@ class Embedding(nnx.Module):
           tap: see `lm.models.hooks`.
         """
         config, dtype = self.config, compute_dtype(self.config.compute_dtype)
-        x_BTD = lookup(self.tokens[...] if table is None else table, tokens_BT, dtype)
+        x_BTD = embedding_lookup(self.tokens[...] if table is None else table, tokens_BT, dtype)
         if config.embedding_scale != 1:
             x_BTD *= config.embedding_scale or math.sqrt(config.width)
         if config.positions == "learned":
             rows_BT = positions_BT + config.position_offset
-            x_BTD += lookup(self.positions[...], rows_BT, dtype)
+            x_BTD += embedding_lookup(self.positions[...], rows_BT, dtype)
         elif config.positions == "sinusoidal":
             x_BTD += sinusoids(positions_BT, config.width)
         if config.token_types:
             types = self.types[...]
-            x_BTD += types[0] if types_BT is None else lookup(types, types_BT, dtype)
+            x_BTD += types[0] if types_BT is None else embedding_lookup(types, types_BT, dtype)
         if config.embedding_norm:
             x_BTD = self.norm(x_BTD, within(tap, "embedding_norm"))
         return x_BTD
@@ -169,16 +169,16 @@ class Transformer(LanguageModel, Stack):
                 raise TypeError("an encoder-decoder needs two arguments: source_BS and targets_BT")
             keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
             dropout_key, source_key = keys
-            source = Marks.of(tokens_BT, source_positions_BS, source_segments_BS, rows_B=rows_B)
+            source = Text.of(tokens_BT, source_positions_BS, source_segments_BS, rows_B=rows_B)
             memory = (self._encode(tokens_BT, source, source_key, tap), source)
         elif targets_BT is not None:
             raise TypeError(
                 f"a model with architecture={self.config.architecture!r} reads one text"
             )
         text_BT = targets_BT if both else tokens_BT
-        marks = Marks.of(text_BT, positions_BT, segments_BT, prefix_BT, rows_B, filled_BT)
+        text = Text.of(text_BT, positions_BT, segments_BT, prefix_BT, rows_B, filled_BT)
         return self._read_text(
-            self, self.embedding, text_BT, marks, types_BT, memory, dropout_key, tap
+            self, self.embedding, text_BT, text, types_BT, memory, dropout_key, tap
         )
 
     def encode(
@@ -191,8 +191,8 @@ class Transformer(LanguageModel, Stack):
         tap: Tap = no_tap,
     ) -> jax.Array:
         """The encoder's output [B, S, D] of an encoder-decoder; arguments as of a call."""
-        marks = Marks.of(source_BS, positions_BS, segments_BS)
-        return self._encode(source_BS, marks, dropout_key, tap)
+        text = Text.of(source_BS, positions_BS, segments_BS)
+        return self._encode(source_BS, text, dropout_key, tap)
 
     def new_cache(
         self,
@@ -260,9 +260,7 @@ class Transformer(LanguageModel, Stack):
             **memory,
         )
         context = self.with_local(context, read_BT, positions_BT, keys_BS)
-        x_BTD = self._embed(
-            self.embedding, tokens_BT, Marks.of(tokens_BT, read_BT), None, None, tap
-        )
+        x_BTD = self._embed(self.embedding, tokens_BT, Text.of(tokens_BT, read_BT), None, None, tap)
         x_BTD, (keys, values), _ = self.run(x_BTD, context, cache, tap=tap)
         return x_BTD, dataclasses.replace(
             cache,
@@ -291,15 +289,15 @@ class Transformer(LanguageModel, Stack):
             x_BTD = self.pool(x_BTD) if self.config.pooler else x_BTD[:, 0]
         return self.classifier(x_BTD).astype(jnp.float32)
 
-    def _encode(self, source_BS, marks: Marks, dropout_key, tap) -> jax.Array:
+    def _encode(self, source_BS, text: Text, dropout_key, tap) -> jax.Array:
         tap = within(tap, "encoder")
         embedding = self.encoder_embedding
         return self._read_text(
-            self.encoder, embedding, source_BS, marks, None, (), dropout_key, tap
+            self.encoder, embedding, source_BS, text, None, (), dropout_key, tap
         )[0]
 
     def _read_text(
-        self, stack: Stack, embedding, tokens_BT, marks: Marks, types_BT, memory, dropout_key, tap
+        self, stack: Stack, embedding, tokens_BT, text: Text, types_BT, memory, dropout_key, tap
     ):
         """Embeds one text and runs a stack over all of it."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
@@ -308,17 +306,17 @@ class Transformer(LanguageModel, Stack):
         causal = not stack.encodes and not self.config.capacity_factor
         turned = causal and tap is no_tap and zigzag_divides(tokens_BT.shape[1])
         if turned:
-            marks = marks.to_zigzag()
+            text = text.to_zigzag()
             tokens_BT, types_BT = jax.tree.map(to_zigzag, (tokens_BT, types_BT))
-        x_BTD = self._embed(embedding, tokens_BT, marks, types_BT, keys[0], tap)
-        context = stack.context(marks, *memory)
+        x_BTD = self._embed(embedding, tokens_BT, text, types_BT, keys[0], tap)
+        context = stack.context(text, *memory)
         x_BTD, _, router = stack.run(x_BTD, context, dropout_key=keys[1], tap=tap)
         return from_zigzag(x_BTD) if turned else x_BTD, router
 
-    def _embed(self, embedding: Embedding, tokens_BT, marks: Marks, types_BT, dropout_key, tap):
+    def _embed(self, embedding: Embedding, tokens_BT, text: Text, types_BT, dropout_key, tap):
         dtype = compute_dtype(self.config.compute_dtype)
         table = self.embedding.tokens[...]
-        x_BTD = embedding(tokens_BT, marks.positions_BT, types_BT, table, tap)
+        x_BTD = embedding(tokens_BT, text.positions_BT, types_BT, table, tap)
         rate = self.config.dropout
-        x_BTD = layers.dropout(x_BTD, rate, dropout_key, marks.rows_B[:, None], marks.slots_1T)
+        x_BTD = layers.dropout(x_BTD, rate, dropout_key, text.rows_B[:, None], text.slots_1T)
         return tap("embedding", constrain(x_BTD.astype(dtype), "batch", "norm_length", "embed"))

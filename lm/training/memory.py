@@ -16,8 +16,8 @@ from lm.models import ModelConfig, bind, param_specs, skeleton
 from lm.models.attention.ring import ScoreBias
 from lm.models.matmul import compute_dtype
 from lm.models.positions import alibi_bias, relative_bias
-from lm.models.segments import Marks
 from lm.models.stack import Block, Context, rematerialized
+from lm.models.text import Text
 from lm.objectives.cross_entropy import chunk_length
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import batch_ways
@@ -240,23 +240,23 @@ def _abstract_context(
     elif config.positions == "alibi":
         bias = ScoreBias(abstract((config.num_heads,), jnp.float32), alibi_bias)
     pairs = abstract((1, config.num_heads, length, length), jnp.float32)
-    marks, memory_marks = _abstract_marks(length), _abstract_marks(source_length)
+    text, memory_text = _abstract_text(length), _abstract_text(source_length)
     return Context(
         abstract((1, length, length), bool),
-        marks=marks,
-        key_marks=marks,
+        text=text,
+        key_text=text,
         rotary=(half, half) if config.positions == "rotary" else None,
         bias_BHTS=pairs if bias else None,
         bias=bias,
         memory_BSD=abstract((1, source_length, config.width), dtype) if source_length else None,
         memory_mask_BTS=abstract((1, length, source_length), bool) if source_length else None,
-        memory_marks=memory_marks if source_length else None,
+        memory_text=memory_text if source_length else None,
     )
 
 
-def _abstract_marks(length: int) -> Marks:
+def _abstract_text(length: int) -> Text:
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    return Marks(tokens, tokens, jax.ShapeDtypeStruct((1,), jnp.int32))
+    return Text(tokens, tokens, jax.ShapeDtypeStruct((1,), jnp.int32))
 
 
 def _kept_by_recurrent(config: ModelConfig, length: int, source_length: int) -> int:

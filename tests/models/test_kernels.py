@@ -13,8 +13,8 @@ from lm.models.attention import splash as splash_kernels
 from lm.models.attention.attention import attend, attention_mask
 from lm.models.attention.ring import ScoreBias, ring_attention
 from lm.models.config import ModelConfig
-from lm.models.segments import Marks, same_document
 from lm.models.stack import Context
+from lm.models.text import Text, same_document
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.platform import compiling_for
 
@@ -31,30 +31,30 @@ def inputs(T, S=None, packed=False, prefix=False):
         segments = jnp.stack([jnp.arange(T) // (T // 3) + 1, jnp.arange(T) < T - 9])
         segments = segments.astype(jnp.int32)
     prefixes = (jnp.arange(T) % 70 < 20)[None].repeat(B, 0) if prefix else None
-    marks = Marks.of(jnp.zeros((B, T)), None, segments, prefixes)
+    text = Text.of(jnp.zeros((B, T)), None, segments, prefixes)
     if S == T:
-        return arrays, weights, marks, marks
+        return arrays, weights, text, text
     # Of every document, so that no query is without a key.
     of_keys = None if segments is None else segments[:, jnp.linspace(0, T - 1, S).astype(int)]
-    return arrays, weights, marks, Marks.of(jnp.zeros((B, S)), None, of_keys)
+    return arrays, weights, text, Text.of(jnp.zeros((B, S)), None, of_keys)
 
 
-def reference(query, key, value, marks, key_marks, *, causal=True, window=0, softcap=0.0):
-    if marks is not key_marks:
-        mask = same_document(marks, key_marks)
+def reference(query, key, value, text, key_text, *, causal=True, window=0, softcap=0.0):
+    if text is not key_text:
+        mask = same_document(text, key_text)
     else:
-        slots, segments = marks.slots_1T, marks.segments_BT
+        slots, segments = text.slots_1T, text.segments_BT
         mask = attention_mask(
             slots, slots, segments, segments,
-            causal=causal, window=window, prefix_BS=marks.prefix_BT,
+            causal=causal, window=window, prefix_BS=text.prefix_BT,
         )  # fmt: skip
     return attend(query, key, value, mask, softcap=softcap, scale=0.3)
 
 
-def check(attention, arrays, weights, marks, **options):
+def check(attention, arrays, weights, texts, **options):
     def both(attention):
         def loss(arrays):
-            heads = attention(*arrays, *marks, **options)
+            heads = attention(*arrays, *texts, **options)
             return jnp.sum(heads * weights) + jnp.sum(heads**2), heads
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
@@ -99,26 +99,26 @@ def test_splash_is_attention_in_every_case(options):
 
 
 def check_splash(length=256, keys=None, packed=False, **options):
-    arrays, weights, *marks = inputs(length, keys, packed)
-    check(splash, arrays, weights, marks, **options)
+    arrays, weights, *texts = inputs(length, keys, packed)
+    check(splash, arrays, weights, texts, **options)
 
 
 @pytest.mark.slow
 def test_splash_on_every_devices_rows_and_heads():
-    arrays, _, *marks = inputs(128, packed=True)
-    want = reference(*arrays, *marks)
+    arrays, _, *texts = inputs(128, packed=True)
+    want = reference(*arrays, *texts)
     mesh = make_mesh(MeshConfig(data=2, tensor=4), jax.devices()[:8])
     with jax.set_mesh(mesh):  # and two heads of keys, copied for four devices
-        got = jax.jit(lambda *arrays: splash(*arrays, *marks))(*arrays)
+        got = jax.jit(lambda *arrays: splash(*arrays, *texts))(*arrays)
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
 @pytest.mark.slow
 def test_splash_in_a_layer_that_may_be_local():
-    arrays, _, *marks = inputs(128)
-    traced = jax.jit(lambda window: splash(*arrays, *marks, window=window, reach=40))
+    arrays, _, *texts = inputs(128)
+    traced = jax.jit(lambda window: splash(*arrays, *texts, window=window, reach=40))
     for window in (40, 0):
-        want = reference(*arrays, *marks, window=window)
+        want = reference(*arrays, *texts, window=window)
         np.testing.assert_allclose(traced(jnp.int32(window)), want, atol=2e-6)
 
 
@@ -137,9 +137,9 @@ def test_kernels_of_the_ring_are_attention(options, monkeypatch):
         monkeypatch.setattr(splash_kernels, name, 128)
     options = dict(options)
     marking = {name: options.pop(name, False) for name in ("packed", "prefix")}
-    arrays, weights, *marks = inputs(512, **marking)
+    arrays, weights, *texts = inputs(512, **marking)
     attention = functools.partial(ring_attention, scale=0.3, kernel="pallas")
-    check(attention, arrays, weights, marks, **options)
+    check(attention, arrays, weights, texts, **options)
 
 
 def choice(context, config=None, dtype=jnp.bfloat16, dropped=False, tapped=False, length=256):
@@ -148,14 +148,14 @@ def choice(context, config=None, dtype=jnp.bfloat16, dropped=False, tapped=False
     return kernels.choose(config, query, query, context, dropped=dropped, tapped=tapped)
 
 
-def context_of(marks=None, **fields):
-    marks = marks or Marks.of(jnp.zeros((B, 256)))
-    return Context(None, marks, marks, **{"causal": True, **fields})
+def context_of(text=None, **fields):
+    text = text or Text.of(jnp.zeros((B, 256)))
+    return Context(None, text, text, **{"causal": True, **fields})
 
 
 def test_each_platform_has_its_kernel():
-    packed = Marks.of(jnp.zeros((B, 256)), None, jnp.ones((B, 256), jnp.int32))
-    prefix = Marks.of(jnp.zeros((B, 256)), prefix_BT=jnp.ones((B, 256)))
+    packed = Text.of(jnp.zeros((B, 256)), None, jnp.ones((B, 256), jnp.int32))
+    prefix = Text.of(jnp.zeros((B, 256)), prefix_BT=jnp.ones((B, 256)))
     table = ScoreBias(jnp.zeros(H), None)
     biased = context_of(bias_BHTS=jnp.zeros((1, H, 256, 256)), bias=table)
     capped = ModelConfig(attention_softcap=50.0)
@@ -214,7 +214,7 @@ def test_cudnn_needs_no_mask_where_places_say_it_all():
         return mask, options["is_causal"], options["local_window_size"]
 
     mask = jnp.ones((B, 256, 256), bool)
-    packed = Marks.of(jnp.zeros((B, 256)), None, jnp.ones((B, 256), jnp.int32))
+    packed = Text.of(jnp.zeros((B, 256)), None, jnp.ones((B, 256), jnp.int32))
     assert traced(context_of()._replace(mask_BTS=mask)) == (None, True, None)
     assert traced(context_of(window=8)) == (None, True, (7, 0))
     assert traced(context_of(causal=False)) == (None, False, None)

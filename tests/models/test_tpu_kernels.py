@@ -14,7 +14,7 @@ import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 from lm.models.attention import kernels
-from lm.models.segments import Marks
+from lm.models.text import Text
 from lm.models.attention.ring import ring_attention
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.platform import compiling_for
@@ -28,9 +28,9 @@ def compiled(attention, sizes, **options):
     def array(*shape, dtype=jnp.bfloat16, spec=P(None, "context", "tensor")):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
     def gradients(query, key, value, segments):
-        marks = Marks.of(segments, None, segments)
+        text = Text.of(segments, None, segments)
         def loss(*arrays):
-            heads = attention(*arrays, marks, marks, **options)
+            heads = attention(*arrays, text, text, **options)
             return jnp.sum(heads.astype(jnp.float32) ** 2)
         return jax.grad(loss, (0, 1, 2))(query, key, value)
     keys = array(B, T, K, C)

@@ -14,7 +14,7 @@ from lm.models.attention.attention import attend, attention_mask
 from lm.models.attention.ring import ScoreBias, ring_attention
 from lm.models.config import ModelConfig
 from lm.models.positions import alibi_slopes, relative_bias
-from lm.models.segments import Marks, same_document
+from lm.models.text import Text, same_document
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.ring import from_zigzag, to_zigzag, zigzag_slots
 
@@ -72,22 +72,22 @@ def inputs(case):
     prefix = (jnp.arange(T) % 10 < 4)[None].repeat(case.batch, 0) if case.prefix else None
     segments = SEGMENTS[: case.batch] if case.packed else None
     rows = jnp.arange(case.batch) + 3
-    marks = Marks.of(query[..., 0, 0], None, segments, prefix, rows)
-    key_marks = marks
+    text = Text.of(query[..., 0, 0], None, segments, prefix, rows)
+    key_text = text
     if case.keys != T:
         of_keys = None if segments is None else segments[:, 1::2]
-        key_marks = Marks.of(key[..., 0, 0], None, of_keys, None, rows)
-    return (query, key, value, table), weights, marks, key_marks
+        key_text = Text.of(key[..., 0, 0], None, of_keys, None, rows)
+    return (query, key, value, table), weights, text, key_text
 
 
-def reference(case, query, key, value, table, marks, key_marks):
-    slots, others = marks.slots_1T, key_marks.slots_1T
+def reference(case, query, key, value, table, text, key_text):
+    slots, others = text.slots_1T, key_text.slots_1T
     if case.keys != T:
-        mask = same_document(marks, key_marks)
+        mask = same_document(text, key_text)
     else:
         mask = attention_mask(
-            slots, others, marks.segments_BT, key_marks.segments_BT,
-            causal=case.causal, window=case.window, prefix_BS=marks.prefix_BT,
+            slots, others, text.segments_BT, key_text.segments_BT,
+            causal=case.causal, window=case.window, prefix_BS=text.prefix_BT,
         )  # fmt: skip
     bias = None
     if case.bias:
@@ -95,21 +95,21 @@ def reference(case, query, key, value, table, marks, key_marks):
     return attend(
         query, key, value, mask, bias_BHTS=bias, softcap=case.softcap, scale=0.3,
         dropout_rate=case.dropout, dropout_key=jax.random.key(7),
-        marks=marks, key_marks=key_marks,
+        text=text, key_text=key_text,
     )  # fmt: skip
 
 
-def reordered(marks, reorder):
-    length = marks.slots_1T.shape[1]
-    return marks._replace(
-        slots_1T=zigzag_slots(length) if reorder is to_zigzag else marks.slots_1T,
-        positions_BT=reorder(marks.positions_BT),
-        segments_BT=None if marks.segments_BT is None else reorder(marks.segments_BT),
-        prefix_BT=None if marks.prefix_BT is None else reorder(marks.prefix_BT),
+def reordered(text, reorder):
+    length = text.slots_1T.shape[1]
+    return text._replace(
+        slots_1T=zigzag_slots(length) if reorder is to_zigzag else text.slots_1T,
+        positions_BT=reorder(text.positions_BT),
+        segments_BT=None if text.segments_BT is None else reorder(text.segments_BT),
+        prefix_BT=None if text.prefix_BT is None else reorder(text.prefix_BT),
     )
 
 
-def ring(case, query, key, value, table, marks, key_marks, **options):
+def ring(case, query, key, value, table, text, key_text, **options):
     reorder = to_zigzag if case.zigzag else lambda x: x
     bias = ScoreBias(table, globals()[case.bias]) if case.bias else None
     options = {
@@ -119,27 +119,27 @@ def ring(case, query, key, value, table, marks, key_marks, **options):
     }  # fmt: skip
     heads = ring_attention(
         *(reorder(x) for x in (query, key, value)),
-        reordered(marks, reorder),
-        reordered(key_marks, reorder),
+        reordered(text, reorder),
+        reordered(key_text, reorder),
         **options,
     )
     return from_zigzag(heads) if case.zigzag else heads
 
 
-def outputs_and_gradients(attention, case, weights, *marks):
+def outputs_and_gradients(attention, case, weights, *texts):
     def loss(arrays):
-        heads = attention(case, *arrays, *marks)
+        heads = attention(case, *arrays, *texts)
         return jnp.sum(heads * weights) + jnp.sum(heads**2), heads
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 def check(case, **options):
-    arrays, weights, *marks = inputs(case)
-    (_, want), want_gradients = outputs_and_gradients(reference, case, weights, *marks)(arrays)
+    arrays, weights, *texts = inputs(case)
+    (_, want), want_gradients = outputs_and_gradients(reference, case, weights, *texts)(arrays)
     with jax.set_mesh(mesh_of(**dict(case.mesh))):
         attention = functools.partial(ring, **options)
-        (_, got), gradients = outputs_and_gradients(attention, case, weights, *marks)(arrays)
+        (_, got), gradients = outputs_and_gradients(attention, case, weights, *texts)(arrays)
     np.testing.assert_allclose(got, want, atol=1e-5)
     for name, a, b in zip(["query", "key", "value", "table"], gradients, want_gradients):
         if name != "table" or case.bias == "relative":
@@ -185,12 +185,12 @@ def test_ring_is_attention_in_every_case(name):
 @pytest.mark.slow
 def test_window_may_differ_between_layers_of_one_program():
     case = Case((("context", 4),), window=5)
-    arrays, _, *marks = inputs(case)
+    arrays, _, *texts = inputs(case)
     with jax.set_mesh(mesh_of(context=4)):
-        traced = jax.jit(lambda window: ring(case, *arrays, *marks, window=window))
+        traced = jax.jit(lambda window: ring(case, *arrays, *texts, window=window))
         for window in (5, 0):
             case = dataclasses.replace(case, window=window)
-            want = reference(case, *arrays, *marks)
+            want = reference(case, *arrays, *texts)
             np.testing.assert_allclose(traced(jnp.int32(window)), want, atol=1e-5)
 
 
@@ -222,9 +222,9 @@ def test_lengths_that_do_not_divide_are_said_so():
         with pytest.raises(ConfigError, match=r"context=4 .* 12 tokens are not a multiple of 8"):
             jax.eval_shape(to_zigzag, jnp.zeros((1, 12), jnp.int32))
         x = jnp.zeros((1, 6, 2, 4))
-        marks = Marks.of(x[..., 0, 0])
+        text = Text.of(x[..., 0, 0])
         with pytest.raises(ConfigError, match=r"config.mesh.context=4 must divide .* 6"):
-            ring_attention(x, x, x, marks, marks)
+            ring_attention(x, x, x, text, text)
 
 
 def compiled(context, length, grad=True):
@@ -236,8 +236,8 @@ def compiled(context, length, grad=True):
     shape = jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
     def attention(query, key, value):
-        marks = Marks.of(query[..., 0, 0])
-        return ring_attention(query, key, value, marks, marks)
+        text = Text.of(query[..., 0, 0])
+        return ring_attention(query, key, value, text, text)
 
     def gradients(query, key, value):
         return jax.grad(lambda *a: jnp.sum(attention(*a) ** 2), (0, 1, 2))(query, key, value)
@@ -271,20 +271,20 @@ def test_only_neighbours_talk():
 @pytest.mark.slow
 def test_a_ring_turns_inside_a_pipelines_stage():
     case = Case((), batch=2, dropout=0.2, bias="relative", zigzag=False)
-    arrays, weights, *marks = inputs(case)
+    arrays, weights, *texts = inputs(case)
 
-    def staged(case, *arrays_and_marks):
+    def staged(case, *arrays_and_texts):
         return jax.shard_map(
             lambda *a: ring(case, *a)[None],
             in_specs=jax.sharding.PartitionSpec(),
             out_specs=jax.sharding.PartitionSpec("stage"),
             axis_names={"stage"},
             check_vma=False,
-        )(*arrays_and_marks).mean(0)
+        )(*arrays_and_texts).mean(0)
 
-    (_, want), want_gradients = outputs_and_gradients(reference, case, weights, *marks)(arrays)
+    (_, want), want_gradients = outputs_and_gradients(reference, case, weights, *texts)(arrays)
     with jax.set_mesh(mesh_of(stage=2, context=2, tensor=2)):
-        (_, got), gradients = outputs_and_gradients(staged, case, weights, *marks)(arrays)
+        (_, got), gradients = outputs_and_gradients(staged, case, weights, *texts)(arrays)
     np.testing.assert_allclose(got, want, atol=1e-5)
     for a, b in zip(gradients, want_gradients):
         np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)

@@ -15,7 +15,7 @@ from lm.models.layers import Norm, dropout, weight_initializer
 from lm.models.matmul import add_bias, contract, contract_each, masked_softmax
 from lm.models.params import declare
 from lm.models.positions import rotate
-from lm.models.segments import Marks
+from lm.models.text import Text
 from lm.parallel.sharding import constrain
 
 Pair = tuple[jax.Array, jax.Array]  # keys and values
@@ -66,8 +66,8 @@ def attend(
     softcap: float = 0.0,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
-    marks: Marks | None = None,
-    key_marks: Marks | None = None,
+    text: Text | None = None,
+    key_text: Text | None = None,
     tap: Tap = no_tap,
 ) -> jax.Array:
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1); the reference implementation.
@@ -82,7 +82,7 @@ def attend(
       scale: multiplies the queries; C^-½ unless given.
       softcap: c in c·tanh(scores/c) (Gemma 2 report, §2); 0: none.
       dropout_rate, dropout_key: dropout of the pattern.
-      marks, key_marks: of the queries and of the keys, if dropout is on.
+      text, key_text: of the queries and of the keys, if dropout is on.
       tap: see `lm.models.hooks`.
 
     Returns:
@@ -103,11 +103,11 @@ def attend(
     pattern_BHTS = tap("pattern", pattern_BHTS)
     if dropout_key is not None and dropout_rate:
         row, place = (
-            marks.rows_B[:, None, None],
-            marks.slots_1T[:, None] * H + jnp.arange(H)[:, None],
+            text.rows_B[:, None, None],
+            text.slots_1T[:, None] * H + jnp.arange(H)[:, None],
         )
         pattern_BHTS = dropout(
-            pattern_BHTS, dropout_rate, dropout_key, row, place, key_marks.slots_1T[0]
+            pattern_BHTS, dropout_rate, dropout_key, row, place, key_text.slots_1T[0]
         )
     pattern = pattern_BHTS.reshape(B, K, H // K, T, -1)
     return contract("bkgts,bskc->btkgc", pattern, value_BSKC).reshape(B, T, H, C)
@@ -236,8 +236,8 @@ class Attention(nnx.Module):
             softcap=config.attention_softcap,
             dropout_rate=config.dropout,
             dropout_key=dropout_key,
-            marks=context.marks,
-            key_marks=context.key_marks,
+            text=context.text,
+            key_text=context.key_text,
             tap=tap,
         )
         return checkpoint_name(heads_BTHC, HEADS)

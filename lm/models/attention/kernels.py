@@ -17,7 +17,7 @@ from lm.config import ConfigError
 from lm.models.attention.flash import LANES, tile
 from lm.models.attention.ring import HEADS, lay_out, ring_attention
 from lm.models.config import ModelConfig
-from lm.models.segments import Marks
+from lm.models.text import Text
 from lm.parallel.platform import platform
 from lm.parallel.ring import context_ways
 
@@ -58,7 +58,7 @@ def choose(
         )
     if tapped:
         return "xla"
-    ways, known = context_ways(), context.marks is not None
+    ways, known = context_ways(), context.text is not None
     fits = query_BTHC.shape[1] % ways == 0 and key_BSKC.shape[1] % ways == 0
     # A bias known only as a table of all pairs is not what a ring can add.
     if ways > 1 and known and fits and (context.bias_BHTS is None or context.bias is not None):
@@ -93,12 +93,12 @@ def compute(
         "softcap": config.attention_softcap,
         "window": context.window,
     }
-    marks = context.marks, context.key_marks
+    texts = context.text, context.key_text
     if kernel == "splash":
-        return splash(*arrays, *marks, reach=config.window, **options)
+        return splash(*arrays, *texts, reach=config.window, **options)
     return ring_attention(
         *arrays,
-        *marks,
+        *texts,
         bias=context.bias,
         dropout_rate=config.dropout,
         dropout_key=dropout_key,
@@ -111,11 +111,11 @@ def compute(
 
 
 def _splash_obstacle(config, query, key, context) -> str:
-    if context.marks is None:
+    if context.text is None:
         return "decoding with a cache"
     if context.bias_BHTS is not None:
         return f"positions={config.positions!r} adds to scores"
-    if context.causal and context.key_marks.prefix_BT is not None:
+    if context.causal and context.key_text.prefix_BT is not None:
         return "a prefix is seen by all"
     if query.shape[1] < LANES or key.shape[1] < LANES:
         return f"fewer than {LANES} tokens"
@@ -126,8 +126,8 @@ def splash(
     query_BTHC: jax.Array,
     key_BSKC: jax.Array,
     value_BSKC: jax.Array,
-    query_marks: Marks,
-    key_marks: Marks,
+    query_text: Text,
+    key_text: Text,
     *,
     causal: bool = True,
     scale: float | None = None,
@@ -140,7 +140,7 @@ def splash(
 
     Args:
       query_BTHC, key_BSKC, value_BSKC: of every head, tokens in natural order; K divides H.
-      query_marks, key_marks: for the segments, if there are any.
+      query_text, key_text: for the segments, if there are any.
       causal: no later keys.
       scale: multiplies the queries; C^-½ unless given.
       softcap: c in c·tanh(scores/c); 0: none.
@@ -155,7 +155,7 @@ def splash(
     if not isinstance(window, int):
         local, everywhere = (
             lambda *arrays, w=w: splash(
-                *arrays, query_marks, key_marks, causal=causal, scale=scale, softcap=softcap,
+                *arrays, query_text, key_text, causal=causal, scale=scale, softcap=softcap,
                 window=w, interpret=interpret,
             )
             for w in (reach, 0)
@@ -164,7 +164,7 @@ def splash(
     scale = query_BTHC.shape[-1] ** -0.5 if scale is None else scale
     layout, key_BSKC, value_BSKC = lay_out(query_BTHC, key_BSKC, value_BSKC, None)
     T, S = query_BTHC.shape[1], key_BSKC.shape[1]
-    segments = _segments(query_marks, key_marks, always=not causal and S % LANES != 0)
+    segments = _segments(query_text, key_text, always=not causal and S % LANES != 0)
 
     def local(query, key, value, *segments):
         query, key, value = (_filled(x).swapaxes(1, 2) for x in (query * scale, key, value))
@@ -188,12 +188,12 @@ def splash(
     return mapped(*arrays)
 
 
-def _segments(query_marks: Marks, key_marks: Marks, always: bool) -> tuple[jax.Array, ...]:
-    marks = query_marks, key_marks
-    if not always and all(m.segments_BT is None for m in marks):
+def _segments(query_text: Text, key_text: Text, always: bool) -> tuple[jax.Array, ...]:
+    texts = query_text, key_text
+    if not always and all(m.segments_BT is None for m in texts):
         return ()
     return tuple(
-        jnp.ones_like(m.positions_BT) if m.segments_BT is None else m.segments_BT for m in marks
+        jnp.ones_like(m.positions_BT) if m.segments_BT is None else m.segments_BT for m in texts
     )
 
 
@@ -272,11 +272,11 @@ def _widest_head() -> int:
 
 def _by_index(context: Context) -> bool:
     """Whether who sees whom follows from places in the row, so that cuDNN needs no mask."""
-    if context.marks is None or not isinstance(context.window, int):
+    if context.text is None or not isinstance(context.window, int):
         return False
-    both = context.marks, context.key_marks
-    packed = any(marks.segments_BT is not None for marks in both)
-    prefixed = context.causal and context.key_marks.prefix_BT is not None
+    both = context.text, context.key_text
+    packed = any(text.segments_BT is not None for text in both)
+    prefixed = context.causal and context.key_text.prefix_BT is not None
     return not packed and not prefixed and (context.causal or not context.window)
 
 

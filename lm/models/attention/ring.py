@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from lm.config import ConfigError
 from lm.models.attention import flash
 from lm.models.attention.flash import LANES, Given, Rule, Seen, Tokens
-from lm.models.segments import Marks
+from lm.models.text import Text
 from lm.parallel.platform import platform
 from lm.parallel.ring import around, context_ways
 from lm.parallel.sharding import ACTIVATION_RULES, automatic_axes, partition
@@ -73,8 +73,8 @@ def ring_attention(
     query_BTHC: jax.Array,
     key_BSKC: jax.Array,
     value_BSKC: jax.Array,
-    query_marks: Marks,
-    key_marks: Marks,
+    query_text: Text,
+    key_text: Text,
     *,
     causal: bool = True,
     scale: float | None = None,
@@ -96,8 +96,8 @@ def ring_attention(
 
     Args:
       query_BTHC, key_BSKC, value_BSKC: of every head; K divides H.
-      query_marks, key_marks: of the tokens they are of.
-      causal: keys of later slots are not seen, except those of `key_marks.prefix_BT`.
+      query_text, key_text: of the tokens they are of.
+      causal: keys of later slots are not seen, except those of `key_text.prefix_BT`.
       scale: multiplies the queries; C^-½ unless given.
       softcap: c in c·tanh(scores/c); 0: none.
       window: only this many keys up to the query's own are seen; 0: all. It may be traced.
@@ -129,10 +129,10 @@ def ring_attention(
     layout, key_BSKC, value_BSKC = lay_out(query_BTHC, key_BSKC, value_BSKC, "length")
     scale = query_BTHC.shape[-1] ** -0.5 if scale is None else scale
     call = _Call(rule, layout, scale, *_kernel(kernel, rule, query_BTHC, key_BSKC))
-    queries, keys = _tokens(query_marks, key_marks, causal)
+    queries, keys = _tokens(query_text, key_text, causal)
     words = rows = None
     if dropped:
-        words, rows = jax.random.key_data(dropout_key)[-2:], query_marks.rows_B
+        words, rows = jax.random.key_data(dropout_key)[-2:], query_text.rows_B
     no_window = isinstance(window, int) and window == 0
     given = Given(None if no_window else jnp.asarray(window, jnp.int32), None, words, rows)
     table = None if bias is None else jnp.asarray(bias.table, jnp.float32)
@@ -175,18 +175,18 @@ def _kernel(kernel: str, rule: Rule, query, key) -> tuple[str, bool]:
     return kernel, platform() != "tpu"
 
 
-def _tokens(query_marks: Marks, key_marks: Marks, causal: bool) -> tuple[Tokens, Tokens]:
-    segments = [marks.segments_BT for marks in (query_marks, key_marks)]
+def _tokens(query_text: Text, key_text: Text, causal: bool) -> tuple[Tokens, Tokens]:
+    segments = [text.segments_BT for text in (query_text, key_text)]
     if any(s is not None for s in segments):
         segments = [
-            jnp.ones_like(marks.positions_BT) if s is None else s
-            for marks, s in zip((query_marks, key_marks), segments)
+            jnp.ones_like(text.positions_BT) if s is None else s
+            for text, s in zip((query_text, key_text), segments)
         ]
-    prefix = key_marks.prefix_BT if causal else None
+    prefix = key_text.prefix_BT if causal else None
     return (
-        Tokens(query_marks.slots_1T, segments[0]),
+        Tokens(query_text.slots_1T, segments[0]),
         Tokens(
-            key_marks.slots_1T, segments[1], None if prefix is None else prefix.astype(jnp.int32)
+            key_text.slots_1T, segments[1], None if prefix is None else prefix.astype(jnp.int32)
         ),
     )
 

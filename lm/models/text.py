@@ -1,4 +1,4 @@
-"""What is known of every token of a text besides its id."""
+"""A text as models read it: which document each token is of, and where it stands there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from lm.parallel.ring import to_zigzag, zigzag_slots
 
 
-class Marks(NamedTuple):
+class Text(NamedTuple):
     """Enough to tell which tokens see which without a table of all pairs.
 
     Tokens may stand in any order, as they do where a ring of devices shares a sequence: slots say
@@ -33,7 +33,7 @@ class Marks(NamedTuple):
         prefix_BT: jax.Array | None = None,
         rows_B: jax.Array | None = None,
         filled_BT: jax.Array | None = None,
-    ) -> Marks:
+    ) -> Text:
         """Those of `tokens_BT`, one document a row unless said otherwise."""
         rows, length = tokens_BT.shape
         slots_1T = jnp.arange(length, dtype=jnp.int32)[None]
@@ -46,7 +46,7 @@ class Marks(NamedTuple):
             filled_BT,
         )
 
-    def to_zigzag(self) -> Marks:
+    def to_zigzag(self) -> Text:
         """Of the same tokens in zig-zag order (`lm.parallel.ring`)."""
         whole = self._replace(slots_1T=None, rows_B=None)
         slots_1T = zigzag_slots(self.slots_1T.shape[1])
@@ -58,13 +58,13 @@ class Marks(NamedTuple):
         return self.filled_BT if self.segments_BT is None else self.segments_BT > 0
 
 
-def same_document(queries: Marks, keys: Marks) -> jax.Array:
+def same_document(queries: Text, keys: Text) -> jax.Array:
     """Whether token t of one text is of the document of the same number as token s of another.
 
     Where a text has no segments, it is all document 1. A boolean [B, T, S].
     """
     segments = [
-        jnp.ones_like(marks.positions_BT) if marks.segments_BT is None else marks.segments_BT
-        for marks in (queries, keys)
+        jnp.ones_like(text.positions_BT) if text.segments_BT is None else text.segments_BT
+        for text in (queries, keys)
     ]
     return segments[0][:, :, None] == segments[1][:, None, :]
