@@ -24,8 +24,7 @@ from lm.models.huggingface.read import CONFIG, PARAMETER_DTYPES, is_checkpoint
 from lm.models.huggingface.write import check_new, save_pretrained
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.sharding import parameter_shardings
-from lm.runs.imported import GENERATION, open_imported
-from lm.runs.sources import open_source
+from lm.runs.sources import GENERATION, open_source
 from lm.tokenizers import Tokenizer
 from lm.tokenizers.export import framed, huggingface_files
 from lm.training.checkpoints import CheckpointConfig, Checkpointer
@@ -110,7 +109,7 @@ def _source(job: ConvertJob) -> pathlib.Path:
 
 
 def _to_run(job: ConvertJob, source, target, mesh) -> tuple[dict[str, Any], dict[str, str]]:
-    imported = open_imported(source, job.ignore)
+    imported = open_source(source, job.ignore)
     checkpoint = imported.checkpoint
     specs = checkpoint.layout.specs
     params = checkpoint.parameters(parameter_shardings(specs, mesh), job.dtype)

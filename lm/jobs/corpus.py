@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -12,15 +13,13 @@ import rich
 from rich import box
 from rich.table import Table
 
-from lm import tokenizers
-from lm.config import ConfigError, Path, Seed, check, to_dict, view
+from lm.config import ConfigError, Path, Seed, to_dict, view
 from lm.data import DataConfig, documents
 from lm.data.beam import BeamConfig, check_runner
 from lm.data.large import Made, prepare
-from lm.runs.directory import check_directory, claim
-from lm.runs.sources import open_source
-from lm.tokenizers import Tokenizer, TokenizerConfig
-from lm.tokenizers.files import has_tokenizer
+from lm.runs.directory import Claim, check_place, saved_run
+from lm.runs.inherited import run_tokenizer
+from lm.tokenizers import TokenizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +47,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[Made]:
     directory = pathlib.Path(workdir)
     wanted = to_dict(job)
     del wanted["beam"]  # another runner may go on
-    usual = to_dict(CorpusJob())
-    check_directory(directory, wanted, usual)
-    tokenizer = _tokenizer(job, directory)
-    check_directory(directory, wanted, usual, tokenizer.fingerprint)
-    claim(directory, wanted, tokenizer)
+    check_place(directory)
+    texts = functools.partial(documents, job.data, "train", job.seed)
+    saved = saved_run(directory)
+    tokenizer = run_tokenizer(directory, saved, job.tokenizer, texts, job.init_from)
+    Claim(directory, wanted, to_dict(CorpusJob()), tokenizer).write()
     print(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
     began = time.perf_counter()
     made = prepare(job.data, tokenizer, job.seed, job.beam, print)
@@ -66,18 +65,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[Made]:
     num_bytes = sum(split["num_bytes"] for corpus in made for split in corpus.splits.values())
     print(f"{num_bytes / 1e6:,.1f} MB in {seconds:.1f} s")
     return made
-
-
-def _tokenizer(job: CorpusJob, directory: pathlib.Path) -> Tokenizer:
-    """The tokenizer that a training run with the same sections has."""
-    saved = directory / "tokenizer"
-    if has_tokenizer(saved):
-        return tokenizers.load(saved)
-    if not job.init_from:
-        return tokenizers.train(job.tokenizer, documents(job.data, "train", job.seed))
-    tokenizer = open_source(job.init_from).tokenizer
-    check(tokenizer is not None, f"config.init_from={job.init_from!r} has no tokenizer")
-    return tokenizer
 
 
 def _table(made: list[Made]) -> Table:

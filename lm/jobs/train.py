@@ -18,7 +18,6 @@ import jax
 import ml_collections
 from rich.console import Console
 
-from lm import tokenizers
 from lm.config import Bounds, ConfigError, Count, Path, Seed, check, to_dict, view
 from lm.data import (
     DataConfig,
@@ -41,19 +40,11 @@ from lm.parallel.cluster import HostsConfig
 from lm.parallel.layout import Layout, lay_out
 from lm.parallel.mesh import MeshConfig, assemble, batch_sharding, batch_ways, local_rows
 from lm.parallel.platform import keep_buffers
-from lm.runs.directory import (
-    CHECKPOINTS,
-    CONFIG,
-    check_directory,
-    check_shared,
-    claim,
-    saved_run,
-    shared_tokenizer,
-)
-from lm.runs.inherited import inherit, initial_parameters, open_model
+from lm.runs.directory import CHECKPOINTS, Claim, check_place, saved_run
+from lm.runs.inherited import inherit, initial_parameters, open_model, run_tokenizer
 from lm.tokenizers import TokenizerConfig
 from lm.tokenizers.export import huggingface_files
-from lm.training.checkpoints import CheckpointConfig, Checkpointer, check_free
+from lm.training.checkpoints import CheckpointConfig, Checkpointer
 from lm.training.checks import check_layout, check_memory
 from lm.training.config import TrainConfig, TrainingInterrupted, check_dispatch, dispatch_steps
 from lm.training.evaluate import evaluate
@@ -170,20 +161,19 @@ def _run(
     check_memory(job.model, job.data.batch_size, job.data.block_size + job.data.source_length)
     if job.train.offload_optimizer:
         check_offload(job.optimizer, list(layout.mesh.local_devices))
-    check_shared(directory)
-    check_free(directory / CHECKPOINTS)
-    usual, corpus = to_dict(TrainJob()), functools.partial(corpus_fingerprint, job.data, job.seed)
-    check_directory(directory, _settled(job), usual, corpus=corpus)
-
-    tokenizer = _tokenizer(job, directory, saved)
+    check_place(directory)
+    texts = functools.partial(documents, job.data, "train", job.seed)
+    tokenizer = run_tokenizer(directory, saved, job.tokenizer, texts, job.init_from, job.ignore)
     console.print(
         f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens"
         + ("" if tokenizer.lossless else " (does not reproduce every text exactly)")
     )
     model_config = resolve_model(job, tokenizer)
     resolved = dataclasses.replace(job, model=model_config)
+    corpus = functools.partial(corpus_fingerprint, job.data, job.seed)
+    claim = Claim(directory, to_dict(resolved), to_dict(TrainJob()), tokenizer, corpus, carried)
+    notes = claim.check()
     check_prompts(resolved, tokenizer, carried)
-    notes = check_directory(directory, to_dict(resolved), usual, tokenizer.fingerprint, corpus)
     for note in (*notes, *_stays_here(model_config, tokenizer)):
         console.print(f"note: {note}", markup=False, soft_wrap=True)
 
@@ -241,10 +231,7 @@ def _run(
             chunk=job.objective.chunk,
         )
         with Checkpointer(directory / CHECKPOINTS, job.checkpoint) as checkpointer:
-            # Last, so that a mistake above can simply be mended, and when no other run writes here;
-            # one may have done so since.
-            check_directory(directory, to_dict(resolved), usual, tokenizer.fingerprint, corpus)
-            claim(directory, to_dict(resolved), tokenizer, corpus_fingerprint=corpus(), **carried)
+            claim.write()  # last, so that a mistake above can simply be mended
             found = checkpointer.restore_latest(training.abstract)
             if found is None:
                 start, extra = 0, {}
@@ -384,19 +371,6 @@ def _going_on(
     )
 
 
-def _tokenizer(job: TrainJob, directory: pathlib.Path, saved: dict[str, Any] | None):
-    """The run's tokenizer: its own if it has one, else `init_from`'s, else trained and saved."""
-    own = directory / "tokenizer"
-    if own.exists() and (saved is not None or not (directory / CONFIG).exists()):
-        return tokenizers.load(own)
-    if job.init_from:
-        return open_model(job.init_from, job.ignore).tokenizer
-    return shared_tokenizer(
-        directory,
-        lambda: tokenizers.train(job.tokenizer, documents(job.data, "train", job.seed)),
-    )
-
-
 def _stays_here(model: ModelConfig, tokenizer) -> list[str]:
     """Why the model cannot be converted to a Hugging Face directory, if it cannot."""
     try:
@@ -423,12 +397,3 @@ def resolve_model(job: TrainJob, tokenizer) -> ModelConfig:
     return dataclasses.replace(
         job.model, vocab_size=vocab_size, max_length=job.model.max_length or longest
     )
-
-
-def _settled(job: TrainJob) -> dict[str, Any]:
-    """The config without what only the tokenizer and `resolve_model` decide."""
-    wanted = to_dict(job)
-    for name in ("vocab_size", "max_length"):
-        if not wanted["model"][name]:
-            del wanted["model"][name]
-    return wanted

@@ -1,10 +1,18 @@
 """The run directory: whose it is, claiming a new one, and what may change when a run goes on.
 
-Everything here happens before any work, so that a mistake costs none.
+All of it comes before any work, so that a mistake costs none:
+
+    saved = saved_run(directory)            # a run that goes on says what its config leaves open
+    check_place(directory)
+    claim = Claim(directory, config, …)
+    claim.check()                           # as soon as the whole config is known
+    ...                                     # data, model, compilation
+    claim.write()                           # checks again; this process holds the run's lock
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,14 +20,15 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from lm import tokenizers
 from lm.config import ConfigError, check
 from lm.files import read_json
 from lm.parallel import hosts
-from lm.runs.sources import CHECKPOINTS, CONFIG
 from lm.tokenizers import Tokenizer
+from lm.training.checkpoints import check_free
 from lm.training.metrics import FILE as METRICS
 from lm.training.restore import saved_paths
+
+CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer", "checkpoints"
 
 # What a run that goes on may have otherwise than it began, by section or field of
 # `lm.jobs.train.TrainJob`; a field's own line goes before its section's.
@@ -78,96 +87,20 @@ def saved_run(directory: pathlib.Path) -> dict[str, Any] | None:
     path = directory / CONFIG
     if not path.exists():
         return None
-    saved = _read_config(path, f"--workdir={directory}")
+    try:
+        saved = read_json(path)
+    except ConfigError as error:
+        raise ConfigError(
+            f"--workdir={directory}: {error}: restore it, or choose another directory"
+        ) from None
     metrics = directory / METRICS
     begun = bool(saved_paths(directory / CHECKPOINTS))
     begun |= metrics.exists() and metrics.stat().st_size > 0
     return saved if begun or saved.get("job") != "train" else None
 
 
-def check_directory(
-    directory: pathlib.Path,
-    wanted: dict[str, Any],
-    usual: dict[str, Any],
-    fingerprint: str | None = None,
-    corpus: Callable[[], str] | None = None,
-) -> list[str]:
-    """Raises ConfigError if `directory` holds another run, or cannot be written.
-
-    Another run is one of a config other than `wanted` in what may not change (`REFUSED`), or of
-    another tokenizer or text.
-
-    Args:
-      directory: the run's.
-      wanted: its config, as nested dicts; a field it lacks is not compared.
-      usual: the same of a config that says nothing: what a run had in fields that its version did
-        not know.
-      fingerprint: of the tokenizer, where it is known.
-      corpus: gives the text's (`lm.data.corpus_fingerprint`), if it must be known.
-
-    Returns:
-      What may change and does, one line each.
-    """
-    notes, saved = [], saved_run(directory)
-    if saved is not None:
-        trained = saved.get("tokenizer_fingerprint")
-        check(
-            fingerprint is None or trained in (None, fingerprint),
-            f"--workdir={directory}: its tokenizer/ is not the one its run was trained with "
-            f"(fingerprint {fingerprint}, not {trained}): put the original back, or choose "
-            "another --workdir",
-        )
-        notes = _changes(directory, saved, wanted, usual, corpus)
-    there = next(p for p in (directory, *directory.absolute().parents) if os.path.exists(p))
-    check(
-        there.is_dir() and os.access(there, os.W_OK),
-        f"--workdir={directory} cannot be written: {there} is "
-        + ("not writable" if there.is_dir() else "not a directory")
-        + "; choose another --workdir",
-    )
-    return notes
-
-
-def _changes(directory, saved, wanted, usual, corpus) -> list[str]:
-    old, new, usual = (_flat(json.loads(json.dumps(config))) for config in (saved, wanted, usual))
-    changed = {
-        field: (old.get(field, usual.get(field)), value)
-        for field, value in new.items()
-        if old.get(field, usual.get(field)) != value
-    }
-    moved = [field for field in changed if field in ("data.path", "data.validation_path")]
-    same = moved and corpus and "corpus_fingerprint" in saved
-    same = same and saved["corpus_fingerprint"] == corpus()
-    refused = [f for f in changed if classified(f) == "refused" or (f in moved and not same)]
-    if refused:
-        began = " and ".join(f"config.{field}={changed[field][0]!r}" for field in refused)
-        says = " and ".join(repr(changed[field][1]) for field in refused)
-        same_model = {"job", "model", "tokenizer"}.isdisjoint(f.split(".")[0] for f in refused)
-        raise ConfigError(
-            f"--workdir={directory} holds a run with {began}, and this config says {says}: choose "
-            "another --workdir, or set back what has changed"
-            + (f"; --config.init_from={directory} goes on from its parameters" * same_model)
-        )
-    return [
-        f"config.{field} {NOTED[field].format(old=repr(was), new=repr(now))}"
-        for field, (was, now) in changed.items()
-        if field in NOTED
-    ]
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name → value of every field that is no section."""
-    fields = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            fields |= _flat(value, f"{prefix}{name}.")
-        else:
-            fields[prefix + name] = value
-    return fields
-
-
-def check_shared(directory: pathlib.Path) -> None:
-    """Raises ConfigError unless all processes of the run see the same `directory`."""
+def check_place(directory: pathlib.Path) -> None:
+    """Raises ConfigError if `directory` is not shared by all processes, in use, or not writable."""
     try:
         without = hosts.blind(directory)
     except OSError as error:
@@ -177,75 +110,112 @@ def check_shared(directory: pathlib.Path) -> None:
         f"--workdir={directory}: {', '.join(without)} cannot see what process 0 writes there, and "
         "checkpoints need it: choose a directory on a file system that all hosts share",
     )
+    check_free(directory / CHECKPOINTS)
+    there = next(p for p in (directory, *directory.absolute().parents) if os.path.exists(p))
+    check(
+        there.is_dir() and os.access(there, os.W_OK),
+        f"--workdir={directory} cannot be written: {there} is "
+        + ("not writable" if there.is_dir() else "not a directory")
+        + "; choose another --workdir",
+    )
 
 
-def shared_tokenizer(directory: pathlib.Path, make: Callable[[], Tokenizer]) -> Tokenizer:
-    """`make()`, called by process 0 alone; the others read what it made.
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A run that is to begin in a directory, or to go on there."""
 
-    Training one may depend on the machine, and two that differ would be two runs. It passes through
-    `directory`, which all must share, and leaves nothing there.
-    """
-    if hosts.count() == 1:
-        return make()
-    scratch = directory / ".tokenizer.shared"
-    if hosts.index() == 0:
-        tokenizer = make()
-        shutil.rmtree(scratch, ignore_errors=True)
-        tokenizer.save(scratch)
-    hosts.barrier()
-    if hosts.index() != 0:
-        tokenizer = tokenizers.load(scratch)
-    hosts.barrier()
-    if hosts.index() == 0:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return tokenizer
+    directory: pathlib.Path
+    config: dict[str, Any]  # the job's; what a saved run has and this lacks is not compared
+    usual: dict[str, Any]  # of a config that says nothing: what an older run had in newer fields
+    tokenizer: Tokenizer
+    corpus: Callable[[], str] | None = None  # the text's `lm.data.corpus_fingerprint`
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # config.json has them, too
 
+    def check(self) -> list[str]:
+        """What has changed since the run began and may, one line each.
 
-def claim(
-    directory: pathlib.Path, config: dict[str, Any], tokenizer: Tokenizer, **facts: Any
-) -> None:
-    """Writes config.json and, into a new run directory, the tokenizer; process 0 does, for all.
+        Raises:
+          ConfigError: `directory` holds another run: one of a config that differs in what may not
+            change (`REFUSED`), or of another tokenizer or text.
+        """
+        saved = saved_run(self.directory)
+        if saved is None:
+            return []
+        trained, fingerprint = saved.get("tokenizer_fingerprint"), self.tokenizer.fingerprint
+        check(
+            trained in (None, fingerprint),
+            f"--workdir={self.directory}: its tokenizer/ is not the one its run was trained with "
+            f"(fingerprint {fingerprint}, not {trained}): put the original back, or choose "
+            "another --workdir",
+        )
+        old, new, usual = map(_flat, (saved, self.config, self.usual))
+        old = {**usual, **old}
+        changed = {name: (old.get(name), new[name]) for name in new if old.get(name) != new[name]}
+        moved = {"data.path", "data.validation_path"} & changed.keys()
+        if moved and self.corpus and saved.get("corpus_fingerprint") == self.corpus():
+            moved = set()
+        refused = [f for f in changed if classified(f) == "refused" or f in moved]
+        if refused:
+            began = " and ".join(f"config.{field}={changed[field][0]!r}" for field in refused)
+            says = " and ".join(repr(changed[field][1]) for field in refused)
+            same_model = {"job", "model", "tokenizer"}.isdisjoint(f.split(".")[0] for f in refused)
+            branch = f"; --config.init_from={self.directory} goes on from its parameters"
+            raise ConfigError(
+                f"--workdir={self.directory} holds a run with {began}, and this config says {says}:"
+                f" choose another --workdir, or set back what has changed{branch * same_model}"
+            )
+        return [
+            f"config.{field} {NOTED[field].format(old=repr(was), new=repr(now))}"
+            for field, (was, now) in changed.items()
+            if field in NOTED
+        ]
 
-    Args:
-      directory: the run's.
-      config: of the job.
-      tokenizer: its own.
-      **facts: what config.json says beside the fields of the config.
+    def write(self) -> None:
+        """Writes config.json and, into a new run directory, the tokenizer; process 0 does, for all.
 
-    Raises:
-      ConfigError: the directory cannot be written.
-    """
-    if hosts.index() == 0:
-        wanted = {**config, "tokenizer_fingerprint": tokenizer.fingerprint, **facts}
-        _write_claim(directory, wanted, tokenizer)
-    hosts.barrier()
+        Raises:
+          ConfigError: as `check`, for another run may have begun here since; or the directory
+            cannot be written.
+        """
+        self.check()
+        if hosts.index() == 0:
+            try:
+                self._write()
+            except OSError as error:
+                raise _unwritable(self.directory, error) from error
+        hosts.barrier()
 
-
-def _write_claim(directory: pathlib.Path, wanted: dict[str, Any], tokenizer: Tokenizer) -> None:
-    try:
+    def _write(self) -> None:
+        directory, own = self.directory, self.directory / TOKENIZER
+        wanted = {**self.config, "tokenizer_fingerprint": self.tokenizer.fingerprint}
+        if self.corpus:
+            wanted["corpus_fingerprint"] = self.corpus()
+        wanted |= self.facts
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / CONFIG).exists() and saved_run(directory) is None:  # of a failed start
-            shutil.rmtree(directory / "tokenizer", ignore_errors=True)
-        if not (directory / "tokenizer").exists():
+            shutil.rmtree(own, ignore_errors=True)
+        if not own.exists():
             scratch = directory / f".tokenizer.{os.getpid()}"
-            tokenizer.save(scratch)
+            self.tokenizer.save(scratch)
             try:
-                scratch.rename(directory / "tokenizer")
+                scratch.rename(own)
             except OSError:  # another process was first
                 shutil.rmtree(scratch)
         scratch = directory / f".config.{os.getpid()}"
         scratch.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         scratch.rename(directory / CONFIG)
-    except OSError as error:
-        raise _unwritable(directory, error) from error
 
 
 def _unwritable(directory: pathlib.Path, error: OSError) -> ConfigError:
     return ConfigError(f"--workdir={directory} cannot be written: {error.strerror or error}")
 
 
-def _read_config(path: pathlib.Path, field: str) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except ConfigError as error:
-        raise ConfigError(f"{field}: {error}: restore it, or choose another directory") from None
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted name → value, as JSON has it, of every field that is no section."""
+    fields = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            fields |= _flat(value, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = json.loads(json.dumps(value))
+    return fields

@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 
+from lm import tokenizers
 from lm.config import ConfigError, check, fields_set, to_dict
 from lm.models import ModelConfig
 from lm.models.huggingface.config_roundtrip import essence
-from lm.runs.sources import TOKENIZER, Source, open_source
-from lm.tokenizers import TokenizerConfig
+from lm.parallel import hosts
+from lm.runs.directory import CONFIG, TOKENIZER
+from lm.runs.sources import Source, open_source
+from lm.tokenizers import Tokenizer, TokenizerConfig
 
 # Sections of a run's config.json that say how texts are framed and where the model is from.
 CARRIED = ("framing", "huggingface")
+_CHOSEN = ("vocab_size", "max_length")  # 0 chooses
 # Choices of training and of how to compute.
 MAY_CHANGE = (
     "dropout", "compute_dtype", "quantization", "attention", "remat", "scan_layers",
@@ -93,20 +99,14 @@ def inherit(
     return fields, _carried(source, fields.get("data", {}).get("end_of_text", True))
 
 
-_CHOSEN = ("vocab_size", "max_length")  # 0 chooses
-
-
 def _may_have(theirs: ModelConfig, name: str, value: Any) -> bool:
     """Whether a field may have `value` though the model is `theirs`."""
     if name in MAY_CHANGE or value in (getattr(theirs, name), essence(theirs).get(name)):
         return True
     if name == "max_length":
-        return value <= theirs.max_length or not _has_table(theirs)
+        table = theirs.positions == "learned" and theirs.cell == "attention"
+        return value <= theirs.max_length or not table
     return name in _CHOSEN and value == 0
-
-
-def _has_table(model: ModelConfig) -> bool:
-    return model.positions == "learned" and model.cell == "attention"
 
 
 def _carried(source: Source, separated: bool) -> dict[str, Any]:
@@ -145,3 +145,42 @@ def initial_parameters(
     params = source.parameters(shardings=shardings)[1]
     tables = [name for name in params if name.endswith("embedding.positions")]
     return {**params, **{name: params[name][: abstract[name].shape[0]] for name in tables}}
+
+
+def run_tokenizer(
+    directory: pathlib.Path,
+    saved: dict[str, Any] | None,
+    config: TokenizerConfig,
+    texts: Callable[[], Iterable[str]],
+    init_from: str = "",
+    ignore: str | Sequence[str] = (),
+) -> Tokenizer:
+    """The tokenizer of the run in `directory`: its own, else `init_from`'s, else a new one.
+
+    Args:
+      saved: the run's config.json, if it has begun; one that failed to start has left nothing.
+      config: what to train; process 0 does, as two that differ in a bit would be two runs, and the
+        others get it through `directory`, which all must share.
+      texts: gives what it is trained on.
+    """
+    own = directory / TOKENIZER
+    if own.exists() and (saved is not None or not (directory / CONFIG).exists()):
+        return tokenizers.load(own)
+    if init_from:
+        tokenizer = open_source(init_from, ignore).tokenizer
+        check(tokenizer is not None, f"config.init_from={init_from!r} has no tokenizer")
+        return tokenizer
+    if hosts.count() == 1:
+        return tokenizers.train(config, texts())
+    scratch = directory / ".tokenizer.shared"
+    if hosts.index() == 0:
+        tokenizer = tokenizers.train(config, texts())
+        shutil.rmtree(scratch, ignore_errors=True)
+        tokenizer.save(scratch)
+    hosts.barrier()
+    if hosts.index() != 0:
+        tokenizer = tokenizers.load(scratch)
+    hosts.barrier()
+    if hosts.index() == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return tokenizer

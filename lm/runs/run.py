@@ -25,7 +25,8 @@ from lm.inference import (
     fill_spans,
 )
 from lm.models import Model, bind, skeleton
-from lm.runs.sources import CONFIG, open_source
+from lm.runs.directory import CONFIG
+from lm.runs.sources import open_source
 from lm.tokenizers import Tokenizer
 from lm.training.metrics import read_metrics
 
