@@ -44,7 +44,6 @@ from lm.models.costs import cache_bytes, prefill_flops_per_token, training_flops
 from lm.models.presets import preset
 from lm.models.stack import Context
 from lm.models.text import Text
-from lm.objectives import ObjectiveConfig
 from lm.parallel.chips import chip_of, published_peak
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import MeshConfig
@@ -53,7 +52,7 @@ from lm.training.config import TrainConfig
 from lm.training.memory import expected_memory
 from lm.training.optimizer import OptimizerConfig
 from lm.training.setup import set_up
-from lm.training.state import create_state
+from lm.training.workload import Workload
 
 # name → (preset, tokens a row)
 TRAINED = {"gpt2": ("gpt2_small", 1024), "llama": ("llama3_2_1b", 2048)}
@@ -201,7 +200,10 @@ def train(run, name, quantization="none"):
 
     def set_up_for(config):
         optimizer = OptimizerConfig(learning_rate=3e-4, schedule="constant")
-        return set_up(config, ObjectiveConfig(), optimizer, train_config, layout), layout
+        workload = Workload(  # its step takes any number of rows
+            config, length, 1, optimizer=optimizer, train=train_config, layout=layout
+        )
+        return set_up(workload), layout
 
     before = run.of(f"train {name}") if quantization != "none" else None
     if before:
@@ -229,7 +231,7 @@ def train_with(run, name, config, training, layout, rows, length):
         began = time.perf_counter()
         compiled = training.step.lower(training.abstract, batch).compile()
         compile_seconds = time.perf_counter() - began
-        state = create_state(training.specs, training.optimizer, training.abstract, 0)
+        state = training.create_state()
         losses = []
 
         def steps(count):

@@ -11,13 +11,11 @@ import time
 import jax
 import jax.numpy as jnp
 
-from lm.models import ModelConfig, Transformer, param_specs
-from lm.objectives import ObjectiveConfig
-from lm.parallel.mesh import MeshConfig, make_mesh
-from lm.training.config import TrainConfig
-from lm.training.optimizer import OptimizerConfig, make_optimizer
-from lm.training.state import abstract_state
-from lm.training.step import make_train_step
+from lm.models import ModelConfig
+from lm.parallel.layout import lay_out
+from lm.parallel.mesh import MeshConfig
+from lm.training.setup import set_up
+from lm.training.workload import Workload
 
 
 def seconds(num_layers, scan_layers):
@@ -28,14 +26,12 @@ def seconds(num_layers, scan_layers):
         max_length=128,
         scan_layers=scan_layers,
     )
-    skeleton = Transformer(config)
-    specs = param_specs(skeleton)
-    optimizer = make_optimizer(OptimizerConfig(), 1000, specs)
-    state = abstract_state(specs, optimizer, make_mesh(MeshConfig()))
+    layout = lay_out("", MeshConfig(), -1)
+    training = set_up(Workload(config, 128, 8, layout=layout))
     ids = jax.ShapeDtypeStruct((1, 8, 128), jnp.int32)
     batch = dict(inputs=ids, targets=ids, weights=jax.ShapeDtypeStruct((1, 8, 128), jnp.float32))
-    step = make_train_step(skeleton, ObjectiveConfig(), optimizer, TrainConfig(), 0)
-    lowered = jax.jit(step).lower(state, batch)
+    with layout.active():
+        lowered = training.step.lower(training.abstract, batch)
     began = time.perf_counter()
     lowered.compile()
     return time.perf_counter() - began

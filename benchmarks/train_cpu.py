@@ -47,17 +47,16 @@ def lm_stepper(shape):
     import jax
     import jax.numpy as jnp
 
-    from lm.models import ModelConfig, Transformer, param_specs
-    from lm.models.costs import training_flops_per_token
+    from lm.models import ModelConfig
     from lm.models.matmul import compute_dtype
-    from lm.objectives import ObjectiveConfig
     from lm.parallel.chips import total_peak_flops
-    from lm.parallel.mesh import MeshConfig, make_mesh
+    from lm.parallel.layout import lay_out
+    from lm.parallel.mesh import MeshConfig
     from lm.parallel.platform import keep_buffers
     from lm.training.config import TrainConfig
-    from lm.training.optimizer import OptimizerConfig, make_optimizer
-    from lm.training.state import abstract_state, create_state
-    from lm.training.step import make_train_step
+    from lm.training.optimizer import OptimizerConfig
+    from lm.training.setup import set_up
+    from lm.training.workload import Workload
 
     keep_buffers()
     config = ModelConfig(
@@ -70,14 +69,16 @@ def lm_stepper(shape):
         norm="layernorm",
         bias=True,  # as GPT2LMHeadModel
     )
-    skeleton = Transformer(config)
-    specs = param_specs(skeleton)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-3, b2=0.99), 10_000, specs)
-    state = create_state(
-        specs, optimizer, abstract_state(specs, optimizer, make_mesh(MeshConfig())), 0
+    workload = Workload(
+        config,
+        shape["length"],
+        shape["batch"],
+        optimizer=OptimizerConfig(learning_rate=1e-3, b2=0.99),
+        train=TrainConfig(steps=10_000),
+        layout=lay_out("", MeshConfig(), -1),
     )
-    step = make_train_step(skeleton, ObjectiveConfig(), optimizer, TrainConfig(), 0)
-    step = jax.jit(step, donate_argnums=0)
+    training = set_up(workload)
+    state = training.create_state()
     dims = (shape["stride"], shape["batch"], shape["length"] + 1)
     tokens = jax.random.randint(jax.random.key(1), dims, 0, shape["vocab"])
     batch = {
@@ -85,17 +86,14 @@ def lm_stepper(shape):
         "targets": tokens[..., 1:],
         "weights": jnp.ones(tokens[..., 1:].shape),
     }
-    print(
-        total_peak_flops(compute_dtype("auto")),
-        training_flops_per_token(config, shape["length"]),
-        flush=True,
-    )
+    print(total_peak_flops(compute_dtype("auto")), workload.flops_per_token, flush=True)
 
     def run(steps):
         nonlocal state
-        for _ in range(steps // shape["stride"]):
-            state, metrics = step(state, batch)
-        jax.block_until_ready((state, metrics))
+        with workload.layout.active():
+            for _ in range(steps // shape["stride"]):
+                state, metrics = training.step(state, batch)
+            jax.block_until_ready((state, metrics))
 
     return run
 

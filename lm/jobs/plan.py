@@ -27,12 +27,13 @@ from lm.parallel.mesh import MeshConfig, describe, make_mesh, mesh_sizes
 from lm.parallel.platform import compiling_for
 from lm.planning import report as report
 from lm.planning.analytic import on_paper, whole_state
-from lm.planning.programs import Program, Workload, decode_programs, train_program
+from lm.planning.programs import Program, decode_programs, train_program
 from lm.planning.search import advice, candidates, divisors, naive_meshes
 from lm.planning.topology import Topology, open_topology
 from lm.training.config import TrainConfig
 from lm.training.optimizer import OptimizerConfig
 from lm.training.report import model_line
+from lm.training.workload import Workload
 
 PIPED_WIDTH = 140  # columns where standard output is no terminal
 

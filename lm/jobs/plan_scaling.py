@@ -14,13 +14,14 @@ from lm.models import costs
 from lm.models.config import REMAT
 from lm.models.presets import PRESETS, preset
 from lm.parallel.mesh import describe, make_mesh
-from lm.planning.programs import Workload, train_program
+from lm.planning.programs import train_program
 from lm.planning.report import decimal, plain_table, seconds
 from lm.planning.search import Candidate, candidates
 from lm.planning.topology import Topology, open_topology
 from lm.training.config import TrainConfig
 from lm.training.optimizer import OptimizerConfig
 from lm.training.report import binary, si
+from lm.training.workload import Workload
 
 # Slices of v5p, as near to a cube as they are made.
 SLICES = {

@@ -30,7 +30,6 @@ from lm.data import (
 from lm.inference.config import SamplingConfig
 from lm.jobs.finish import check_prompts, finish
 from lm.models import ModelConfig
-from lm.models.costs import training_flops_per_token
 from lm.models.huggingface.families import family_for
 from lm.models.matmul import compute_dtype
 from lm.objectives import ObjectiveConfig, check_objective
@@ -45,18 +44,16 @@ from lm.runs.inherited import inherit, initial_parameters, open_model, run_token
 from lm.tokenizers import TokenizerConfig
 from lm.tokenizers.export import huggingface_files
 from lm.training.checkpoints import CheckpointConfig, Checkpointer
-from lm.training.checks import check_layout, check_memory
 from lm.training.config import TrainConfig, TrainingInterrupted, check_dispatch, dispatch_steps
 from lm.training.evaluate import evaluate
 from lm.training.loop import Loop
 from lm.training.metrics import MetricsWriter
-from lm.training.offload import check_offload
 from lm.training.optimizer import OptimizerConfig, make_schedule, warmup_of
 from lm.training.progress import Progress
 from lm.training.report import describe_run
 from lm.training.setup import Training, set_up
-from lm.training.state import create_state
 from lm.training.step import make_eval_step
+from lm.training.workload import Workload, check_layout, check_memory, check_offload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,18 +146,20 @@ def _run(
     _prepare_process(job)
     layout = lay_out(job.strategy, job.mesh, job.zero)
     job = _even_batch(job, layout, saved, console)
-    check_layout(
+    workload = Workload(
         job.model,
-        layout,
-        batch_size=job.data.batch_size,
-        block_size=job.data.block_size,
-        accumulation=job.train.accumulation,
-        eval_batch_size=job.train.eval_batch_size,
-        source_length=job.data.source_length,
+        job.data.block_size,
+        job.data.batch_size,
+        job.data.source_length,
+        objective=job.objective,
+        optimizer=job.optimizer,
+        train=job.train,
+        seed=job.seed,
+        layout=layout,
     )
-    check_memory(job.model, job.data.batch_size, job.data.block_size + job.data.source_length)
-    if job.train.offload_optimizer:
-        check_offload(job.optimizer, list(layout.mesh.local_devices))
+    check_layout(workload)
+    check_memory(workload)
+    check_offload(workload)
     check_place(directory)
     texts = functools.partial(documents, job.data, "train", job.seed)
     tokenizer = run_tokenizer(directory, saved, job.tokenizer, texts, job.init_from, job.ignore)
@@ -207,29 +206,17 @@ def _run(
         eval_rows = local_rows(batch_sharding(layout.mesh), batch_size)
         validation = evaluation_batches(data, validation_corpora, rows=eval_rows, **reading)
 
-    training = set_up(
-        model_config,
-        job.objective,
-        job.optimizer,
-        job.train,
-        layout,
-        seed=job.seed,
+    workload = dataclasses.replace(
+        workload,
+        model=model_config,
+        block_size=batches.block_size,
+        source_length=batches.source_length,
+        packed=not batches.single_segment,
         max_targets=batches.max_targets_per_row,
     )
+    training = set_up(workload)
     with layout.active():
-        describe_run(
-            console,
-            model_config=model_config,
-            specs=training.specs,
-            layout=layout,
-            block_size=batches.block_size,
-            source_length=batches.source_length or None,
-            max_targets=batches.max_targets_per_row,
-            batch_size=job.data.batch_size // job.train.accumulation,
-            optimizer_state=training.abstract["optimizer"],
-            accumulation=job.train.accumulation,
-            chunk=job.objective.chunk,
-        )
+        describe_run(console, training)
         with Checkpointer(directory / CHECKPOINTS, job.checkpoint) as checkpointer:
             claim.write()  # last, so that a mistake above can simply be mended
             found = checkpointer.restore_latest(training.abstract)
@@ -239,15 +226,13 @@ def _run(
                 if job.init_from:
                     source = open_model(job.init_from, job.ignore)
                     params = initial_parameters(source, training.abstract["params"])
-                state = create_state(
-                    training.specs, training.optimizer, training.abstract, job.seed, params
-                )
+                state = training.create_state(params)
             else:
                 start, state, extra = found
                 batches.set_state(extra["data"])
                 console.print(_going_on(job, start, saved, directory), soft_wrap=True)
             params, results, left_by = _train(
-                resolved, layout, training, state, start, extra,
+                resolved, training, state, start, extra,
                 batches, validation, checkpointer, directory, console,
             )  # fmt: skip
     if not left_by:
@@ -256,7 +241,7 @@ def _run(
 
 
 def _train(
-    job, layout: Layout, training: Training, state, start, extra,
+    job, training: Training, state, start, extra,
     batches, validation, checkpointer, directory, console,
 ):  # fmt: skip
     """Runs the loop.
@@ -264,16 +249,13 @@ def _train(
     Returns:
       The parameters, the last evaluation, and the signal that ended it before its last step.
     """
-    flops_per_token = training_flops_per_token(
-        job.model, batches.block_size, batches.source_length or None, batches.max_targets_per_row
-    )
+    workload = training.workload
     peak = total_peak_flops(compute_dtype(job.model.compute_dtype))
-    tokens_per_step = job.data.batch_size * batches.block_size
     cadences = (*job.cadences, start)
     asked = job.train.steps_per_dispatch or extra.get("stride", 0)
     if not job.train.steps_per_dispatch and any(cadence % asked for cadence in cadences if asked):
         asked = 0  # what the run chose before does not fit its new rhythm
-    flops_per_step = flops_per_token * tokens_per_step
+    flops_per_step = workload.flops_per_token * workload.tokens
     stride = int(  # every host may have measured another peak
         hosts.from_first(lambda: str(dispatch_steps(asked, cadences, flops_per_step, peak)))
     )
@@ -283,7 +265,7 @@ def _train(
             filled = batch["segment_ids"] > 0
             batch = {k: v for k, v in batch.items() if k not in ("segment_ids", "positions")}
             batch["filled"] = filled
-        sharding = batch_sharding(layout.mesh, leading)
+        sharding = batch_sharding(workload.layout.mesh, leading)
         return assemble(batch, sharding, whose.local_rows, whose.batch_size, leading)
 
     evaluator = None
@@ -311,7 +293,7 @@ def _train(
             abstract_state=training.abstract,
             writer=writer,
             progress=progress,
-            flops_per_token=flops_per_token,
+            flops_per_token=workload.flops_per_token,
             peak=peak,
             workdir=directory,
         )

@@ -39,11 +39,11 @@ from lm.parallel.pipeline import bubble_fraction, choose_microbatches
 from lm.parallel.platform import compiling_for
 from lm.parallel.sharding import ZERO_AXES
 from lm.planning.collectives import Collective, made
-from lm.planning.programs import Workload
 from lm.planning.roofline import Network
 from lm.planning.topology import Topology
 from lm.training.memory import kept_by_row
 from lm.training.optimizer import make_optimizer
+from lm.training.workload import Workload
 
 MATRICES = 4  # of a layer, that are gathered at a time: of attention in and out, of the MLP
 # Of the peak, that products reach by the compiler's own estimates: with the usual tiles, and with

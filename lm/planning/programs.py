@@ -20,7 +20,6 @@ from lm.config import check
 from lm.inference.prepare import bound, for_decoding, for_reading
 from lm.models import ModelConfig, param_specs, skeleton
 from lm.models.matmul import compute_dtype
-from lm.objectives import ObjectiveConfig
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import BATCH_AXES, MeshConfig, batch_sharding, batch_ways, make_mesh
 from lm.parallel.platform import compiling_for
@@ -29,31 +28,10 @@ from lm.planning import hlo
 from lm.planning.hlo_runs import stacks
 from lm.planning.roofline import Estimate, estimate
 from lm.planning.topology import Topology
-from lm.training.checks import check_layout
-from lm.training.config import TrainConfig
-from lm.training.optimizer import OptimizerConfig
 from lm.training.setup import set_up
+from lm.training.workload import Workload, check_layout
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """What is trained, whatever the mesh."""
-
-    model: ModelConfig  # with vocab_size and max_length set
-    block_size: int
-    batch_size: int  # sequences a step, over all devices
-    source_length: int = 0  # of an encoder-decoder's source
-    packed: bool = False  # whether rows hold several documents
-    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens a step."""
-        return self.batch_size * self.block_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,18 +85,10 @@ def train_program(workload: Workload, layout: Layout, topology: Topology) -> Pro
     Raises:
       ConfigError: model and batch do not divide over the devices.
     """
-    check_layout(
-        workload.model,
-        layout,
-        batch_size=workload.batch_size,
-        block_size=workload.block_size,
-        accumulation=workload.train.accumulation,
-        source_length=workload.source_length,
-    )
+    workload = dataclasses.replace(workload, layout=layout)
+    check_layout(workload)
     with layout.active(), compiling_for(topology.platform):
-        training = set_up(
-            workload.model, workload.objective, workload.optimizer, workload.train, layout
-        )
+        training = set_up(workload)
         abstract, mesh = training.abstract, layout.mesh
         batch = _batch(workload, mesh)
         given = (_bytes(abstract["params"]), _bytes(abstract["optimizer"]))

@@ -13,8 +13,9 @@ from lm.models.config import REMAT
 from lm.parallel.layout import Layout, lay_out
 from lm.parallel.mesh import AXES, BATCH_AXES, MeshConfig, make_mesh, mesh_sizes
 from lm.planning.analytic import Paper, on_paper
-from lm.planning.programs import Program, Workload
+from lm.planning.programs import Program
 from lm.planning.topology import Topology
+from lm.training.workload import Workload
 
 LEAST_TOKENS = 1024  # of a sequence on one device: shorter pieces wait for each other
 REFINED = 24  # of the best on paper, how many are placed in the torus before choosing

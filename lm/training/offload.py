@@ -21,36 +21,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm.config import check
 from lm.parallel.sharding import WHOLE_RULES, ParamSpec, partition
 from lm.training.optimizer import OptimizerConfig, make_optimizer
 from lm.training.step import Update
 
-HOST = "pinned_host"
 VOCABULARY_STEPS = 16  # an embedding's state comes in this many parts, or the next fewer that fit
 Specs = Mapping[str, ParamSpec]
-
-
-def check_offload(config: OptimizerConfig, devices, prefix: str = "config.train") -> None:
-    """Raises ConfigError unless this optimizer's state can live beside these devices."""
-    check(
-        config.name != "adafactor",
-        f"{prefix}.offload_optimizer=True is no use to config.optimizer.name='adafactor', whose "
-        "state is small: set it to False, or use adamw, lion, muon or sgd",
-    )
-    kinds = sorted(memory.kind for memory in devices[0].addressable_memories())
-    check(
-        HOST in kinds,
-        f"{prefix}.offload_optimizer=True needs devices that reach {HOST} memory, and "
-        f"{devices[0].device_kind} has only {', '.join(kinds)}",
-    )
 
 
 def streamed_update(config: OptimizerConfig, total_steps: int, specs: Specs) -> Update:
     """The update of `make_optimizer(config, total_steps, specs)`, its state coming from the host.
 
     Args:
-      config: of an optimizer that `check_offload` accepts.
+      config: of an optimizer that `lm.training.workload.check_offload` accepts.
       total_steps: of the learning-rate schedule.
       specs: the parameters' declarations.
     """

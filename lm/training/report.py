@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -12,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from lm.models import ModelConfig, count
-from lm.models.costs import training_flops_per_token
 from lm.models.matmul import compute_dtype
 from lm.parallel.chips import peak_flops
 from lm.parallel.layout import Layout
@@ -20,67 +18,44 @@ from lm.parallel.mesh import describe
 from lm.parallel.platform import device_memory
 from lm.parallel.sharding import ParamSpec
 from lm.training.memory import Memory, expected_memory, parameter_table
+from lm.training.setup import Training
 
 WIDE = 100  # columns from which the table names the logical axes too
 
 
-def describe_run(
-    console: Console,
-    *,
-    model_config: ModelConfig,
-    specs: Mapping[str, ParamSpec],
-    layout: Layout,
-    block_size: int,
-    batch_size: int,
-    optimizer_state: Any = None,
-    accumulation: int = 1,
-    chunk: int = 0,
-    source_length: int | None = None,
-    max_targets: int = 0,
-) -> None:
-    """Prints the start-up report.
-
-    Args:
-      console: where to; the table fits its width.
-      model_config: with vocab_size and max_length set.
-      specs: the model's parameters.
-      layout: of the devices.
-      block_size: tokens a sequence.
-      batch_size: sequences whose gradient is taken at once, over all devices.
-      optimizer_state: its abstract state, for the memory.
-      accumulation: how many such batches make a step.
-      chunk: objective.chunk.
-      source_length: tokens of an encoder-decoder's source; `block_size` unless given.
-      max_targets: of how many tokens of a row logits are made; 0: of all.
-    """
-    mesh, dtype = layout.mesh, compute_dtype(model_config.compute_dtype)
+def describe_run(console: Console, training: Training) -> None:
+    """Prints the start-up report, in tables that fit the console's width."""
+    workload, specs = training.workload, training.specs
+    model, layout, mesh = workload.model, workload.layout, workload.layout.mesh
+    dtype = compute_dtype(model.compute_dtype)
     peak = peak_flops(mesh.devices.flat[0], dtype)
     memory = expected_memory(
-        model_config,
+        model,
         specs,
         layout,
-        block_size=block_size,
-        batch_size=batch_size,
-        optimizer_state=optimizer_state,
-        accumulation=accumulation,
-        chunk=chunk,
-        source_length=source_length,
-        max_targets=max_targets,
+        block_size=workload.block_size,
+        batch_size=workload.microbatch,
+        optimizer_state=training.abstract["optimizer"],
+        accumulation=workload.train.accumulation,
+        chunk=workload.objective.chunk,
+        source_length=workload.source_length or None,
+        max_targets=workload.max_targets,
     )
-    per_token = training_flops_per_token(model_config, block_size, source_length, max_targets)
-    tokens = batch_size * accumulation * block_size
-    seconds = per_token * tokens / (peak.flops * mesh.size)
+    seconds = workload.flops_per_token * workload.tokens / (peak.flops * mesh.size)
 
     facts = facts_table()
     facts.add_row("devices", _devices(mesh))
     facts.add_row("mesh", describe(mesh) + (f", ZeRO {layout.zero}" if mesh.size > 1 else ""))
-    if pipeline := layout.pipeline(batch_size):
+    if pipeline := layout.pipeline(workload.microbatch):
         facts.add_row("pipeline", _pipeline(layout, *pipeline))
-    facts.add_row("model", f"{model_line(model_config)}, computed in {dtype.name}")
+    facts.add_row("model", f"{model_line(model)}, computed in {dtype.name}")
     console.print(facts)
     console.print(parameters_table(specs, console.width, mesh))
     facts = facts_table()
-    facts.add_row("compute", f"{si(per_token)}FLOPs a token × {tokens:,} tokens a step")
+    facts.add_row(
+        "compute",
+        f"{si(workload.flops_per_token)}FLOPs a token × {workload.tokens:,} tokens a step",
+    )
     facts.add_row(
         "peak",
         f"{si(peak.flops * mesh.size)}FLOPs a second in {dtype.name} ({peak.source}): "

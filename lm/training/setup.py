@@ -1,28 +1,26 @@
-"""Training, set up from a config's sections: for a run, and for a plan of that run."""
+"""Training, set up from a workload: for a run, and for a plan of that run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
-from lm.models import Model, ModelConfig, param_specs, skeleton
-from lm.objectives import ObjectiveConfig
+from lm.models import Model, init, param_specs, skeleton
 from lm.parallel import compiler
-from lm.parallel.layout import Layout
 from lm.parallel.mesh import replicated
-from lm.parallel.sharding import ParamSpec
-from lm.training.config import TrainConfig
-from lm.training.offload import HOST, streamed_update
-from lm.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
-from lm.training.state import abstract_state, gradient_shardings
-from lm.training.step import Batch, State, make_train_step
+from lm.parallel.sharding import ParamSpec, parameter_shardings, zero_rules
+from lm.training.offload import streamed_update
+from lm.training.optimizer import Optimizer, make_optimizer
+from lm.training.step import Batch, State, initial_state, make_train_step
+from lm.training.workload import HOST, Workload
 
 
 class Training(NamedTuple):
-    """What trains a model on a layout. Nothing of it is allocated."""
+    """What trains a workload. Nothing of it is allocated."""
 
+    workload: Workload
     model: Model
     specs: dict[str, ParamSpec]
     optimizer: Optimizer
@@ -31,50 +29,48 @@ class Training(NamedTuple):
     # to be called or lowered within `layout.active()`.
     step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
 
+    def create_state(self, params: Mapping[str, Any] | None = None) -> State:
+        """The state before the first step, created in place on its devices.
 
-def set_up(
-    model: ModelConfig,
-    objective: ObjectiveConfig,
-    optimizer: OptimizerConfig,
-    train: TrainConfig,
-    layout: Layout,
-    *,
-    seed: int = 0,
-    max_targets: int = 0,
-) -> Training:
-    """The training that these sections describe.
+        Args:
+          params: start from these, not from random ones.
+        """
+        shardings = _shardings(self.abstract)
 
-    Args:
-      model: with its vocabulary's size and its length.
-      objective: the loss.
-      optimizer: its schedule ends after `train.steps`.
-      train: `accumulation`, `spike_nats`, `offload_optimizer` and `compiler` of it.
-      layout: what its arrays are split over.
-      seed: of dropout.
-      max_targets: at most so many targets in a row; 0: any number.
+        def begin(params):
+            return initial_state(params, self.optimizer)
+
+        if params is not None:
+            return jax.jit(begin, out_shardings=shardings)(dict(params))
+        drawn = jax.jit(lambda key: begin(init(self.specs, key)), out_shardings=shardings)
+        return drawn(jax.random.key(self.workload.seed))
+
+
+def set_up(workload: Workload) -> Training:
+    """The training of a workload that has a layout.
 
     Raises:
       ConfigError: the optimizer does not fit the steps, or the devices' compiler is too old for
         `train.compiler`.
     """
-    built = skeleton(model)
-    specs = param_specs(built)
-    transformation = make_optimizer(optimizer, train.steps, specs)
+    train, layout = workload.train, workload.layout
+    model = skeleton(workload.model)
+    specs = param_specs(model)
+    optimizer = make_optimizer(workload.optimizer, train.steps, specs)
     memory = update = None
     if train.offload_optimizer:
-        memory, update = HOST, streamed_update(optimizer, train.steps, specs)
-    abstract = abstract_state(specs, transformation, layout.mesh, layout.zero, memory)
+        memory, update = HOST, streamed_update(workload.optimizer, train.steps, specs)
+    abstract = abstract_state(specs, optimizer, layout.mesh, layout.zero, memory)
     step = make_train_step(
-        built,
-        objective,
-        transformation,
+        model,
+        workload.objective,
+        optimizer,
         train,
-        seed,
-        max_targets,
-        gradient_shardings(specs, layout.mesh, layout.zero),
+        workload.seed,
+        workload.max_targets,
+        parameter_shardings(specs, layout.mesh, zero_rules(layout.zero, "gradients")),
         update,
     )
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     options = None
     if train.compiler == "tuned":
         device = next(iter(layout.mesh.local_devices), layout.mesh.devices.flat[0])
@@ -83,7 +79,42 @@ def set_up(
     jitted = jax.jit(
         step,
         donate_argnums=0,
-        out_shardings=(shardings, replicated(layout.mesh)),
+        out_shardings=(_shardings(abstract), replicated(layout.mesh)),
         compiler_options=options,
     )
-    return Training(built, specs, transformation, abstract, jitted)
+    return Training(workload, model, specs, optimizer, abstract, jitted)
+
+
+def abstract_state(
+    specs: Mapping[str, ParamSpec],
+    optimizer: Optimizer,
+    mesh: jax.sharding.Mesh,
+    zero: int = 3,
+    optimizer_memory: str | None = None,
+) -> State:
+    """The state as `jax.ShapeDtypeStruct`s with shardings, without allocating any of it.
+
+    Parameters, and what the optimizer keeps of each under its name and in its shape, are sharded as
+    ZeRO stage `zero` says; the rest is replicated. What the optimizer keeps of parameters is in
+    `optimizer_memory`; on the device unless given.
+    """
+    shardings = {
+        what: parameter_shardings(specs, mesh, zero_rules(zero, rules))
+        for what, rules in (("params", "parameters"), ("optimizer", "optimizer"))
+    }
+    shapes = jax.eval_shape(lambda: initial_state(init(specs, jax.random.key(0)), optimizer))
+
+    def place(path, leaf):
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        name = names[-1] if names else None
+        matches = name in specs and leaf.shape == specs[name].shape
+        sharding = shardings[names[0]][name] if matches else replicated(mesh)
+        if optimizer_memory and matches and names[0] == "optimizer":
+            sharding = sharding.with_memory_kind(optimizer_memory)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def _shardings(abstract: State):
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)

@@ -121,7 +121,7 @@ def make_train_step(
       config: accumulation, and what counts as a spike.
       seed: of dropout.
       max_targets: at most so many targets in a row; 0: any number.
-      shardings: of the gradients, by parameter (`lm.training.state.gradient_shardings`).
+      shardings: of the gradients, by parameter ; as XLA likes them unless given.
       update: from gradients to the next state; `whole_update(optimizer)` unless given.
     """
     update = update or whole_update(optimizer)

@@ -119,7 +119,7 @@ def test_a_start_that_trained_nothing_leaves_its_directory_to_the_next(place, mo
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("lm.jobs.train.create_state", no_memory)
+        patch.setattr("lm.training.setup.Training.create_state", no_memory)
         with pytest.raises(MemoryError):
             tiny_jobs.run(place, "failed", **SHORT)
     assert (place / "failed" / "config.json").exists()

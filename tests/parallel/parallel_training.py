@@ -8,13 +8,12 @@ import jax
 import numpy as np
 
 from lm.models import ModelConfig
-from lm.objectives import ObjectiveConfig
 from lm.parallel.layout import Layout, lay_out
 from lm.parallel.mesh import MeshConfig, batch_sharding
 from lm.training.config import TrainConfig
 from lm.training.optimizer import OptimizerConfig
 from lm.training.setup import set_up
-from lm.training.state import create_state
+from lm.training.workload import Workload
 
 ROWS, LENGTH, STEPS = 16, 32, 20
 
@@ -63,15 +62,16 @@ def packed_batches(rng, steps=STEPS, rows=ROWS, length=LENGTH, vocab=48):
 
 def problem(layout: Layout, model: ModelConfig, steps: int, accumulation: int):
     """The training of a model as a job sets it up, and its first state."""
-    training = set_up(
+    workload = Workload(
         model,
-        ObjectiveConfig(),
-        OptimizerConfig(learning_rate=3e-3),
-        TrainConfig(steps=steps, accumulation=accumulation),
-        layout,
-        seed=7,
+        LENGTH,
+        ROWS,
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        train=TrainConfig(steps=steps, accumulation=accumulation),
+        layout=layout,
     )
-    return training, create_state(training.specs, training.optimizer, training.abstract, 0)
+    training = set_up(workload)
+    return training, training.create_state()
 
 
 @functools.lru_cache(maxsize=32)

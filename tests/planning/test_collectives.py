@@ -15,10 +15,11 @@ from lm.parallel.layout import lay_out, resolve
 from lm.parallel.mesh import MeshConfig
 from lm.planning import collectives
 from lm.planning.collectives import axes_of_groups, axes_of_pairs, replica_groups
-from lm.planning.programs import Workload, train_program
+from lm.planning.programs import train_program
 from lm.planning.topology import open_topology
 from lm.training.config import TrainConfig
 from lm.training.optimizer import OptimizerConfig
+from lm.training.workload import Workload
 
 NAMES = ("stage", "data", "fsdp", "tensor")
 MESHES = st.tuples(*[st.sampled_from((1, 2, 3, 4)) for _ in NAMES])

@@ -18,10 +18,11 @@ from lm.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh, mesh_sizes
 from lm.planning import topology
 from lm.planning.analytic import on_paper
 from lm.planning.collectives import Collective
-from lm.planning.programs import Workload, _refused, train_program
+from lm.planning.programs import _refused, train_program
 from lm.planning.roofline import Network
 from lm.planning.search import advice, candidates, meshes
 from lm.planning.topology import Topology, open_topology, parse
+from lm.training.workload import Workload
 
 ROOT = Path(__file__).parents[2]
 TINY = dict(

@@ -13,10 +13,10 @@ from lm.planning.analytic import on_paper
 from lm.planning.collectives import Collective, collectives
 from lm.planning.collectives import made as made_of
 from lm.planning.hlo_runs import runs
-from lm.planning.programs import Workload
 from lm.planning.roofline import Network, estimate
 from lm.planning.topology import Topology, parse
 from lm.training.config import TrainConfig
+from lm.training.workload import Workload
 
 CHIP, SHAPE = parse("v5p:4x4x4")
 

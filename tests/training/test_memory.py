@@ -19,6 +19,8 @@ from lm.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from lm.parallel.platform import compiling_for
 from lm.training.memory import expected_memory, kept_by_row
 from lm.training.report import binary, describe_run
+from lm.training.setup import set_up
+from lm.training.workload import Workload
 
 
 def abstract_parameters(model):
@@ -174,15 +176,9 @@ def test_the_report_fits_its_width_and_cuts_nothing(width):
     specs = param_specs(skeleton(config))
     layout = lay_out("", MeshConfig(data=2, fsdp=2, tensor=2), -1)
     text = io.StringIO()
+    training = set_up(Workload(config, 1024, 8, layout=layout))
     with layout.active():
-        describe_run(
-            Console(file=text, width=width),
-            model_config=config,
-            specs=specs,
-            layout=layout,
-            block_size=1024,
-            batch_size=8,
-        )
+        describe_run(Console(file=text, width=width), training)
     printed = text.getvalue()
     assert max(map(len, printed.splitlines())) <= width
     assert "…" not in printed

@@ -16,10 +16,11 @@ from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.sharding import ParamSpec
 from lm.training.checkpoints import CheckpointConfig, Checkpointer
 from lm.training.config import TrainConfig
-from lm.training.offload import HOST, check_offload, streamed_update
+from lm.training.offload import streamed_update
 from lm.training.optimizer import OptimizerConfig, global_norm, make_optimizer
-from lm.training.state import abstract_state, create_state
-from lm.training.step import make_train_step, whole_update
+from lm.training.setup import abstract_state
+from lm.training.step import initial_state, make_train_step, whole_update
+from lm.training.workload import HOST, Workload, check_offload
 
 STEPS = 3
 ADAMW = OptimizerConfig(learning_rate=1e-2, clip_norm=0.5, warmup_steps=1, decay="no_embeddings")
@@ -34,12 +35,20 @@ SPECS = {
 }
 
 
+def created(specs, optimizer, abstract):
+    """The state before the first step, where `abstract` says."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda key: initial_state(init(specs, key), optimizer), out_shardings=shardings)(
+        jax.random.key(0)
+    )
+
+
 def state_on(mesh, config, memory=None, zero=3):
     """A state of `SPECS`, what it is abstractly, and its optimizer."""
     optimizer = make_optimizer(config, STEPS, SPECS)
     with jax.set_mesh(mesh):
         abstract = abstract_state(SPECS, optimizer, mesh, zero, memory)
-        return create_state(SPECS, optimizer, abstract, 0), abstract, optimizer
+        return created(SPECS, optimizer, abstract), abstract, optimizer
 
 
 def after(state, abstract, update, mesh, skip=()):
@@ -143,17 +152,24 @@ def test_training_steps_in_one_dispatch_are_those_without():
             )
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             step = tiny_models.compiled(step, donate_argnums=0, out_shardings=(shardings, None))
-            return step(create_state(specs, optimizer, abstract, 0), batches)
+            return step(created(specs, optimizer, abstract), batches)
 
     streamed = trained(HOST, streamed_update(ADAMW, STEPS, specs))
     assert_same(streamed, trained(None, None), atol=1e-6)
 
 
 def test_what_cannot_be_offloaded_is_said():
+    def check(optimizer, device):
+        train = TrainConfig(offload_optimizer=True)
+        layout = SimpleNamespace(mesh=SimpleNamespace(local_devices=[device]))
+        model = tiny_models.config()
+        check_offload(Workload(model, 8, 8, optimizer=optimizer, train=train, layout=layout))
+
+    (device, *_) = jax.devices()
     with pytest.raises(ConfigError, match=r"offload_optimizer=True .*optimizer.name='adafactor'"):
-        check_offload(OptimizerConfig(name="adafactor"), jax.devices())
+        check(OptimizerConfig(name="adafactor"), device)
     memory = SimpleNamespace(kind="device")
-    device = SimpleNamespace(addressable_memories=lambda: [memory], device_kind="chip")
+    chip = SimpleNamespace(addressable_memories=lambda: [memory], device_kind="chip")
     with pytest.raises(ConfigError, match="pinned_host memory, and chip has only device"):
-        check_offload(ADAMW, [device])
-    check_offload(ADAMW, jax.devices())
+        check(ADAMW, chip)
+    check(ADAMW, device)

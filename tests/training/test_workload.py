@@ -6,14 +6,16 @@ from lm.config import ConfigError
 from lm.models import ModelConfig
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import MeshConfig
-from lm.training.checks import check_layout
+from lm.training.config import TrainConfig
+from lm.training.workload import Workload, check_layout
 
 MIXTURE = {"num_experts": 6, "activation": "swiglu"}
 
 
-def check(mesh, model, **sizes):
-    sizes = {"batch_size": 32, "block_size": 64, **sizes}
-    check_layout(ModelConfig(**model), lay_out("", MeshConfig(**mesh), -1), **sizes)
+def check(mesh, model, block_size=64, batch_size=32, **train):
+    layout = lay_out("", MeshConfig(**mesh), -1)
+    train = TrainConfig(**train)
+    check_layout(Workload(ModelConfig(**model), block_size, batch_size, train=train, layout=layout))
 
 
 @pytest.mark.parametrize("remat", ["full", "offload"])
