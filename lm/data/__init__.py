@@ -1,21 +1,18 @@
 """Corpora and synthetic worlds → packed, resumable batches.
 
     config.py     the `data` section
-    files.py      files → documents
-    storage.py    files here and on object stores
-    hashes.py     files → digests, remembered
-    report.py     what was read, and what was left out and why
+    storage.py    files here and on object stores: found, read, recognised
+    files.py      files → documents, and what was left out and why
     stdlib.py     the running Python's documentation and source → documents
     storyworld/   generated stories together with what is true in them, and an invented language
     corpora.py    corpora by name; training and validation splits
-    cache.py      documents → tokens on disk, found again
-    entry.py      what is on disk
-    shards.py     long arrays in files of bounded size
-    large.py      the same by many machines: parts.py is what each does, beam.py how they are told
+    shards.py     some documents ⇄ tokens on disk
+    cache.py      corpora → shards, found again
+    parallel_tokenize.py  the same by many machines
     packing.py    tokens → rows
-    two_sided.py  pairs, and documents with hidden spans → rows for an encoder and a decoder
+    encoder_decoder_rows.py  pairs, and documents with hidden spans → rows on two sides
     transforms.py what each objective hides and predicts
-    draws.py      random numbers that depend on nothing but the row
+    counter_rng.py random numbers that depend on nothing but the row
     batches.py    rows → batches
     prefetch.py   batches → device
 
@@ -34,16 +31,11 @@ from absl import logging
 
 from lm.config import check
 from lm.data.batches import BatchIterator, evaluation_batches, train_batches
-from lm.data.cache import (
-    TokenizedCorpus,
-    Tokenizer,
-    cache_directory,
-    corpus_fingerprint,
-    tokenize,
-)
+from lm.data.cache import TokenizedCorpus, cache_directory, corpus_fingerprint, tokenize
 from lm.data.config import OBJECTIVES, CorruptionConfig, DataConfig
 from lm.data.corpora import CorpusReport, documents, pairs
 from lm.data.prefetch import prefetch_to_device
+from lm.data.shards import Tokenizer
 from lm.parallel import hosts
 
 __all__ = [

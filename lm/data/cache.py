@@ -1,26 +1,31 @@
 """Tokenised corpora on disk: written once, memory-mapped ever after.
 
 An entry is a directory named by a digest of everything its tokens depend on: the corpus, the
-tokenizer, and the settings that choose and split documents; batch settings are not among them.
-What it holds is in `entry`. One process fills it, or many machines do with the same bytes (`beam`).
+tokenizer, and the settings that choose and split documents; batch settings are not among them. It
+holds the shards of the corpus (see `shards`), whose borders follow from its files alone, and
+`meta.json`, written last, which says how much is in each. One process writes the shards one after
+the other, or many machines do with the same bytes (`parallel_tokenize`).
 
-Writers work in a temporary directory beside the entry and rename it when everything is on disk, so
-an entry is whole or absent, however a writer ends. A lock makes others wait instead of doing the
-same work; where the file system has no locks the first to finish wins and the others discard.
+Writers work in a directory of their own and rename it when everything is on disk, so an entry is
+whole or absent, however a writer ends. A lock makes others wait instead of doing the same work;
+where the file system has no locks the first to finish wins and the others discard.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -28,21 +33,20 @@ from absl import logging
 from lm.config import ConfigError, check, printable
 from lm.data import corpora, storage
 from lm.data.config import DataConfig
-from lm.data.entry import (
-    META,
-    VERSION,
-    Fill,
-    Tokenizer,
-    fill_alone,
-    meta_bytes,
-    offsets_of,
-    read_meta,
-    tokens_of,
-)
-from lm.data.shards import Sharded, load_shards, read_shards
+from lm.data.files import CorpusReport, Skipped
+from lm.data.shards import SPLITS, Shard, ShardedArray, Tokenizer, read_shards, write_shard
 from lm.files import lock, sync_folder
 
-HASHES = "hashes.json"  # beside the entries: digests of files, see `hashes`
+HASHES = "hashes.json"  # beside the entries: digests of files, see `storage.content_hashes`
+META = "meta.json"
+SHARD_BYTES = 64 << 20  # of input, as far as files can be cut; entries of other sizes serve, too
+_KEY = 2  # raised when the same facts give other tokens
+_FORMAT = 3  # of `meta.json`
+# An older entry is one shard if no array has more items than this: its arrays are then one file.
+_FORMAT_2_ITEMS = 1 << 28
+
+# [function(task) for task in tasks], by whoever does the work; the name says what it is for.
+RunTasks = Callable[[Callable[[Any], Any], Sequence[Any], str], list[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +70,7 @@ class TokenizedCorpus:
       pairs: documents 2i and 2i + 1 are the source and the target of pair i.
     """
 
-    tokens: np.ndarray | Sharded
+    tokens: np.ndarray | ShardedArray
     offsets: np.ndarray
     num_bytes: int
     first_token_bytes: int
@@ -127,7 +131,8 @@ def tokenize(
     split: bool = True,
     field: str = "data.path",
     notify: Callable[[str], None] = logging.info,
-    fill: Fill | None = None,
+    run_tasks: RunTasks | None = None,
+    scratch: str = "",
 ) -> dict[str, TokenizedCorpus]:
     """The splits of the corpus at `path` as tokens, from the cache or made now.
 
@@ -139,7 +144,9 @@ def tokenize(
       split: False to put every document in "train".
       field: the config field `path` comes from, for messages.
       notify: receives one line for each thing worth knowing (what is written, what was skipped).
-      fill: makes an entry that is not there; by default this process does it alone.
+      run_tasks: makes the shards of an entry that is not there; by default, this process.
+      scratch: a directory on the same disk for shards, which are gone on with there if writing
+        was interrupted; by default they are in one of their own and begun anew.
 
     Returns:
       {"train": ..., "validation": ...}; a split may have no documents.
@@ -163,7 +170,15 @@ def tokenize(
             # Somebody else may have finished it while we waited for the lock.
             if (found := _open(entry, corpus, tokenizer, notify)) is not None:
                 return found
-            _write(entry, fill or fill_alone, corpus, tokenizer, field, notify)
+            temporary = Path(scratch) if scratch else _temporary(entry)
+            temporary.mkdir(parents=bool(scratch), exist_ok=bool(scratch))
+            try:
+                write_entry(str(temporary), entry, corpus, tokenizer, field, notify, run_tasks)
+                sync_folder(temporary)
+                _publish(temporary, entry)
+            finally:
+                if not scratch:
+                    shutil.rmtree(temporary, ignore_errors=True)
         found = _open(entry, corpus, tokenizer, notify)
     except OSError as error:
         raise ConfigError(
@@ -181,7 +196,7 @@ def entry_key(
     # Generated documents so few that `corpora.by_position` may decide otherwise than it once did.
     few = config.split == "hash" and 0 < config.num_documents * config.validation_fraction < 20
     facts = {
-        "version": VERSION,
+        "version": _KEY,
         **({"few": True} if few else {}),
         "corpus": corpus.fingerprint(sidecar),
         "tokenizer": tokenizer.fingerprint,
@@ -216,28 +231,66 @@ def corpus_fingerprint(config: DataConfig, seed: int) -> str:
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _write(
-    entry: Path,
-    fill: Fill,
+def write_entry(
+    folder: str,
+    entry: Path | str,
     corpus: corpora.Source,
     tokenizer: Tokenizer,
     field: str,
     notify: Callable[[str], None],
+    run_tasks: RunTasks | None = None,
 ) -> None:
-    temporary = entry.parent / f".tmp-{entry.name}-{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
-    temporary.mkdir()
-    try:
-        notify(f"tokenising {printable(corpus.path)} into {printable(str(entry))}")
-        described, report = fill(str(temporary), corpus, tokenizer)
-        if not report.num_documents:
-            raise corpora.no_documents(field, corpus.path, report)
-        storage.write_bytes(str(temporary / META), meta_bytes(corpus, described, report))
-        sync_folder(temporary)
-        for line in report.lines():
-            notify(line)
-        _publish(temporary, entry)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Writes into `folder` what is to be `entry`: shards, then `meta.json`. See `tokenize`."""
+    run_tasks = run_tasks or (lambda function, tasks, name: list(map(function, tasks)))
+    notify(f"tokenising {printable(corpus.path)} into {printable(str(entry))}")
+    parts = corpus.parts(SHARD_BYTES)
+    report = CorpusReport()
+    lefts: list[int | None] = [None] * len(parts)
+    if corpora.by_position(corpus, report):
+        lengths = run_tasks(corpora.num_characters, parts, "lengths")
+        training = corpora.training_share(sum(lengths), corpus.config)
+        lefts = [training - before for before in itertools.accumulate([0, *lengths[:-1]])]
+    shards = [Shard(number, *both) for number, both in enumerate(zip(parts, lefts))]
+    write = functools.partial(write_shard, folder=folder, tokenizer=tokenizer)
+    written = run_tasks(write, shards, "tokens")
+    for shard in written:
+        report.num_documents += shard["num_documents"]
+        report.unlisted += shard["num_skipped"] - len(shard["skipped"])
+        report.skipped += [Skipped(*skipped) for skipped in shard["skipped"]]
+    if not report.num_documents:
+        raise corpora.no_documents(field, corpus.path, report)
+    meta = {
+        "version": _FORMAT,
+        "end_of_text": corpus.config.end_of_text,
+        "pairs": corpus.pairs,
+        "notes": report.notes,
+        "skipped": report.lines(),
+        "shards": [shard["splits"] for shard in written],
+    }
+    storage.write_bytes(storage.join(folder, META), json.dumps(meta, indent=1).encode())
+    for line in report.lines():
+        notify(line)
+
+
+def read_meta(data: bytes) -> dict[str, Any] | None:
+    """`meta.json` of an entry, or None if it is damaged or of a format that is not read."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        meta = json.loads(data)
+        if meta["version"] == 2:
+            splits = meta["splits"]
+            counts = [s[of] for s in splits.values() for of in ("num_tokens", "num_documents")]
+            return {**meta, "shards": [splits]} if max(counts) < _FORMAT_2_ITEMS else None
+        return meta if meta["version"] == _FORMAT else None
+    return None
+
+
+def totals(meta: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """For each split of an entry `num_tokens`, `num_documents`, `num_bytes`."""
+    counts = ("num_tokens", "num_documents", "num_bytes")
+    return {
+        split: {count: sum(shard[split][count] for shard in meta["shards"]) for count in counts}
+        for split in SPLITS
+    }
 
 
 def _publish(temporary: Path, entry: Path) -> None:
@@ -245,7 +298,7 @@ def _publish(temporary: Path, entry: Path) -> None:
     with contextlib.suppress(OSError):
         os.rename(temporary, entry)  # fails where a non-empty directory has the name
     if temporary.exists():
-        if read_meta(entry) is not None:
+        if _read(entry) is not None:
             return
         damaged = temporary.with_name(temporary.name + "-damaged")
         with contextlib.suppress(FileNotFoundError):
@@ -255,25 +308,36 @@ def _publish(temporary: Path, entry: Path) -> None:
     sync_folder(entry.parent)
 
 
+def _read(entry: Path) -> tuple[dict[str, Any], dict[str, tuple[Any, np.ndarray]]] | None:
+    """An entry's `meta.json` and the arrays of its splits; None if it is damaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if (meta := read_meta((entry / META).read_bytes())) is not None:
+            return meta, {
+                split: read_shards(entry, split, [shard[split] for shard in meta["shards"]])
+                for split in SPLITS
+            }
+    return None
+
+
 def _open(
     entry: Path, corpus: corpora.Source, tokenizer: Tokenizer, notify: Callable[[str], None]
 ) -> dict[str, TokenizedCorpus] | None:
     """The entry's splits, or None if there is no such entry or it is damaged."""
     if not entry.exists():
         return None
-    meta = read_meta(entry)
-    if meta is None:
-        notify(f"{entry} is damaged and is made again")
+    if (found := _read(entry)) is None:
+        notify(f"{entry} is damaged, or of an older format, and is made again")
         return None
+    meta, arrays = found
     name = printable(corpus.path)
     for note in [*corpus.notes, *meta.get("notes", ())]:  # each run hears what is done to its data
         notify(f"{name} {note}")
     return {
         split: TokenizedCorpus(
-            tokens=read_shards(entry, *tokens_of(split, meta)),
-            offsets=load_shards(entry, *offsets_of(split, meta)),
-            num_bytes=facts["num_bytes"],
-            first_token_bytes=facts["first_token_bytes"],
+            tokens=tokens,
+            offsets=offsets,
+            num_bytes=totals(meta)[split]["num_bytes"],
+            first_token_bytes=len(tokenizer.token_bytes(int(tokens[0]))) if len(tokens) else 0,
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
             end_of_text=meta["end_of_text"],
@@ -283,7 +347,7 @@ def _open(
             skipped=tuple(meta["skipped"]),
             pairs=meta.get("pairs", False),
         )
-        for split, facts in meta["splits"].items()
+        for split, (tokens, offsets) in arrays.items()
     }
 
 
@@ -295,9 +359,15 @@ def _lock(folder: Path, key: str, wait: bool = True) -> Iterator[bool]:
         yield found.ours
 
 
+def _temporary(entry: Path) -> Path:
+    """A new directory beside `entry`, whose name says whose it is; see `_clean_leftovers`."""
+    return entry.parent / f".tmp-{entry.name}-{socket.gethostname()}-{uuid.uuid4().hex[:12]}"
+
+
 def _clean_leftovers(folder: Path, key: str) -> None:
     """Removes what killed writers on this machine left behind. The lock of `key` must be held."""
-    for path in _temporaries(folder):
+    # Locks may not reach across machines, so another machine's work is never touched.
+    for path in sorted(folder.glob(f".tmp-*-{socket.gethostname()}-*")):
         owner = path.name.split("-")[1]
         if owner == key:
             shutil.rmtree(path, ignore_errors=True)
@@ -305,8 +375,3 @@ def _clean_leftovers(folder: Path, key: str) -> None:
         with _lock(folder, owner, wait=False) as abandoned:
             if abandoned:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _temporaries(folder: Path) -> Iterable[Path]:
-    # Locks may not reach across machines, so another machine's work is never touched.
-    return sorted(folder.glob(f".tmp-*-{socket.gethostname()}-*"))

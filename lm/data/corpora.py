@@ -11,17 +11,14 @@ import copy
 import hashlib
 import itertools
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lm.config import ConfigError, check, check_choice, printable
-from lm.data import files, paths
+from lm.data import files, stdlib, storage
 from lm.data.config import DataConfig
-from lm.data.files import Span
-from lm.data.hashes import content_hashes
-from lm.data.report import BadFileError, CorpusReport
+from lm.data.files import BadFileError, CorpusReport, Span
 
 __all__ = ["CorpusReport", "Source", "documents", "pairs", "source", "split_of", "splits"]
 
@@ -67,7 +64,7 @@ class Source(abc.ABC):
     def fingerprint(self, sidecar: str | None = None) -> dict[str, Any]:
         """What the documents depend on, as JSON: equal fingerprints mean equal documents.
 
-        `sidecar` may remember file hashes between calls (see `hashes.content_hashes`).
+        `sidecar` may remember file hashes between calls (see `storage.content_hashes`).
         """
 
     def parts(self, size: int) -> list[Source]:
@@ -89,9 +86,7 @@ def source(path: str, config: DataConfig, seed: int, field: str = "data.path") -
     if path == "translation":
         return _Translation(path, config, seed)
     if path == "stdlib":
-        from lm.data.stdlib import StandardLibrary
-
-        return StandardLibrary(path, config)
+        return _StandardLibrary(path, config)
     if path.startswith("hf:"):
         return _Hub(path, config, field)
     return _Files(path, config, field)
@@ -122,9 +117,10 @@ class _Generated(Source):
         digest = hashlib.blake2b(digest_size=16)
         for file in sorted(self.code()):
             digest.update(file.read_bytes())
+        generator = digest.hexdigest()
         return {
             "corpus": self.path,
-            "generator": digest.hexdigest(),
+            "generator": _SAME_ITEMS.get(generator, generator),
             "seed": self.seed,
             "num_documents": self.config.num_documents,
         }
@@ -133,6 +129,12 @@ class _Generated(Source):
         each = max(1, size // _GENERATED_BYTES)
         starts = range(0, len(self.numbers), each)
         return [_with(self, numbers=self.numbers[start : start + each]) for start in starts]
+
+
+# Digests of code that was only rewritten → of the code that first made the very same items.
+_SAME_ITEMS: dict[str, str] = {}
+_TRANSLATION_FILES = ("language.py", "language_words.py")
+_GENERATED_BYTES = 512  # of a generated item, roughly
 
 
 class _Storyworld(_Generated):
@@ -148,10 +150,6 @@ class _Storyworld(_Generated):
 
         files = Path(package.__file__).parent.glob("*.py")
         return [file for file in files if file.name not in _TRANSLATION_FILES]
-
-
-_TRANSLATION_FILES = ("language.py", "language_words.py")
-_GENERATED_BYTES = 512  # of a generated item, roughly
 
 
 class _Translation(_Generated):
@@ -171,6 +169,16 @@ class _Translation(_Generated):
         return [folder / name for name in _TRANSLATION_FILES]
 
 
+class _StandardLibrary(Source):
+    """The running Python's documentation and source; see `stdlib`."""
+
+    def items(self, report: CorpusReport) -> Iterator[tuple[str]]:
+        return zip(stdlib.documents(report))
+
+    def fingerprint(self, sidecar: str | None = None) -> dict[str, Any]:
+        return stdlib.fingerprint()
+
+
 def _with(corpus: Source, **changes: Any) -> Source:
     changed = copy.copy(corpus)
     vars(changed).update(changes)
@@ -184,7 +192,7 @@ class _Files(Source):
         super().__init__(path, config)
         self.field = field
         self.pairs = len(config.text_fields) == 2
-        found, self.left_out = paths.find(path, field)
+        found, self.left_out = storage.find(path, field)
         self.spans = [Span(file) for file in found]
 
     @property
@@ -214,7 +222,7 @@ class _Files(Source):
         groups: list[list[Span]] = []
         left: int | None = None
         for file in self.files:
-            length = paths.size_or_nothing(file)
+            length = storage.size_or_nothing(file)
             found = files.spans(file, length, size, self.config)
             if len(found) > 1:
                 groups += [[span] for span in found]
@@ -228,9 +236,9 @@ class _Files(Source):
         return [_with(self, spans=group) for group in groups]
 
     def fingerprint(self, sidecar: str | None = None) -> dict[str, Any]:
-        hashes = content_hashes(self.files, sidecar)
+        hashes = storage.content_hashes(self.files, sidecar)
         # The suffix decides how the bytes are read, and nothing else of the name does.
-        suffixes = map(paths.suffix, self.files)
+        suffixes = map(storage.suffix, self.files)
         return {
             "corpus": "files",
             "reader": _READER,
@@ -274,7 +282,7 @@ class _Hub(Source):
     @property
     def files(self) -> list[str]:
         """Those of a directory."""
-        return paths.find(self.name, self.field)[0] if os.path.isdir(self.name) else []
+        return storage.find(self.name, self.field)[0] if os.path.isdir(self.name) else []
 
     def _records(self) -> Iterator[dict[str, Any]]:
         try:
@@ -309,7 +317,7 @@ class _Hub(Source):
         return {
             "corpus": "hf",
             "reader": _READER,
-            "contents": content_hashes(self.files, sidecar) or [self.name, self.subset],
+            "contents": storage.content_hashes(self.files, sidecar) or [self.name, self.subset],
             "text_field": self.config.text_field,
             "num_documents": self.config.num_documents,
         }
@@ -377,8 +385,12 @@ def num_training_characters(corpus: Source, report: CorpusReport) -> int | None:
     """
     if not by_position(corpus, report):
         return None
-    total = sum(len(text) for text in corpus.documents(CorpusReport()))
-    return training_share(total, corpus.config)
+    return training_share(num_characters(corpus), corpus.config)
+
+
+def num_characters(corpus: Source) -> int:
+    """Characters in all documents."""
+    return sum(map(len, corpus.documents(CorpusReport())))
 
 
 def training_share(length: int, config: DataConfig) -> int:
@@ -451,8 +463,3 @@ def no_documents(field: str, path: str, report: CorpusReport) -> ConfigError:
     reasons = "; ".join(f"{bad.name}: {bad.reason}" for bad in report.skipped[:3])
     skipped = f": {report.num_skipped} skipped ({reasons})" if reasons else ""
     return ConfigError(f"{field}={path!r} holds no documents{skipped}")
-
-
-def python_version() -> str:
-    """The running Python, as far as its standard library is concerned."""
-    return f"{sys.implementation.name} {sys.version}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bz2
 import codecs
 import contextlib
+import dataclasses
 import gzip
 import io
 import json
@@ -20,14 +21,14 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from lm.config import ConfigError, nearest
+from lm.config import ConfigError, nearest, printable
 from lm.data import storage
 from lm.data.config import DataConfig
-from lm.data.paths import COMPRESSION, RECORDS, suffix
-from lm.data.report import BadFileError, CorpusReport, Tally, reject
+from lm.data.storage import COMPRESSION, RECORDS, suffix
 
 _LINES = (".jsonl", ".ndjson", ".tsv")
-FEW = 1000  # a file without its text field in as many records is not read on
+FEW = 1000  # a file, or span, without its text field in as many records is not read on
+LISTED = 20  # skipped items that are named; the others are counted
 
 
 class Span(NamedTuple):
@@ -39,6 +40,81 @@ class Span(NamedTuple):
     path: str
     start: int = 0
     stop: int | None = None  # None: the end of the file
+
+
+class Skipped(NamedTuple):
+    """A file, or a line or record of one, that was left out."""
+
+    file: str
+    reason: str
+    unit: str = ""  # "line" or "record"; "" for all of the file, or of its span
+    number: int = 0  # of the line or record, from 1
+    start: int = 0  # of the span in which it is counted
+
+    @property
+    def name(self) -> str:
+        """The file and the place in it."""
+        place = f" {self.unit} {self.number}" if self.unit else ""
+        if self.start:
+            unit = "row group" if suffix(self.file) == ".parquet" else "byte"
+            place += f" from {unit} {self.start:,} on"
+        return printable(self.file) + place
+
+
+@dataclasses.dataclass
+class CorpusReport:
+    """What was read and what was left out, and why.
+
+    Attributes:
+      num_documents: documents read, before any split.
+      skipped: what was left out.
+      notes: decisions that the config leaves to the corpus, each the rest of a line after its path.
+      unlisted: how many more were left out that `skipped` does not hold.
+    """
+
+    num_documents: int = 0
+    skipped: list[Skipped] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    unlisted: int = 0
+
+    @property
+    def num_skipped(self) -> int:
+        """How many files, lines and records were left out."""
+        return len(self.skipped) + self.unlisted
+
+    def lines(self) -> list[str]:
+        """One line per skipped item, at most `LISTED` of them, then one line for the rest."""
+        lines = [f"skipped {skipped.name}: {skipped.reason}" for skipped in self.skipped[:LISTED]]
+        if self.num_skipped > len(lines):
+            more = self.num_skipped - len(lines)
+            lines.append(f"skipped {more} more, {self.num_skipped} in all")
+        return lines
+
+
+class BadFileError(Exception):
+    """A file or record that cannot be used; the message is the reason."""
+
+
+def reject(
+    span: Span,
+    reason: str,
+    config: DataConfig,
+    report: CorpusReport,
+    unit: str = "",
+    number: int = 0,
+) -> None:
+    """Notes in `report` what is left out (see `Skipped`).
+
+    Raises:
+      ConfigError: bad files are to be refused.
+    """
+    skipped = Skipped(span.path, reason, unit, number, span.start)
+    if config.on_bad_file == "refuse":
+        raise ConfigError(
+            f"data.on_bad_file='refuse' and {skipped.name} is bad: {reason}; "
+            "remove it or set data.on_bad_file='skip'"
+        )
+    report.skipped.append(skipped)
 
 
 def spans(path: str, total: int, size: int, config: DataConfig) -> list[Span]:
@@ -57,7 +133,7 @@ def spans(path: str, total: int, size: int, config: DataConfig) -> list[Span]:
     return [Span(path)]
 
 
-def read(path: str | Span, config: DataConfig, report: CorpusReport) -> Iterator[tuple[str, ...]]:
+def read(span: Span, config: DataConfig, report: CorpusReport) -> Iterator[tuple[str, ...]]:
     """The documents of one file or span, each as a tuple of one, or its pairs.
 
     What cannot be used (binary, mis-encoded, empty, without the text field) is noted in `report`,
@@ -66,7 +142,6 @@ def read(path: str | Span, config: DataConfig, report: CorpusReport) -> Iterator
     Raises:
       ConfigError: a missing optional package, or a bad file to be refused.
     """
-    span = path if isinstance(path, Span) else Span(path)
     path, kind = span.path, suffix(span.path)
     try:
         if storage.size(path) == 0:
@@ -84,9 +159,9 @@ def read(path: str | Span, config: DataConfig, report: CorpusReport) -> Iterator
         else:
             raise BadFileError("pairs are read from .jsonl, .json, .parquet and .tsv files")
     except BadFileError as error:
-        reject(path, str(error), config, report)
+        reject(span, str(error), config, report)
     except OSError as error:
-        reject(path, f"unreadable, {error.strerror or error}", config, report)
+        reject(span, f"unreadable, {error.strerror or error}", config, report)
 
 
 def items(
@@ -94,42 +169,38 @@ def items(
 ) -> Iterator[tuple[str, ...]]:
     """The text field of each record as a tuple of one, or its two text fields.
 
-    A record that is itself a string is its own text. Of a span that is not the whole file, what
-    would be wrong with a file in which no record has its text is left in `report.tally`.
+    A record that is itself a string is its own text.
 
     Raises:
       BadFileError: none of the first records has such a field, or in none it is text.
     """
-    name, fields = span.path, config.text_fields
-    tally = report.tally = Tally()
+    fields = config.text_fields
     skipped = len(report.skipped)
+    good, mistake = False, ""
     for number, record in enumerate(records, 1):
-        tally.records = number
         found = {field: record for field in fields if len(fields) == 1}
         if isinstance(record, dict):
             found = {field: record[field] for field in fields if field in record}
         missing = [field for field in fields if field not in found]
         values = tuple(found.values())
         if not missing and all(isinstance(text, str) and text for text in values):
-            tally.first_good = tally.first_good or number
+            good = True
             if all(map(_is_unicode, values)):
                 yield values
             else:  # JSON can spell half a surrogate pair, which no encoding can write
-                reject(name, "half a surrogate pair", config, report, "record", number)
+                reject(span, "half a surrogate pair", config, report, "record", number)
             continue
         textless = missing or any(text is None or text == "" for text in values)
-        if not tally.first_good:
-            tally.doubt = tally.doubt or _mistake(record, missing, values, textless, fields)
-            if tally.doubt and not span.start:
-                if config.on_bad_file == "refuse":
-                    raise BadFileError(tally.doubt)
-                if number >= FEW:
-                    break
-        reject(name, "no text" if textless else "not text", config, report, "record", number)
-    few = not span.start and (span.stop is None or tally.records >= FEW)
-    if few and tally.doubt and not tally.first_good:
+        if not good:
+            mistake = mistake or _mistake(record, missing, values, textless, fields)
+            if mistake and config.on_bad_file == "refuse":
+                raise BadFileError(mistake)
+            if mistake and number >= FEW:
+                break
+        reject(span, "no text" if textless else "not text", config, report, "record", number)
+    if mistake and not good:
         del report.skipped[skipped:]  # the file as a whole is
-        raise BadFileError(tally.doubt)
+        raise BadFileError(mistake)
 
 
 def _mistake(record: Any, missing: list, values: tuple, textless: bool, fields: tuple) -> str:
@@ -261,7 +332,6 @@ def _lines(span: Span, config: DataConfig, report: CorpusReport) -> Iterator[tup
             try:
                 wide = io.TextIOWrapper(file, config.encoding, newline="\n")
                 for number, line in enumerate(wide, 1):
-                    report.tally.lines = number
                     yield number, line.removeprefix("\ufeff")
             except UnicodeError:
                 raise BadFileError(f"not {config.encoding}") from None
@@ -274,11 +344,10 @@ def _lines(span: Span, config: DataConfig, report: CorpusReport) -> Iterator[tup
             if span.stop is not None and position >= span.stop:
                 return
             position += len(line)
-            report.tally.lines = number
             try:
                 text = decode(line, config.encoding)
             except BadFileError as error:
-                reject(span.path, str(error), config, report, "line", number)
+                reject(span, str(error), config, report, "line", number)
             else:
                 yield number, text
 
@@ -296,7 +365,7 @@ def _json_records(span: Span, kind: str, config: DataConfig, report: CorpusRepor
             try:
                 yield json.loads(line)
             except (ValueError, RecursionError):
-                reject(span.path, "not JSON", config, report, "line", number)
+                reject(span, "not JSON", config, report, "line", number)
         return
     with _decompressing(span.path), _open(span.path) as file:
         data = file.read()
@@ -315,7 +384,7 @@ def _tsv_records(span: Span, config: DataConfig, report: CorpusReport) -> Iterat
             columns = named
         elif len(cells) <= max(columns):
             if any(cells):
-                reject(span.path, "not two columns", config, report, "line", number)
+                reject(span, "not two columns", config, report, "line", number)
         else:
             yield {name: cells[i] for name, i in zip(config.text_fields, columns)}
 

@@ -1,88 +1,247 @@
-"""Long arrays on disk, in files of bounded size.
+"""A shard of the token cache: consecutive documents of a corpus as tokens, on disk.
 
-An array of n items is the files NAME-00000.bin, NAME-00001.bin, …, each of `size` items but for the
-last, which holds the rest; no file holds nothing. So where an item lies follows from its number,
-and several machines can each write files of one array.
+For each split shard number n has `SPLIT.tokens-n.bin` (uint16 or uint32), the tokens of its
+documents one after the other, each document ending with end-of-text if so configured, and
+`SPLIT.offsets-n.bin` (int64), where each begins, and then the end. Nothing in a shard depends on
+the others, so any process can write any of them; several are read as one long array.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
-import os
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from lm.data.storage import sync
+from lm.data import corpora, storage
+from lm.data.files import LISTED, CorpusReport
 
-# A file of tokens is then half or one gigabyte, one of offsets at most two.
-SHARD_ITEMS = 1 << 28
+SPLITS = ("train", "validation")
+# Texts are encoded in groups of about this many characters, which bounds the memory in use, and a
+# longer document is encoded in parts.
+_CHUNK_CHARS = 4 << 20
+_CONTEXTS = (256, 243, 127)  # characters before a cut that are asked whether it shows
 # Mapped files hold a descriptor each, of which a process often has no more than 1,024.
 _MOST_OPEN = 256
 
 
-def shard_name(name: str, number: int) -> str:
-    """The name of a file of the array `name`."""
-    return f"{name}-{number:05d}.bin"
+class Tokenizer(Protocol):
+    """What the token cache needs of a tokenizer."""
+
+    vocab_size: int
+    eos_id: int
+    bos_id: int
+    fingerprint: str
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text, without special tokens."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token contributes to the text."""
 
 
-def shard_lengths(length: int, size: int) -> list[int]:
-    """How many items each file of an array of `length` items holds."""
-    return [min(size, length - start) for start in range(0, length, size)]
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What one shard is to hold."""
+
+    number: int
+    documents: corpora.Source  # a part of the corpus
+    left: int | None  # characters of it and after it that are for training; see `corpora.splits`
 
 
-class ShardWriter:
-    """Appends arrays to the files of one array."""
+def file_name(split: str, array: str, number: int) -> str:
+    """The file of a shard with an array, "tokens" or "offsets", of a split."""
+    return f"{split}.{array}-{number:05d}.bin"
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, size: int = SHARD_ITEMS):
-        self.folder = folder
-        self.name = name
+
+def write_shard(shard: Shard, folder: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Writes the files of a shard into `folder`.
+
+    Returns:
+      What was written and read, for JSON: `splits` with what `read_shards` needs to know of each,
+      `num_documents`, `num_skipped`, and as `skipped` the first few that were.
+    """
+    report = CorpusReport()
+    with contextlib.ExitStack() as files:
+
+        def create(split: str, array: str) -> BinaryIO:
+            path = storage.join(folder, file_name(split, array, shard.number))
+            return files.enter_context(storage.create(path))
+
+        writers = {
+            split: _SplitWriter(
+                create(split, "tokens"),
+                create(split, "offsets"),
+                tokenizer,
+                shard.documents.config.end_of_text,
+            )
+            for split in SPLITS
+        }
+        for split, texts in corpora.splits(shard.documents, report, shard.left):
+            for text in texts:
+                writers[split].add(text)
+        described = {split: writer.finish() for split, writer in writers.items()}
+    return {
+        "splits": described,
+        "num_documents": report.num_documents,
+        "num_skipped": report.num_skipped,
+        "skipped": report.skipped[:LISTED],
+    }
+
+
+class _SplitWriter:
+    """Encodes texts in groups and appends them to the files of one split."""
+
+    def __init__(
+        self, tokens: BinaryIO, offsets: BinaryIO, tokenizer: Tokenizer, end_of_text: bool
+    ):
+        self.tokens, self.offsets = tokens, offsets
+        self.tokenizer = tokenizer
+        self.dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
+        self.ending = np.array([tokenizer.eos_id] if end_of_text else [], self.dtype)
+        self.num_tokens = self.num_documents = self.num_bytes = 0
+        self.pending: list[list[tuple[str, np.ndarray]]] = []
+        self.pending_chars = 0
+        offsets.write(np.zeros(1, np.int64).tobytes())
+
+    def add(self, text: str) -> None:
+        """Appends one document."""
+        self.num_documents += 1
+        self.num_bytes += len(text) if text.isascii() else len(text.encode())
+        self.pending.append(_parts(text, self.tokenizer.encode_batch))
+        self.pending_chars += len(text)
+        if self.pending_chars >= _CHUNK_CHARS:
+            self._flush()
+
+    def _flush(self) -> None:
+        texts = [text for parts in self.pending for text, _ in parts]
+        ids = iter(self.tokenizer.encode_batch(texts))
+        pieces, lengths = [], []
+        for parts in self.pending:
+            document = [next(ids)[len(known) :].astype(self.dtype) for _, known in parts]
+            document.append(self.ending)
+            pieces += document
+            lengths.append(sum(map(len, document)))
+        if pieces:
+            ends = self.num_tokens + np.cumsum(lengths, dtype=np.int64)
+            self.tokens.write(np.concatenate(pieces).data)
+            self.offsets.write(ends.data)
+            self.num_tokens = int(ends[-1])
+        self.pending, self.pending_chars = [], 0
+
+    def finish(self) -> dict[str, Any]:
+        """Writes what is left; returns what `read_shards` needs to know."""
+        self._flush()
+        return {
+            "dtype": self.dtype.name,
+            "num_tokens": self.num_tokens,
+            "num_documents": self.num_documents,
+            "num_bytes": self.num_bytes,
+        }
+
+
+Encode = Callable[[list[str]], list[np.ndarray]]
+
+
+def _parts(text: str, encode: Encode) -> list[tuple[str, np.ndarray]]:
+    """Texts of about `_CHUNK_CHARS` characters that give the ids of `text`, one after the other.
+
+    Each comes with its first ids, which are to be left out: it begins with some of the text before
+    its cut, since many tokenizers treat the beginning of a text in a way of their own. What repeats
+    itself for megabytes is not cut: where its tokens begin may depend on all of it.
+    """
+    parts, begin, known, end = [], 0, np.zeros(0, np.int32), _CHUNK_CHARS
+    while end < len(text):
+        cut = _cut(text, end, encode)
+        if cut:
+            parts.append((text[begin:cut], known))
+            begin = cut - _CONTEXTS[0]
+            (known,) = encode([text[begin:cut]])
+        end = (cut or end) + _CHUNK_CHARS
+    return [*parts, (text[begin:], known)]
+
+
+def _cut(text: str, end: int, encode: Encode) -> int:
+    """A place shortly before `end` where `text` may be cut; 0 if none is found."""
+    start = max(end - _CHUNK_CHARS // 2, end - (1 << 14))
+    for pattern in (r"\n(?=\S)", r"\s(?=\S)", r"(?=\s\S)", ""):
+        places = [found.end() for found in re.compile(pattern).finditer(text, start, end)]
+        for cut in reversed(places[-16:]):
+            if _does_not_show(text, cut, encode):
+                return cut
+    return 0
+
+
+def _does_not_show(text: str, cut: int, encode: Encode) -> bool:
+    """Whether the ids on either side of `cut` are independent of the text on the other."""
+    most = _CONTEXTS[0]
+    if text.count(text[cut - 8 : cut + 8], cut - most, cut + most) > 1:  # it may repeat itself
+        return False
+    before = encode([text[cut - size : cut] for size in _CONTEXTS])
+    both = encode([text[cut - size : cut + most] for size in _CONTEXTS])
+    after = [ids[len(some) :] for some, ids in zip(before, both)]
+    return all(
+        np.array_equal(some, ids[: len(some)]) and np.array_equal(rest, after[0])
+        for some, ids, rest in zip(before, both, after)
+    )
+
+
+def read_shards(
+    folder: Path, split: str, shards: Sequence[dict[str, Any]]
+) -> tuple[np.ndarray | ShardedArray, np.ndarray]:
+    """The tokens of a split, memory-mapped, and its offsets [documents + 1], in memory.
+
+    Args:
+      folder: where the files are.
+      split: "train" or "validation".
+      shards: what `write_shard` said of the split in each shard, in order.
+
+    Raises:
+      OSError, ValueError: a file is missing or is not what was written.
+    """
+    offsets = np.zeros(sum(shard["num_documents"] for shard in shards) + 1, np.int64)
+    paths, sizes, read, before = [], [], 1, 0
+    for number, shard in enumerate(shards):
+        path = folder / file_name(split, "tokens", number)
+        dtype, size = np.dtype(shard["dtype"]), shard["num_tokens"]
+        here = np.fromfile(folder / file_name(split, "offsets", number), np.int64)
+        whole = len(here) == shard["num_documents"] + 1 and here[0] == 0 and here[-1] == size
+        whole = whole and not (np.diff(here) < 0).any()
+        if not whole or (size and path.stat().st_size != size * dtype.itemsize):
+            raise ValueError(f"{path} is not what was written")
+        offsets[read : read + len(here) - 1] = here[1:] + before
+        read, before = read + len(here) - 1, before + size
+        if size:  # an empty file cannot be mapped
+            paths.append(path)
+            sizes.append(size)
+    if not paths:
+        return np.zeros(0, dtype), offsets
+    if len(paths) == 1:
+        return np.memmap(paths[0], dtype, mode="r"), offsets
+    return ShardedArray(paths, sizes, dtype), offsets
+
+
+class ShardedArray:
+    """An array in several files, read like a memory-mapped one: `x[i]`, `x[a:b]`, `x[indices]`.
+
+    `sizes` says how many items each of the files `paths` has: not 0.
+    """
+
+    def __init__(self, paths: Sequence[Path], sizes: Sequence[int], dtype: np.dtype):
         self.dtype = np.dtype(dtype)
-        self.size = size
-        self.length = 0
-        self._file: BinaryIO | None = None
-
-    def append(self, items: np.ndarray) -> None:
-        """Adds the items of a one-dimensional array of the same dtype."""
-        items = np.ascontiguousarray(items, self.dtype)
-        while len(items):
-            within = self.length % self.size
-            if self._file is None or not within:
-                self.close()
-                path = self.folder / shard_name(self.name, self.length // self.size)
-                self._file = open(path, "wb")  # noqa: SIM115
-            taken = items[: self.size - within]
-            self._file.write(taken.data)
-            self.length += len(taken)
-            items = items[len(taken) :]
-
-    def close(self) -> None:
-        """Waits until all is on disk."""
-        if self._file is not None:
-            file, self._file = self._file, None
-            with file:
-                sync(file)
-
-
-class Sharded:
-    """An array in several files, read like a memory-mapped one: `x[i]`, `x[a:b]`, `x[indices]`."""
-
-    def __init__(self, folder: Path, name: str, dtype: str, length: int, size: int):
-        self.folder = folder
-        self.name = name
-        self.dtype = np.dtype(dtype)
-        self.shape = (length,)
-        self.size = size
-        self._shard = functools.lru_cache(_MOST_OPEN)(self._map)
+        self.shape = (int(sum(sizes)),)
+        self._starts = np.cumsum([0, *sizes])
+        self._file = functools.lru_cache(_MOST_OPEN)(
+            lambda number: np.memmap(paths[number], self.dtype, mode="r")
+        )
 
     def __len__(self) -> int:
         return self.shape[0]
-
-    def _map(self, number: int) -> np.ndarray:
-        length = min(self.size, len(self) - number * self.size)
-        path = self.folder / shard_name(self.name, number)
-        return np.memmap(path, self.dtype, mode="r", shape=(length,))
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
@@ -97,50 +256,22 @@ class Sharded:
             raise IndexError(f"index out of range for {len(self)} items")
         items = np.empty(flat.shape, self.dtype)
         # Rows are read by stretches, so that few places change from one file to another.
-        which = flat // self.size
+        which = np.searchsorted(self._starts, flat, side="right") - 1
         cuts = np.flatnonzero(np.diff(which)) + 1
         for low, high in zip([0, *cuts], [*cuts, len(flat)]):
             if low < high:
                 number = int(which[low])
-                items[low:high] = self._shard(number)[flat[low:high] - number * self.size]
+                items[low:high] = self._file(number)[flat[low:high] - self._starts[number]]
         return items.reshape(index.shape)[()]
 
     def _stretch(self, start: int, stop: int) -> np.ndarray:
         items = np.empty(stop - start, self.dtype)
-        for number in range(start // self.size, -(-stop // self.size) if stop > start else 0):
-            begin = number * self.size
-            low, high = max(start, begin), min(stop, begin + self.size)
-            items[low - start : high - start] = self._shard(number)[low - begin : high - begin]
+        first, last = np.searchsorted(self._starts, (start, stop - 1), side="right") - 1
+        for number in range(first, last + 1) if stop > start else ():
+            begin, end = self._starts[number : number + 2]
+            low, high = max(start, begin), min(stop, end)
+            items[low - start : high - start] = self._file(number)[low - begin : high - begin]
         return items
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self[:].astype(dtype or self.dtype, copy=False)
-
-
-def read_shards(
-    folder: Path, name: str, dtype: str, length: int, size: int
-) -> np.ndarray | Sharded:
-    """The array `name` in `folder`, memory-mapped."""
-    if not length:  # an empty file cannot be mapped
-        return np.zeros(0, dtype)
-    if length <= size:
-        return np.memmap(folder / shard_name(name, 0), dtype, mode="r", shape=(length,))
-    return Sharded(folder, name, dtype, length, size)
-
-
-def load_shards(folder: Path, name: str, dtype: str, length: int, size: int) -> np.ndarray:
-    """The array `name` in `folder`, in memory."""
-    items = np.empty(length, dtype)
-    for number, count in enumerate(shard_lengths(length, size)):
-        path = folder / shard_name(name, number)
-        items[number * size : number * size + count] = np.fromfile(path, dtype, count)
-    return items
-
-
-def right_sizes(folder: Path, name: str, dtype: str, length: int, size: int) -> bool:
-    """Whether every file of an array is there, with as many bytes as it must have."""
-    itemsize = np.dtype(dtype).itemsize
-    return all(
-        os.path.getsize(folder / shard_name(name, number)) == count * itemsize
-        for number, count in enumerate(shard_lengths(length, size))
-    )

@@ -15,8 +15,7 @@ from rich.table import Table
 
 from lm.config import ConfigError, Path, Seed, to_dict, view
 from lm.data import DataConfig, documents
-from lm.data.beam import BeamConfig, check_runner
-from lm.data.large import Made, prepare
+from lm.data.parallel_tokenize import BeamConfig, Made, check_runner, prepare
 from lm.runs.directory import Claim, check_place, saved_run
 from lm.runs.inherited import run_tokenizer
 from lm.tokenizers import TokenizerConfig

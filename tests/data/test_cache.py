@@ -19,7 +19,7 @@ from bytes_tokenizer import ByteTokenizer, SeparateBosTokenizer
 
 from lm import files, tokenizers
 from lm.config import ConfigError, view
-from lm.data import cache, entry, evaluation_batches, prepare, shards, train_batches
+from lm.data import cache, evaluation_batches, prepare, shards, storage, train_batches
 from lm.data.config import DataConfig
 from lm.jobs.train import TrainJob
 from lm.tokenizers import TokenizerConfig
@@ -88,7 +88,7 @@ def test_written_once_and_keyed_by_what_matters(config):
 
 def test_groups_of_documents_do_not_show(config, monkeypatch):
     whole, _, _ = prepared(config)
-    monkeypatch.setattr(entry, "_CHUNK_CHARS", 1700)
+    monkeypatch.setattr(shards, "_CHUNK_CHARS", 1700)
     config = dataclasses.replace(config, cache_dir=config.cache_dir + "2")
     small, _, _ = prepared(config)
     np.testing.assert_array_equal(whole.tokens, small.tokens)
@@ -138,7 +138,7 @@ def dummy_prefix_tokenizers(folder):
 
 def test_where_a_long_document_is_cut_does_not_show_in_its_tokens(tmp_path, monkeypatch):
     whole = [LONG[name] for name in LONG] + ["".join(LONG.values())]
-    monkeypatch.setattr(entry, "_CHUNK_CHARS", 5000)
+    monkeypatch.setattr(shards, "_CHUNK_CHARS", 5000)
     (tmp_path / "x.json").write_text(json.dumps(whole))
     config = DataConfig(
         path=str(tmp_path / "x.json"), cache_dir=str(tmp_path / "cache"), validation_fraction=0.0
@@ -279,7 +279,7 @@ def test_a_full_disk_is_one_line(config, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "sync", full)
+    monkeypatch.setattr(storage, "sync", full)
     with pytest.raises(ConfigError, match=r"data\.cache_dir=.*No space left"):
         prepared(config)
 
