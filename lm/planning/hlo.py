@@ -12,23 +12,23 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-_OPEN, _CLOSE = "([{", ")]}"
 _LEAF = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](?:\{([^}]*)\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _LINE = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _END = re.compile(r"\}(, execution_thread=|$)")  # of a computation, perhaps of another core's
 _BITS = re.compile(r"\d+")
+_SPACE = re.compile(r"S\((\d+)\)")
+_PARENTHESES = re.compile(r"[()]")
 
 FOLLOWED = frozenset(["copy", "bitcast", "convert", "reshape", "copy-start", "copy-done"])
 COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
+    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast"),
+)
+_CALLS = (
+    *("calls", "to_apply", "body", "branch_computations", "called_computations"),
+    *("true_computation", "false_computation"),
 )
 
 
@@ -82,9 +82,7 @@ class Instruction:
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
         """Names of the computations that it runs."""
-        keys = ("calls", "to_apply", "body", "branch_computations", "called_computations")
-        keys += ("true_computation", "false_computation")
-        return tuple(n for key in keys for n in _NAME.findall(self.attribute(key) or ""))
+        return tuple(n for key in _CALLS for n in _NAME.findall(self.attribute(key) or ""))
 
     @functools.cached_property
     def source(self) -> str:
@@ -96,12 +94,8 @@ class Instruction:
 def _value(text: str, start: int) -> str:
     depth = 0
     for index in range(start, len(text)):
-        letter = text[index]
-        if letter in _OPEN:
-            depth += 1
-        elif letter in _CLOSE:
-            depth -= 1
-        elif letter == "," and depth == 0:
+        depth += (text[index] in "([{") - (text[index] in ")]}")
+        if text[index] == "," and depth == 0:
             return text[start:index]
     return text[start:]
 
@@ -181,35 +175,26 @@ def _lines(text: str) -> Iterator[str]:
 
 def _instruction(name: str, text: str) -> Instruction:
     end = _closing(text, 0) + 1 if text[0] == "(" else text.index(" ")
-    leaves = (Array(m[1], _dims(m[2]), _space(m[3])) for m in _LEAF.finditer(text[:end]))
+    arrays = tuple(_array(*leaf.groups()) for leaf in _LEAF.finditer(text[:end]))
     rest = text[end:].lstrip()
     start = rest.index("(")
     stop = _closing(rest, start)
-    argument = rest[start + 1 : stop]
-    return Instruction(
-        name,
-        rest[:start],
-        tuple(leaves),
-        tuple(_NAME.findall(argument)),
-        argument,
-        rest[stop + 1 :].removeprefix(", "),
-    )
+    argument, attributes = rest[start + 1 : stop], rest[stop + 1 :].removeprefix(", ")
+    operands = tuple(_NAME.findall(argument))
+    return Instruction(name, rest[:start], arrays, operands, argument, attributes)
 
 
 def _closing(text: str, start: int) -> int:
     """Where the parenthesis that opens at `start` closes."""
     depth = 0
-    for found in re.compile(r"[()]").finditer(text, start):
+    for found in _PARENTHESES.finditer(text, start):
         depth += 1 if found[0] == "(" else -1
         if depth == 0:
             return found.start()
     raise ValueError(f"unbalanced parentheses: {text[:80]}")
 
 
-def _dims(text: str) -> tuple[int, ...]:
-    return tuple(int(size.strip("<=")) for size in text.split(",") if size)
-
-
-def _space(layout: str | None) -> int:
-    found = re.search(r"S\((\d+)\)", layout or "")
-    return int(found[1]) if found else 0
+def _array(dtype: str, dims: str, layout: str | None) -> Array:
+    space = _SPACE.search(layout or "")
+    sizes = (int(size.strip("<=")) for size in dims.split(",") if size)
+    return Array(dtype, tuple(sizes), int(space[1]) if space else 0)
