@@ -15,10 +15,10 @@ from unittest import mock
 import jax
 import numpy as np
 
+import lm
 from lm.config import defaults
 from lm.jobs import train
 from lm.parallel.layout import lay_out
-from lm.training.restore import restore_parameters
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 
@@ -101,7 +101,7 @@ def losses(directory: pathlib.Path, field: str = "loss") -> list[tuple[int, floa
 
 def parameters(directory: pathlib.Path, step: int | None = None) -> dict[str, np.ndarray]:
     """The parameters of a checkpoint, the latest by default."""
-    loaded = restore_parameters(directory / "checkpoints", step)[1]
+    loaded = lm.load(directory, step).params
     return {name: np.asarray(value) for name, value in loaded.items()}
 
 

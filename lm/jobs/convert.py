@@ -171,12 +171,12 @@ def _to_huggingface(job: ConvertJob, source, target, mesh) -> tuple[dict[str, An
             kind = f"not written: {error}"
 
     shardings = parameter_shardings(param_specs(skeleton(model)), mesh)
-    params = opened.saved_parameters(job.step, shardings)
+    step, params = opened.parameters(job.step, shardings, lazily=True)
     save_pretrained(
         target, family, model, params, job.dtype, files, fields, int(job.shard_gigabytes * 1e9)
     )
     _together()
-    return _summary(job, family, model, f"step {params.step:,}", kind, ())
+    return _summary(job, family, model, f"step {step:,}", kind, ())
 
 
 def _family(model_type: str | None, model: ModelConfig) -> Family:

@@ -24,9 +24,8 @@ from lm.config import ConfigError, check
 from lm.files import read_json
 from lm.parallel import hosts
 from lm.tokenizers import Tokenizer
-from lm.training.checkpoints import check_free
+from lm.training.checkpoints import check_free, saved_paths
 from lm.training.metrics import FILE as METRICS
-from lm.training.restore import saved_paths
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer", "checkpoints"
 

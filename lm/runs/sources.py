@@ -23,7 +23,7 @@ from lm.models.huggingface.read import Checkpoint, is_checkpoint, open_checkpoin
 from lm.runs.directory import CHECKPOINTS, CONFIG, TOKENIZER
 from lm.tokenizers import Tokenizer
 from lm.tokenizers.files import framing_of_pieces, has_tokenizer
-from lm.training.restore import SavedParameters, restore_parameters, saved_paths
+from lm.training.checkpoints import restore_parameters, saved_paths
 
 GENERATION = "generation_config.json"  # of a Hugging Face directory
 # Fields of its config.json that say which ids play a role.
@@ -44,53 +44,41 @@ class Source:
         self,
         step: int | str | None = None,
         shardings: Mapping[str, jax.sharding.Sharding] | None = None,
-    ) -> tuple[int, dict[str, jax.Array]]:
+        lazily: bool = False,
+    ) -> tuple[int, Mapping[str, jax.Array]]:
         """The step and the parameters, float32, of a checkpoint.
 
         Args:
-          step: see `lm.training.restore.restore_parameters`; a Hugging Face directory has only
-            step 0.
+          step: see `lm.training.checkpoints.restore_parameters` for this and `lazily`; a Hugging
+            Face directory has only step 0, and is read at once.
           shardings: where each goes; None: all to the first device.
 
         Raises:
           ConfigError: no such checkpoint, or a damaged one.
         """
+        self.check_parameters()
         if self.checkpoint is not None:
             check(
                 step in (None, "latest", 0),
                 f"step={step!r}: {self.directory} is a Hugging Face model, of a single step 0",
             )
             return 0, self.checkpoint.parameters(shardings)
-        return restore_parameters(self._checkpoints(), step, self._abstract(shardings))
-
-    def saved_parameters(
-        self, step: int | str | None, shardings: Mapping[str, jax.sharding.Sharding]
-    ) -> SavedParameters:
-        """`parameters` of a run, each read when it is asked for."""
-        return SavedParameters(self._checkpoints(), step, self._abstract(shardings))
-
-    def check_parameters(self) -> None:
-        """Raises ConfigError where there are none: a run that has not saved any yet."""
-        if self.checkpoint is None:
-            self._checkpoints()
-
-    def _checkpoints(self) -> pathlib.Path:
-        checkpoints = self.directory / CHECKPOINTS
-        check(
-            bool(saved_paths(checkpoints)),
-            f"{self.directory} has no checkpoint yet: the run saves one every "
-            "config.checkpoint.every steps and at its end; train it further, or wait",
-        )
-        return checkpoints
-
-    def _abstract(self, shardings) -> dict[str, jax.ShapeDtypeStruct]:
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return {
+        abstract = {
             name: jax.ShapeDtypeStruct(
                 spec.shape, "float32", sharding=device if shardings is None else shardings[name]
             )
             for name, spec in param_specs(skeleton(self.model)).items()
         }
+        return restore_parameters(self.directory / CHECKPOINTS, step, abstract, lazily)
+
+    def check_parameters(self) -> None:
+        """Raises ConfigError where there are none: a run that has not saved any yet."""
+        check(
+            self.checkpoint is not None or bool(saved_paths(self.directory / CHECKPOINTS)),
+            f"{self.directory} has no checkpoint yet: the run saves one every "
+            "config.checkpoint.every steps and at its end; train it further, or wait",
+        )
 
 
 def open_source(directory: str | os.PathLike[str], ignore: str | Sequence[str] = ()) -> Source:
