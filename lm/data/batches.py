@@ -131,16 +131,8 @@ def _seed(seed: int, index: int, purpose: int) -> int:
     return int(np.random.SeedSequence([seed % 2**64, index, purpose]).generate_state(1)[0])
 
 
-def _chosen(rows: Sequence[int] | None, batch_size: int) -> np.ndarray:
-    """The rows of a batch to read, int64; all where `rows` is None."""
-    chosen = np.arange(batch_size) if rows is None else np.asarray(rows, np.int64)
-    if not len(chosen) or chosen.min() < 0 or chosen.max() >= batch_size:
-        raise ValueError(f"rows={rows} must be rows of a batch of {batch_size}")
-    return chosen
-
-
-class _Described:
-    """What training and evaluation batches tell of themselves.
+class _Batches:
+    """What training and evaluation batches have in common.
 
     Attributes:
       rows: those of each corpus.
@@ -160,9 +152,12 @@ class _Described:
         corpora: Sequence[TokenizedCorpus],
         objective: str,
         tokenizer: Vocabulary | None,
-        chosen: np.ndarray,
-        seed: int | None,
+        rows: Sequence[int] | None,
+        seed: int | None,  # None: for evaluation
     ):
+        chosen = np.arange(config.batch_size) if rows is None else np.asarray(rows, np.int64)
+        if not len(chosen) or chosen.min() < 0 or chosen.max() >= config.batch_size:
+            raise ValueError(f"rows={rows} must be rows of a batch of {config.batch_size}")
         self.batch_size, self.local_rows = config.batch_size, chosen
         self._transform = transform(objective, config, tokenizer)
         training = seed is not None
@@ -188,33 +183,48 @@ class _Described:
             )
 
 
-class BatchIterator(_Described, Iterator[Batch]):
-    """Training batches of this host, with a position that can be saved and set.
+class BatchIterator(_Batches, Iterator[Batch]):
+    """Training batches of this host from one corpus or several, mixed by `config.weights`.
 
-    Attributes (and those of `_Described`):
+    It has no end, or lasts `config.epochs` epochs, of which the last batch is filled up with rows
+    of padding. Its position can be saved and set.
+
+    Args:
+      config: the `data` section.
+      corpora: in the order of `config.paths`.
+      seed: decides shuffles, window offsets and what is hidden.
+      objective: what the batches are for, one of `OBJECTIVES`.
+      tokenizer: the corpora's; objectives other than causal need it.
+      rows: those of the `config.batch_size` rows of each batch that this host reads, rising; all
+        by default.
+
+    Attributes (and those of `_Batches`):
       batches_per_epoch: batches in which every row comes once (rounded up); with `weights`, the
         number that draws as many rows as there are.
       num_batches: batches until the end, or None where `epochs` is.
       padding_fraction: share of places that hold padding.
+
+    Raises:
+      ConfigError: a corpus is shorter than one block, or not what the objective needs.
     """
 
     def __init__(
         self,
         config: DataConfig,
-        corpora: Sequence[TokenizedCorpus],
+        corpora: TokenizedCorpus | Sequence[TokenizedCorpus],
         *,
         seed: int,
         objective: str = "causal",
         tokenizer: Vocabulary | None = None,
         rows: Sequence[int] | None = None,
     ):
-        chosen = _chosen(rows, config.batch_size)
-        super().__init__(config, corpora, objective, tokenizer, chosen, seed)
-        self.corpora = corpora
+        self.corpora = (corpora,) if isinstance(corpora, TokenizedCorpus) else tuple(corpora)
+        check(len(self.corpora) > 0, "data.path names no corpus to train on")
+        super().__init__(config, self.corpora, objective, tokenizer, rows, seed)
         self._config = config
         self._seed = seed
         self._objective = objective
-        gather = self._gather
+        gather, chosen = self._gather, self.local_rows
         self._rows_per_epoch = gather.total
         self.batches_per_epoch = math.ceil(gather.total / config.batch_size)
         self.num_batches = None
@@ -237,14 +247,13 @@ class BatchIterator(_Described, Iterator[Batch]):
             self.num_batches = len(numbers) // config.batch_size
         if len(chosen) < config.batch_size:
             numbers = _Chosen(numbers, chosen, config.batch_size)
-        dataset = numbers.batch(len(chosen), batch_fn=gather)
-        self._dataset = dataset
+        self._dataset = numbers.batch(len(chosen), batch_fn=gather)
         threads = config.num_threads if config.prefetch else 0
         options = grain.ReadOptions(
             num_threads=threads,
             prefetch_buffer_size=max(config.prefetch, threads) if threads else 0,
         )
-        self._iterator = iter(dataset.to_iter_dataset(options))
+        self._iterator = iter(self._dataset.to_iter_dataset(options))
         self._next = 0
 
     def __next__(self) -> Batch:
@@ -321,69 +330,36 @@ class BatchIterator(_Described, Iterator[Batch]):
         }
 
 
-def train_batches(
-    config: DataConfig,
-    corpora: TokenizedCorpus | Sequence[TokenizedCorpus],
-    *,
-    seed: int,
-    objective: str = "causal",
-    tokenizer: Vocabulary | None = None,
-    rows: Sequence[int] | None = None,
-) -> BatchIterator:
-    """Training batches from one corpus or several, mixed by `config.weights`.
-
-    Args:
-      config: the `data` section.
-      corpora: in the order of `config.paths`.
-      seed: decides shuffles, window offsets and what is hidden.
-      objective: what the batches are for, one of `OBJECTIVES`.
-      tokenizer: the corpora's; objectives other than causal need it.
-      rows: those of the `config.batch_size` rows of each batch that this host reads, rising; all
-        by default.
-
-    Returns:
-      An iterator without end, or over `config.epochs` epochs, of which the last batch is filled up
-      with rows of padding.
-
-    Raises:
-      ConfigError: a corpus is shorter than one block, or not what the objective needs.
-    """
-    corpora = (corpora,) if isinstance(corpora, TokenizedCorpus) else tuple(corpora)
-    check(len(corpora) > 0, "data.path names no corpus to train on")
-    return BatchIterator(
-        config,
-        corpora,
-        seed=seed,
-        objective=objective,
-        tokenizer=tokenizer,
-        rows=rows,
-    )
-
-
-class EvaluationBatches(_Described):
-    """Every row of the corpora once, in order; may be iterated any number of times.
+class EvaluationBatches(_Batches):
+    """Every row of the corpora (the validation split) once, in order; any number of times.
 
     The last batch is filled up with rows of padding, so all batches have one shape. Rows of all
     hosts together hold every target exactly once. What is hidden is the same every time.
+    Arguments are as for `BatchIterator`.
 
-    Attributes (and those of `_Described`):
+    Attributes (and those of `_Batches`):
       num_bytes: UTF-8 bytes of the text that the targets stand for. Bits per byte is the summed
         loss in nats / ln 2 / num_bytes. End-of-text tokens are predicted too, and cost bits, but
         stand for no bytes; of a tokenizer that loses some of a text, what is left of it counts.
         None where the targets are no code for a text: for masked, span corruption and prefix.
       num_targets: targets in all batches of all hosts; None where `num_bytes` is.
+
+    Raises:
+      ConfigError: there is nothing to evaluate on.
     """
 
     def __init__(
         self,
         config: DataConfig,
-        corpora: Sequence[TokenizedCorpus],
+        corpora: TokenizedCorpus | Sequence[TokenizedCorpus],
+        *,
         objective: str = "causal",
         tokenizer: Vocabulary | None = None,
         rows: Sequence[int] | None = None,
     ):
-        chosen = _chosen(rows, config.batch_size)
-        super().__init__(config, corpora, objective, tokenizer, chosen, None)
+        corpora = (corpora,) if isinstance(corpora, TokenizedCorpus) else tuple(corpora)
+        check(len(corpora) > 0, "data.validation_fraction=0.0 leaves nothing to evaluate on")
+        super().__init__(config, corpora, objective, tokenizer, rows, None)
         self.num_bytes = self._transform.num_bytes(list(corpora), self.rows)
         self.num_targets = None
         if self.num_bytes is not None:
@@ -398,21 +374,5 @@ class EvaluationBatches(_Described):
             yield self._gather(np.where(numbers < self._gather.total, numbers, _EMPTY_ROW))
 
 
-def evaluation_batches(
-    config: DataConfig,
-    corpora: TokenizedCorpus | Sequence[TokenizedCorpus],
-    *,
-    objective: str = "causal",
-    tokenizer: Vocabulary | None = None,
-    rows: Sequence[int] | None = None,
-) -> EvaluationBatches:
-    """All of `corpora` (the validation split) as batches of one shape; see `EvaluationBatches`.
-
-    `objective`, `tokenizer` and `rows` are as for `train_batches`.
-
-    Raises:
-      ConfigError: there is nothing to evaluate on.
-    """
-    corpora = (corpora,) if isinstance(corpora, TokenizedCorpus) else tuple(corpora)
-    check(len(corpora) > 0, "data.validation_fraction=0.0 leaves nothing to evaluate on")
-    return EvaluationBatches(config, corpora, objective, tokenizer, rows)
+train_batches = BatchIterator
+evaluation_batches = EvaluationBatches

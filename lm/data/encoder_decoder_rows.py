@@ -15,12 +15,12 @@ from lm.config import check
 from lm.data import counter_rng
 from lm.data.cache import TokenizedCorpus
 from lm.data.config import CorruptionConfig
-from lm.data.packing import Layout, Pieces, Rows, cut_documents, lay_out, plan
+from lm.data.packing import Pieces, Placement, RowItems, Rows, cut_documents
 
 _NOISE, _KEPT, _ROTATION = 1, 2, 3  # purposes of random numbers
 
 
-class TwoSided(Rows):
+class EncoderDecoderRows(Rows):
     """Rows of items with a source and a target length each.
 
     Items are packed by the larger of the shares that their two sides take of a row, so neither
@@ -43,8 +43,8 @@ class TwoSided(Rows):
         shares = np.maximum(
             -(-source_lengths * size // source_length), -(-target_lengths * size // target_length)
         )
-        self._plan = plan(shares, size, packing)
-        self.num_rows = self._plan.num_rows
+        self._items = RowItems(shares, size, packing)
+        self.num_rows = self._items.num_rows
         self.num_targets = int(target_lengths.sum())
         self._used = int(source_lengths.sum()) + self.num_targets
 
@@ -56,7 +56,7 @@ class TwoSided(Rows):
     def pieces(self, rows: np.ndarray, epochs: np.ndarray) -> Pieces:
         """Index into `rows`, number and target length of each item."""
         del epochs  # every epoch has the same rows
-        which, items = self._plan.items(rows)
+        which, items = self._items.items(rows)
         return which, items, self._target_lengths[items]
 
     def fill(
@@ -71,42 +71,27 @@ class TwoSided(Rows):
         which, items, _ = self.pieces(rows, epochs)
         if not len(items):
             return
-        source = lay_out(which, self._source_lengths[items])
-        target = lay_out(which, self._target_lengths[items])
-        source_tokens, target_tokens = self._sides(items, source, target, which, keys)
-        source_at = source.places(places[which] * self.source_length)
-        target_at = target.places(places[which] * self.block_size)
+        source = Placement(which, self._source_lengths[items])
+        target = Placement(which, self._target_lengths[items])
+        source_tokens, target_tokens = self._sides(items, source, target, keys)
         inputs = np.empty_like(target_tokens)
         inputs[1:] = target_tokens[:-1]
         inputs[target.before] = self.corpus.bos_id
-        for name, values in (
-            ("source", source_tokens),
-            ("source_segment_ids", np.repeat(source.segments, source.lengths)),
-            ("source_positions", source.within),
-        ):
-            batch[name].reshape(-1)[source_at] = values
-        for name, values in (
-            ("inputs", inputs),
-            ("targets", target_tokens),
-            ("weights", 1),
-            ("segment_ids", np.repeat(target.segments, target.lengths)),
-            ("positions", target.within),
-        ):
-            batch[name].reshape(-1)[target_at] = values
+        source.write(batch, places, {"source": source_tokens}, side="source_")
+        target.write(batch, places, {"inputs": inputs, "targets": target_tokens, "weights": 1})
 
     @abc.abstractmethod
     def _sides(
         self,
         items: np.ndarray,
-        source: Layout,
-        target: Layout,
-        which: np.ndarray,
+        source: Placement,
+        target: Placement,
         keys: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """All tokens of the items' sources, and of their targets, in the order of the layouts."""
+        """All tokens of the items' sources, and of their targets, as they are placed."""
 
 
-class Pairs(TwoSided):
+class Pairs(EncoderDecoderRows):
     """Pairs of documents: even ones are sources, each followed by its target.
 
     Attributes:
@@ -157,21 +142,21 @@ class Pairs(TwoSided):
     def target_tokens(self) -> np.ndarray:
         """Every target token of an epoch, end-of-texts included."""
         starts = self.corpus.offsets[self._first + 1]
-        return self._tokens(starts, lay_out(np.arange(len(starts)), self._target_lengths))
+        return self._tokens(starts, Placement(np.arange(len(starts)), self._target_lengths))
 
-    def _sides(self, items, source, target, which, keys):
+    def _sides(self, items, source, target, keys):
         first = self._first[items]
         return (
             self._tokens(self.corpus.offsets[first], source),
             self._tokens(self.corpus.offsets[first + 1], target),
         )
 
-    def _tokens(self, starts: np.ndarray, layout: Layout) -> np.ndarray:
-        at = np.repeat(starts, layout.lengths) + layout.within
+    def _tokens(self, starts: np.ndarray, placed: Placement) -> np.ndarray:
+        at = np.repeat(starts, placed.lengths) + placed.within
         return self.corpus.tokens[at].astype(np.int32)
 
 
-class HiddenSpans(TwoSided):
+class HiddenSpans(EncoderDecoderRows):
     """Documents from which spans are hidden (Raffel et al. 2020, §3.1.4).
 
     A document is cut into pieces of at most `raw_length` tokens. In each, spans are replaced by
@@ -202,25 +187,25 @@ class HiddenSpans(TwoSided):
         sources, targets = both_lengths(self._lengths, corruption)
         super().__init__(corpus, sources, targets, source_length, target_length, packing)
 
-    def _sides(self, items, source, target, which, keys):
+    def _sides(self, items, source, target, keys):
         lengths = self._lengths[items]
-        raw = lay_out(which, lengths)
+        raw = Placement(source.which, lengths)
         tokens = self.corpus.tokens[np.repeat(self._starts[items], lengths) + raw.within]
         hidden, spans = noise_spans(lengths, self._corruption)
         # A token's counter is its place in the row, so that pieces of a row differ.
         counters = np.repeat(raw.columns, lengths) + raw.within
-        row_keys = np.repeat(keys[which], lengths)
+        row_keys = np.repeat(keys[raw.which], lengths)
         kept, gone = _partitions(lengths, hidden, spans, row_keys, counters)
         # Part by part, what is kept, a mark, and what it stands for. The published order ends with
         # a hidden span, so that a piece with one would always lose its end: some of the first part
         # goes behind the last mark, end-of-text.
         first = np.cumsum(spans) - spans
-        draw = counter_rng.uniform(keys[which], raw.columns, _ROTATION)
+        draw = counter_rng.uniform(keys[raw.which], raw.columns, _ROTATION)
         rest = (draw * (kept[first] + 1)).astype(np.int64)
         kept[first] -= rest
         kept = np.insert(kept, first + spans, rest)
         gone = np.insert(gone, first + spans, 0)
-        number = lay_out(np.arange(len(spans)), spans + 1).within
+        number = Placement(np.arange(len(spans)), spans + 1).within
         is_last = number == np.repeat(spans, spans + 1)
         marks = np.where(is_last, self.corpus.eos_id, self._sentinels[number * ~is_last])
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import abc
 import functools
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -79,42 +79,38 @@ class Rows(abc.ABC):
     ) -> None:
         """Writes the given rows into the rows `places` of `batch`, which must be zero there.
 
-        `keys` [n] are for rows that draw random numbers (see `draws`); these do not.
+        `keys` [n] are for rows that draw random numbers (see `counter_rng`); these do not.
         """
         del keys
         which, starts, lengths = self.pieces(rows, epochs)
         if not lengths.sum():
             return
-        layout = lay_out(which, lengths)
-        place_at = layout.places(places[which] * self.block_size)
+        placed = Placement(which, lengths)
         if self.shifted:
-            inputs, targets = self._shifted(starts, layout)
-            batch["targets"].reshape(-1)[place_at] = targets
-            batch["weights"].reshape(-1)[place_at] = 1
+            inputs, targets = self._shifted(starts, placed)
+            fields = {"inputs": inputs, "targets": targets, "weights": 1}
         else:
-            inputs = self._unshifted(starts, layout)
-        batch["inputs"].reshape(-1)[place_at] = inputs
-        batch["segment_ids"].reshape(-1)[place_at] = np.repeat(layout.segments, lengths)
-        batch["positions"].reshape(-1)[place_at] = layout.within
+            fields = {"inputs": self._unshifted(starts, placed)}
+        placed.write(batch, places, fields)
 
-    def _shifted(self, starts: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    def _shifted(self, starts: np.ndarray, placed: Placement) -> tuple[np.ndarray, np.ndarray]:
         corpus = self.corpus
-        target_at = np.repeat(starts, layout.lengths) + layout.within
+        target_at = np.repeat(starts, placed.lengths) + placed.within
         targets = corpus.tokens[target_at].astype(np.int32)
         inputs = np.empty_like(targets)
         inputs[1:] = targets[:-1]
         # The input of a piece's first place is not the target to its left: look it up.
         before = corpus.tokens[np.maximum(starts - 1, 0)]
-        inputs[layout.before] = np.where(self._starts_document(starts), corpus.bos_id, before)
+        inputs[placed.before] = np.where(self._starts_document(starts), corpus.bos_id, before)
         return inputs, targets
 
-    def _unshifted(self, starts: np.ndarray, layout: Layout) -> np.ndarray:
+    def _unshifted(self, starts: np.ndarray, placed: Placement) -> np.ndarray:
         begins = self._starts_document(starts)
         if self.separate:  # leave out the begin-of-texts before the piece, its own included
             starts = starts - np.searchsorted(self.offsets, starts, side="right")
-        token_at = np.repeat(starts, layout.lengths) + layout.within
+        token_at = np.repeat(starts, placed.lengths) + placed.within
         tokens = self.corpus.tokens[np.maximum(token_at, 0)].astype(np.int32)
-        tokens[layout.before[begins]] = self.corpus.bos_id
+        tokens[placed.before[begins]] = self.corpus.bos_id
         return tokens
 
     def _starts_document(self, starts: np.ndarray) -> np.ndarray:
@@ -123,39 +119,50 @@ class Rows(abc.ABC):
         return self.offsets[np.searchsorted(self.offsets, starts)] == starts
 
 
-class Layout(NamedTuple):
-    """Where pieces and their tokens come to lie in rows; see `lay_out`."""
+class Placement:
+    """Where pieces and their tokens lie when the pieces of each row stand one after the other.
 
-    lengths: np.ndarray  # [pieces]
-    columns: np.ndarray  # [pieces] where each begins in its row
-    segments: np.ndarray  # [pieces] its number in its row, from 1
-    before: np.ndarray  # [pieces] tokens in all pieces before it
-    within: np.ndarray  # [tokens] each one's place in its piece
-
-    def places(self, row_starts: np.ndarray) -> np.ndarray:
-        """[tokens] indices into the flat batch, given where the row of each piece starts in it."""
-        return np.repeat(row_starts + self.columns, self.lengths) + self.within
-
-
-def lay_out(which: np.ndarray, lengths: np.ndarray) -> Layout:
-    """Puts the pieces of each row one after the other.
-
-    Args:
+    Attributes:
       which: [pieces] the row of each, ascending.
       lengths: [pieces] in tokens.
+      columns: [pieces] where each begins in its row.
+      segments: [pieces] its number in its row, from 1.
+      before: [pieces] tokens in all pieces before it.
+      within: [tokens] each one's place in its piece.
     """
-    before = np.cumsum(lengths) - lengths
-    first = np.ones(len(which), bool)
-    first[1:] = which[1:] != which[:-1]
-    first_piece = np.flatnonzero(first)[np.cumsum(first) - 1]
-    within = np.arange(int(lengths.sum())) - np.repeat(before, lengths)
-    return Layout(
-        lengths,
-        before - before[first_piece],
-        np.arange(len(which)) - first_piece + 1,
-        before,
-        within,
-    )
+
+    def __init__(self, which: np.ndarray, lengths: np.ndarray):
+        self.which, self.lengths = which, lengths
+        self.before = np.cumsum(lengths) - lengths
+        first = np.ones(len(which), bool)
+        first[1:] = which[1:] != which[:-1]
+        first_piece = np.flatnonzero(first)[np.cumsum(first) - 1]
+        self.columns = self.before - self.before[first_piece]
+        self.segments = np.arange(len(which)) - first_piece + 1
+        self.within = np.arange(int(lengths.sum())) - np.repeat(self.before, lengths)
+
+    def write(
+        self, batch: dict[str, np.ndarray], places: np.ndarray, fields: dict, side: str = ""
+    ) -> None:
+        """Writes fields of a batch, and its segments and positions, for all tokens.
+
+        Args:
+          batch: of arrays [rows, length].
+          places: where in it the rows are.
+          fields: name → values, [tokens] or one for all.
+          side: what the names of an encoder's segments and positions begin with.
+        """
+        fields = fields | {
+            f"{side}segment_ids": np.repeat(self.segments, self.lengths),
+            f"{side}positions": self.within,
+        }
+        num_rows, length = batch[f"{side}positions"].shape
+        at: Any = slice(None)
+        if len(self.within) < num_rows * length:  # else there is no padding
+            row_starts = places[self.which] * length
+            at = np.repeat(row_starts + self.columns, self.lengths) + self.within
+        for name, values in fields.items():
+            batch[name].reshape(-1)[at] = values
 
 
 class Concatenated(Rows):
@@ -226,17 +233,20 @@ class Concatenated(Rows):
         return which, piece_starts, piece_ends - piece_starts
 
 
-class Plan:
-    """Which items go into which row, looked up by row.
+class RowItems:
+    """Which items go into which row, looked up by row: "best_fit", or "none" for one item a row.
 
     Attributes:
       num_rows: rows in all.
     """
 
-    def __init__(self, row_of_item: np.ndarray):
-        self._order = np.argsort(row_of_item, kind="stable")
-        self.num_rows = int(row_of_item.max()) + 1 if len(row_of_item) else 0
-        self._bounds = np.searchsorted(row_of_item[self._order], np.arange(self.num_rows + 1))
+    def __init__(self, lengths: np.ndarray, size: int, packing: str):
+        rows = np.arange(len(lengths))
+        if packing == "best_fit":
+            rows = best_fit_decreasing(lengths, size)
+        self._order = np.argsort(rows, kind="stable")
+        self.num_rows = int(rows.max()) + 1 if len(rows) else 0
+        self._bounds = np.searchsorted(rows[self._order], np.arange(self.num_rows + 1))
 
     def items(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The items of `rows`, in order: index into `rows` and number of the item."""
@@ -247,11 +257,11 @@ class Plan:
         return which, self._order[index]
 
 
-class Planned(Rows):
+class Packed(Rows):
     """Rows that are listed in advance: best-fit packing, or one document a row.
 
-    Documents longer than `block_size` are first cut into pieces of that length. The plan depends
-    on the corpus and `block_size` only, so it is made once and serves every epoch.
+    Documents longer than `block_size` are first cut into pieces of that length. Which go together
+    depends on the corpus and `block_size` only, so it is found once and serves every epoch.
     """
 
     def __init__(
@@ -260,13 +270,13 @@ class Planned(Rows):
         super().__init__(corpus, block_size, shifted)
         self.num_targets = self.num_tokens
         self._starts, self._lengths = cut_documents(self.offsets[:-1], self.offsets[1:], block_size)
-        self._plan = plan(self._lengths, block_size, packing)
-        self.num_rows = self._plan.num_rows
+        self._items = RowItems(self._lengths, block_size, packing)
+        self.num_rows = self._items.num_rows
 
     def pieces(self, rows: np.ndarray, epochs: np.ndarray) -> Pieces:
         """See `Rows.pieces`."""
         del epochs  # every epoch has the same rows
-        which, piece = self._plan.items(rows)
+        which, piece = self._items.items(rows)
         return which, self._starts[piece], self._lengths[piece]
 
 
@@ -276,13 +286,6 @@ def cut_documents(starts: np.ndarray, ends: np.ndarray, size: int) -> tuple[np.n
     index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     pieces = np.repeat(starts, counts) + index * size
     return pieces, np.minimum(np.repeat(ends, counts) - pieces, size)
-
-
-def plan(lengths: np.ndarray, size: int, packing: str) -> Plan:
-    """Puts items of `lengths` into rows of `size`: "best_fit", or "none" for one item a row."""
-    if packing == "best_fit":
-        return Plan(best_fit_decreasing(lengths, size))
-    return Plan(np.arange(len(lengths)))
 
 
 def best_fit_decreasing(lengths: np.ndarray, size: int) -> np.ndarray:
@@ -362,7 +365,7 @@ def rows_of(
         offset_seed = seed if training and config.random_offset else None
         rows = Concatenated(corpus, config.block_size, offset_seed, shifted)
     else:
-        rows = Planned(corpus, config.block_size, config.packing, shifted)
+        rows = Packed(corpus, config.block_size, config.packing, shifted)
     if training and config.packing == "concat":
         check(
             rows.num_targets >= config.block_size,

@@ -237,7 +237,7 @@ class ShardedArray:
         self.shape = (int(sum(sizes)),)
         self._starts = np.cumsum([0, *sizes])
         self._file = functools.lru_cache(_MOST_OPEN)(
-            lambda number: np.memmap(paths[number], self.dtype, mode="r")
+            lambda number: np.asarray(np.memmap(paths[number], self.dtype, mode="r"))
         )
 
     def __len__(self) -> int:
@@ -251,22 +251,31 @@ class ShardedArray:
             index = np.arange(start, stop, step)
         index = np.asarray(index)
         flat = index.reshape(-1)
-        flat = np.where(flat < 0, flat + len(self), flat)
-        if len(flat) and not (flat.min() >= 0 and flat.max() < len(self)):
+        if not len(flat):
+            return np.empty(index.shape, self.dtype)
+        if flat.min() < -len(self) or flat.max() >= len(self):
             raise IndexError(f"index out of range for {len(self)} items")
+        if flat.min() < 0:
+            flat = np.where(flat < 0, flat + len(self), flat)
+        # Rows are read by stretches: only where one begins does the file change, or else inside it.
+        begins = np.concatenate([[0], np.flatnonzero(flat[1:] - flat[:-1] != 1) + 1])
+        ends = np.append(begins[1:], len(flat))
+        which = self._files_of(flat[begins])
+        if (flat[ends - 1] >= self._starts[which + 1]).any():
+            begins, which = np.arange(len(flat)), self._files_of(flat)
         items = np.empty(flat.shape, self.dtype)
-        # Rows are read by stretches, so that few places change from one file to another.
-        which = np.searchsorted(self._starts, flat, side="right") - 1
-        cuts = np.flatnonzero(np.diff(which)) + 1
-        for low, high in zip([0, *cuts], [*cuts, len(flat)]):
-            if low < high:
-                number = int(which[low])
-                items[low:high] = self._file(number)[flat[low:high] - self._starts[number]]
+        changes = np.flatnonzero(np.diff(which, prepend=-1))
+        lows = begins[changes].tolist()
+        for number, low, high in zip(which[changes].tolist(), lows, [*lows[1:], len(flat)]):
+            items[low:high] = self._file(number)[flat[low:high] - self._starts[number]]
         return items.reshape(index.shape)[()]
+
+    def _files_of(self, index: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._starts, index, side="right") - 1
 
     def _stretch(self, start: int, stop: int) -> np.ndarray:
         items = np.empty(stop - start, self.dtype)
-        first, last = np.searchsorted(self._starts, (start, stop - 1), side="right") - 1
+        first, last = self._files_of(np.array([start, stop - 1]))
         for number in range(first, last + 1) if stop > start else ():
             begin, end = self._starts[number : number + 2]
             low, high = max(start, begin), min(stop, end)

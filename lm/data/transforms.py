@@ -6,7 +6,7 @@
     span_corruption   hidden spans from what is left (Raffel et al. 2020)
     seq2seq           the target of a pair from its source
 
-What is random is drawn by `draws` from the number of the row, which differs in every epoch.
+What is random is drawn by `counter_rng` from the number of the row, which differs in every epoch.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def _whole_words(keys: np.ndarray, words: np.ndarray, wanted: np.ndarray) -> np.
     return (words >= 0) & taken[rows + np.maximum(words, 0)]
 
 
-class _TwoSided(Transform):
+class _EncoderDecoder(Transform):
     """An encoder's rows and a decoder's."""
 
     def __init__(self, config: DataConfig, objective: str, source_length: int, block_size: int):
@@ -262,7 +262,7 @@ class _TwoSided(Transform):
         )
 
 
-class SpanCorruption(_TwoSided):
+class SpanCorruption(_EncoderDecoder):
     """Spans of each document are replaced by sentinels and predicted; see `HiddenSpans`."""
 
     def __init__(self, config: DataConfig, tokenizer: Vocabulary | None):
@@ -295,7 +295,7 @@ class SpanCorruption(_TwoSided):
         """None: sentinels stand for no text, and what is left of it is given."""
 
 
-class Seq2Seq(_TwoSided):
+class Seq2Seq(_EncoderDecoder):
     """The target of each pair is predicted from its source; see `Pairs`."""
 
     def __init__(self, config: DataConfig, tokenizer: Vocabulary | None):
