@@ -36,7 +36,7 @@ import torch_peer
 from accelerator_checks import SMALL, TINY, arithmetic, attention, decoding
 from accelerator_sections import add, reason, run_section, table
 
-from lm.inference import Generator, SamplingConfig
+from lm.inference import Framing, Generator, SamplingConfig
 from lm.models import ModelConfig, init, param_specs, skeleton
 from lm.models.attention import kernels
 from lm.models.attention.attention import attend, attention_mask
@@ -324,7 +324,7 @@ def generate(run, name):
         config = dataclasses.replace(config, compute_dtype="bfloat16")
     model = skeleton(config)
     params = jax.jit(functools.partial(init, param_specs(model)))(jax.random.key(0))
-    generator = Generator(model, params, end_of_text=0)
+    generator = Generator(model, params, Framing(end_of_text=(0,)))
     del params
     # What every token reads of the weights: all but the rows of a table that are only looked up.
     looked_up = ("embedding.positions",) + ("embedding.tokens",) * (not config.tie_embeddings)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.inference import Generator, SamplingConfig
+from lm.inference import Framing, Generator, SamplingConfig
 from lm.models import ModelConfig, bind, init, param_specs, skeleton
 from lm.models.attention import kernels
 from lm.models.attention.attention import attend, attention_mask
@@ -231,7 +231,7 @@ def check_decoding(run, name, config, limit):
     error = relative(jnp.concatenate(got, 1), full(params, tokens))
     run.check(f"decoding, {name}: cached logits", error, limit)
     if config.compute_dtype == "float32":  # where no two logits are as good as equal
-        generator = Generator(model, params, end_of_text=0)
+        generator = Generator(model, params, Framing(end_of_text=(0,)))
         greedy = SamplingConfig(0, max_new_tokens=steps, stop_at_end_of_text=False)
         prompts = np.asarray(tokens[:, :length]).tolist()
         drawn = np.concatenate(list(generator.generate(prompts, greedy)), 1)[:, :steps]

@@ -1,11 +1,9 @@
 """From a trained model to text: prefill, decode, draw, stream; to vectors, and to filled masks."""
 
 from lm.inference.config import SamplingConfig
-from lm.inference.encode import Candidate, embed, fill
-from lm.inference.framing import Framing
+from lm.inference.fill import Candidate, embed, fill, fill_spans
 from lm.inference.generate import Generation, Generator, Timing
-from lm.inference.spans import fill_spans
-from lm.inference.text import TextGeneration, TextGenerator
+from lm.inference.prompts import Framing
 
 __all__ = [
     "Candidate",
@@ -13,8 +11,6 @@ __all__ = [
     "Generation",
     "Generator",
     "SamplingConfig",
-    "TextGeneration",
-    "TextGenerator",
     "Timing",
     "embed",
     "fill",

@@ -1,13 +1,8 @@
-"""Prefill and decode: prompts of token ids to their continuations.
+"""Prompts to their continuations, as token ids or as text that appears piece by piece.
 
-Two compiled functions. `prefill` reads every prompt at once and draws each row's first token;
-`decode` is one `lax.while_loop` that draws up to `CHUNK` further tokens a dispatch and ends early
-when every row has ended. The next chunk is dispatched before the last one is read, so the device
-does not wait for the host to print.
-
-Shapes are rounded up, so that prompts of similar lengths share what was compiled. Rows of different
-lengths stand together: padding comes first, at position -1, where nothing attends to it. A row's
-tokens depend on its prompt, its key and its limit, not on its companions or on the chunks.
+The device draws `CHUNK` tokens of every row a dispatch (`lm.inference.decode`), and the next chunk
+is dispatched before the last one is read, so that it does not wait for the host to print. Shapes
+are rounded up, so that prompts of similar lengths share what was compiled.
 
 A text that outgrows the model's context slides: the window that the model reads drops its first
 quarter, the rest is read anew at positions from 0 on, and fills up again. Every token is thus drawn
@@ -19,54 +14,29 @@ ends where the context does.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lm.config import check, view
 from lm.inference.config import SamplingConfig
-from lm.inference.prepare import (
-    Prompt,
-    bound,
-    check_ids,
-    for_decoding,
-    for_reading,
-    padded,
-    padded_after,
-    round_up,
-    split_over,
-)
-from lm.inference.sampling import sample
+from lm.inference.decode import NOTHING, Rows, Settings, State, decode, prefill
+from lm.inference.prepare import cache_shardings, for_decoding, for_reading, mesh_of
+from lm.inference.prompts import Framing, Prompt, check_ids, padded, padded_after, round_up
 from lm.models import Model, ModelConfig
-from lm.models.cache import Cache
 from lm.models.matmul import compute_dtype
-from lm.models.recurrent import RecurrentCache
 from lm.parallel.mesh import replicated
 from lm.parallel.platform import device_memory
+from lm.tokenizers import Tokenizer
 
 CHUNK = 8  # tokens a row draws in one dispatch: what a reader sees appear at once
-NOTHING = -1  # in place of a token, in a row that has ended
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """Where a batch of continuations stands, between two tokens."""
-
-    cache: Cache | RecurrentCache
-    token_B: jax.Array  # drawn last, not in the cache yet
-    position_B: jax.Array  # its position
-    done_B: jax.Array  # whether the row has ended
-    limit_B: jax.Array  # how many tokens the row may have drawn
-    key_B: jax.Array
-    count_B: jax.Array  # tokens that a row which has not ended has drawn
 
 
 @dataclasses.dataclass
@@ -98,13 +68,17 @@ class Timing:
 class Generator:
     """A model ready to write; holds its parameters in the compute dtype and what it compiled.
 
+    A decoder's prompt is the start of a text. An encoder-decoder's is the source: what comes is a
+    text of its own, its translation or whatever else the model was trained to make of it.
+
     Args:
       model: the skeleton: a decoder or an encoder-decoder, of whatever cells.
-      params: its parameters.
-      end_of_text: the id that ends a row, or several of which each does.
-      vocab_size: ids from here up are never drawn, for models whose vocabulary is padded.
-      decoder_start: the id, or ids, that an encoder-decoder's decoder continues.
-      begin_of_text: ids that stay in front of a text that begins with them when its window slides.
+      params: its parameters; on a mesh they stay split as they are, and caches are split too.
+      framing: `end_of_text` ends a row, `before` stays in front of a text that begins with it when
+        its window slides, an encoder-decoder's decoder continues `decoder_start`. With a tokenizer,
+        complete (`Framing.filled`).
+      tokenizer: the one the model was trained with: ids beyond its are never drawn. Without one
+        there is no text, only ids.
 
     Raises:
       ConfigError: an encoder, which predicts no next token; no `decoder_start` where one must be.
@@ -114,11 +88,8 @@ class Generator:
         self,
         model: Model,
         params: Mapping[str, jax.Array],
-        *,
-        end_of_text: int | Sequence[int],
-        vocab_size: int | None = None,
-        decoder_start: int | Sequence[int] = (),
-        begin_of_text: int | Sequence[int] = (),
+        framing: Framing,
+        tokenizer: Tokenizer | None = None,
     ):
         check(
             model.config.architecture != "encoder",
@@ -126,14 +97,11 @@ class Generator:
             "ask it for vectors (Run.embed) or for what a mask hides (Run.fill)",
         )
         self.model = model = for_decoding(model)
-        self.end_of_text = _ids(end_of_text)
-        self.decoder_start = _ids(decoder_start)
-        self.begin_of_text = _ids(begin_of_text)
+        self.framing, self.tokenizer = framing, tokenizer
         check(
-            not self.encodes or len(self.decoder_start) > 0,
+            not self.encodes or bool(framing.decoder_start),
             "decoder_start=() must name the token that the decoder starts from",
         )
-        self.vocab_size = vocab_size or model.config.vocab_size
         self.params = for_reading(model, params)
         self._programs: dict[tuple, tuple[jax.stages.Compiled, Any]] = {}
 
@@ -147,21 +115,30 @@ class Generator:
         """The longest text, in tokens, that the model was made for: read, written, or each."""
         return self.model.config.max_length
 
-    def room(self, prompt_length: int) -> int:
-        """How many tokens can follow a prompt; the last one drawn needs no place of its own."""
-        return self.context - (len(self.decoder_start) if self.encodes else prompt_length) + 1
-
     @property
     def kept(self) -> int:
         """How many tokens of a text the model reads on with when its window slides."""
         return self.context - self.context // 4
 
+    def room(self, prompt_length: int) -> int:
+        """How many tokens can follow a prompt; the last one drawn needs no place of its own."""
+        read = len(self.framing.decoder_start) if self.encodes else prompt_length
+        return self.context - read + 1
+
     def window(self, ids: Sequence[int], length: int) -> list[int]:
         """The last `length` of `ids`, begin-of-text still in front of them."""
-        begin = list(self.begin_of_text)
+        begin = list(self.framing.before or ())
         if len(ids) <= length or list(ids[: len(begin)]) != begin or len(begin) >= length:
             begin = []
         return begin + list(ids[max(len(begin), len(ids) - length + len(begin)) :])
+
+    def encode(self, prompt: str) -> list[int]:
+        """The tokens the model reads for a prompt of text; see `Framing.encode`."""
+        return self.framing.encode(self.tokenizer, prompt)
+
+    def opening(self, prompt: str) -> str:
+        """What of the prompt belongs to the text that is made: all, or nothing of a source."""
+        return "" if self.encodes else prompt
 
     def generate(
         self,
@@ -178,7 +155,7 @@ class Generator:
         after end-of-text or `max_new_tokens`; an encoder-decoder's also where the context is full.
 
         Args:
-          prompts: token ids, at least one each.
+          prompts: token ids, at least one each; see `encode`.
           sampling: how to draw, and how much.
           seed: of the random draws, from -2³¹ to 2³² - 1.
           chunk: tokens of a row per dispatch.
@@ -193,19 +170,20 @@ class Generator:
             f"seed={seed!r} must be a whole number from {-(2**31)} to {2**32 - 1}",
         )
         check(len(prompts) > 0, "prompts=[] must have one at least")
+        read = prompts
         if sampling.truncate_prompt and not self.encodes:
-            prompts = [self.window(ids, self.context) for ids in prompts]
-        for ids in prompts:
+            read = [self.window(ids, self.context) for ids in prompts]
+        for ids in read:
             check_ids("prompt", ids, self.model.config)
-        longest = min(max(map(len, prompts)) + sampling.max_new_tokens, self.context)
-        _check_memory(self.model.config, len(prompts), sampling.num_samples, longest)
-        return Generation(self, prompts, sampling, seed, chunk)
+        longest = min(max(map(len, read)) + sampling.max_new_tokens, self.context)
+        _check_memory(self.model.config, len(read), sampling.num_samples, longest)
+        return Generation(self, prompts, read, sampling, seed, chunk)
 
-    def prompt(self, prompts: Sequence[Sequence[int]]) -> Prompt:
-        """The prompts in rows."""
+    def rows(self, prompts: Sequence[Sequence[int]]) -> Prompt:
+        """The prompts side by side, as `prefill` reads them."""
         if not self.encodes:
             return Prompt(*padded(prompts, self.context))
-        start = np.array(self.decoder_start, np.int32)
+        start = np.array(self.framing.decoder_start, np.int32)
         shape = (len(prompts), len(start))
         return Prompt(
             np.broadcast_to(start, shape),
@@ -213,112 +191,129 @@ class Generator:
             *padded_after(prompts, self.context),
         )
 
-    def programs(self, sampling: SamplingConfig, length: int, chunk: int, arguments: tuple):
-        """`prefill` and `decode`, compiled, and the seconds that took: 0 if they were before.
+    def compiled(self, function: Callable, sampling: SamplingConfig, size: int, arguments: tuple):
+        """`prefill` or `decode` as a program, the shapes of what it returns, and the seconds that
+        compiling took: 0 if it was before.
 
         Args:
+          function: of `lm.inference.decode`.
           sampling: static.
-          length: slots in the cache.
-          chunk: most tokens a row per `decode`.
-          arguments: of `prefill`.
+          size: slots in the cache, or most tokens a row: static.
+          arguments: the parameters and the other arguments, or their shapes.
         """
-        start = time.perf_counter()
         # These decide limits and shapes, not programs.
         sampling = dataclasses.replace(
             sampling, max_new_tokens=1, num_samples=1, truncate_prompt=True
         )
-        stop = self.end_of_text if sampling.stop_at_end_of_text else ()
-        settings = Settings(self.model, sampling, length, chunk, stop, self.vocab_size)
-        known = len(self._programs)
-        # On a mesh the parameters alone are split, and all processes see what is drawn.
-        split = split_over(jax.tree.leaves(self.params)[0])
-        whole = replicated(split.mesh) if split else None
-        key = (sampling, length, _shapes(arguments[1:]))
-        if key not in self._programs:
-            prefilling = jax.jit(functools.partial(prefill, settings), out_shardings=whole)
-            lowered = prefilling.lower(*arguments)
-            state = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-                lowered.out_info[0],
-            )
-            self._programs[key] = lowered.compile(), state
-        prefilling, state = self._programs[key]
-        key = (sampling, chunk, _shapes(state))
-        if key not in self._programs:
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[1:]))
+        key = (function, sampling, size, shapes)
+        if key in self._programs:
+            return *self._programs[key], 0.0
+        began = time.perf_counter()
+        stop = self.framing.end_of_text if sampling.stop_at_end_of_text else ()
+        known = self.tokenizer.vocab_size if self.tokenizer else self.model.config.vocab_size
+        settings = Settings(self.model, sampling, tuple(stop), known)
+        donated = (1,) if function is decode else ()
+        function = functools.partial(function, settings, size)
+        mesh = mesh_of(jax.tree.leaves(self.params)[0])
+        with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+            shardings = _shardings(jax.eval_shape(function, *arguments), mesh) if mesh else None
             # The state is donated: the cache is written where it lies, never copied.
-            decoding = jax.jit(
-                functools.partial(decode, settings), donate_argnums=1, out_shardings=whole
-            )
-            self._programs[key] = decoding.lower(self.params, state).compile(), None
-        seconds = time.perf_counter() - start if len(self._programs) > known else 0.0
-        return prefilling, self._programs[key][0], seconds
+            jitted = jax.jit(function, donate_argnums=donated, out_shardings=shardings)
+            lowered = jitted.lower(*arguments)
+            program = lowered.compile()
+        out = lowered.out_info
+        self._programs[key] = program, jax.tree.map(_shape, out, *([shardings] if mesh else []))
+        return *self._programs[key], time.perf_counter() - began
+
+
+def _shardings(out: tuple[State, Any, Any], mesh: jax.sharding.Mesh):
+    """The cache is split; all else is whole, so that all processes see what is drawn."""
+    state, *others = jax.tree.map(lambda _: replicated(mesh), out)
+    return (dataclasses.replace(state, cache=cache_shardings(out[0].cache, mesh)), *others)
+
+
+def _shape(x: Any, sharding: jax.sharding.Sharding | None = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 class Generation:
-    """One call of `Generator.generate`: iterates over the tokens as they come.
+    """One call of `Generator.generate`: iterates over the tokens as they come, or over `texts`.
 
     Each item is an int32 array [B, N] of the tokens that the rows drew, `NOTHING` (-1) where a row
     drew none: it has ended, or its window is full and slides when all are. N is 1 for the first
     item and after each slide, else `chunk`. The rows are sample 0, 1, … of prompt 0, then of prompt
-    1, and so on. `timing` and `slides` are complete when the iteration is.
+    1, and so on.
+
+    Attributes, complete when the iteration is:
+      timing: see `Timing`.
+      ended: for each row, whether it came to an end-of-text that ended it.
+      slides: how many times windows slid.
     """
 
     def __init__(
         self,
         generator: Generator,
         prompts: Sequence[Sequence[int]],
+        read: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         seed: int,
         chunk: int,
     ):
         self._generator, self._sampling, self._chunk = generator, sampling, chunk
-        self._prompts, self._seed = prompts, np.uint32(seed % 2**32)
-        self.timing = Timing()
-        self.slides = 0  # how many times windows slid
+        self._prompts, self._read = prompts, read  # as given, and as much as the model reads
+        self._seed = np.uint32(seed % 2**32)
+        self._start()
+
+    def _start(self) -> None:
+        rows = len(self._prompts) * self._sampling.num_samples
+        self.timing, self.slides = Timing(), 0
+        self.ended, self._drawn = [False] * rows, [0] * rows
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        generator, wanted = self._generator, self._sampling.max_new_tokens
-        samples = self._sampling.num_samples
-        stop = set(generator.end_of_text) if self._sampling.stop_at_end_of_text else set()
-        windows = [list(ids) for ids in self._prompts for _ in range(samples)]
-        left = [wanted] * len(windows)
-        self.timing, self.slides = Timing(), 0
-        read, length = self._prompts, 0
+        self._start()
+        generator, sampling = self._generator, self._sampling
+        stop = set(generator.framing.end_of_text) if sampling.stop_at_end_of_text else set()
+        windows = [list(ids) for ids in self._read for _ in range(sampling.num_samples)]
+        number_B = np.arange(len(windows), dtype=np.int32)
+        read, length = self._read, 0
         while True:
-            room = [generator.room(len(window)) for window in windows]
-            draws_B = np.minimum(left, room).astype(np.int32)
+            drawn_B = np.array(self._drawn, np.int32)
+            room_B = np.array([generator.room(len(window)) for window in windows], np.int32)
+            limit_B = np.minimum(drawn_B + room_B, sampling.max_new_tokens)
+            limit_B = np.where(self.ended, drawn_B, limit_B)
             rows = Rows(
                 seed=self._seed,
-                number_B=np.arange(len(windows), dtype=np.int32) % samples,
-                prompt_B=np.arange(len(windows), dtype=np.int32) // samples,
-                drawn_B=wanted - np.array(left, np.int32),
-                limit_B=wanted - np.array(left, np.int32) + draws_B,
+                number_B=number_B % sampling.num_samples,
+                prompt_B=number_B // sampling.num_samples,
+                drawn_B=drawn_B,
+                limit_B=limit_B,
             )
-            prompt = generator.prompt(read)
+            prompt, most = generator.rows(read), int((limit_B - drawn_B).max())
             # The last token drawn is not read, so the cache has room for one fewer.
-            longest = prompt.tokens_PT.shape[1] + int(draws_B.max()) - 1
-            length = max(length, round_up(longest, 64))
-            for tokens_BN in self._until_full(prompt, rows, length, int(draws_B.max())):
+            length = max(length, round_up(prompt.tokens_PT.shape[1] + most - 1, 64))
+            for tokens_BN in self._until_full(prompt, rows, length, most):
                 for row, ids in enumerate(tokens_BN.tolist()):
                     drawn = [id for id in ids if id != NOTHING]
                     windows[row] += drawn
-                    left[row] = 0 if stop.intersection(drawn) else left[row] - len(drawn)
+                    self._drawn[row] += len(drawn)
+                    self.ended[row] |= not stop.isdisjoint(drawn)
                 yield tokens_BN
-            if generator.encodes or not any(left):
+            wanting = (n < sampling.max_new_tokens for n in self._drawn)
+            if generator.encodes or not any(w and not e for w, e in zip(wanting, self.ended)):
                 return
             read = windows = [generator.window(ids, generator.kept) for ids in windows]
             self.slides += 1
 
     def _until_full(self, prompt: Prompt, rows: Rows, length: int, limit: int):
         """Reads `prompt` and draws until every row has reached its limit; at most `limit` more."""
-        arguments = (self._generator.params, prompt, rows)
-        prefill, decode, compile_seconds = self._generator.programs(
-            self._sampling, length, self._chunk, arguments
-        )
-        timing = self.timing
-        timing.compile_seconds += compile_seconds
+        params, timing = self._generator.params, self.timing
+        compiled = functools.partial(self._generator.compiled, sampling=self._sampling)
+        reading, out, first = compiled(prefill, size=length, arguments=(params, prompt, rows))
+        drawing, _, second = compiled(decode, size=self._chunk, arguments=(params, out[0]))
+        timing.compile_seconds += first + second
         before = time.perf_counter()
-        state, *arrays = prefill(*arguments)
+        state, *arrays = reading(params, prompt, rows)
         dispatched = 1
         while True:
             tokens_BN, done = arrays
@@ -326,7 +321,7 @@ class Generation:
             # works on the next chunk while the host reads this one.
             further = dispatched < limit
             if further and dispatched > 1:
-                state, *arrays = decode(self._generator.params, state)
+                state, *arrays = drawing(params, state)
             tokens_BN = np.asarray(tokens_BN)
             now = time.perf_counter()
             steps = int((tokens_BN != NOTHING).any(0).sum())
@@ -338,115 +333,61 @@ class Generation:
             timing.seconds += now - before
             before = now
             if further and dispatched == 1:
-                state, *arrays = decode(self._generator.params, state)
+                state, *arrays = drawing(params, state)
             yield tokens_BN
             if not further or bool(done):
                 return
             dispatched += self._chunk
 
+    def texts(self) -> Iterator[tuple[int, str]]:
+        """Iterates over `(row, text)` as the text comes.
 
-class Settings(NamedTuple):
-    """What `prefill` and `decode` are compiled for."""
+        `text` is what the row has gained; the joined texts of a row are its continuation, without
+        its prompt, or an encoder-decoder's target.
+        """
+        generator, samples = self._generator, self._sampling.num_samples
+        streams = [generator.tokenizer.decode_stream() for _ in self.ended]
+        if not generator.encodes:
+            for row, stream in enumerate(streams):
+                # What a token adds to the text may depend on whether it is the first.
+                for id in self._prompts[row // samples]:
+                    stream.push(id)
+        for tokens_BN in self:
+            for row, ids in enumerate(tokens_BN.tolist()):
+                if text := "".join(streams[row].push(id) for id in ids if id != NOTHING):
+                    yield row, text
+        for row, stream in enumerate(streams):
+            if text := stream.flush():
+                yield row, text
 
-    model: Model
-    sampling: SamplingConfig
-    length: int  # slots in the cache
-    chunk: int  # most tokens a row draws in one `decode`
-    stop: tuple[int, ...]  # the ids that end a row
-    vocab_size: int  # ids from here up are never drawn
-
-
-class Rows(NamedTuple):
-    """The B = P · samples continuations of a `Prompt`."""
-
-    seed: np.uint32
-    prompt_B: np.ndarray  # with the seed, what a row's random draws follow from: whose sample
-    number_B: np.ndarray  # it is, and which one
-    drawn_B: np.ndarray  # tokens it has drawn before
-    limit_B: np.ndarray  # tokens it may have drawn when it stops; `drawn_B` where it has ended
-
-
-def prefill(settings: Settings, params, prompt: Prompt, rows: Rows):
-    """Reads the prompts and draws the next token of every row.
-
-    Args:
-      settings: static.
-      params: as `Generator` holds them.
-      prompt: from `Generator.prompt`.
-      rows: what follows them.
-
-    Returns:
-      The `State`, the tokens [B, 1], and whether every row has ended.
-    """
-    model = bound(settings.model, params)
-    P = prompt.tokens_PT.shape[0]
-    samples = len(rows.drawn_B) // P
-    cache = model.new_cache(P, settings.length, prompt.source_PS, prompt.segments_PS)
-    x_PTD, cache = model.extend(prompt.tokens_PT, prompt.positions_PT, cache)
-    fold_in = jax.vmap(jax.random.fold_in)
-    seed_B = jnp.full(len(rows.drawn_B), rows.seed)
-    key_B = fold_in(fold_in(jax.vmap(jax.random.key)(seed_B), rows.prompt_B), rows.number_B)
-
-    def spread(x, axis=0):
-        return jnp.repeat(x, samples, axis)
-
-    done_B = rows.drawn_B >= rows.limit_B
-    state = State(
-        cache=cache.repeat(samples),
-        token_B=jnp.zeros_like(rows.drawn_B),
-        position_B=spread(prompt.positions_PT[:, -1]),
-        done_B=done_B,
-        limit_B=rows.limit_B,
-        key_B=key_B,
-        count_B=rows.drawn_B,
-    )
-    state = _draw(settings, model, state, spread(x_PTD[:, -1:]), state.cache)
-    return state, jnp.where(done_B, NOTHING, state.token_B)[:, None], state.done_B.all()
-
-
-def decode(settings: Settings, params, state: State):
-    """Draws up to `settings.chunk` further tokens a row; ends early when every row has ended.
-
-    Returns:
-      The `State`, the tokens [B, chunk] (`NOTHING` after a row's end), whether every row has ended.
-    """
-    model = bound(settings.model, params)
-    drawn_BN = jnp.full((len(state.token_B), settings.chunk), NOTHING, jnp.int32)
-
-    def unfinished(carry):
-        state, _, step = carry
-        return (step < settings.chunk) & ~state.done_B.all()
-
-    def one_token(carry):
-        state, drawn_BN, step = carry
-        # At position -1 the tokens of rows that have ended are seen by none.
-        positions_B = jnp.where(state.done_B, NOTHING, state.position_B)
-        x_B1D, cache = model.extend(state.token_B[:, None], positions_B[:, None], state.cache)
-        done_B = state.done_B
-        state = _draw(settings, model, state, x_B1D, cache)
-        column_B = jnp.where(done_B, NOTHING, state.token_B)
-        drawn_BN = jax.lax.dynamic_update_index_in_dim(drawn_BN, column_B, step, 1)
-        return state, drawn_BN, step + 1
-
-    state, drawn_BN, _ = jax.lax.while_loop(unfinished, one_token, (state, drawn_BN, jnp.int32(0)))
-    return state, drawn_BN, state.done_B.all()
-
-
-def _draw(settings: Settings, model: Model, state: State, x_B1D, cache) -> State:
-    """The state after drawing a token from the residual stream of each row's last one."""
-    logits_BV = model.unembed(x_B1D)[:, 0, : settings.vocab_size]
-    keys_B = jax.vmap(jax.random.fold_in)(state.key_B, state.count_B)
-    token_B = sample(logits_BV, keys_B, settings.sampling)
-    stops_B = (token_B[:, None] == jnp.array(settings.stop, jnp.int32)).any(-1)
-    count_B = state.count_B + 1
-    return dataclasses.replace(
-        state,
-        cache=cache,
-        token_B=token_B,
-        position_B=state.position_B + 1,
-        done_B=state.done_B | stops_B | (count_B >= state.limit_B),
-        count_B=count_B,
-    )
+    @property
+    def notices(self) -> list[str]:
+        """What the reader should know when the iteration is over, one line each."""
+        generator, wanted = self._generator, self._sampling.max_new_tokens
+        context, notices = generator.context, []
+        cut = [len(ids) for ids in self._prompts if len(ids) > context]
+        if cut:
+            notices.append(
+                f"the model reads only the last of the prompt's {max(cut)} tokens, as many as its "
+                f"context of {context} holds"
+            )
+        unk_id = generator.tokenizer.unk_id if generator.tokenizer else None
+        unknown = sum(list(ids).count(unk_id) for ids in self._prompts)
+        if unknown:
+            notices.append(f"the tokenizer does not know {unknown} of the prompt's tokens")
+        short = [n for n, ended in zip(self._drawn, self.ended) if n < wanted and not ended]
+        if self.slides:
+            notices.append(
+                f"the text outgrew the model's context of {context} tokens: from there on the "
+                f"model read only the last {generator.kept} to {context}"
+            )
+        elif short:
+            notices.append(
+                f"{len(short)} of {len(self._drawn)} texts stopped short of "
+                f"max_new_tokens={wanted}, where they filled the model's context of {context} "
+                "tokens"
+            )
+        return notices
 
 
 def _check_memory(config: ModelConfig, prompts: int, samples: int, length: int) -> None:
@@ -460,11 +401,3 @@ def _check_memory(config: ModelConfig, prompts: int, samples: int, length: int) 
         f"GiB to remember {length} tokens each, and there are {(has or 0) / 2**30:,.1f} GiB: ask "
         f"for {max((has or 0) // (row * prompts), 1):,} at most",
     )
-
-
-def _ids(ids: int | Sequence[int]) -> tuple[int, ...]:
-    return tuple(int(id) for id in np.atleast_1d(ids))
-
-
-def _shapes(tree: Any) -> tuple[tuple[int, ...], ...]:
-    return tuple(leaf.shape for leaf in jax.tree.leaves(tree))

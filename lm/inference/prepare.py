@@ -1,27 +1,27 @@
-"""Before the first token: a model set up for reading all its weights, and ids in rows."""
+"""Before the first token: a model set up for reading all its weights, on one device or a mesh."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lm.config import check
-from lm.models import Model, ModelConfig, bind, param_specs, skeleton
+from lm.models import Model, bind, param_specs, skeleton
 from lm.models.matmul import compute_dtype
 from lm.models.stack import Layers
+from lm.parallel.mesh import AXES
 from lm.parallel.platform import platform
-from lm.parallel.sharding import ParamSpec
+from lm.parallel.sharding import ACTIVATION_RULES, ParamSpec, parameter_shardings, partition
 
 UNROLLED_LAYERS = 24  # up to here the time to compile them one by one is bearable
 
 # What the model looks up, adds or multiplies in float32 though it has the axes of a matrix.
 _FLOAT32 = ("positions", "types", "router")
+_CACHE_AXES = {"B": "batch", "K": "kv_heads"}  # of the letters that name a cache's dimensions
 
 
 def for_decoding(model: Model) -> Model:
@@ -44,7 +44,10 @@ def for_decoding(model: Model) -> Model:
 
 
 def for_reading(model: Model, params: Mapping[str, jax.Array]) -> dict:
-    """`params` in the compute dtype and, where layers are not scanned, apart: see `bound`."""
+    """`params` in the compute dtype and, where layers are not scanned, apart: see `bound`.
+
+    Arrays that a mesh shares stay split as they are.
+    """
     params = in_compute_dtype(model, params)
     if model.config.scan_layers:
         return params
@@ -54,20 +57,16 @@ def for_reading(model: Model, params: Mapping[str, jax.Array]) -> dict:
     }
 
 
-def split_over(x: jax.Array) -> NamedSharding | None:
-    """The sharding of an array that several devices share; None of any other."""
-    sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
-    named = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
-    return sharding if named else None
-
-
 def _layers(x: jax.Array) -> tuple[jax.Array, ...]:
     """One array a layer, split as all of them together."""
-    sharding = split_over(x)
-    if sharding is None:
+    mesh = mesh_of(x)
+    if mesh is None:
         return tuple(x)
-    each = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return jax.jit(lambda x: tuple(x), out_shardings=each)(x)
+    return jax.jit(lambda x: tuple(x), out_shardings=_of_layer(x.sharding))(x)
+
+
+def _of_layer(sharding: NamedSharding) -> NamedSharding:
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
 def bound(model: Model, params: Mapping[str, jax.Array | tuple[jax.Array, ...]]) -> Model:
@@ -97,65 +96,60 @@ def in_compute_dtype(model: Model, params: Mapping[str, jax.Array]) -> dict[str,
     }
 
 
-def check_ids(name: str, ids: Sequence[int], config: ModelConfig) -> None:
-    """Raises ConfigError unless the model can read `ids`; `name` says what they are."""
-    check(len(ids) >= 1, f"{name}='' must have at least one token to start from")
-    check(
-        len(ids) <= config.max_length,
-        f"{name} is {len(ids)} tokens long, but the model's context is {config.max_length}: "
-        f"shorten it by {len(ids) - config.max_length}, or train with a larger "
-        "config.model.max_length",
-    )
-    check(
-        min(ids) >= 0 and max(ids) < config.vocab_size,
-        f"{name} has token ids outside 0 … {config.vocab_size - 1}: they come from another "
-        "tokenizer",
-    )
+# ---- On a mesh -------------------------------------------------------------------------------
 
 
-class Prompt(NamedTuple):
-    """What a batch of P continuations starts from."""
-
-    tokens_PT: np.ndarray  # what the decoder reads
-    positions_PT: np.ndarray  # -1: padding
-    source_PS: np.ndarray | None = None  # what an encoder-decoder's encoder reads
-    segments_PS: np.ndarray | None = None  # 1, or 0: padding
+def mesh_of(x: jax.Array) -> Mesh | None:
+    """The mesh of an array that several devices share; None of any other."""
+    sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    shared = isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
+    return sharding.mesh if shared else None
 
 
-def padded(prompts: Sequence[Sequence[int]], context: int) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts as rows of tokens and positions, int32 [P, T], padding (position -1) first.
+def spread(
+    model: Model, params: dict[str, jax.Array], mesh: Mesh
+) -> tuple[Mesh, dict[str, jax.Array]]:
+    """The same devices and parameters, split for texts that are too few to share.
 
-    T is the longest prompt's length rounded up; see `rounded`.
+    Every axis but `tensor` splits the parameters' width, as `fsdp` does, so that no device need
+    have room for all of them. `params` is emptied: its arrays are donated.
     """
-    length = rounded(max(map(len, prompts)), context)
-    tokens_PT = np.zeros((len(prompts), length), np.int32)
-    positions_PT = np.full((len(prompts), length), -1, np.int32)
-    for row, ids in enumerate(prompts):
-        tokens_PT[row, length - len(ids) :] = ids
-        positions_PT[row, length - len(ids) :] = np.arange(len(ids))
-    return tokens_PT, positions_PT
+    sizes = {**dict.fromkeys(AXES, 1), "tensor": mesh.shape["tensor"]}
+    sizes["fsdp"] = mesh.size // sizes["tensor"]
+    kinds = (AxisType.Auto,) * len(AXES)
+    mesh = Mesh(mesh.devices.reshape(*sizes.values()), AXES, axis_types=kinds)
+    shardings = parameter_shardings(param_specs(model), mesh)
+    # One at a time: on its way to other devices an array may be whole on each.
+    names = list(params)
+    return mesh, {n: jax.device_put(params.pop(n), shardings[n], donate=True) for n in names}
 
 
-def padded_after(texts: Sequence[Sequence[int]], context: int) -> tuple[np.ndarray, np.ndarray]:
-    """The texts as rows of tokens and segments (1, or 0 for padding), int32 [N, S], padding last.
+def abstract_params(model: Model, shardings: Mapping[str, NamedSharding]) -> dict[str, Any]:
+    """What `for_reading` makes of parameters so split, as shapes with shardings."""
+    whole = {
+        name: jax.ShapeDtypeStruct(spec.shape, jnp.float32)
+        for name, spec in param_specs(model).items()
+    }
+    read = jax.eval_shape(lambda params: for_reading(model, params), whole)
 
-    For what is read at once, an encoder's texts: a token's place in its row is its position.
+    def placed(x, sharding: NamedSharding):
+        if isinstance(x, tuple):
+            return tuple(placed(layer, _of_layer(sharding)) for layer in x)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return {name: placed(x, shardings[name]) for name, x in read.items()}
+
+
+def cache_shardings(cache: Any, mesh: Mesh) -> Any:
+    """How a mesh shares a cache, leaf by leaf: rows as a batch's, heads over `tensor`.
+
+    Names carry shapes: the letters of a field say what the dimensions of its leaves are; one array
+    a layer lacks the first.
     """
-    length = rounded(max(map(len, texts)), context)
-    tokens_NS = np.zeros((len(texts), length), np.int32)
-    segments_NS = np.zeros((len(texts), length), np.int32)
-    for row, ids in enumerate(texts):
-        tokens_NS[row, : len(ids)] = ids
-        segments_NS[row, : len(ids)] = 1
-    return tokens_NS, segments_NS
 
+    def place(path, leaf) -> NamedSharding:
+        letters = path[0].name.rpartition("_")[2][-leaf.ndim :] if leaf.ndim else ""
+        axes = [_CACHE_AXES.get(letter) for letter in letters]
+        return NamedSharding(mesh, partition(axes, leaf.shape, mesh, ACTIVATION_RULES))
 
-def rounded(length: int, context: int) -> int:
-    """`length`, up to a power of two and from 64 on to a multiple of 64, but not past `context`."""
-    up = round_up(length, 64) if length > 32 else max(8, 1 << (length - 1).bit_length())
-    return max(length, min(up, context))
-
-
-def round_up(number: int, multiple: int) -> int:
-    """The next multiple of `multiple` from `number` up."""
-    return -(-number // multiple) * multiple
+    return jax.tree_util.tree_map_with_path(place, cache)

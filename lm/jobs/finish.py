@@ -9,19 +9,17 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from rich.console import Console
 
 from lm.config import ConfigError
 from lm.data import pairs
 from lm.inference import Framing
-from lm.inference.encode import mask_ids
-from lm.inference.prepare import check_ids
-from lm.inference.spans import sentinel_ids
-from lm.models import Model, param_specs, skeleton
+from lm.inference.fill import mask_ids, sentinel_ids
+from lm.inference.prepare import spread
+from lm.inference.prompts import check_ids
+from lm.models import skeleton
 from lm.parallel import hosts
-from lm.parallel.mesh import AXES
-from lm.parallel.sharding import parameter_shardings
 from lm.runs.run import Run
 from lm.runs.sources import open_source
 from lm.tokenizers import Tokenizer
@@ -64,7 +62,7 @@ def finish(
     if not prompts and not job.exact_match:
         return {}
     source, model = open_source(directory), skeleton(job.model)
-    mesh, params = _for_reading(model, params, mesh)
+    mesh, params = spread(model, params, mesh)
     run = Run(directory, source.config, source.tokenizer, model, params, job.train.steps)
     with jax.set_mesh(mesh):
         if prompts:
@@ -113,23 +111,6 @@ def check_prompts(job: TrainJob, tokenizer: Tokenizer, carried: Mapping[str, Any
 def _prompts(job: TrainJob) -> tuple[str, ...]:
     # An empty text is the command line's way to ask for none.
     return (job.prompt,) if isinstance(job.prompt, str) and job.prompt else tuple(job.prompt)
-
-
-def _for_reading(
-    model: Model, params: dict[str, jax.Array], mesh: Mesh
-) -> tuple[Mesh, dict[str, jax.Array]]:
-    """The same devices and parameters, split for texts that are too few to share.
-
-    Every axis but `tensor` splits the parameters' width, as `fsdp` does.
-    """
-    sizes = {**dict.fromkeys(AXES, 1), "tensor": mesh.shape["tensor"]}
-    sizes["fsdp"] = mesh.size // sizes["tensor"]
-    kinds = (AxisType.Auto,) * len(AXES)
-    mesh = Mesh(mesh.devices.reshape(*sizes.values()), AXES, axis_types=kinds)
-    shardings = parameter_shardings(param_specs(model), mesh)
-    # One at a time: on its way to other devices an array may be whole on each.
-    names = list(params)
-    return mesh, {n: jax.device_put(params.pop(n), shardings[n], donate=True) for n in names}
 
 
 def samples(run: Run, job: TrainJob, prompts: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import ml_collections
 
 import lm
 from lm.config import ConfigError, Path, Seed, check, view
-from lm.inference import SamplingConfig, TextGeneration
+from lm.inference import Generation, SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +50,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
     job = view(GenerateJob, config)
     prompt = _read_prompt(job)
     loaded = lm.load(job.init_from, ignore=job.ignore)
-    writer = loaded.text_generator
-    stream = writer.generate([prompt], job, job.seed)
-    texts = _print(stream, writer.opening(prompt), job.num_samples)
-    for notice in stream.notices:
+    generation = loaded.generator.generate([loaded.encode(prompt)], job, job.seed)
+    texts = _print(generation, loaded.generator.opening(prompt), job.num_samples)
+    for notice in generation.notices:
         print(f"note: {notice}", file=sys.stderr)
-    print(f"{loaded.directory} at step {loaded.step:,}:\n{stream.timing}", file=sys.stderr)
+    print(f"{loaded.directory} at step {loaded.step:,}:\n{generation.timing}", file=sys.stderr)
     return texts
 
 
@@ -79,7 +78,7 @@ def _read_prompt(job: GenerateJob) -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _print(stream: TextGeneration, opening: str, samples: int) -> list[str]:
+def _print(generation: Generation, opening: str, samples: int) -> list[str]:
     """Prints the samples one below the other, each after `opening`.
 
     They are drawn together: the first appears as it comes, and each other one when those before it
@@ -101,9 +100,9 @@ def _print(stream: TextGeneration, opening: str, samples: int) -> list[str]:
     if samples > 1:
         print("--- sample 1")
     show(current)
-    for row, text in stream:
+    for row, text in generation.texts():
         texts[row] += text
-        while stream.ended[current] and row > current:
+        while generation.ended[current] and row > current:
             current = advance(current)
         if row == current:
             show(current)

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lm.config import check
-from lm.inference.prepare import bound, for_decoding, for_reading
+from lm.inference.prepare import abstract_params, bound, cache_shardings, for_decoding
 from lm.models import ModelConfig, param_specs, skeleton
 from lm.models.matmul import compute_dtype
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import BATCH_AXES, MeshConfig, batch_sharding, batch_ways, make_mesh
 from lm.parallel.platform import compiling_for
-from lm.parallel.sharding import ACTIVATION_RULES, WHOLE_RULES, ParamSpec, partition
+from lm.parallel.sharding import WHOLE_RULES, parameter_shardings
 from lm.planning import hlo
 from lm.planning.hlo_runs import stacks
 from lm.planning.roofline import Estimate, estimate
@@ -160,7 +160,8 @@ def decode_programs(
     with jax.set_mesh(mesh), compiling_for(topology.platform):
         dtype = compute_dtype(config.compute_dtype).name  # the platform's, not this machine's
         model = for_decoding(skeleton(dataclasses.replace(config, compute_dtype=dtype)))
-        params = _for_reading(model, mesh)
+        shardings = parameter_shardings(param_specs(model), mesh, WHOLE_RULES)
+        params = abstract_params(model, shardings)
         cache = _cache(model, mesh, batch_size, cache_length)
         programs = []
         for name, length in (("prefill", prompt_length), ("decoding step", 1)):
@@ -184,40 +185,14 @@ def decode_programs(
         return programs
 
 
-def _for_reading(model, mesh: Mesh) -> dict[str, Any]:
-    """The abstract parameters that `lm.inference` decodes with, sharded."""
-    specs = param_specs(model)
-    whole = {n: jax.ShapeDtypeStruct(s.shape, jnp.float32) for n, s in specs.items()}
-    reading = jax.eval_shape(lambda params: for_reading(model, params), whole)
-
-    def place(spec: ParamSpec, leaf, axes):
-        sharding = NamedSharding(mesh, partition(axes, leaf.shape, mesh, WHOLE_RULES))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    placed = {}
-    for name, spec in specs.items():
-        value = reading[name]
-        if isinstance(value, tuple):  # one array a layer
-            at = spec.axes.index("layers")
-            axes = spec.axes[:at] + spec.axes[at + 1 :]
-            placed[name] = tuple(place(spec, leaf, axes) for leaf in value)
-        else:
-            placed[name] = place(spec, value, spec.axes)
-    return placed
-
-
 def _cache(model, mesh: Mesh, batch_size: int, length: int) -> Any:
     """An abstract cache, its rows and its heads split."""
     empty = jax.eval_shape(lambda: model.new_cache(batch_size, length))
-    rows = ("batch", None, "kv_heads", None)
-
-    def place(leaf):
-        # [B, S, K, C], with scanned layers before that; [B, S]; a scalar.
-        axes = (*(None,) * (leaf.ndim - 4), *rows) if leaf.ndim >= 4 else rows[: leaf.ndim]
-        spec = partition(axes, leaf.shape, mesh, ACTIVATION_RULES)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, empty)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        empty,
+        cache_shardings(empty, mesh),
+    )
 
 
 def _bytes(tree: Any) -> float:

@@ -19,7 +19,6 @@ from lm.inference import (
     Framing,
     Generator,
     SamplingConfig,
-    TextGenerator,
     embed,
     fill,
     fill_spans,
@@ -151,11 +150,12 @@ class Run:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             return []
-        stream = self.text_generator.generate(prompts, sampling, seed)
-        texts = [self.text_generator.opening(t) for t in prompts for _ in range(num_samples)]
-        for row, text in stream:
+        read = [self.encode(text) for text in prompts]
+        generation = self.generator.generate(read, sampling, seed)
+        texts = [self.generator.opening(t) for t in prompts for _ in range(num_samples)]
+        for row, text in generation.texts():
             texts[row] += text
-        for notice in stream.notices:
+        for notice in generation.notices:
             warnings.warn(notice, stacklevel=2)
         return texts[0] if isinstance(prompt, str) and num_samples == 1 else texts
 
@@ -202,8 +202,7 @@ class Run:
         Raises:
           ConfigError: another kind of model, or a text without sentinels, or too long.
         """
-        generator = self.text_generator.generator
-        return fill_spans(generator, self.tokenizer, self.framing, text, max_new_tokens)
+        return fill_spans(self.generator, text, max_new_tokens)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -226,17 +225,9 @@ class Run:
         return Framing.of_run(self.config, self.skeleton.config, self.tokenizer, where)
 
     @functools.cached_property
-    def text_generator(self) -> TextGenerator:
-        """The model as a writer; `generate` returns what this streams."""
-        generator = Generator(
-            self.skeleton,
-            self.params,
-            end_of_text=self.framing.end_of_text,
-            vocab_size=self.tokenizer.vocab_size,
-            decoder_start=self.framing.decoder_start,
-            begin_of_text=self.framing.before,
-        )
-        return TextGenerator(generator, self.tokenizer, self.framing)
+    def generator(self) -> Generator:
+        """The model as a writer, of ids or of text; `generate` returns what it streams."""
+        return Generator(self.skeleton, self.params, self.framing, self.tokenizer)
 
     @functools.cached_property
     def _forward(self):

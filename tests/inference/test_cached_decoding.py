@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_run import tiny_model
 
-from lm.inference.prepare import padded
+from lm.inference.prompts import padded
 from lm.models import bind
 from lm.models.config import POSITIONS
 

@@ -9,8 +9,8 @@ from tiny_run import general_params, tiny_model, write_tiny_run
 import lm
 from lm.config import ConfigError
 from lm.inference import embed
-from lm.inference.encode import POOLINGS, mask_ids
-from lm.inference.prepare import padded_after
+from lm.inference.fill import POOLINGS, mask_ids
+from lm.inference.prompts import padded_after
 from lm.models import bind
 from lm.tokenizers import TokenizerConfig, train
 

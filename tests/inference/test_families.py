@@ -8,9 +8,10 @@ from families import ENCODER_DECODERS, FAMILIES
 from tiny_models import compiled
 from tiny_run import general_params, tiny_model
 
-from lm.inference import Generator, SamplingConfig
-from lm.inference.generate import NOTHING
-from lm.inference.prepare import in_compute_dtype, padded, padded_after
+from lm.inference import Framing, Generator, SamplingConfig
+from lm.inference.decode import NOTHING
+from lm.inference.prepare import in_compute_dtype
+from lm.inference.prompts import padded, padded_after
 from lm.models import bind, skeleton
 
 VOCABULARY, START, NEW = 61, (7,), 9
@@ -108,9 +109,8 @@ def test_a_prompt_alone_and_scanned_layers_give_the_same_tokens(name, monkeypatc
     assert rows(scanned.generate(PROMPTS[:1], GREEDY)) == together[:1]
 
 
-def generator(model, params, **arguments):
-    arguments = {"end_of_text": -2, "decoder_start": START, **arguments}
-    return Generator(model, params, **arguments)
+def generator(model, params):
+    return Generator(model, params, Framing(end_of_text=(-2,), decoder_start=START))
 
 
 def rows(generation):

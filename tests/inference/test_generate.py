@@ -7,12 +7,14 @@ import pytest
 from tiny_run import tiny_model
 
 from lm.config import ConfigError, view
-from lm.inference import Generator, SamplingConfig
-from lm.inference.generate import NOTHING
-from lm.inference.prepare import in_compute_dtype, padded
+from lm.inference import Framing, Generator, SamplingConfig
+from lm.inference.decode import NOTHING
+from lm.inference.prepare import in_compute_dtype
+from lm.inference.prompts import padded
 from lm.models import bind
+from lm.tokenizers import TokenizerConfig, train
 
-NO_END = -2  # no token has this id
+FREE = Framing(end_of_text=())  # nothing ends a text
 PROMPTS = [[5, 6, 7], [9], [3, 1, 4, 1, 5, 9, 2, 6, 5]]
 
 
@@ -23,7 +25,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def generator(tiny):
-    return Generator(*tiny, end_of_text=NO_END)
+    return Generator(*tiny, FREE)
 
 
 def rows(generation):
@@ -48,7 +50,7 @@ def test_greedy_equals_a_plain_loop_over_full_forward_passes(tiny, generator):
 
 def test_many_layers_are_scanned_and_draw_the_same(tiny, generator, monkeypatch):
     monkeypatch.setattr("lm.inference.prepare.UNROLLED_LAYERS", 1)
-    scanned = Generator(*tiny, end_of_text=NO_END)
+    scanned = Generator(*tiny, FREE)
     assert scanned.model.config.scan_layers and not generator.model.config.scan_layers
     sampling = SamplingConfig(temperature=0, max_new_tokens=11)
     expected = rows(generator.generate(PROMPTS, sampling))
@@ -87,7 +89,7 @@ def test_a_row_stops_at_end_of_text_and_the_others_go_on(tiny, generator):
     end = free[0][4]
     expected = [row[: row.index(end) + 1] if end in row else row for row in free]
     assert len(expected[0]) <= 5
-    stopping = Generator(*tiny, end_of_text=end)
+    stopping = Generator(*tiny, Framing(end_of_text=(end,)))
     assert rows(stopping.generate(PROMPTS, sampling)) == expected
     ignoring = SamplingConfig(temperature=0, max_new_tokens=20, stop_at_end_of_text=False)
     assert rows(stopping.generate(PROMPTS, ignoring)) == free
@@ -96,7 +98,7 @@ def test_a_row_stops_at_end_of_text_and_the_others_go_on(tiny, generator):
 def test_nothing_runs_once_every_row_has_ended(tiny, generator):
     sampling = SamplingConfig(temperature=0, max_new_tokens=20)
     end = rows(generator.generate(PROMPTS[:1], sampling))[0][0]
-    generation = Generator(*tiny, end_of_text=end).generate(PROMPTS[:1], sampling)
+    generation = Generator(*tiny, Framing(end_of_text=(end,))).generate(PROMPTS[:1], sampling)
     assert [chunk.tolist() for chunk in generation] == [[[end]]]
     assert generation.timing.tokens == 1
 
@@ -118,7 +120,7 @@ def test_a_text_that_outgrows_the_context_slides(fields):
     tiny = tiny_model(vocab_size=61, **fields)
     prompts = [[1] * 30, [5, 7], list(range(32)), list(range(2, 40))]
     sampling = SamplingConfig(temperature=0, max_new_tokens=75)
-    generation = Generator(*tiny, end_of_text=NO_END).generate(prompts, sampling)
+    generation = Generator(*tiny, FREE).generate(prompts, sampling)
     expected = [slid(tiny, ids, 75) for ids in [*prompts[:3], prompts[3][-32:]]]
     assert rows(generation) == expected
     assert len(set(expected[1])) > 5  # not one token over and over
@@ -127,7 +129,7 @@ def test_a_text_that_outgrows_the_context_slides(fields):
 
 
 def test_begin_of_text_stays_in_front_when_a_window_slides(tiny):
-    generator = Generator(*tiny, end_of_text=NO_END, begin_of_text=5)
+    generator = Generator(*tiny, Framing(end_of_text=(), before=(5,)))
     sampling = SamplingConfig(temperature=0, max_new_tokens=60)
     drawn = rows(generator.generate([[5, 6, 7], [9, 6, 7]], sampling))
     assert drawn == [slid(tiny, [5, 6, 7], 60, [5]), slid(tiny, [9, 6, 7], 60)]
@@ -144,12 +146,13 @@ def test_a_sliding_row_depends_on_nothing_but_its_prompt_and_seed(tiny, generato
     end = together[2][40]  # one row stops, the others go on as they did
     expected = [row[: row.index(end) + 1] if end in row else row for row in together]
     assert any(len(row) == 50 for row in expected)
-    stopping = Generator(*tiny, end_of_text=end)
+    stopping = Generator(*tiny, Framing(end_of_text=(end,)))
     assert rows(stopping.generate(PROMPTS, sampling, seed=7)) == expected
 
 
 def test_ids_beyond_the_tokenizer_are_never_drawn(tiny):
-    generator = Generator(*tiny, end_of_text=NO_END, vocab_size=4)
+    tokenizer = train(TokenizerConfig(kind="char", vocab_size=4), ["ab"])
+    generator = Generator(*tiny, FREE, tokenizer)
     drawn = rows(generator.generate(PROMPTS, SamplingConfig(temperature=3.0, max_new_tokens=20)))
     assert {id for row in drawn for id in row} == {0, 1, 2, 3}
 

@@ -7,7 +7,7 @@ import pytest
 
 from lm.config import ConfigError
 from lm.inference import Framing, fill_spans
-from lm.inference.encode import marked_ids
+from lm.inference.fill import ids_with
 from lm.models import ModelConfig
 from lm.tokenizers import TokenizerConfig, train
 
@@ -23,7 +23,8 @@ def tokenizer(request):
 class Scripted:
     """A generator that writes given tokens, and remembers what it read."""
 
-    def __init__(self, tokens, architecture="encoder_decoder"):
+    def __init__(self, tokenizer, tokens, architecture="encoder_decoder"):
+        self.tokenizer, self.framing = tokenizer, Framing((), (tokenizer.eos_id,))
         self.model = SimpleNamespace(config=ModelConfig(architecture=architecture))
         self.tokens, self.read = tokens, None
 
@@ -37,10 +38,9 @@ class Scripted:
 def test_a_span_is_what_stands_between_its_sentinel_and_the_next(tokenizer):
     first, second, third = tokenizer.sentinel_ids
     cat, park = tokenizer.encode(" cat"), tokenizer.encode(" park")
-    generator = Scripted([second, *park, first, *cat, third, tokenizer.eos_id, -1])
-    framing = Framing(before=(), after=(tokenizer.eos_id,))
+    generator = Scripted(tokenizer, [second, *park, first, *cat, third, tokenizer.eos_id, -1])
     text = "The <extra_id_0> sat in the <extra_id_1>. The <extra_id_2> ran."
-    assert fill_spans(generator, tokenizer, framing, text) == ["cat", "park", ""]
+    assert fill_spans(generator, text) == ["cat", "park", ""]
     assert generator.read[-1] == tokenizer.eos_id
     assert [id for id in generator.read if id in tokenizer.sentinel_ids] == [first, second, third]
 
@@ -51,7 +51,7 @@ def test_marks_replace_whole_tokens_and_change_nothing_around_them(tokenizer):
     start = next(i for i in range(len(whole)) if whole[i : i + len(word)] == word)
     expected = [*whole[:start], tokenizer.sentinel_ids[0], *whole[start + len(word) :]]
     marks = {"<extra_id_0>": tokenizer.sentinel_ids[0]}
-    assert marked_ids(tokenizer, "The cat <extra_id_0> on the mat.", marks) == expected
+    assert ids_with(tokenizer, "The cat <extra_id_0> on the mat.", marks) == expected
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,10 @@ def test_marks_replace_whole_tokens_and_change_nothing_around_them(tokenizer):
 )
 def test_what_cannot_be_filled_is_refused(tokenizer, architecture, text, message):
     with pytest.raises(ConfigError, match=message):
-        fill_spans(Scripted([], architecture), tokenizer, Framing(), text)
+        fill_spans(Scripted(tokenizer, [], architecture), text)
 
 
 def test_a_tokenizer_without_sentinels_is_refused():
     plain = train(TokenizerConfig(kind="char"), [STORY])
     with pytest.raises(ConfigError, match="train one with config"):
-        fill_spans(Scripted([]), plain, Framing(), "The <extra_id_0>")
+        fill_spans(Scripted(plain, []), "The <extra_id_0>")

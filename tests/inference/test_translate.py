@@ -9,7 +9,7 @@ from tiny_run import general_params, tiny_model, write_tiny_run
 import lm
 from lm.config import ConfigError, defaults
 from lm.inference import Framing, Generator, SamplingConfig
-from lm.inference.generate import NOTHING
+from lm.inference.decode import NOTHING
 from lm.jobs.generate import GenerateJob
 from lm.jobs.generate import run as generate_job
 from lm.tokenizers import TokenizerConfig, train
@@ -33,7 +33,7 @@ def run(directory):
 def test_the_text_is_the_target_alone(run):
     source = run.encode("The cat")
     assert source == [*b"The cat", run.tokenizer.eos_id]
-    drawn = np.concatenate(list(run.text_generator.generator.generate([source], GREEDY)), 1)[0]
+    drawn = np.concatenate(list(run.generator.generate([source], GREEDY)), 1)[0]
     target = [id for id in drawn.tolist() if id != NOTHING]
     logits_1TV = run.model([source], [[run.tokenizer.bos_id, *target[:-1]]])
     assert target == logits_1TV[0].argmax(-1).tolist()
@@ -59,7 +59,7 @@ def test_the_job_prints_the_target_alone(directory, run, capsys):
 def test_source_and_target_each_have_the_whole_context(run):
     with pytest.raises(ConfigError, match=r"prompt is 33 tokens long.*context is 32"):
         run.generate("x" * 32)
-    generator = run.text_generator.generator
+    generator = run.generator
     sampling = SamplingConfig(max_new_tokens=50, stop_at_end_of_text=False)
     [tokens] = np.concatenate(list(generator.generate([[1] * 32], sampling)), 1)
     assert (tokens != NOTHING).sum() == 32
@@ -78,26 +78,28 @@ def test_a_decoder_may_start_from_several_tokens():
     params = general_params(model)
     sources = [[5, 6], [9, 8, 7, 6]]
 
-    def drawn(start):
-        generator = Generator(model, params, end_of_text=-2, decoder_start=start)
+    def drawn(*start):
+        generator = Generator(model, params, Framing(end_of_text=(), decoder_start=start))
         return np.concatenate(list(generator.generate(sources, GREEDY)), 1).tolist()
 
-    [first, _] = drawn([3])
-    assert drawn([3, first[0]])[0][:11] == first[1:12]
+    [first, _] = drawn(3)
+    assert drawn(3, first[0])[0][:11] == first[1:12]
     with pytest.raises(ConfigError, match="decoder_start"):
-        drawn([])
+        drawn()
 
 
 def test_any_of_several_tokens_ends_a_text():
     model, params = tiny_model()
 
-    def drawn(end):
-        generation = Generator(model, params, end_of_text=end).generate([[5, 6, 7]], GREEDY)
+    def drawn(*end):
+        generation = Generator(model, params, Framing(end_of_text=end)).generate(
+            [[5, 6, 7]], GREEDY
+        )
         return [t for t in np.concatenate(list(generation), 1)[0].tolist() if t != NOTHING]
 
-    free = drawn(())
+    free = drawn()
     first = next(n for n, token in enumerate(free) if n and token not in free[:n])
-    assert drawn((free[first], -5)) == drawn((-5, free[first])) == free[: first + 1]
+    assert drawn(free[first], -5) == drawn(-5, free[first]) == free[: first + 1]
 
 
 def test_texts_are_framed_by_architecture_unless_the_config_says_otherwise(tmp_path):
@@ -118,4 +120,4 @@ def test_texts_are_framed_by_architecture_unless_the_config_says_otherwise(tmp_p
     run = lm.load(tmp_path)
     assert run.framing == Framing((1, 2), end, (4,), (7, 8), begin)
     assert run.encode("a") == [1, 2, *b"a", *end]
-    assert run.text_generator.generator.decoder_start == (4,)
+    assert run.generator.framing.decoder_start == (4,)

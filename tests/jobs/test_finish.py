@@ -36,7 +36,7 @@ def test_no_device_holds_all_parameters_when_samples_are_drawn(tmp_path, monkeyp
         text = samples(run, *arguments)
         gc.collect()
         held = Counter()
-        kept = [*jax.tree.leaves(run.text_generator.generator.params), *run.params.values()]
+        kept = [*jax.tree.leaves(run.generator.params), *run.params.values()]
         arrays = {id(array): array for array in [*kept, *jax.live_arrays()]}.values()
         for array in arrays:
             if array.dtype == "float32" and not array.is_deleted():

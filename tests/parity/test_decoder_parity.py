@@ -17,7 +17,7 @@ import decoder_oracles  # noqa: E402
 import encoder_checks  # noqa: E402
 import encoder_oracles  # noqa: E402
 
-from lm.inference import Generator, SamplingConfig  # noqa: E402
+from lm.inference import Framing, Generator, SamplingConfig  # noqa: E402
 from lm.models import bind, skeleton  # noqa: E402
 from lm.models.huggingface.write import save_pretrained  # noqa: E402
 
@@ -114,7 +114,7 @@ def test_exported_it_is_bit_for_bit_what_was_imported(case, tmp_path):
 def test_greedy_text_is_the_same(case):
     _, config, params = case.ours
     prompts = [row[:length].tolist() for row, length in zip(BATCH.tokens, (3, 8, 5))]
-    generator = Generator(skeleton(config), params, end_of_text=NO_END)
+    generator = Generator(skeleton(config), params, Framing(end_of_text=(NO_END,)))
     drawn = generator.generate(prompts, SamplingConfig(temperature=0, max_new_tokens=12))
     ours = np.concatenate(list(drawn), 1)[:, :12].tolist()
     assert ours == decoder_oracles.greedy(case.model, prompts, 12)

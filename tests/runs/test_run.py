@@ -72,9 +72,7 @@ def test_text_is_the_prompt_and_the_decoded_continuation(run):
         "The cat", max_new_tokens=12, temperature=0, seed=9
     )
     prompt = run.encode("The cat")
-    drawn = np.concatenate(
-        list(run.text_generator.generator.generate([prompt], sampling(temperature=0.0))), 1
-    )
+    drawn = np.concatenate(list(run.generator.generate([prompt], sampling(temperature=0.0))), 1)
     assert text == run.tokenizer.decode(prompt + [id for id in drawn[0].tolist() if id >= 0])
 
 
@@ -98,13 +96,12 @@ def test_streamed_text_joins_to_what_decoding_all_tokens_gives(run, chunk):
     # Random bytes: unfinished and invalid characters of every kind.
     prompts = ["héllo 🙂", ""]
     settings = sampling(temperature=2.0, num_samples=4)
-    stream = run.text_generator.generate(prompts, settings, seed=1, chunk=chunk)
+    ids = [run.encode(prompt) for prompt in prompts]
     texts = [""] * 8
-    for row, text in stream:
+    for row, text in run.generator.generate(ids, settings, seed=1, chunk=chunk).texts():
         assert text
         texts[row] += text
-    ids = [run.encode(prompt) for prompt in prompts]
-    drawn = np.concatenate(list(run.text_generator.generator.generate(ids, settings, seed=1)), 1)
+    drawn = np.concatenate(list(run.generator.generate(ids, settings, seed=1)), 1)
     for row, tokens in enumerate(drawn.tolist()):
         tokens = [token for token in tokens if token >= 0]
         whole = run.tokenizer.decode(ids[row // 4] + tokens)

@@ -1,4 +1,4 @@
-"""What a model makes of whole texts: a vector for each, or a guess at what a mask hides."""
+"""What a model makes of whole texts: a vector for each, or what a mask or a sentinel hides."""
 
 from __future__ import annotations
 
@@ -13,22 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config import check, check_choice
-from lm.inference.framing import Framing
-from lm.inference.prepare import check_ids, padded_after
+from lm.inference.config import SamplingConfig
+from lm.inference.generate import NOTHING, Generator
+from lm.inference.prompts import Framing, check_ids, padded_after
 from lm.models import ModelConfig, bind, skeleton
 from lm.parallel.sharding import constrain
 from lm.tokenizers import Tokenizer
 
 POOLINGS = ("mean", "first", "last", "pooler")
 BATCH = 32  # texts read at once
-
-
-class Candidate(NamedTuple):
-    """A token that may stand where the mask does."""
-
-    text: str  # what it adds to the text, its space included; the name of a special
-    probability: float
-    id: int
 
 
 def embed(
@@ -43,8 +36,7 @@ def embed(
     vector does not depend on the others, nor on padding.
 
     Args:
-      config: the model's, of any architecture.
-      params: its parameters.
+      config, params: a model of any architecture.
       texts: token ids, framed as the model has seen them.
       pooling: "mean" over the tokens; the "first" one or the "last", which alone has seen all of a
         decoder's text; or the "pooler", an encoder's trained projection of the first (Devlin et al.
@@ -93,6 +85,14 @@ def _pooled(config: ModelConfig, pooling: str, params, tokens_NS, segments_NS):
     return jnp.where(segments_NS[..., None] > 0, x_NSD, 0).sum(1) / jnp.maximum(lengths_N1, 1)
 
 
+class Candidate(NamedTuple):
+    """A token that may stand where the mask does."""
+
+    text: str  # what it adds to the text, its space included; the name of a special
+    probability: float
+    id: int
+
+
 def fill(
     config: ModelConfig,
     params: Mapping[str, jax.Array],
@@ -107,8 +107,7 @@ def fill(
     them, the space before a mask is part of what it hides.
 
     Args:
-      config: the model's, an encoder.
-      params: its parameters.
+      config, params: an encoder.
       tokenizer: has a mask token; its name in `text`, such as "[MASK]", stands for it.
       framing: what stands around the text, complete (`Framing.filled`).
       text: "The cat [MASK] on the mat."
@@ -125,26 +124,64 @@ def fill(
         f"config.model.architecture={config.architecture!r} cannot fill a mask: it needs 'encoder'",
     )
     check(top_k >= 1, f"top_k={top_k} must be at least 1")
-    ids = [*(framing.before or ()), *mask_ids(tokenizer, text), *(framing.after or ())]
+    ids = framing.around(mask_ids(tokenizer, text))
     check_ids("text", ids, config)
     tokens_1S, segments_1S = padded_after([ids], config.max_length)
     logits_1SV = _logits(config, params, tokens_1S, segments_1S)
     shares_SV = np.asarray(jax.nn.softmax(logits_1SV[0, :, : tokenizer.vocab_size]))
     names = {id: name for name, id in tokenizer.special_ids.items()}
-    filled = []
-    for place in np.flatnonzero(tokens_1S[0] == tokenizer.mask_id):
-        best = np.argsort(-shares_SV[place], kind="stable")[:top_k].tolist()
-        filled.append(
-            [
-                Candidate(
-                    names.get(id, tokenizer.token_bytes(id).decode("utf-8", "replace")),
-                    float(shares_SV[place, id]),
-                    id,
-                )
-                for id in best
-            ]
-        )
-    return filled
+
+    def candidate(place: int, id: int) -> Candidate:
+        text = names.get(id) or tokenizer.token_bytes(id).decode("utf-8", "replace")
+        return Candidate(text, float(shares_SV[place, id]), id)
+
+    return [
+        [
+            candidate(place, id)
+            for id in np.argsort(-shares_SV[place], kind="stable")[:top_k].tolist()
+        ]
+        for place in np.flatnonzero(tokens_1S[0] == tokenizer.mask_id)
+    ]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: ModelConfig, params, tokens_NS, segments_NS):
+    logits_NSV = bind(skeleton(config), params)(tokens_NS, segments_BT=segments_NS)
+    return constrain(logits_NSV, None, None, None)  # whole on every device
+
+
+def fill_spans(generator: Generator, text: str, max_new_tokens: int = 100) -> list[str]:
+    """The likeliest stretch of text for each sentinel, by greedy decoding (T5; Raffel et al. 2020).
+
+    Args:
+      generator: of an encoder-decoder trained on span corruption, with a tokenizer that has
+        sentinels; their names in `text`, such as "<extra_id_0>", stand for them.
+      text: "The cat <extra_id_0> on the <extra_id_1>.", its sentinels numbered from 0.
+      max_new_tokens: of all stretches together.
+
+    Returns:
+      For each sentinel of the text what the model writes for it; empty where it writes nothing.
+
+    Raises:
+      ConfigError: not an encoder-decoder, no sentinels in the tokenizer or the text, sentinels out
+        of order, or a text that is too long.
+    """
+    architecture, tokenizer = generator.model.config.architecture, generator.tokenizer
+    check(
+        architecture == "encoder_decoder",
+        f"config.model.architecture={architecture!r} cannot fill spans: it needs 'encoder_decoder'",
+    )
+    asked, ids = sentinel_ids(tokenizer, text)
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=max_new_tokens)
+    written: dict[int, list[int]] = {}
+    current: list[int] = []
+    for tokens_1N in generator.generate([generator.framing.around(ids)], sampling):
+        for id in tokens_1N[0].tolist():
+            if id in tokenizer.sentinel_ids:
+                current = written.setdefault(id, [])
+            elif id != NOTHING:
+                current.append(id)
+    return [tokenizer.decode(written.get(id, [])).strip() for id in asked]
 
 
 def mask_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -159,25 +196,44 @@ def mask_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     )
     name = next(name for name, id in tokenizer.special_ids.items() if id == tokenizer.mask_id)
     check(name in text, f"text={text!r} must have {name!r} where a token is to be guessed")
-    return marked_ids(tokenizer, text, {name: tokenizer.mask_id})
+    return ids_with(tokenizer, text, {name: tokenizer.mask_id})
 
 
-def marked_ids(tokenizer: Tokenizer, text: str, marks: Mapping[str, int]) -> list[int]:
-    """The ids of `text`, in which some names stand for special tokens.
+def sentinel_ids(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """The sentinels that `text` names, and its ids, in which they stand for themselves.
 
-    Args:
-      tokenizer: encodes what lies between.
-      text: where words carry the space before them, the space before a mark belongs to the mark.
-      marks: name → id.
+    Raises:
+      ConfigError: no sentinels in the tokenizer or the text, or out of order.
     """
-    names = "|".join(re.escape(name) for name in sorted(marks, key=len, reverse=True))
+    sentinels = tokenizer.sentinel_ids
+    check(
+        len(sentinels) > 0,
+        "the tokenizer has no sentinels: train one with config.tokenizer.num_sentinels",
+    )
+    names = {id: name for name, id in tokenizer.special_ids.items()}
+    ids = ids_with(tokenizer, text, {names[id]: id for id in sentinels})
+    asked = [id for id in ids if id in sentinels]
+    check(
+        bool(asked) and asked == list(sentinels[: len(asked)]),
+        f"text={text!r} must have {names[sentinels[0]]!r}, and further ones in order, where "
+        "something is to be filled in",
+    )
+    return asked, ids
+
+
+def ids_with(tokenizer: Tokenizer, text: str, specials: Mapping[str, int]) -> list[int]:
+    """The ids of `text`, in which the names of some special tokens (name → id) stand for them.
+
+    Where words carry the space before them, the space before a special belongs to the special.
+    """
+    names = "|".join(re.escape(name) for name in sorted(specials, key=len, reverse=True))
     space = " ?" if _carries_space(tokenizer) else ""
     first, *others = re.split(f"{space}({names})", text)
     ids = tokenizer.encode(first)
-    for mark, part in zip(others[::2], others[1::2], strict=True):
+    for name, part in zip(others[::2], others[1::2], strict=True):
         # Encoding puts that space there by itself.
         part = part.removeprefix(" ") if tokenizer.drops_first_space else part
-        ids += [marks[mark], *tokenizer.encode(part)]
+        ids += [specials[name], *tokenizer.encode(part)]
     return ids
 
 
@@ -186,9 +242,3 @@ def _carries_space(tokenizer: Tokenizer) -> bool:
     """Whether tokens begin with the space before their word."""
     tokens = map(tokenizer.token_bytes, range(tokenizer.vocab_size))
     return any(data[:1] == b" " and len(data) > 1 for data in tokens)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(config: ModelConfig, params, tokens_NS, segments_NS):
-    logits_NSV = bind(skeleton(config), params)(tokens_NS, segments_BT=segments_NS)
-    return constrain(logits_NSV, None, None, None)  # whole on every device

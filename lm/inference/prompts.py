@@ -1,0 +1,152 @@
+"""Prompts: the special tokens around a text, and texts of ids side by side in rows.
+
+A model has seen texts framed in one way, and a prompt must be framed alike.
+
+| architecture    | reads                                | writes                               |
+|-----------------|--------------------------------------|--------------------------------------|
+| decoder         | begin-of-text, text                  | what follows, up to end-of-text      |
+| encoder         | begin-of-text, text, end-of-text     |                                      |
+| encoder_decoder | text, end-of-text                    | after begin-of-text, to end-of-text  |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lm.config import check, view
+from lm.models import ModelConfig
+from lm.tokenizers import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Framing:
+    """The section `framing` of a run's config, for models that do not follow the table above."""
+
+    before: tuple[int, ...] | None = None  # ids in front of every text that is read; None: as above
+    after: tuple[int, ...] | None = None  # ids behind it
+    decoder_start: tuple[int, ...] | None = None  # what an encoder-decoder's decoder continues
+    end_of_text: tuple[int, ...] | None = None  # each ends what is written
+    empty: tuple[int, ...] | None = None  # what stands for a text without a token
+
+    @classmethod
+    def of_run(
+        cls, config: Mapping[str, Any], model: ModelConfig, tokenizer: Tokenizer, where: str
+    ) -> Framing:
+        """The framing of a run's texts, complete; `where` is what errors call the section."""
+        begins = config.get("data", {}).get("end_of_text", True)
+        return view(cls, config.get("framing", {}), where).filled(model, tokenizer, begins)
+
+    def filled(self, model: ModelConfig, tokenizer: Tokenizer, begins: bool = True) -> Framing:
+        """With the table's choice for each field that is None.
+
+        `begins` is whether documents were told apart in training. If not, a decoder's or encoder's
+        text is a part of one stream, with nothing around it.
+        """
+        bos, eos = (tokenizer.bos_id,), (tokenizer.eos_id,)
+        both = model.architecture == "encoder_decoder"
+        usual = Framing(
+            before=() if both or not begins else bos,
+            after=eos if both or (begins and model.architecture == "encoder") else (),
+            decoder_start=bos if both else (),
+            end_of_text=eos,
+            empty=bos if begins else (),
+        )
+        given = {name: ids for name, ids in dataclasses.asdict(self).items() if ids is not None}
+        return dataclasses.replace(usual, **given)
+
+    def around(self, ids: Sequence[int]) -> list[int]:
+        """A text's ids with what stands before and after them."""
+        return [*(self.before or ()), *ids, *(self.after or ())]
+
+    def encode(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """The tokens the model reads for `text`.
+
+        For nothing at all that is begin-of-text, or, where documents were not told apart in
+        training, a line break.
+
+        Raises:
+          ConfigError: nothing to start from, or what is no text.
+        """
+        check(isinstance(text, str), f"prompt={text!r} must be text, not {type(text).__name__}")
+        check(
+            text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text),
+            f"prompt={text!r} is no text: it has bytes that are not UTF-8, or halves of characters",
+        )
+        ids = self.around(tokenizer.encode(text)) or list(self.empty or ())
+        if not ids:
+            newline = tokenizer.encode("\n")
+            ids = newline if newline != [tokenizer.unk_id] else []
+        check(
+            bool(ids),
+            f"prompt={text!r} has no tokens, and the model was trained without separators "
+            "between documents (config.data.end_of_text=False): give it a prompt to start from",
+        )
+        return ids
+
+
+def check_ids(name: str, ids: Sequence[int], config: ModelConfig) -> None:
+    """Raises ConfigError unless the model can read `ids`; `name` says what they are."""
+    check(len(ids) >= 1, f"{name}='' must have at least one token to start from")
+    check(
+        len(ids) <= config.max_length,
+        f"{name} is {len(ids)} tokens long, but the model's context is {config.max_length}: "
+        f"shorten it by {len(ids) - config.max_length}, or train with a larger "
+        "config.model.max_length",
+    )
+    check(
+        min(ids) >= 0 and max(ids) < config.vocab_size,
+        f"{name} has token ids outside 0 … {config.vocab_size - 1}: they come from another "
+        "tokenizer",
+    )
+
+
+class Prompt(NamedTuple):
+    """What a batch of P continuations starts from."""
+
+    tokens_PT: np.ndarray  # what the decoder reads
+    positions_PT: np.ndarray  # -1: padding
+    source_PS: np.ndarray | None = None  # what an encoder-decoder's encoder reads
+    segments_PS: np.ndarray | None = None  # 1, or 0: padding
+
+
+def padded(prompts: Sequence[Sequence[int]], context: int) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts as rows of tokens and positions, int32 [P, T], padding (position -1) first.
+
+    T is the longest prompt's length rounded up; see `rounded`.
+    """
+    length = rounded(max(map(len, prompts)), context)
+    tokens_PT = np.zeros((len(prompts), length), np.int32)
+    positions_PT = np.full((len(prompts), length), -1, np.int32)
+    for row, ids in enumerate(prompts):
+        tokens_PT[row, length - len(ids) :] = ids
+        positions_PT[row, length - len(ids) :] = np.arange(len(ids))
+    return tokens_PT, positions_PT
+
+
+def padded_after(texts: Sequence[Sequence[int]], context: int) -> tuple[np.ndarray, np.ndarray]:
+    """The texts as rows of tokens and segments (1, or 0 for padding), int32 [N, S], padding last.
+
+    For what is read at once, an encoder's texts: a token's place in its row is its position.
+    """
+    length = rounded(max(map(len, texts)), context)
+    tokens_NS = np.zeros((len(texts), length), np.int32)
+    segments_NS = np.zeros((len(texts), length), np.int32)
+    for row, ids in enumerate(texts):
+        tokens_NS[row, : len(ids)] = ids
+        segments_NS[row, : len(ids)] = 1
+    return tokens_NS, segments_NS
+
+
+def rounded(length: int, context: int) -> int:
+    """`length`, up to a power of two and from 64 on to a multiple of 64, but not past `context`."""
+    up = round_up(length, 64) if length > 32 else max(8, 1 << (length - 1).bit_length())
+    return max(length, min(up, context))
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The next multiple of `multiple` from `number` up."""
+    return -(-number // multiple) * multiple
