@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from lm import __version__, command
 from lm.config import ConfigError
-from lm.parallel.watch import TRY_AGAIN
+from lm.parallel import TRY_AGAIN
 from lm.training.config import TrainingInterrupted, TrainingStopped
 
 JOBS = {
