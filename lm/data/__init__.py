@@ -35,8 +35,8 @@ from lm.data.cache import TokenizedCorpus, cache_directory, corpus_fingerprint, 
 from lm.data.config import OBJECTIVES, CorruptionConfig, DataConfig
 from lm.data.corpora import CorpusReport, documents, pairs
 from lm.data.prefetch import prefetch_to_device
-from lm.data.shards import Tokenizer
 from lm.parallel import hosts
+from lm.tokenizers import Tokenizer
 
 __all__ = [
     "OBJECTIVES",

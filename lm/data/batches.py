@@ -29,7 +29,8 @@ from lm.data import counter_rng
 from lm.data.cache import TokenizedCorpus
 from lm.data.config import DataConfig
 from lm.data.packing import Rows
-from lm.data.transforms import Batch, Transform, Vocabulary, transform
+from lm.data.transforms import Batch, Transform, transform
+from lm.tokenizers import Tokenizer
 
 _EMPTY_ROW = -1
 _ENDLESS = 2**50  # rows; Grain's own endless repeat overflows where a batch is one row
@@ -151,7 +152,7 @@ class _Batches:
         config: DataConfig,
         corpora: Sequence[TokenizedCorpus],
         objective: str,
-        tokenizer: Vocabulary | None,
+        tokenizer: Tokenizer | None,
         rows: Sequence[int] | None,
         seed: int | None,  # None: for evaluation
     ):
@@ -215,7 +216,7 @@ class BatchIterator(_Batches, Iterator[Batch]):
         *,
         seed: int,
         objective: str = "causal",
-        tokenizer: Vocabulary | None = None,
+        tokenizer: Tokenizer | None = None,
         rows: Sequence[int] | None = None,
     ):
         self.corpora = (corpora,) if isinstance(corpora, TokenizedCorpus) else tuple(corpora)
@@ -354,7 +355,7 @@ class EvaluationBatches(_Batches):
         corpora: TokenizedCorpus | Sequence[TokenizedCorpus],
         *,
         objective: str = "causal",
-        tokenizer: Vocabulary | None = None,
+        tokenizer: Tokenizer | None = None,
         rows: Sequence[int] | None = None,
     ):
         corpora = (corpora,) if isinstance(corpora, TokenizedCorpus) else tuple(corpora)

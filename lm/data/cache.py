@@ -33,9 +33,10 @@ from absl import logging
 from lm.config import ConfigError, check, printable
 from lm.data import corpora, storage
 from lm.data.config import DataConfig
-from lm.data.files import CorpusReport, Skipped
-from lm.data.shards import SPLITS, Shard, ShardedArray, Tokenizer, read_shards, write_shard
+from lm.data.files import CorpusReport
+from lm.data.shards import SPLITS, Shard, ShardedArray, read_shards, write_shard
 from lm.files import lock, sync_folder
+from lm.tokenizers import Tokenizer
 
 HASHES = "hashes.json"  # beside the entries: digests of files, see `storage.content_hashes`
 META = "meta.json"
@@ -254,9 +255,7 @@ def write_entry(
     write = functools.partial(write_shard, folder=folder, tokenizer=tokenizer)
     written = run_tasks(write, shards, "tokens")
     for shard in written:
-        report.num_documents += shard["num_documents"]
-        report.unlisted += shard["num_skipped"] - len(shard["skipped"])
-        report.skipped += [Skipped(*skipped) for skipped in shard["skipped"]]
+        report.add(CorpusReport(**shard["report"]))
     if not report.num_documents:
         raise corpora.no_documents(field, corpus.path, report)
     meta = {

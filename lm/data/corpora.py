@@ -81,10 +81,8 @@ def source(path: str, config: DataConfig, seed: int, field: str = "data.path") -
     Raises:
       ConfigError: no such corpus.
     """
-    if path == "storyworld":
-        return _Storyworld(path, config, seed)
-    if path == "translation":
-        return _Translation(path, config, seed)
+    if path in ("storyworld", "translation"):
+        return _Generated(path, config, seed)
     if path == "stdlib":
         return _StandardLibrary(path, config)
     if path.startswith("hf:"):
@@ -92,31 +90,39 @@ def source(path: str, config: DataConfig, seed: int, field: str = "data.path") -
     return _Files(path, config, field)
 
 
+# Digest of code that was only rewritten → of the code that first made the very same items, by which
+# runs and caches know them. Whatever else is changed there gives a corpus of its own.
+_SAME_ITEMS = {"8e08b0e2c92c4b4a2cdff6dcdc0439dc": "8b66d85b2e2eaa55b7afb353f06ea053"}
+_TRANSLATION_FILES = ("language.py", "language_words.py")
+_GENERATED_BYTES = 512  # of a generated item, roughly
+
+
 class _Generated(Source):
-    """Items made by code, numbered 0, 1, … for a seed."""
+    """Items of `lm.data.storyworld`, numbered 0, 1, …: stories, or pairs of its `language`."""
 
     def __init__(self, path: str, config: DataConfig, seed: int):
         super().__init__(path, config)
         self.seed = seed
         self.numbers = range(config.num_documents)
+        self.pairs = path == "translation"
 
     def items(self, report: CorpusReport) -> Iterator[tuple[str, ...]]:
+        from lm.data.storyworld import generate, language
+
         for number in self.numbers:
             report.num_documents += 1
-            yield self.item(number)
-
-    @abc.abstractmethod
-    def item(self, number: int) -> tuple[str, ...]:
-        """The item of that number."""
-
-    @abc.abstractmethod
-    def code(self) -> list[Path]:
-        """The files that decide what the items are."""
+            if self.pairs:
+                yield language.pair(self.seed, number)
+            else:
+                yield (generate(self.seed, number).text,)
 
     def fingerprint(self, sidecar: str | None = None) -> dict[str, Any]:
+        import lm.data.storyworld as package
+
         digest = hashlib.blake2b(digest_size=16)
-        for file in sorted(self.code()):
-            digest.update(file.read_bytes())
+        for file in sorted(Path(package.__file__).parent.glob("*.py")):
+            if (file.name in _TRANSLATION_FILES) == self.pairs:
+                digest.update(file.read_bytes())
         generator = digest.hexdigest()
         return {
             "corpus": self.path,
@@ -129,44 +135,6 @@ class _Generated(Source):
         each = max(1, size // _GENERATED_BYTES)
         starts = range(0, len(self.numbers), each)
         return [_with(self, numbers=self.numbers[start : start + each]) for start in starts]
-
-
-# Digests of code that was only rewritten → of the code that first made the very same items.
-_SAME_ITEMS: dict[str, str] = {}
-_TRANSLATION_FILES = ("language.py", "language_words.py")
-_GENERATED_BYTES = 512  # of a generated item, roughly
-
-
-class _Storyworld(_Generated):
-    """Stories from `lm.data.storyworld`."""
-
-    def item(self, number: int) -> tuple[str]:
-        from lm.data.storyworld import generate
-
-        return (generate(self.seed, number).text,)
-
-    def code(self) -> list[Path]:
-        import lm.data.storyworld as package
-
-        files = Path(package.__file__).parent.glob("*.py")
-        return [file for file in files if file.name not in _TRANSLATION_FILES]
-
-
-class _Translation(_Generated):
-    """Pairs of `lm.data.storyworld.language`: English and an invented language."""
-
-    pairs = True
-
-    def item(self, number: int) -> tuple[str, str]:
-        from lm.data.storyworld.language import pair
-
-        return pair(self.seed, number)
-
-    def code(self) -> list[Path]:
-        import lm.data.storyworld as package
-
-        folder = Path(package.__file__).parent
-        return [folder / name for name in _TRANSLATION_FILES]
 
 
 class _StandardLibrary(Source):
@@ -460,6 +428,6 @@ def _items(
 
 def no_documents(field: str, path: str, report: CorpusReport) -> ConfigError:
     """The error for a corpus in which nothing could be read."""
-    reasons = "; ".join(f"{bad.name}: {bad.reason}" for bad in report.skipped[:3])
+    reasons = "; ".join(report.skipped[:3])
     skipped = f": {report.num_skipped} skipped ({reasons})" if reasons else ""
     return ConfigError(f"{field}={path!r} holds no documents{skipped}")

@@ -42,51 +42,38 @@ class Span(NamedTuple):
     stop: int | None = None  # None: the end of the file
 
 
-class Skipped(NamedTuple):
-    """A file, or a line or record of one, that was left out."""
-
-    file: str
-    reason: str
-    unit: str = ""  # "line" or "record"; "" for all of the file, or of its span
-    number: int = 0  # of the line or record, from 1
-    start: int = 0  # of the span in which it is counted
-
-    @property
-    def name(self) -> str:
-        """The file and the place in it."""
-        place = f" {self.unit} {self.number}" if self.unit else ""
-        if self.start:
-            unit = "row group" if suffix(self.file) == ".parquet" else "byte"
-            place += f" from {unit} {self.start:,} on"
-        return printable(self.file) + place
-
-
 @dataclasses.dataclass
 class CorpusReport:
     """What was read and what was left out, and why.
 
     Attributes:
       num_documents: documents read, before any split.
-      skipped: what was left out.
+      num_skipped: files, lines and records left out.
+      skipped: the first `LISTED` of them, each as `FILE line 7: reason`.
       notes: decisions that the config leaves to the corpus, each the rest of a line after its path.
-      unlisted: how many more were left out that `skipped` does not hold.
     """
 
     num_documents: int = 0
-    skipped: list[Skipped] = dataclasses.field(default_factory=list)
+    num_skipped: int = 0
+    skipped: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
-    unlisted: int = 0
 
-    @property
-    def num_skipped(self) -> int:
-        """How many files, lines and records were left out."""
-        return len(self.skipped) + self.unlisted
+    def skip(self, name: str, reason: str) -> None:
+        """Notes what is left out."""
+        self.num_skipped += 1
+        self.skipped = [*self.skipped, f"{name}: {reason}"][:LISTED]
+
+    def add(self, other: CorpusReport) -> None:
+        """Adds what comes after in the same corpus."""
+        self.num_documents += other.num_documents
+        self.num_skipped += other.num_skipped
+        self.skipped = [*self.skipped, *other.skipped][:LISTED]
+        self.notes += other.notes
 
     def lines(self) -> list[str]:
-        """One line per skipped item, at most `LISTED` of them, then one line for the rest."""
-        lines = [f"skipped {skipped.name}: {skipped.reason}" for skipped in self.skipped[:LISTED]]
-        if self.num_skipped > len(lines):
-            more = self.num_skipped - len(lines)
+        """One line per skipped item that is listed, then one line for the rest."""
+        lines = [f"skipped {skipped}" for skipped in self.skipped]
+        if more := self.num_skipped - len(lines):
             lines.append(f"skipped {more} more, {self.num_skipped} in all")
         return lines
 
@@ -96,25 +83,23 @@ class BadFileError(Exception):
 
 
 def reject(
-    span: Span,
-    reason: str,
-    config: DataConfig,
-    report: CorpusReport,
-    unit: str = "",
-    number: int = 0,
+    span: Span, reason: str, config: DataConfig, report: CorpusReport, unit: str = "", number=0
 ) -> None:
-    """Notes in `report` what is left out (see `Skipped`).
+    """Notes in `report` that a span, or its "line" or "record" of that number from 1, is left out.
 
     Raises:
       ConfigError: bad files are to be refused.
     """
-    skipped = Skipped(span.path, reason, unit, number, span.start)
+    name = printable(span.path) + (f" {unit} {number}" if unit else "")
+    if span.start:
+        counted = "row group" if suffix(span.path) == ".parquet" else "byte"
+        name += f" from {counted} {span.start:,} on"
     if config.on_bad_file == "refuse":
         raise ConfigError(
-            f"data.on_bad_file='refuse' and {skipped.name} is bad: {reason}; "
+            f"data.on_bad_file='refuse' and {name} is bad: {reason}; "
             "remove it or set data.on_bad_file='skip'"
         )
-    report.skipped.append(skipped)
+    report.skip(name, reason)
 
 
 def spans(path: str, total: int, size: int, config: DataConfig) -> list[Span]:
@@ -175,7 +160,7 @@ def items(
       BadFileError: none of the first records has such a field, or in none it is text.
     """
     fields = config.text_fields
-    skipped = len(report.skipped)
+    skipped, num_skipped = report.skipped, report.num_skipped
     good, mistake = False, ""
     for number, record in enumerate(records, 1):
         found = {field: record for field in fields if len(fields) == 1}
@@ -199,7 +184,7 @@ def items(
                 break
         reject(span, "no text" if textless else "not text", config, report, "record", number)
     if mistake and not good:
-        del report.skipped[skipped:]  # the file as a whole is
+        report.skipped, report.num_skipped = skipped, num_skipped  # the file as a whole is
         raise BadFileError(mistake)
 
 
@@ -281,7 +266,7 @@ def _optional(package: str, path: str, extra: str) -> Any:
 
 
 def _plain_texts(path: str, config: DataConfig) -> list[str]:
-    with _decompressing(path), _open(path) as file:
+    with _decompressed(path) as file:
         data = file.read()
     text = decode(data, config.encoding)
     if separator := config.separator:
@@ -307,26 +292,23 @@ def decode(data: bytes, encoding: str) -> str:
         raise BadFileError(f"not {name} at byte {getattr(error, 'start', 0)}") from None
 
 
-class _decompressing:
-    """Turns the several ways in which a damaged archive fails into `BadFileError`."""
-
-    def __init__(self, path: str):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if error is None or not self.path.lower().endswith(COMPRESSION):
-            return
+@contextlib.contextmanager
+def _decompressed(path: str) -> Iterator[BinaryIO]:
+    """A file's bytes; raises `BadFileError` for the several ways in which an archive is damaged."""
+    try:
+        with _open(path) as file:
+            yield file
+    except Exception as error:
         damaged = isinstance(error, EOFError | gzip.BadGzipFile | lzma.LZMAError)
-        if damaged or type(error).__name__ in ("ZstdError", "error"):
+        damaged = damaged or type(error).__name__ in ("ZstdError", "error")
+        if damaged and path.lower().endswith(COMPRESSION):
             raise BadFileError(f"damaged archive, {error}") from None
+        raise
 
 
 def _lines(span: Span, config: DataConfig, report: CorpusReport) -> Iterator[tuple[int, str]]:
     """The lines that begin within `span`, numbered from 1. Those that are no text are rejected."""
-    with _decompressing(span.path), _open(span.path) as opened:
+    with _decompressed(span.path) as opened:
         file = io.BufferedReader(opened)
         if not _has_byte_lines(config.encoding):
             try:
@@ -367,7 +349,7 @@ def _json_records(span: Span, kind: str, config: DataConfig, report: CorpusRepor
             except (ValueError, RecursionError):
                 reject(span, "not JSON", config, report, "line", number)
         return
-    with _decompressing(span.path), _open(span.path) as file:
+    with _decompressed(span.path) as file:
         data = file.read()
     yield from _json_array(decode(data, config.encoding))
 

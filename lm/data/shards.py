@@ -14,12 +14,13 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from lm.data import corpora, storage
-from lm.data.files import LISTED, CorpusReport
+from lm.data.files import CorpusReport
+from lm.tokenizers import Tokenizer
 
 SPLITS = ("train", "validation")
 # Texts are encoded in groups of about this many characters, which bounds the memory in use, and a
@@ -28,21 +29,6 @@ _CHUNK_CHARS = 4 << 20
 _CONTEXTS = (256, 243, 127)  # characters before a cut that are asked whether it shows
 # Mapped files hold a descriptor each, of which a process often has no more than 1,024.
 _MOST_OPEN = 256
-
-
-class Tokenizer(Protocol):
-    """What the token cache needs of a tokenizer."""
-
-    vocab_size: int
-    eos_id: int
-    bos_id: int
-    fingerprint: str
-
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, without special tokens."""
-
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes a token contributes to the text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +49,7 @@ def write_shard(shard: Shard, folder: str, tokenizer: Tokenizer) -> dict[str, An
     """Writes the files of a shard into `folder`.
 
     Returns:
-      What was written and read, for JSON: `splits` with what `read_shards` needs to know of each,
-      `num_documents`, `num_skipped`, and as `skipped` the first few that were.
+      For JSON: `splits`, with what `read_shards` needs to know of each, and the `report`.
     """
     report = CorpusReport()
     with contextlib.ExitStack() as files:
@@ -86,12 +71,7 @@ def write_shard(shard: Shard, folder: str, tokenizer: Tokenizer) -> dict[str, An
             for text in texts:
                 writers[split].add(text)
         described = {split: writer.finish() for split, writer in writers.items()}
-    return {
-        "splits": described,
-        "num_documents": report.num_documents,
-        "num_skipped": report.num_skipped,
-        "skipped": report.skipped[:LISTED],
-    }
+    return {"splits": described, "report": dataclasses.asdict(report)}
 
 
 class _SplitWriter:

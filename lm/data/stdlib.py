@@ -20,7 +20,7 @@ import tokenize
 from collections.abc import Iterator
 from typing import Any
 
-from lm.data.files import CorpusReport, Skipped
+from lm.data.files import CorpusReport
 
 _LEFT_OUT = ("site-packages", "dist-packages", "__pycache__")
 _READER = "63e9f43d0faaa68c83e845b1654d5261"  # changed when the same files give other documents
@@ -57,7 +57,7 @@ def _sources(report: CorpusReport) -> Iterator[str]:
             encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
             text = data.decode(encoding)
         except (OSError, SyntaxError, UnicodeDecodeError, LookupError):
-            report.skipped.append(Skipped(os.path.relpath(path, root), "mis-encoded"))
+            report.skip(os.path.relpath(path, root), "mis-encoded")
             continue
         if text.strip():
             yield text

@@ -12,8 +12,6 @@ What is random is drawn by `counter_rng` from the number of the row, which diffe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Protocol
 
 import numpy as np
 
@@ -23,26 +21,10 @@ from lm.data.cache import TokenizedCorpus
 from lm.data.config import OBJECTIVES, DataConfig
 from lm.data.encoder_decoder_rows import HiddenSpans, Pairs, noise_spans, raw_length, target_length
 from lm.data.packing import Rows, rows_of
+from lm.tokenizers import Tokenizer
 
 Batch = dict[str, np.ndarray]
 _CHOICE, _REPLACEMENT, _WORD, _SPLIT, _ROUNDING = range(8, 13)  # purposes of random numbers
-
-
-class Vocabulary(Protocol):
-    """What objectives other than causal need of a tokenizer."""
-
-    vocab_size: int
-    special_ids: Mapping[str, int]
-    mask_id: int | None
-    sentinel_ids: tuple[int, ...]
-    lossless: bool
-    drops_first_space: bool
-
-    def word_edges(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which tokens begin a word, and after which one another begins."""
-
-    def byte_lengths(self) -> np.ndarray:
-        """How many bytes each token adds to the text."""
 
 
 class Transform:
@@ -58,7 +40,7 @@ class Transform:
 
     source_length = 0
 
-    def __init__(self, config: DataConfig, tokenizer: Vocabulary | None):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None):
         self.config, self._tokenizer = config, tokenizer
         self.block_size = config.block_size
         self.max_targets_per_row = self.block_size
@@ -97,7 +79,7 @@ class Transform:
         }
 
 
-def _decoded_bytes(corpus: TokenizedCorpus, tokenizer: Vocabulary) -> int:
+def _decoded_bytes(corpus: TokenizedCorpus, tokenizer: Tokenizer) -> int:
     """UTF-8 bytes of all documents as the tokenizer decodes them."""
     lengths, step = tokenizer.byte_lengths(), 1 << 22
     tokens = corpus.tokens
@@ -111,7 +93,7 @@ class Prefix(Transform):
     `prefix` marks the inputs that belong to it. Its last token predicts the first that does not.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Vocabulary | None):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None):
         super().__init__(config, tokenizer)
         self.lengths["prefix"] = self.block_size
 
@@ -142,7 +124,7 @@ class Masked(Transform):
     not special, or stays.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Vocabulary | None):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None):
         super().__init__(config, tokenizer)
         check(
             tokenizer.mask_id is not None,
@@ -265,7 +247,7 @@ class _EncoderDecoder(Transform):
 class SpanCorruption(_EncoderDecoder):
     """Spans of each document are replaced by sentinels and predicted; see `HiddenSpans`."""
 
-    def __init__(self, config: DataConfig, tokenizer: Vocabulary | None):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None):
         size = config.block_size
         raw = raw_length(size, config.corruption)
         super().__init__(config, "span_corruption", size, target_length(size, config.corruption))
@@ -298,7 +280,7 @@ class SpanCorruption(_EncoderDecoder):
 class Seq2Seq(_EncoderDecoder):
     """The target of each pair is predicted from its source; see `Pairs`."""
 
-    def __init__(self, config: DataConfig, tokenizer: Vocabulary | None):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None):
         super().__init__(
             config, "seq2seq", config.source_length or config.block_size, config.block_size
         )
@@ -335,7 +317,7 @@ _TRANSFORMS = {
 assert set(_TRANSFORMS) == set(OBJECTIVES)
 
 
-def transform(objective: str, config: DataConfig, tokenizer: Vocabulary | None) -> Transform:
+def transform(objective: str, config: DataConfig, tokenizer: Tokenizer | None) -> Transform:
     """What `objective` makes of corpora tokenised by `tokenizer`.
 
     Raises:

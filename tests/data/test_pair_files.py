@@ -60,7 +60,7 @@ def test_bad_pairs_are_counted_with_their_reason_or_refused(tmp_path):
     (tmp_path / "c.txt").write_text("running text")
     report = CorpusReport()
     assert read(tmp_path, report) == [("a", "b"), ("d", "e"), ("f", "g")]
-    assert [bad.reason.split(",")[0] for bad in report.skipped] == [
+    assert [line.split(": ")[1].split(",")[0] for line in report.skipped] == [
         "not two columns",
         "no text",
         "no text",

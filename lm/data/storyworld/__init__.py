@@ -16,7 +16,7 @@ from lm.data.storyworld import lexicon as lx
 from lm.data.storyworld import plots_doing, plots_finding, plots_meeting, plots_sharing
 from lm.data.storyworld.questions import Question, questions
 from lm.data.storyworld.story import Cause, Character, Fact, Reference, State, Story, record
-from lm.data.storyworld.teller import AT, DID, FRIEND, Teller
+from lm.data.storyworld.teller import Teller
 
 CANONICAL = (
     "The cat sat on the mat. The dog ran in the park. The cat and dog played together. "
@@ -82,12 +82,12 @@ def _canonical(t: Teller) -> None:
     cat = t.animal(None, (lx.CAT,), named=0.0)
     dog = t.animal(None, (lx.DOG,), named=0.0)
     both = t.group(cat, dog)
-    t.say("the cat sat on the mat.", (cat, AT, "on the mat"), (cat, DID, "sat on the mat"))
-    t.say("the dog ran in the park.", (dog, AT, lx.PARK), (dog, DID, "ran in the park"))
-    t.say("the cat and dog played together.", (both, DID, "played"))
-    t.say(f"{both.he} became friends.", (cat, FRIEND, dog))
+    t.say("the cat sat on the mat.", (cat, "at", "on the mat"), (cat, "did", "sat on the mat"))
+    t.say("the dog ran in the park.", (dog, "at", lx.PARK), (dog, "did", "ran in the park"))
+    t.say("the cat and dog played together.", (both, "did", "played"))
+    t.say(f"{both.he} became friends.", (cat, "friend of", dog))
     t.say("the sun went down.")
-    t.say("the cat and the dog went home.", (both, AT, lx.HOME))
+    t.say("the cat and the dog went home.", (both, "at", lx.HOME))
 
 
 def _refuse(seed: int, index: int) -> None:

@@ -3,28 +3,8 @@
 from __future__ import annotations
 
 from lm.data.storyworld import lexicon as lx
-from lm.data.storyworld.scenes import (
-    arrive,
-    ending,
-    fun,
-    go,
-    opening,
-    thank,
-)
-from lm.data.storyworld.teller import (
-    AT,
-    DID,
-    FEELS,
-    GAVE,
-    HAS,
-    IS,
-    KIND,
-    MADE,
-    SAW,
-    WANTS,
-    Teller,
-    article,
-)
+from lm.data.storyworld.scenes import arrive, ending, fun, gave, go, opening, thank
+from lm.data.storyworld.teller import Teller, article
 
 _STUCK = (
     (lx.CAT, "in the tree", "climbed up a tall tree", "ladder"),
@@ -50,47 +30,43 @@ def stuck(t: Teller) -> None:
     animal = t.animal(hero, (kind,))
     helper = t.adult("farmer", "gardener", "Mom", "Dad", "Grandpa", "teacher")
     opening(t, hero)
-    first = t.say(f"{t.when()}{t.a(animal)} {how}.", (animal, KIND, animal.noun))
+    first = t.say(f"{t.when()}{t.a(animal)} {how}.", (animal, "is a", animal.noun))
     up = "get down" if tool_name == "ladder" or "rock" in where else "get out"
     fixed = t.say(
         f"now {t.s(animal)} was stuck {where} and could not {up}.",
-        (animal, AT, where),
-        (animal, IS, "stuck"),
+        (animal, "at", where),
+        (animal, "is", "stuck"),
     )
     t.because(first, fixed, f"Why was {animal.the} stuck?", f"{animal.the} {how}")
     t.say(f'"Help, help!" cried {t.n(animal)}.')
     heard = t.say(
         f"{t.n(hero)} heard {t.o(animal)} and came {t.either('at once', 'fast', 'to look')}.",
-        (hero, SAW, animal),
+        (hero, "saw", animal),
     )
     if t.chance(0.6):
         reason = {"ladder": "too small", "rope": "not strong enough", "stick": "not strong enough"}[
             tool_name
         ]
-        t.say(f"{t.n(hero)} tried to help, but {t.he(hero)} was {reason}.", (hero, DID, "tried"))
+        t.say(f"{t.n(hero)} tried to help, but {t.he(hero)} was {reason}.", (hero, "did", "tried"))
     t.say(
         f"so {t.n(hero)} ran to {t.a(helper) if not helper.noun else 'get ' + t.a(helper)}.",
-        (hero, DID, "ran"),
+        (hero, "did", "ran"),
     )
     tool = t.thing(tool_name, "long", "old", "strong")
-    t.say(f"{t.n(helper)} {t.either('brought', 'came with')} {t.a(tool)}.", (helper, HAS, tool))
-    saved = t.say(f"{t.s(helper)} {_PULL[tool_name].format(t.n(animal))}.", (animal, IS, "free"))
+    t.say(f"{t.n(helper)} {t.either('brought', 'came with')} {t.a(tool)}.", (helper, "has", tool))
+    saved = t.say(f"{t.s(helper)} {_PULL[tool_name].format(t.n(animal))}.", (animal, "is", "free"))
     t.because(
         heard, saved, f"Why did {helper.the} come with {tool.a}?", f"{animal.the} was stuck {where}"
     )
     glad = t.say(
         f"{t.n(animal)} was {t.either('free', 'safe')} and {t.either('very happy', 'happy')}.",
-        (animal, FEELS, "happy"),
+        (animal, "feels", "happy"),
     )
     t.because(saved, glad, f"Why was {animal.the} happy?", f"{helper.the} helped {animal.the}")
     if t.chance(0.6):
         thank(t, animal, hero)
     if t.chance(0.5):
-        t.say(
-            f"{t.n(hero)} gave {t.n(animal)} some {kind.food}.",
-            (hero, GAVE, kind.food),
-            (animal, HAS, kind.food),
-        )
+        t.say(f"{t.n(hero)} gave {t.n(animal)} some {kind.food}.", *gave(hero, kind.food, animal))
     if t.chance(0.6):
         t.say(f"after that, {t.n(animal)} was more careful.")
     ending(t, hero, animal)
@@ -116,7 +92,7 @@ def baking(t: Teller) -> None:
     both = t.group(hero, adult)
     t.say(
         f"{t.when()}{t.n(both)} wanted to make {_some(dish)} for {t.n(friend)}.",
-        (both, WANTS, dish),
+        (both, "wants", dish),
     )
     if t.chance(0.6):
         t.say(f"that day was {t.n(friend)}'s birthday.")
@@ -124,34 +100,32 @@ def baking(t: Teller) -> None:
     source, place = _SOURCES[missing]
     out = t.say(
         f"so {t.n(hero)} went {place.to} {t.either('with a basket', 'at once', 'with a bag')}.",
-        (hero, AT, place),
+        (hero, "at", place),
     )
     were = "were" if missing[-1] == "s" else "was"
     t.because(none, out, f"Why did {hero.the} go {place.to}?", f"there {were} no {missing}")
     if source in ("hen", "cow"):
         animal = t.animal(hero, (lx.HEN,), named=0.3) if source == "hen" else None
         giver = t.a(animal) if animal else "a kind brown cow"
-        t.say(f"there {giver} gave {t.n(hero)} {_fresh(missing)}.", (hero, HAS, missing))
+        t.say(f"there {giver} gave {t.n(hero)} {_fresh(missing)}.", (hero, "has", missing))
     elif source == "baker":
-        t.say(f"the baker gave {t.n(hero)} a bag of {missing}.", (hero, HAS, missing))
+        t.say(f"the baker gave {t.n(hero)} a bag of {missing}.", (hero, "has", missing))
     else:
-        t.say(f"there {t.s(hero)} picked {_fresh(missing)}.", (hero, HAS, missing))
-    t.say(f"then {t.n(hero)} ran home.", (hero, AT, lx.HOME))
+        t.say(f"there {t.s(hero)} picked {_fresh(missing)}.", (hero, "has", missing))
+    t.say(f"then {t.n(hero)} ran home.", (hero, "at", lx.HOME))
     verb = "cooked" if dish == "soup" else "baked"
-    t.say(f"{t.n(both)} {verb} {_some(dish, True)}.", (both, MADE, dish), (hero, HAS, dish))
+    t.say(f"{t.n(both)} {verb} {_some(dish, True)}.", (both, "made", dish), (hero, "has", dish))
     if t.chance(0.7):
-        t.say(t.either("the kitchen smelled good.", "the whole house smelled good."))
+        t.remark("the kitchen smelled good.", "the whole house smelled good.")
     t.say(
         f"{t.n(hero)} {t.either('took', 'brought')} the {dish} to {t.n(friend)}.",
-        (hero, GAVE, dish),
-        (friend, HAS, dish),
+        *gave(hero, dish, friend),
     )
     if t.chance(0.5):
         wow = t.either("How lovely", "What a surprise", "Thank " + hero.you)
         t.say(f'"{wow}!" said {t.n(friend)}.')
     glad = t.say(
-        f"{t.n(friend)} was {t.either('happy', 'very happy')}.",
-        (friend, FEELS, "happy"),
+        f"{t.n(friend)} was {t.either('happy', 'very happy')}.", (friend, "feels", "happy")
     )
     t.because(glad - 1, glad, f"Why was {friend.the} happy?", f"{hero.the} came with the {dish}")
     pair = t.group(hero, friend)
@@ -193,41 +167,28 @@ def seed(t: Teller) -> None:
     plant = t.pick(_PLANTS)
     opening(t, hero)
     grain = t.thing("seed", "little", "brown", "tiny", "round")
-    t.say(f"{t.when()}{t.a(elder)} gave {t.n(hero)} {t.a(grain)}.", (hero, HAS, grain))
+    t.say(f"{t.when()}{t.a(elder)} gave {t.n(hero)} {t.a(grain)}.", (hero, "has", grain))
     where = t.either("in the garden", "in the soft earth", "next to the house")
     daily = t.either("day", "morning", "evening")
-    t.say(f"{t.n(hero)} planted {t.o(grain)} {where}.", (grain, AT, where))
-    t.say(
-        f"every {daily}, {t.n(hero)} gave {t.n(grain)} some water.",
-        (hero, DID, "watered"),
-    )
-    slow = t.say(
-        t.pick(
-            (
-                "but nothing grew.",
-                "but there was only brown earth.",
-                "days went by, and nothing grew.",
-            )
-        )
+    t.say(f"{t.n(hero)} planted {t.o(grain)} {where}.", (grain, "at", where))
+    t.say(f"every {daily}, {t.n(hero)} gave {t.n(grain)} some water.", (hero, "did", "watered"))
+    slow = t.remark(
+        "but nothing grew.", "but there was only brown earth.", "days went by, and nothing grew."
     )
     feeling = t.either("sad", "worried")
-    sad = t.say(f"{t.n(hero)} was {feeling}.", (hero, FEELS, feeling))
+    sad = t.say(f"{t.n(hero)} was {feeling}.", (hero, "feels", feeling))
     t.because(slow, sad, f"Why was {hero.the} {feeling}?", "nothing grew")
     advice = t.either(f"{hero.You} have to wait", "Good things need time", "Just wait and see")
     t.say(f'"{advice}," said {t.n(elder)}.')
     if t.chance(0.6):
-        t.say(
-            t.pick(
-                ("then the rain fell, and the sun was warm.", "the rain came, and then the sun.")
-            )
-        )
+        t.remark("then the rain fell, and the sun was warm.", "the rain came, and then the sun.")
     t.say(
         f"{t.either('one morning', 'after two weeks', 'at last')}, {t.n(hero)} saw a green leaf.",
-        (hero, SAW, "leaf"),
+        (hero, "saw", "leaf"),
     )
     grew = t.say(f"the leaf grew and grew and became {article(plant)}.", ("leaf", "became", plant))
     feeling = t.either("proud", "happy")
-    glad = t.say(f"{t.n(hero)} was {feeling}.", (hero, FEELS, feeling))
+    glad = t.say(f"{t.n(hero)} was {feeling}.", (hero, "feels", feeling))
     t.because(grew, glad, f"Why was {hero.the} {feeling}?", f"the seed became {article(plant)}")
     roll = t.random()
     if roll < 0.35:
@@ -236,7 +197,7 @@ def seed(t: Teller) -> None:
         )
         t.say(
             f"{t.a(visitor)} came to look at the {plant.rpartition(' ')[2]}.",
-            (visitor, KIND, visitor.noun),
+            (visitor, "is a", visitor.noun),
         )
     elif roll < 0.7:
         t.say(f'"{t.either("Come and look", "Look at that", "How beautiful")}!" said {t.n(hero)}.')
@@ -264,32 +225,30 @@ def build(t: Teller) -> None:
     if what != "snowman":
         opening(t, hero)
     else:
-        t.say(
-            t.pick(
-                (
-                    "snow fell all night.",
-                    "winter was here, and the world was white.",
-                    "the park was full of snow.",
-                )
-            )
+        t.remark(
+            "snow fell all night.",
+            "winter was here, and the world was white.",
+            "the park was full of snow.",
         )
         t.dated = True
     go(t, hero, place)
     work = t.thing(what, "big", "fine", "tall") if what != "dam" else t.thing(what, "big", "strong")
     one, two = (parts[0], parts[1]) if t.chance(0.5) else (parts[0], parts[2])
     t.say(
-        f"{t.s(hero)} made {t.a(work)} of {one} and {two}.", (hero, MADE, work), (work, AT, place)
+        f"{t.s(hero)} made {t.a(work)} of {one} and {two}.",
+        (hero, "made", work),
+        (work, "at", place),
     )
-    proud = t.say(f"{t.s(hero)} was proud of {t.o(work)}.", (hero, FEELS, "proud"))
+    proud = t.say(f"{t.s(hero)} was proud of {t.o(work)}.", (hero, "feels", "proud"))
     t.because(proud - 1, proud, f"Why was {hero.the} proud?", f"{hero.the} made {work.a}")
     if what == "snowman":
         t.say("the next day was warm.")
     broke = t.say(
         f"{t.either('then', 'but then', 'suddenly')} {force} came and {deed.format(t.n(work))}.",
-        (work, IS, "gone"),
+        (work, "is", "gone"),
     )
     feeling = t.either("sad", "angry", "very sad")
-    sad = t.say(f"{t.n(hero)} was {feeling}.", (hero, FEELS, feeling.removeprefix("very ")))
+    sad = t.say(f"{t.n(hero)} was {feeling}.", (hero, "feels", feeling.removeprefix("very ")))
     t.because(broke, sad, f"Why was {hero.the} {feeling}?", f"{force} {deed.format('the ' + what)}")
     both = t.group(hero, friend)
     if what == "snowman":
@@ -299,16 +258,16 @@ def build(t: Teller) -> None:
     arrive(t, friend, hero, place)
     t.say(f'"{again}," said {t.n(friend)}.', (friend, "helped", hero))
     if what == "snowman":
-        worked = t.say(f"{t.s(both)} {(act := fun(t, place, both))}.", (both, DID, act))
+        worked = t.say(f"{t.s(both)} {(act := fun(t, place, both))}.", (both, "did", act))
     else:
         worked = t.say(
             f"{t.s(both)} worked {t.either('all afternoon', 'for a long time', 'side by side')}.",
-            (both, DID, "worked"),
+            (both, "did", "worked"),
         )
         better = t.either("bigger", "better", "stronger")
-        t.say(f"the new {what} was even {better}.", (work, AT, place), (work, IS, better))
+        t.say(f"the new {what} was even {better}.", (work, "at", place), (work, "is", better))
     feeling = t.either("happy", "glad")
-    glad = t.say(f"{t.n(hero)} was {feeling} again.", (hero, FEELS, feeling))
+    glad = t.say(f"{t.n(hero)} was {feeling} again.", (hero, "feels", feeling))
     t.because(
         worked, glad, f"Why was {hero.the} {feeling} again?", f"{friend.the} helped {hero.the}"
     )

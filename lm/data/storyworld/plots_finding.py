@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 from lm.data.storyworld import lexicon as lx
-from lm.data.storyworld.scenes import arrive, ask_why, ending, fun, go, opening, thank
-from lm.data.storyworld.teller import (
-    AT,
-    DID,
-    FEELS,
-    GAVE,
-    HAS,
-    LIKES,
-    LOST,
-    OWNS,
-    SAW,
-    WANTS,
-    Entity,
-    Teller,
-)
+from lm.data.storyworld.scenes import arrive, ask_why, ending, fun, gave, go, opening, thank
+from lm.data.storyworld.teller import Entity, Teller
 
 
 def treasure_of(t: Teller, hero: Entity) -> Entity:
     """A thing such a hero would hold dear."""
     if hero.animal is None:
         return t.thing(t.pick(lx.TOYS))
-    return t.thing(lx.TREASURES[t.pick(hero.animal.treasures)])
-
-
-def _look_of(thing: Entity) -> lx.Thing:
-    return _BY_NOUN[thing.noun]
-
-
-_BY_NOUN = {thing.noun: thing for thing in (*lx.TOYS, *lx.TREASURES.values())}
+    return t.thing(lx.THINGS[t.pick(hero.animal.treasures)])
 
 
 def lost_thing(t: Teller) -> None:
@@ -41,24 +21,24 @@ def lost_thing(t: Teller) -> None:
     place = t.pick(lx.OUTDOORS)
     opening(t, hero)
     thing = treasure_of(t, hero)
-    look = _look_of(thing)
-    t.say(f"{t.s(hero)} had {t.a(thing)}.", (hero, HAS, thing), (hero, OWNS, thing))
+    look = lx.THINGS[thing.noun]
+    t.say(f"{t.s(hero)} had {t.a(thing)}.", (hero, "has", thing), (hero, "owns", thing))
     if t.chance(0.5):
         if t.chance(0.5):
             t.say(f"{t.s(thing)} was a gift from {t.pick(_GIVERS)}.")
         else:
-            t.say(f"{t.s(hero)} loved {t.o(thing)} very much.", (hero, LIKES, thing))
+            t.say(f"{t.s(hero)} loved {t.o(thing)} very much.", (hero, "likes", thing))
     go(t, hero, place, t.either("", "", " to play") if t.chance(0.6) else f" with {t.n(thing)}")
     t.say(f"{t.s(hero)} {look.play % t.o(thing)}.", (hero, "played with", thing))
-    loss = t.say(f"{t.pick(_SUDDENLY)}{t.n(thing)} {look.loss}.", (thing, LOST, hero))
+    loss = t.say(f"{t.pick(_SUDDENLY)}{t.n(thing)} {look.loss}.", (thing, "lost by", hero))
     if t.chance(0.6):
         t.say(f"{t.s(hero)} looked {t.pick(_HERE)} but could not find {t.o(thing)}.")
     name = hero.the
     why, because = f"Why was {name} sad?", f"{name} lost the {thing.noun}"
     if t.chance(0.5):
-        sad = t.say(f"{t.s(hero)} was sad because {t.n(thing)} was gone.", (hero, FEELS, "sad"))
+        sad = t.say(f"{t.s(hero)} was sad because {t.n(thing)} was gone.", (hero, "feels", "sad"))
     else:
-        sad = t.say(f"{t.s(hero)} {t.pick(_SADLY)}.", (hero, FEELS, "sad"))
+        sad = t.say(f"{t.s(hero)} {t.pick(_SADLY)}.", (hero, "feels", "sad"))
     t.because(loss, sad, why, because)
     arrive(t, friend, hero, place)
     if t.chance(0.75):
@@ -79,21 +59,19 @@ def lost_thing(t: Teller) -> None:
     spot = spots[second]
     found = t.say(
         f"{t.pick(_AT_LAST)}{t.n(finder)} {t.either('found', 'saw')} {t.o(thing)} {spot}.",
-        (thing, AT, spot),
-        (finder, SAW, thing),
+        (thing, "at", spot),
+        (finder, "saw", thing),
     )
     if finder is friend:
         t.say(
             f"{t.s(friend)} picked {t.o(thing)} up and gave {t.him(thing)} to {t.n(hero)}.",
-            (friend, HAS, thing),
-            (friend, GAVE, thing),
-            (hero, HAS, thing),
+            (friend, "has", thing),
+            *gave(friend, thing, hero),
         )
     else:
-        t.say(f"{t.s(hero)} picked {t.o(thing)} up and {t.pick(_HELD)}.", (hero, HAS, thing))
+        t.say(f"{t.s(hero)} picked {t.o(thing)} up and {t.pick(_HELD)}.", (hero, "has", thing))
     glad = t.say(
-        f"{t.s(hero)} was {t.either('happy', 'very happy')} again.",
-        (hero, FEELS, "happy"),
+        f"{t.s(hero)} was {t.either('happy', 'very happy')} again.", (hero, "feels", "happy")
     )
     finder_name = finder.the
     t.because(found, glad, f"Why was {name} happy again?", f"{finder_name} found the {thing.noun}")
@@ -138,16 +116,16 @@ def moved_thing(t: Teller) -> None:
     relative = t.either("a friend", "a cousin")
     t.say(
         f"{start}{t.s(hero)} and {relative} named {t.n(friend)} were at home.",
-        (hero, AT, lx.HOME),
-        (friend, AT, lx.HOME),
+        (hero, "at", lx.HOME),
+        (friend, "at", lx.HOME),
     )
-    t.say(f"{t.n(hero)} had {t.a(thing)}.", (hero, HAS, thing), (hero, OWNS, thing))
-    put = t.say(f"{t.s(hero)} put {t.o(thing)} {first}.", (thing, AT, first))
-    t.say(f"then {t.s(hero)} went {place.to}.", (hero, AT, place))
-    look = _look_of(thing)
+    t.say(f"{t.n(hero)} had {t.a(thing)}.", (hero, "has", thing), (hero, "owns", thing))
+    put = t.say(f"{t.s(hero)} put {t.o(thing)} {first}.", (thing, "at", first))
+    t.say(f"then {t.s(hero)} went {place.to}.", (hero, "at", place))
+    look = lx.THINGS[thing.noun]
     t.say(
         f"while {t.s(hero)} was away, {t.n(friend)} took {t.n(thing)} {_out_of(first)}.",
-        (friend, HAS, thing),
+        (friend, "has", thing),
     )
     if (
         t.chance(0.5)
@@ -158,14 +136,14 @@ def moved_thing(t: Teller) -> None:
         t.say(f"{t.s(friend)} {look.play % t.o(thing)}.", (friend, "played with", thing))
     moved = t.say(
         f"{t.either('then', 'after that,', 'later')} {t.s(friend)} put {t.o(thing)} {second}.",
-        (thing, AT, second),
+        (thing, "at", second),
     )
     t.say(
         f"{t.either('soon', 'in the evening,', 'after an hour,')} {t.n(hero)} came home.",
-        (hero, AT, lx.HOME),
+        (hero, "at", lx.HOME),
     )
     if t.chance(0.5):
-        t.say(f"{t.s(hero)} wanted to play with {t.n(thing)}.", (hero, WANTS, thing))
+        t.say(f"{t.s(hero)} wanted to play with {t.n(thing)}.", (hero, "wants", thing))
     missing = t.say(f"{t.s(hero)} looked {first}, but {t.n(thing)} was not there.")
     t.because(
         moved,
@@ -177,14 +155,15 @@ def moved_thing(t: Teller) -> None:
         put, missing, f"Why did {hero.the} look {first}?", f"{hero.the} put the {thing.noun} there"
     )
     if t.chance(0.5):
-        t.say(f"{t.s(hero)} was surprised.", (hero, FEELS, "surprised"))
+        t.say(f"{t.s(hero)} was surprised.", (hero, "feels", "surprised"))
     t.say(f'"Where is {hero.my} {t.bare(thing)}?" asked {t.n(hero)}.')
     t.say(f'"{friend.I} put {t.o(thing)} {second}," said {t.n(friend)}.')
-    t.say(f"{t.n(hero)} looked {second}, and there was {t.n(thing)}.", (hero, SAW, thing))
+    t.say(f"{t.n(hero)} looked {second}, and there was {t.n(thing)}.", (hero, "saw", thing))
     both = t.group(hero, friend)
     if t.chance(0.7) and len(t.sentences) < 14:
         t.say(
-            f"{t.s(both)} {t.either('laughed', 'smiled', 'had to laugh')}.", (both, DID, "laughed")
+            f"{t.s(both)} {t.either('laughed', 'smiled', 'had to laugh')}.",
+            (both, "did", "laughed"),
         )
     if len(t.sentences) < 14 and t.chance(0.5):
         t.say(f"then {t.s(both)} played with {t.n(thing)} together.", (both, "played with", thing))
@@ -213,26 +192,23 @@ def night_noise(t: Teller) -> None:
     guest = t.animal(hero, (_ANIMALS[t.pick(kinds)],), named=0.2)
     opening(t, hero, fair=False)
     start = t.either("one night, ", "late one night, ", "one dark night, ", "on a cold night, ")
-    t.say(f"{start}{t.s(hero)} was in bed.", (hero, AT, lx.BED))
+    t.say(f"{start}{t.s(hero)} was in bed.", (hero, "at", lx.BED))
     if t.chance(0.5):
-        t.say(
-            t.pick(
-                (
-                    "the house was dark.",
-                    "the moon was behind the clouds.",
-                    "the wind blew.",
-                    "all was quiet.",
-                )
-            )
+        t.remark(
+            "the house was dark.",
+            "the moon was behind the clouds.",
+            "the wind blew.",
+            "all was quiet.",
         )
     noise = t.say(f"suddenly {t.s(hero)} heard a noise {where}.", (hero, "heard", "noise"))
     if t.chance(0.7):
         t.say(f"{sound}, went the noise.")
     if t.chance(0.5):
-        afraid = t.say(f"{t.s(hero)} was afraid because of the noise.", (hero, FEELS, "afraid"))
+        afraid = t.say(f"{t.s(hero)} was afraid because of the noise.", (hero, "feels", "afraid"))
     else:
         afraid = t.say(
-            f"{t.s(hero)} was {t.either('', 'very ', 'a little ')}afraid.", (hero, FEELS, "afraid")
+            f"{t.s(hero)} was {t.either('', 'very ', 'a little ')}afraid.",
+            (hero, "feels", "afraid"),
         )
     t.because(noise, afraid, f"Why was {hero.the} afraid?", f"{hero.the} heard a noise {where}")
     helper = None
@@ -243,18 +219,15 @@ def night_noise(t: Teller) -> None:
         )
         seekers = t.group(hero, helper)
         t.say(f'"Let {seekers.us} look together," said {t.n(helper)}.')
-        t.say(f"{t.s(seekers)} {t.pick(_LIGHT)}.", (seekers, DID, "looked"))
+        t.say(f"{t.s(seekers)} {t.pick(_LIGHT)}.", (seekers, "did", "looked"))
     else:
-        t.say(f"but {t.s(hero)} was brave and {t.pick(_LIGHT)}.", (hero, DID, "looked"))
+        t.say(f"but {t.s(hero)} was brave and {t.pick(_LIGHT)}.", (hero, "did", "looked"))
     only = t.either("there was no monster, only", "there was", "and there sat", "there stood")
-    there = t.say(
-        f"{only} {t.a(guest)} {where}.",
-        (guest, AT, where),
-    )
+    there = t.say(f"{only} {t.a(guest)} {where}.", (guest, "at", where))
     roll = t.random()
     if roll < 0.5:
         reason = t.either("hungry", "cold", "thirsty")
-        need = t.say(f"{t.n(guest)} was {reason}.", (guest, FEELS, reason))
+        need = t.say(f"{t.n(guest)} was {reason}.", (guest, "feels", reason))
         gift = {"hungry": guest.animal.food, "cold": "a warm blanket", "thirsty": "some water"}[
             reason
         ]
@@ -262,16 +235,17 @@ def night_noise(t: Teller) -> None:
             gift = "a little bread"
         given = t.say(
             f"{t.n(hero)} gave {t.o(guest)} {gift}, and {t.n(guest)} was happy.",
-            (hero, GAVE, gift),
-            (guest, HAS, gift),
-            (guest, FEELS, "happy"),
+            *gave(hero, gift, guest),
+            (guest, "feels", "happy"),
         )
         t.because(
             need, given, f"Why did {hero.the} give {guest.the} {gift}?", f"{guest.the} was {reason}"
         )
     else:
         t.say(f"{t.n(guest)} wanted to {t.either('play', 'say hello', 'come in')}.")
-    relief = t.say(f"{t.n(hero)} laughed and was not afraid any more.", (hero, FEELS, "not afraid"))
+    relief = t.say(
+        f"{t.n(hero)} laughed and was not afraid any more.", (hero, "feels", "not afraid")
+    )
     t.because(
         there,
         relief,
@@ -282,9 +256,9 @@ def night_noise(t: Teller) -> None:
         t.say(f'"Good night, little {t.bare(guest)}," {said(t, hero)}.')
     hero.loc = lx.BED
     if helper is not None:
-        t.say(f"{t.n(helper)} took {t.n(hero)} back to bed.", (hero, AT, lx.BED))
+        t.say(f"{t.n(helper)} took {t.n(hero)} back to bed.", (hero, "at", lx.BED))
     else:
-        t.say(f"{t.n(hero)} went back to bed and slept well.", (hero, AT, lx.BED))
+        t.say(f"{t.n(hero)} went back to bed and slept well.", (hero, "at", lx.BED))
     if len(t.sentences) < 16 and t.chance(0.4):
         t.say(f"after that night, {t.s(hero)} was never afraid of the dark.")
 
@@ -321,13 +295,13 @@ def broken_cup(t: Teller) -> None:
     opening(t, hero)
     t.say(
         f"{t.n(adult)} had {t.a(cup)} and loved {t.him(cup)} very much.",
-        (adult, OWNS, cup),
-        (adult, LIKES, cup),
+        (adult, "owns", cup),
+        (adult, "likes", cup),
     )
     t.say(
         f"{t.when()}{t.n(hero)} played with {t.a(toy)} in the kitchen.",
-        (hero, HAS, toy),
-        (hero, AT, lx.KITCHEN),
+        (hero, "has", toy),
+        (hero, "at", lx.KITCHEN),
     )
     act = t.pick(
         (
@@ -343,7 +317,7 @@ def broken_cup(t: Teller) -> None:
     broke = t.say(f"{t.n(cup)} fell to the floor {end}.", (cup, "is", "broken"))
     t.because(throw, broke, f"Why did the {cup.noun} break?", f"{hero.the} {act}")
     feeling = t.either("afraid", "worried", "sad")
-    afraid = t.say(f"{t.n(hero)} was {feeling}.", (hero, FEELS, feeling))
+    afraid = t.say(f"{t.n(hero)} was {feeling}.", (hero, "feels", feeling))
     t.because(broke, afraid, f"Why was {hero.the} {feeling}?", f"the {cup.noun} broke")
     if t.chance(0.5):
         t.say(f"{t.s(hero)} wanted to hide {t.n(cup)}, but that was not right.")
@@ -354,24 +328,21 @@ def broken_cup(t: Teller) -> None:
     if t.chance(0.7):
         t.say(f'"Thank {hero.you} for the truth," said {t.n(adult)}.')
     mood = t.either("was not angry", "smiled", "was sad for a moment but not angry")
-    calm = t.say(
-        f"{t.n(adult)} {mood}.",
-        (adult, "forgave", hero),
-    )
+    calm = t.say(f"{t.n(adult)} {mood}.", (adult, "forgave", hero))
     t.because(truth, calm, f"Why was {adult.the} not angry?", f"{hero.the} told the truth")
     both = t.group(hero, adult)
     roll = t.random()
     if roll < 0.4:
         t.say(f"{t.s(both)} fixed {t.n(cup)} with glue.", (cup, "is", "fixed"))
     elif roll < 0.7:
-        t.say(f"{t.s(both)} cleaned the floor together.", (both, DID, "cleaned"))
+        t.say(f"{t.s(both)} cleaned the floor together.", (both, "did", "cleaned"))
     else:
         t.say(f"{t.n(adult)} gave {t.n(hero)} a warm hug.", (adult, "hugged", hero))
     outside = t.either("outside", "in the garden", "in the yard")
     t.say(
         f"{t.n(hero)} was not {feeling} any more and played with {t.n(toy)} {outside}.",
-        (hero, FEELS, f"not {feeling}"),
-        (hero, AT, outside),
+        (hero, "feels", f"not {feeling}"),
+        (hero, "at", outside),
     )
     if t.chance(0.4):
         hero.loc = lx.HOME
@@ -387,22 +358,24 @@ def key_and_box(t: Teller) -> None:
     box = t.thing("box", "big", "wooden", "green", "heavy", "blue")
     opening(t, hero)
     both = t.group(hero, friend)
-    t.say(f"{t.when()}{t.s(hero)} went {place.to} with {t.n(friend)}.", (both, AT, place))
+    t.say(f"{t.when()}{t.s(hero)} went {place.to} with {t.n(friend)}.", (both, "at", place))
     if t.chance(0.5):
-        t.say(f"{t.s(both)} {(act := fun(t, place, both))}.", (both, DID, act))
+        t.say(f"{t.s(both)} {(act := fun(t, place, both))}.", (both, "did", act))
     spots = place.spots
     first = int(t.random() * len(spots))
     second = (first + 1 + int(t.random() * (len(spots) - 1))) % len(spots)
     t.say(
-        f"{t.n(hero)} found {t.a(key)} {spots[first]}.", (key, AT, spots[first]), (hero, HAS, key)
+        f"{t.n(hero)} found {t.a(key)} {spots[first]}.",
+        (key, "at", spots[first]),
+        (hero, "has", key),
     )
     t.say(f'"What does {t.o(key)} open?" asked {t.n(friend)}.')
     if t.chance(0.6):
         t.say(f"{t.s(both)} looked and looked.")
     t.say(
         f"then {t.n(friend)} saw {t.a(box)} {spots[second]}.",
-        (box, AT, spots[second]),
-        (friend, SAW, box),
+        (box, "at", spots[second]),
+        (friend, "saw", box),
     )
     if t.chance(0.5):
         t.say(
@@ -422,16 +395,16 @@ def key_and_box(t: Teller) -> None:
     )
     t.say(
         f"inside there were {number} {t.a(items)}.",
-        (items, AT, "in the box"),
+        (items, "at", "in the box"),
         (items, "count", number),
     )
     joy = t.either("surprised and happy", "very happy", "happy")
-    glad = t.say(f"{t.n(both)} were {joy}.", (both, FEELS, "happy"))
+    glad = t.say(f"{t.n(both)} were {joy}.", (both, "feels", "happy"))
     t.because(opened, glad, f"Why were {both.the} happy?", f"{hero.the} opened the box")
     t.say(
         f"{t.n(hero)} kept {t.n(key)}, and {t.n(friend)} kept {t.n(box)}.",
-        (hero, OWNS, key),
-        (friend, OWNS, box),
+        (hero, "owns", key),
+        (friend, "owns", box),
     )
     if len(t.sentences) < 14:
         ending(t, hero, friend, both, new=False)

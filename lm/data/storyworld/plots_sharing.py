@@ -3,23 +3,8 @@
 from __future__ import annotations
 
 from lm.data.storyworld import lexicon as lx
-from lm.data.storyworld.scenes import arrive, ending, fun, go, opening, thank
-from lm.data.storyworld.teller import (
-    AT,
-    ATE,
-    COUNT,
-    DID,
-    FEELS,
-    FRIEND,
-    GAVE,
-    HAS,
-    KIND,
-    LIKES,
-    OWNS,
-    WANTS,
-    Teller,
-    article,
-)
+from lm.data.storyworld.scenes import arrive, ending, fun, gave, go, opening, thank
+from lm.data.storyworld.teller import Teller, article
 
 _NO_FOOD = (
     "had eaten no breakfast",
@@ -45,21 +30,21 @@ def share_food(t: Teller) -> None:
     fruit = t.plural(noun + "s", t.pick(adjectives))
     t.say(
         f"{t.s(hero)} had {lx.NUMBERS[number]} {t.a(fruit)} in {t.his(hero)} {bag}.",
-        (hero, HAS, fruit),
-        (fruit, COUNT, lx.NUMBERS[number]),
+        (hero, "has", fruit),
+        (fruit, "count", lx.NUMBERS[number]),
     )
     go(t, hero, place)
     arrive(t, friend, hero, place)
     why = t.pick(_NO_FOOD)
     if t.chance(0.5):
         hungry = t.say(
-            f"{t.s(friend)} was hungry because {t.he(friend)} {why}.", (friend, FEELS, "hungry")
+            f"{t.s(friend)} was hungry because {t.he(friend)} {why}.", (friend, "feels", "hungry")
         )
         reason = hungry
     else:
         reason = t.say(f"{t.s(friend)} {why}.")
         hungry = t.say(
-            f"now {t.s(friend)} was {t.either('very', 'so')} hungry.", (friend, FEELS, "hungry")
+            f"now {t.s(friend)} was {t.either('very', 'so')} hungry.", (friend, "feels", "hungry")
         )
     t.because(reason, hungry, f"Why was {friend.the} hungry?", f"{friend.the} {why}")
     one = article(noun) if given == 1 else f"two {noun}s"
@@ -67,11 +52,7 @@ def share_food(t: Teller) -> None:
         t.say(f'"Would {friend.you} like {one}?" asked {t.n(hero)}.')
         if t.chance(0.6):
             t.say(f'"Yes, please," said {t.n(friend)}.')
-    act = t.say(
-        f"{t.n(hero)} gave {t.n(friend)} {one}.",
-        (hero, GAVE, one),
-        (friend, HAS, one),
-    )
+    act = t.say(f"{t.n(hero)} gave {t.n(friend)} {one}.", *gave(hero, one, friend))
     t.because(
         hungry, act, f"Why did {hero.the} give {friend.the} {one}?", f"{friend.the} was hungry"
     )
@@ -79,12 +60,14 @@ def share_food(t: Teller) -> None:
     noun_left = noun if left == 1 else noun + "s"
     t.say(
         f"now {t.n(hero)} had {lx.NUMBERS[left]} {noun_left} left.",
-        (fruit, COUNT, lx.NUMBERS[left]),
+        (fruit, "count", lx.NUMBERS[left]),
     )
     feeling = t.either("happy", "full")
     the = f"the {noun}" if given == 1 else f"the two {noun}s"
     t.say(
-        f"{t.n(friend)} ate {the} and was {feeling}.", (friend, ATE, one), (friend, FEELS, feeling)
+        f"{t.n(friend)} ate {the} and was {feeling}.",
+        (friend, "ate", one),
+        (friend, "feels", feeling),
     )
     if len(t.sentences) < 14 and t.chance(0.7):
         thank(t, friend, hero)
@@ -99,40 +82,38 @@ def trade(t: Teller) -> None:
     mine = _thing_for(t, hero)
     yours = _thing_for(t, friend)
     opening(t, hero)
-    t.say(f"{t.s(hero)} had {t.a(mine)}.", (hero, HAS, mine), (hero, OWNS, mine))
+    t.say(f"{t.s(hero)} had {t.a(mine)}.", (hero, "has", mine), (hero, "owns", mine))
     t.say(
         f"{t.a(friend)} had {t.a(yours)}.",
-        (friend, HAS, yours),
-        (friend, OWNS, yours),
-        (friend, KIND, friend.noun),
+        (friend, "has", yours),
+        (friend, "owns", yours),
+        (friend, "is a", friend.noun),
     )
     both = t.group(hero, friend)
-    t.say(f"{t.when()}{t.n(both)} met {place.at}.", (both, AT, place))
-    t.say(f"{t.n(hero)} looked at {t.n(yours)}.", (hero, WANTS, yours))
+    t.say(f"{t.when()}{t.n(both)} met {place.at}.", (both, "at", place))
+    t.say(f"{t.n(hero)} looked at {t.n(yours)}.", (hero, "wants", yours))
     if t.chance(0.6):
         nice = t.either("nice", "fine", "lovely")
         t.say(f'"What a {nice} {t.bare(yours)} {friend.you} have," said {t.n(hero)}.')
     t.say(
         f'"{friend.I} like {hero.your} {t.bare(mine)}, too," said {t.n(friend)}.',
-        (friend, LIKES, mine),
+        (friend, "likes", mine),
     )
     t.say(f'"Let {both.us} trade!" said {t.n(hero)}.')
     t.say(
         f"so {t.n(hero)} gave {t.n(mine)} to {t.n(friend)}, "
         f"and {t.n(friend)} gave {t.n(yours)} to {t.n(hero)}.",
-        (hero, GAVE, mine),
-        (friend, HAS, mine),
-        (friend, OWNS, mine),
-        (friend, GAVE, yours),
-        (hero, HAS, yours),
-        (hero, OWNS, yours),
+        *gave(hero, mine, friend),
+        (friend, "owns", mine),
+        *gave(friend, yours, hero),
+        (hero, "owns", yours),
     )
     t.say(
         f"now {t.n(hero)} had {t.n(yours)}, and {t.n(friend)} had {t.n(mine)}.",
-        (hero, HAS, yours),
-        (friend, HAS, mine),
+        (hero, "has", yours),
+        (friend, "has", mine),
     )
-    t.say(f"{t.s(both)} were both happy.", (both, FEELS, "happy"))
+    t.say(f"{t.s(both)} were both happy.", (both, "feels", "happy"))
     ending(t, hero, friend, both)
 
 
@@ -141,7 +122,7 @@ def _thing_for(t: Teller, owner):
         if owner.animal is None:
             thing = t.pick(lx.TOYS)
         else:
-            thing = lx.TREASURES[
+            thing = lx.THINGS[
                 t.either(*owner.animal.treasures, "stone", "shell", "leaf", "feather")
             ]
         if thing.noun not in t.taken:
@@ -170,33 +151,33 @@ def market(t: Teller) -> None:
     coins = t.plural("coins", t.either("golden", "silver", "shiny"))
     t.say(
         f"{t.when()}{t.n(giver)} gave {t.n(hero)} {lx.NUMBERS[number]} {t.a(coins)}.",
-        (hero, HAS, coins),
-        (coins, COUNT, lx.NUMBERS[number]),
+        (hero, "has", coins),
+        (coins, "count", lx.NUMBERS[number]),
     )
-    asked = t.say(f'"Please buy {some} for {giver.me}," said {t.n(giver)}.', (giver, WANTS, some))
-    t.say(f"{t.n(hero)} {t.either('went', 'walked', 'ran')} {lx.MARKET.to}.", (hero, AT, lx.MARKET))
+    asked = t.say(f'"Please buy {some} for {giver.me}," said {t.n(giver)}.', (giver, "wants", some))
+    t.say(
+        f"{t.n(hero)} {t.either('went', 'walked', 'ran')} {lx.MARKET.to}.", (hero, "at", lx.MARKET)
+    )
     if t.chance(0.7):
-        t.say(t.pick(_STALLS))
+        t.remark(*_STALLS)
     seller = t.adult("baker", "farmer", "old man", "old woman", "seller")
     cost = f"{lx.NUMBERS[price]} coin" + ("s" if price > 1 else "")
     much = "are these" if good == "flowers" else "is this"
     t.say(f'"How much {much} {good}?" asked {t.n(hero)}.')
     t.say(f'"Just {cost}," said {t.a(seller)}.')
-    t.say(f"{t.n(hero)} paid and took the {good}.", (hero, HAS, good))
+    t.say(f"{t.n(hero)} paid and took the {good}.", (hero, "has", good))
     left = number - price
     t.say(
         f"now {t.s(hero)} had {lx.NUMBERS[left]} coin{'s' if left > 1 else ''} left.",
-        (coins, COUNT, lx.NUMBERS[left]),
+        (coins, "count", lx.NUMBERS[left]),
     )
-    t.say(f"{t.s(hero)} {t.either('went', 'walked', 'ran')} home.", (hero, AT, lx.HOME))
-    given = t.say(
-        f"{t.s(hero)} gave the {good} to {t.n(giver)}.", (hero, GAVE, good), (giver, HAS, good)
-    )
+    t.say(f"{t.s(hero)} {t.either('went', 'walked', 'ran')} home.", (hero, "at", lx.HOME))
+    given = t.say(f"{t.s(hero)} gave the {good} to {t.n(giver)}.", *gave(hero, good, giver))
     why = f"Why did {hero.the} give the {good} to {giver.the}?"
     t.because(asked, given, why, f"{giver.the} wanted {some}")
     if good not in ("flowers", "ribbon"):
         both = t.group(hero, giver)
-        t.say(f"{t.s(both)} ate the {good} for {t.either('lunch', 'supper')}.", (both, ATE, good))
+        t.say(f"{t.s(both)} ate the {good} for {t.either('lunch', 'supper')}.", (both, "ate", good))
     else:
         t.say(f'"How pretty!" said {t.n(giver)}.')
     ending(t, hero)
@@ -221,9 +202,10 @@ def basket(t: Teller) -> None:
     opening(t, hero)
     if t.chance(0.7):
         ill = t.say(
-            f"{t.n(elder)} was {t.either('ill', 'ill in bed', 'not well')}.", (elder, FEELS, "ill")
+            f"{t.n(elder)} was {t.either('ill', 'ill in bed', 'not well')}.",
+            (elder, "feels", "ill"),
         )
-        t.say(f"{t.when()}{t.n(hero)} wanted to visit {t.n(elder)}.", (hero, WANTS, elder))
+        t.say(f"{t.when()}{t.n(hero)} wanted to visit {t.n(elder)}.", (hero, "wants", elder))
         t.because(
             ill,
             ill + 1,
@@ -231,22 +213,20 @@ def basket(t: Teller) -> None:
             f"{elder.the} was not well",
         )
     else:
-        t.say(f"{t.when()}{t.n(hero)} wanted to visit {t.n(elder)}.", (hero, WANTS, elder))
-    t.say(f"{t.s(hero)} put {food} and {rest} into a basket.", (hero, HAS, "basket"))
+        t.say(f"{t.when()}{t.n(hero)} wanted to visit {t.n(elder)}.", (hero, "wants", elder))
+    t.say(f"{t.s(hero)} put {food} and {rest} into a basket.", (hero, "has", "basket"))
     t.say(f"the path went through the {through}.")
     t.say(
         f"in the {through}, {t.n(hero)} met {t.a(animal)}.",
-        (hero, AT, place),
-        (animal, AT, place),
-        (animal, KIND, animal.noun),
+        (hero, "at", place),
+        (animal, "at", place),
+        (animal, "is a", animal.noun),
     )
     call = f", little {t.bare(hero)}" if t.chance(0.5) else ""
     t.say(f'"What is in {hero.your} basket{call}?" asked {t.n(animal)}.')
     t.say(f'"{food.capitalize()} and {rest} for {t.n(elder)}," said {t.n(hero)}.')
-    hungry = t.say(f'"{animal.I} am so hungry," said {t.n(animal)}.', (animal, FEELS, "hungry"))
-    given = t.say(
-        f"{t.n(hero)} gave {t.n(animal)} some {food}.", (hero, GAVE, food), (animal, HAS, food)
-    )
+    hungry = t.say(f'"{animal.I} am so hungry," said {t.n(animal)}.', (animal, "feels", "hungry"))
+    given = t.say(f"{t.n(hero)} gave {t.n(animal)} some {food}.", *gave(hero, food, animal))
     t.because(
         hungry,
         given,
@@ -255,8 +235,8 @@ def basket(t: Teller) -> None:
     )
     t.say(
         f"{t.n(animal)} ate the {food} and was happy.",
-        (animal, ATE, food),
-        (animal, FEELS, "happy"),
+        (animal, "ate", food),
+        (animal, "feels", "happy"),
     )
     if len(t.sentences) < 12 and t.chance(0.5):
         thank(t, animal, hero)
@@ -264,14 +244,14 @@ def basket(t: Teller) -> None:
             t.say(f"then {t.n(animal)} showed {t.n(hero)} a short way.", (animal, "helped", hero))
     t.say(
         f"{t.either('soon', 'at last')} {t.n(hero)} came to the house of {t.n(elder)}.",
-        (hero, AT, "house"),
+        (hero, "at", "house"),
     )
-    glad = t.say(f"{t.n(elder)} was happy to see {t.n(hero)}.", (elder, FEELS, "happy"))
+    glad = t.say(f"{t.n(elder)} was happy to see {t.n(hero)}.", (elder, "feels", "happy"))
     t.because(glad - 1, glad, f"Why was {elder.the} happy?", f"{hero.the} came to visit")
     both = t.group(hero, elder)
-    t.say(f"{t.s(both)} ate the {rest} together.", (both, ATE, rest))
+    t.say(f"{t.s(both)} ate the {rest} together.", (both, "ate", rest))
     if t.chance(0.5) and len(t.sentences) < 15:
-        t.say(f"in the evening, {t.n(hero)} went home.", (hero, AT, lx.HOME))
+        t.say(f"in the evening, {t.n(hero)} went home.", (hero, "at", lx.HOME))
 
 
 def letter(t: Teller) -> None:
@@ -286,56 +266,48 @@ def letter(t: Teller) -> None:
     t.say(
         f"{t.p(hero)} friend {t.n(friend)} lived far away {far}.",
         (friend, "lives", far),
-        (hero, FRIEND, friend),
+        (hero, "friend of", friend),
     )
     feeling = t.either("sad", "lonely")
-    lonely = t.say(f"{t.n(hero)} missed {t.n(friend)} and was {feeling}.", (hero, FEELS, feeling))
+    lonely = t.say(f"{t.n(hero)} missed {t.n(friend)} and was {feeling}.", (hero, "feels", feeling))
     note = t.thing("letter", "long", "short", "nice")
     wrote = t.say(
         f"so {t.n(hero)} wrote {t.a(note)} to {t.n(friend)}.",
         (hero, "wrote", note),
-        (hero, HAS, note),
+        (hero, "has", note),
     )
     t.because(
         lonely, wrote, f"Why did {hero.the} write a letter?", f"{hero.the} missed {friend.the}"
     )
     t.say(f'"Who will take {t.o(note)} to {t.n(friend)}?" asked {t.n(hero)}.')
-    t.say(f'"{bird.I} will," said {t.a(bird)}.', (bird, KIND, bird.noun))
-    t.say(f"{t.n(hero)} gave {t.n(note)} to {t.n(bird)}.", (hero, GAVE, note), (bird, HAS, note))
+    t.say(f'"{bird.I} will," said {t.a(bird)}.', (bird, "is a", bird.noun))
+    t.say(f"{t.n(hero)} gave {t.n(note)} to {t.n(bird)}.", *gave(hero, note, bird))
     woods, water = t.either("trees", "forest", "fields"), t.either("river", "hills", "lake")
     t.say(f"{t.n(bird)} flew over the {woods} and the {water}.")
     if t.chance(0.5):
-        t.say(
-            t.pick(
-                (
-                    "the way was long, and the wind was strong.",
-                    "the sun went down, and the stars came out.",
-                )
-            )
+        t.remark(
+            "the way was long, and the wind was strong.",
+            "the sun went down, and the stars came out.",
         )
     later = t.either("at last", "after two days", "the next day")
-    t.say(
-        f"{later}, {t.n(bird)} gave {t.n(note)} to {t.n(friend)}.",
-        (bird, GAVE, note),
-        (friend, HAS, note),
-    )
-    glad = t.say(f"{t.n(friend)} read {t.o(note)} and was very happy.", (friend, FEELS, "happy"))
+    t.say(f"{later}, {t.n(bird)} gave {t.n(note)} to {t.n(friend)}.", *gave(bird, note, friend))
+    glad = t.say(f"{t.n(friend)} read {t.o(note)} and was very happy.", (friend, "feels", "happy"))
     t.because(wrote, glad, f"Why was {friend.the} happy?", f"{hero.the} wrote a letter")
     if t.chance(0.6):
         t.say(f'"Dear {t.n(hero)}, please come and visit {friend.me}," wrote {t.n(friend)}.')
         t.say(
             f"{t.either('the next week', 'in spring', 'in summer')}, {t.n(hero)} went there.",
-            (hero, AT, far),
+            (hero, "at", far),
         )
         both = t.group(hero, friend)
         t.say(
             f"{t.s(both)} {t.either('played', 'laughed', 'sang')} all day and were happy.",
-            (both, FEELS, "happy"),
+            (both, "feels", "happy"),
         )
     else:
         gift = t.either("drawing", "shell", "card", "photo")
         t.say(f"{t.s(friend)} sent a {gift} back to {t.n(hero)}.")
-        t.say(f"{t.n(hero)} was not {feeling} any more.", (hero, FEELS, f"not {feeling}"))
+        t.say(f"{t.n(hero)} was not {feeling} any more.", (hero, "feels", f"not {feeling}"))
 
 
 def shelter(t: Teller) -> None:
@@ -345,20 +317,20 @@ def shelter(t: Teller) -> None:
     place = t.either(lx.FOREST, lx.HILL, lx.MEADOW, lx.RIVER, lx.FARM)
     wet = t.chance(0.7)
     if not wet:
-        t.say(t.either(*_WINTER))
+        t.remark(*_WINTER)
         t.dated = True
     opening(t, hero, fair=wet)
     go(t, hero, place)
     if wet and t.chance(0.5):
-        t.say(f"{t.s(hero)} {(act := fun(t, place, hero))}.", (hero, DID, act))
-    t.say(t.pick(_DARK))
+        t.say(f"{t.s(hero)} {(act := fun(t, place, hero))}.", (hero, "did", act))
+    t.remark(*_DARK)
     what = "rain" if wet else "snow"
     fell = t.say(
         t.either(f"then the {what} began to fall.", f"soon the {what} fell and fell."),
-        (what, DID, "fell"),
+        (what, "did", "fell"),
     )
     feeling = "wet and cold" if wet else "cold"
-    cold = t.say(f"{t.n(hero)} was {feeling}.", (hero, FEELS, "cold"))
+    cold = t.say(f"{t.n(hero)} was {feeling}.", (hero, "feels", "cold"))
     t.because(fell, cold, f"Why was {hero.the} {feeling}?", f"the {what} fell")
     house = t.pick(
         (
@@ -370,35 +342,36 @@ def shelter(t: Teller) -> None:
     )
     t.say(f"then {t.s(hero)} saw {house}.", (hero, "saw", house))
     act = "followed the light and came to a door" if "light" in house else "knocked at the door"
-    t.say(f"{t.s(hero)} {act}.", (hero, DID, act))
-    t.say(f"{t.a(host)} opened the door.", (host, KIND, host.noun))
+    t.say(f"{t.s(hero)} {act}.", (hero, "did", act))
+    t.say(f"{t.a(host)} opened the door.", (host, "is a", host.noun))
     t.say(f'"Come in, {hero.you} poor {t.bare(hero)}," said {t.n(host)}.')
     drink = t.either("warm milk", "hot soup", "sweet tea", "hot tea", "bread and honey")
     verb = "ate" if drink.startswith("bread") else "drank"
-    given = t.say(f"{t.n(host)} gave {t.n(hero)} {drink}.", (host, GAVE, drink), (hero, HAS, drink))
+    given = t.say(f"{t.n(host)} gave {t.n(hero)} {drink}.", *gave(host, drink, hero))
     t.because(cold, given, f"Why did {host.the} give {hero.the} {drink}?", f"{hero.the} was cold")
     t.say(
         f"{t.n(hero)} sat by the fire and {verb} the {drink}.",
-        (hero, AT, "by the fire"),
-        (hero, ATE, drink),
+        (hero, "at", "by the fire"),
+        (hero, "ate", drink),
     )
     t.say(
         f"soon {t.s(hero)} was {t.either('warm', 'warm again', 'warm and happy')}.",
-        (hero, FEELS, "warm"),
+        (hero, "feels", "warm"),
     )
     if wet and t.chance(0.7):
-        t.say("then the rain stopped, and there was a rainbow.", ("rain", DID, "stopped"))
+        t.say("then the rain stopped, and there was a rainbow.", ("rain", "did", "stopped"))
     elif not wet:
-        t.say("then the snow stopped, and the world was white.", ("snow", DID, "stopped"))
+        t.say("then the snow stopped, and the world was white.", ("snow", "did", "stopped"))
     if len(t.sentences) < 14:
         if t.chance(0.6):
             thank(t, hero, host)
         if t.chance(0.5):
             t.say(
-                f"{t.n(hero)} and {t.n(host)} were friends from that day on.", (hero, FRIEND, host)
+                f"{t.n(hero)} and {t.n(host)} were friends from that day on.",
+                (hero, "friend of", host),
             )
         if t.chance(0.7) and len(t.sentences) < 16:
-            t.say(f"then {t.n(hero)} {t.either('went', 'walked')} home.", (hero, AT, lx.HOME))
+            t.say(f"then {t.n(hero)} {t.either('went', 'walked')} home.", (hero, "at", lx.HOME))
 
 
 _WINTER = ("winter was here.", "the winter was long and cold.", "the winter day was short.")

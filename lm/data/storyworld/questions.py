@@ -27,15 +27,15 @@ def questions(story: Story) -> list[Question]:
     state = story.state
     people = {c.name: c for c in story.characters}
     latest = {(fact.subject, fact.relation): fact for fact in story.facts}
-    holding = {fact.object: fact for fact in story.facts if fact.relation == tl.HAS}
-    owning = {fact.object: fact for fact in story.facts if fact.relation == tl.OWNS}
+    holding = {fact.object: fact for fact in story.facts if fact.relation == "has"}
+    owning = {fact.object: fact for fact in story.facts if fact.relation == "owns"}
 
     def the(name: str) -> str:
         return people[name].phrases[0] if name in people else name
 
     for name, place in state.location.items():
         if name in people:
-            fact = latest[name, tl.AT]
+            fact = latest[name, "at"]
             verb = "are" if people[name].pronoun == "they" else "is"
             found.append(
                 Question(
@@ -50,11 +50,11 @@ def questions(story: Story) -> list[Question]:
         found.append(Question(f"Who owns {the(thing)}?", the(owner), owning[thing]))
     for name, feeling in state.feeling.items():
         question = f"How does {the(name)} feel at the end of the story?"
-        found.append(Question(question, feeling, latest[name, tl.FEELS]))
+        found.append(Question(question, feeling, latest[name, "feels"]))
     for (name, relation), fact in latest.items():
-        if relation == tl.KIND and fact.object != name:
+        if relation == "is a" and fact.object != name:
             found.append(Question(f"What is {the(name)}?", tl.article(fact.object), fact))
-        elif relation == tl.COUNT:
+        elif relation == "count":
             found.append(Question(f"How many {name} are there at the end?", fact.object, fact))
     for cause in story.causes:
         found.append(Question(cause.question, cause.answer, cause))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lm.data.storyworld import lexicon as lx
-from lm.data.storyworld.teller import AT, DID, FEELS, FRIEND, IS, KIND, LIVES, TRAIT, Entity, Teller
+from lm.data.storyworld.teller import Entity, Teller
 
 _MAT = (
     "the cat sat on the mat.",
@@ -32,10 +32,10 @@ def cat_on_mat(t: Teller) -> Entity | None:
         sentence = t.pick(_MAT)
         if "{" in sentence:
             sentence = sentence.format(his=t.his(cat))
-        t.say(sentence, (cat, AT, "on the mat"), (cat, DID, "sat on the mat"))
+        t.say(sentence, (cat, "at", "on the mat"), (cat, "did", "sat on the mat"))
     else:
         sentence, seat = t.pick(_OTHER_SEATS)
-        t.say(sentence, (cat, AT, seat))
+        t.say(sentence, (cat, "at", seat))
     return cat
 
 
@@ -55,7 +55,7 @@ def opening(t: Teller, hero: Entity, fair: bool = True, home: bool = True) -> No
             t.say(f"{t.n(hero)} stroked {t.o(cat)} and smiled.")
     elif roll < 0.35 and fair:
         fair_weather(t)
-    known = (hero, KIND, hero.noun), (hero, TRAIT, hero.kind)
+    known = (hero, "is a", hero.noun), (hero, "trait", hero.kind)
     roll = t.random()
     if hero.animal is None and hero.seen >= 0:
         return
@@ -65,10 +65,10 @@ def opening(t: Teller, hero: Entity, fair: bool = True, home: bool = True) -> No
             start = "there was"
         t.say(f"{start} {t.a(hero)}.", *known)
     elif roll < 0.55 and hero.animal and home:
-        t.say(f"{t.a(hero)} lived {hero.animal.home}.", *known, (hero, LIVES, hero.animal.home))
+        t.say(f"{t.a(hero)} lived {hero.animal.home}.", *known, (hero, "lives", hero.animal.home))
     elif roll < 0.55 and home:
         place = t.pick(_HOUSES)
-        t.say(f"{t.a(hero)} lived {place}.", *known, (hero, LIVES, place))
+        t.say(f"{t.a(hero)} lived {place}.", *known, (hero, "lives", place))
     elif roll < 0.75 and hero.the == hero.name:
         t.say(f"{t.n(hero)} was {hero.a.rpartition(' named ')[0]}.", *known)
     elif hero.animal is None:
@@ -100,9 +100,9 @@ def fair_weather(t: Teller) -> None:
     one, two = t.pick(lx.FAIR), t.pick(lx.FAIR)
     t.dated = True
     if one is two:
-        t.say(f"{one[0]}.", (one[1], IS, one[2]))
+        t.say(f"{one[0]}.", (one[1], "is", one[2]))
     else:
-        t.say(f"{one[0]}, and {two[0]}.", (one[1], IS, one[2]), (two[1], IS, two[2]))
+        t.say(f"{one[0]}, and {two[0]}.", (one[1], "is", one[2]), (two[1], "is", two[2]))
 
 
 def fun(t: Teller, place: lx.Place, who: Entity) -> str:
@@ -114,7 +114,7 @@ def fun(t: Teller, place: lx.Place, who: Entity) -> str:
 def go(t: Teller, who: Entity, place: lx.Place, more: str = "") -> int:
     """`who` goes to `place`."""
     went = who.animal.went if who.animal else t.pick(_WENT)
-    return t.say(f"{t.when()}{t.s(who)} {went} {place.to}{more}.", (who, AT, place))
+    return t.say(f"{t.when()}{t.s(who)} {went} {place.to}{more}.", (who, "at", place))
 
 
 _WENT = ("went", "walked", "ran", "went")
@@ -122,7 +122,7 @@ _WENT = ("went", "walked", "ran", "went")
 
 def arrive(t: Teller, friend: Entity, hero: Entity, place: lx.Place) -> int:
     """`friend` comes to where the hero is."""
-    facts = (friend, KIND, friend.noun), (friend, AT, place)
+    facts = (friend, "is a", friend.noun), (friend, "at", place)
     roll = t.random()
     went = friend.animal.went if friend.animal else "walked"
     if roll < 0.3:
@@ -134,6 +134,11 @@ def arrive(t: Teller, friend: Entity, hero: Entity, place: lx.Place) -> int:
         hero_name = t.s(hero)
         return t.say(f"there {hero_name} met {t.a(friend)}.", *facts)
     return t.say(f"{t.a(friend)} was {place.at}, too.", *facts)
+
+
+def gave(giver: Entity, thing: Entity | str, taker: Entity) -> tuple[tuple, tuple]:
+    """The facts that one gave something to another."""
+    return (giver, "gave", thing), (taker, "has", thing)
 
 
 def ask_why(t: Teller, friend: Entity, hero: Entity, feeling: str = "sad") -> int:
@@ -181,36 +186,32 @@ def ending(
     if both is not None and told < 14 and (told < 6 or roll < 0.45):
         roll = t.random() if new else 0.45 + 0.55 * t.random()
         if roll < 0.25:
-            t.say(f"from that day on, {t.s(both)} were good friends.", _friends(hero, friend))
+            t.say(f"from that day on, {t.s(both)} were good friends.", (hero, "friend of", friend))
         elif roll < 0.45:
-            t.say(f"{t.s(both)} became friends.", _friends(hero, friend))
+            t.say(f"{t.s(both)} became friends.", (hero, "friend of", friend))
         elif roll < 0.6:
             t.say(f"{t.s(both)} smiled at each other.")
         elif roll < 0.8 and not home:
-            t.say(f"{t.s(both)} played together for a long time.", (both, DID, "played"))
+            t.say(f"{t.s(both)} played together for a long time.", (both, "did", "played"))
         else:
             t.say(
                 f"{t.s(both)} {t.either('laughed', 'danced', 'sang')} together.",
-                (both, DID, "had fun"),
+                (both, "did", "had fun"),
             )
     if home:
         _night(t, hero)
     elif both is not None and t.chance(0.6):
         start = t.pick(_EVENING)
         together = t.either("", "", " together", " hand in hand") if _children(both) else ""
-        t.say(f"{start}{t.s(both)} went home{together}.", (both, AT, lx.HOME))
+        t.say(f"{start}{t.s(both)} went home{together}.", (both, "at", lx.HOME))
     elif t.chance(0.8):
         start = t.pick(_EVENING)
         mood = t.either("", " with a smile", " and slept well", " and had a warm supper")
-        t.say(f"{start}{t.s(hero)} went home{mood}.", (hero, AT, lx.HOME))
+        t.say(f"{start}{t.s(hero)} went home{mood}.", (hero, "at", lx.HOME))
     if hero.loc is lx.HOME and hero.animal is None and t.chance(0.08) and len(t.sentences) < 15:
         cat_on_mat(t)
     if (t.chance(0.2) and len(t.sentences) < 15) or len(t.sentences) < 6:
-        t.say(t.pick(_LAST).format(n=t.s(hero)), (hero, FEELS, "happy"))
-
-
-def _friends(hero: Entity, friend: Entity | None) -> tuple:
-    return (hero, FRIEND, friend)
+        t.say(t.pick(_LAST).format(n=t.s(hero)), (hero, "feels", "happy"))
 
 
 def _children(group: Entity) -> bool:
@@ -220,14 +221,14 @@ def _children(group: Entity) -> bool:
 def _night(t: Teller, hero: Entity) -> None:
     roll = t.random()
     if roll < 0.4:
-        t.say(f"that night, {t.s(hero)} {t.pick(_SLEEP)}.", (hero, DID, "slept"))
+        t.say(f"that night, {t.s(hero)} {t.pick(_SLEEP)}.", (hero, "did", "slept"))
     elif roll < 0.7:
         t.say(
             f"{t.s(hero)} went to bed {t.either('early', 'with a smile', 'and slept')}.",
-            (hero, AT, lx.BED),
+            (hero, "at", lx.BED),
         )
     else:
-        t.say(t.either("the sun went down.", "the stars came out.", "the moon shone on the roof."))
+        t.remark("the sun went down.", "the stars came out.", "the moon shone on the roof.")
 
 
 _EVENING = (

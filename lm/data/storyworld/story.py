@@ -154,21 +154,21 @@ class Story:
 def apply(state: State, fact: Fact) -> None:
     """Updates `state` with one fact, in place."""
     subject, relation, target, _ = fact
-    if relation == tl.AT:
+    if relation == "at":
         state.location[subject] = target
         state.holder.pop(subject, None)
-    elif relation == tl.HAS:
+    elif relation == "has":
         state.holder[target] = subject
         state.location.pop(target, None)
-    elif relation == tl.LOST:
+    elif relation == "lost by":
         state.holder.pop(subject, None)
-    elif relation == tl.ATE:
+    elif relation == "ate":
         state.holder.pop(target, None)
-    elif relation == tl.IS and target == "gone":
+    elif relation == "is" and target == "gone":
         state.location.pop(subject, None)
-    elif relation == tl.FEELS:
+    elif relation == "feels":
         state.feeling[subject] = target
-    elif relation == tl.OWNS:
+    elif relation == "owns":
         state.owner[target] = subject
 
 

@@ -26,19 +26,6 @@ T = TypeVar("T")
 MARKS = "".join(map(chr, (*range(1, 9), *range(14, 32))))
 UNMARK = dict.fromkeys(map(ord, MARKS))
 
-# Relations of facts. The state of the world is the replay of AT, HAS, LOST, ATE, FEELS and OWNS.
-AT, HAS, LOST, GAVE, ATE, FEELS, FRIEND = (
-    "at",
-    "has",
-    "lost by",
-    "gave",
-    "ate",
-    "feels",
-    "friend of",
-)
-KIND, OWNS, LIVES, COUNT, LIKES, MADE = "is a", "owns", "lives", "count", "likes", "made"
-WANTS, IS, DID, SAW, TRAIT = "wants", "is", "did", "saw", "trait"
-
 _FORMS = {
     "he": ("him", "his"),
     "she": ("her", "her"),
@@ -47,8 +34,8 @@ _FORMS = {
 }
 
 
-def _spoken(pronoun: str) -> property:
-    return property(lambda entity: pronoun + entity.mark, doc=f"`{pronoun}`, spoken and marked.")
+def _in_speech(pronoun: str) -> property:
+    return property(lambda entity: pronoun + entity.mark, doc=f"`{pronoun}`, as said, and marked.")
 
 
 class Entity:
@@ -77,9 +64,9 @@ class Entity:
         self.him = him + mark
         self.his = his + mark
 
-    I, my, me = _spoken("I"), _spoken("my"), _spoken("me")  # noqa: E741
-    you, You, your = _spoken("you"), _spoken("You"), _spoken("your")
-    we, We, us = _spoken("we"), _spoken("We"), _spoken("us")
+    I, my, me = _in_speech("I"), _in_speech("my"), _in_speech("me")  # noqa: E741
+    you, You, your = _in_speech("you"), _in_speech("You"), _in_speech("your")
+    we, We, us = _in_speech("we"), _in_speech("We"), _in_speech("us")
 
 
 def article(phrase: str) -> str:
@@ -319,12 +306,16 @@ class Teller:
         self.sentences.append(sentence[0].upper() + sentence[1:])
         for fact in facts:
             self.facts.append((index, fact))
-            if fact[1] is AT:
+            if fact[1] == "at":
                 subject = fact[0]
                 subject.loc = fact[2]
                 for member in subject.members:
                     member.loc = fact[2]
         return index
+
+    def remark(self, *sentences: str) -> int:
+        """Adds one of several sentences that make nothing true."""
+        return self.say(self.either(*sentences))
 
     def because(self, cause: int, effect: int, question: str, answer: str) -> None:
         """Notes that sentence `cause` is the reason for sentence `effect`."""
