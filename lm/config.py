@@ -101,9 +101,8 @@ class _Text:
 
     def check(self, field: str, value: str) -> None:
         odd = [c for c in value if c == "\0" or "\ud800" <= c <= "\udfff"]
-        check(
-            not odd, f"{field}={_shown(value)} must not hold the character {ascii(odd[:1])[2:-2]}"
-        )
+        held = ascii(odd[:1])[2:-2]
+        check(not odd, f"{field}={_shown(value)} must not hold the character {held}")
 
     def words(self) -> str:
         return ""
@@ -114,17 +113,12 @@ class _Path(_Text):
 
     def check(self, field: str, value: str) -> None:
         super().check(field, value)
-        for part in value.split("/"):
-            check(
-                len(os.fsencode(part)) <= 255,
-                f"{field}={_shown(value)} has a name longer than 255 bytes",
-            )
-        check(len(os.fsencode(value)) < 4096, f"{field}={_shown(value)} is longer than 4095 bytes")
-        home = value.split("/")[0]
-        check(
-            not value.startswith("~") or os.path.expanduser(home) != home,
-            f"{field}={_shown(value)}: there is no user {home[1:]!r}",
-        )
+        shown, parts = f"{field}={_shown(value)}", value.split("/")
+        longest = max(len(os.fsencode(part)) for part in parts)
+        check(longest <= 255, f"{shown} has a name longer than 255 bytes")
+        check(len(os.fsencode(value)) < 4096, f"{shown} is longer than 4095 bytes")
+        known = not value.startswith("~") or os.path.expanduser(parts[0]) != parts[0]
+        check(known, f"{shown}: there is no user {parts[0][1:]!r}")
 
 
 Count = Annotated[int, Bounds(0)]
@@ -167,25 +161,13 @@ def defaults(section: Any) -> ml_collections.ConfigDict:
     """A ConfigDict holding every field of the dataclass `section`, nested, at its default.
 
     Of an instance (`config.model = defaults(preset("bert_base"))`) the defaults are its own values.
+    A config file may set any value: `view` says what is wrong with it.
     """
-    kind = section if isinstance(section, type) else type(section)
-    config = ml_collections.ConfigDict(convert_dict=False)
-    for field in dataclasses.fields(kind):
-        nested = dataclasses.is_dataclass(_hint(kind, field.name))
-        if kind is not section:
-            value = getattr(section, field.name)
-        elif nested:
-            value = _hint(kind, field.name)
-        elif field.default is not dataclasses.MISSING:
-            value = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            value = field.default_factory()
-        else:
-            raise TypeError(f"{kind.__name__}.{field.name} needs a default")
-        if nested:
-            config[field.name] = defaults(value)
-        else:
-            _set(config, kind, field.name, value)
+    section = section() if isinstance(section, type) else section
+    config = ml_collections.ConfigDict(type_safe=False, convert_dict=False)
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        config[field.name] = defaults(value) if dataclasses.is_dataclass(value) else value
     return config
 
 
@@ -209,7 +191,7 @@ def view(section: type[T], config: Mapping[str, Any] | T, prefix: str = "config"
     for name in names:
         if name not in config:
             continue
-        hint, value = _hint(section, name), config[name]
+        hint, value = hints(section)[name], config[name]
         if dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping | ml_collections.ConfigDict | hint):
                 raise ConfigError(f"{prefix}.{name}={_shown(value)} must be a section of fields")
@@ -238,7 +220,7 @@ def fields_set(section: type, config: Mapping[str, Any], name: str) -> dict[str,
     for field in dataclasses.fields(section):
         path = f"{name}.{field.name}"
         value = config.get(name, {}).get(field.name, field.default)
-        value = coerce(value, _hint(section, field.name), f"config.{path}")
+        value = coerce(value, hints(section)[field.name], f"config.{path}")
         if path in given or value != field.default:
             values[field.name] = value
     return values
@@ -248,24 +230,6 @@ def fields_set(section: type, config: Mapping[str, Any], name: str) -> dict[str,
 def hints(section: type) -> dict[str, Any]:
     """The annotation of every field of a section, evaluated."""
     return typing.get_type_hints(section, include_extras=True)
-
-
-def _hint(section: type, name: str) -> Any:
-    return hints(section)[name]
-
-
-def _set(config: ml_collections.ConfigDict, section: type, name: str, value: Any) -> None:
-    """Sets a default so that the command line may later give it any type its annotation allows."""
-    hint = _hint(section, name)
-    if value is None or len(_options(hint)) > 1:
-        options = [_bare(option) for option in _options(hint) if option is not type(None)]
-        kind = options[0] if len(options) == 1 and options[0] in (int, float, str, bool) else object
-        placeholder = ml_collections.config_dict.placeholder(kind)
-        config[name] = placeholder
-        if value is not None:
-            config[name] = value
-    else:
-        config[name] = value
 
 
 def from_texts(texts: Sequence[str], hint: Any) -> Any:

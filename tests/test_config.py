@@ -120,12 +120,13 @@ def test_impossible_models_are_refused_in_one_line(fields, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_default_that_is_none_can_be_set_from_the_command_line():
+def test_a_config_file_may_set_anything_and_is_told_what_is_wrong():
     config = defaults(ModelConfig)
-    config.num_kv_heads = 2  # the flag parser assigns like this
+    config.num_kv_heads = 2  # the default is None
     assert view(ModelConfig, config).num_kv_heads == 2
-    with pytest.raises(TypeError):
-        config.num_kv_heads = "two"
+    config.num_kv_heads = "two"
+    with pytest.raises(ConfigError, match="config.num_kv_heads='two' must be int"):
+        view(ModelConfig, config)
 
 
 def test_nearest_is_silent_when_nothing_is_close():
