@@ -39,7 +39,8 @@ def run(words: Sequence[str]) -> None:
         print(f"lm {__version__}")
     else:
         asked = command.read(words, JOBS)
-        importlib.import_module(asked.section.__module__).run(asked.config, asked.workdir)
+        module = JOBS[asked.config.job].rpartition(".")[0]
+        importlib.import_module(module).run(asked.config, asked.workdir)
 
 
 def guarded(function, *args) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -20,14 +20,12 @@ from lm.inference.prepare import spread
 from lm.inference.prompts import check_ids
 from lm.models import skeleton
 from lm.parallel import hosts
+from lm.runs.config import TrainJob
 from lm.runs.run import Run
 from lm.runs.sources import open_source
 from lm.tokenizers import Tokenizer
 from lm.training.metrics import MetricsWriter
 from lm.training.plots import plot_losses
-
-if TYPE_CHECKING:
-    from lm.jobs.train import TrainJob
 
 AT_ONCE = 128  # sources translated together
 
@@ -58,15 +56,14 @@ def finish(
     with contextlib.suppress(ConfigError):  # a run too short to have logged a loss
         if first:
             console.print(f"loss curve: {plot_losses(directory)}")
-    prompts = _prompts(job)
-    if not prompts and not job.exact_match:
+    if not job.prompts and not job.exact_match:
         return {}
     source, model = open_source(directory), skeleton(job.model)
     mesh, params = spread(model, params, mesh)
     run = Run(directory, source.config, source.tokenizer, model, params, job.train.steps)
     with jax.set_mesh(mesh):
-        if prompts:
-            text = samples(run, job, prompts)
+        if job.prompts:
+            text = samples(run, job)
             if first:
                 (directory / "samples.txt").write_text(text, encoding="utf-8")
             console.print("samples:")
@@ -94,7 +91,7 @@ def check_prompts(job: TrainJob, tokenizer: Tokenizer, carried: Mapping[str, Any
     """
     config = {"data": {"end_of_text": job.data.end_of_text}, **carried}
     framing = Framing.of_run(config, job.model, tokenizer, "framing")
-    for prompt in _prompts(job):
+    for prompt in job.prompts:
         try:
             if job.objective.name == "masked":
                 ids = mask_ids(tokenizer, prompt)
@@ -108,16 +105,11 @@ def check_prompts(job: TrainJob, tokenizer: Tokenizer, carried: Mapping[str, Any
             raise ConfigError(f"config.prompt={prompt!r} cannot be asked: {error}") from None
 
 
-def _prompts(job: TrainJob) -> tuple[str, ...]:
-    # An empty text is the command line's way to ask for none.
-    return (job.prompt,) if isinstance(job.prompt, str) and job.prompt else tuple(job.prompt)
-
-
-def samples(run: Run, job: TrainJob, prompts: Sequence[str]) -> str:
+def samples(run: Run, job: TrainJob) -> str:
     """What the model makes of each prompt, as its objective would have it."""
     lines = []
     if job.objective.name == "masked":
-        for prompt in prompts:
+        for prompt in job.prompts:
             guesses = [
                 ", ".join(f"{each.text.strip()} {each.probability:.0%}" for each in mask)
                 for mask in run.fill(prompt)
@@ -125,11 +117,11 @@ def samples(run: Run, job: TrainJob, prompts: Sequence[str]) -> str:
             lines.append("\n".join([prompt, *(f"→ {guess}" for guess in guesses)]))
         return "\n\n".join(lines) + "\n"
     if job.objective.name == "span_corruption":
-        for prompt in prompts:
+        for prompt in job.prompts:
             spans = run.fill_spans(prompt, job.sample.max_new_tokens)
             lines.append("\n".join([prompt, *(f"→ {span}" for span in spans)]))
         return "\n\n".join(lines) + "\n"
-    for prompt in prompts:
+    for prompt in job.prompts:
         texts = run.generate(
             prompt,
             max_new_tokens=job.sample.max_new_tokens,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 from lm.config import Count, NotNegative, Path, Positive, Size, SizeOrZero, check
@@ -55,30 +54,3 @@ def check_dispatch(asked: int, cadences: tuple[int, ...]) -> None:
             f"config.train.steps_per_dispatch={asked} must divide steps, log_every, eval_every, "
             f"checkpoint.every and the step resumed from, and does not divide {cadence}",
         )
-
-
-def dispatch_steps(
-    asked: int, cadences: tuple[int, ...], flops_per_step: float, peak: float
-) -> int:
-    """How many optimizer steps one dispatch runs.
-
-    As asked, or where 0 is asked enough to make a dispatch last about a quarter of a second, at
-    most 10 steps. Always a divisor of every nonzero cadence (steps, log, eval, checkpoint), so that
-    the dispatches of a resumed run are those of an uninterrupted one.
-
-    Args:
-      asked: train.steps_per_dispatch.
-      cadences: step counts at which the host must have the state in hand.
-      flops_per_step: model FLOPs of one step.
-      peak: FLOPs a second of all devices together.
-
-    Raises:
-      ConfigError: the number asked for does not divide a cadence.
-    """
-    common = math.gcd(*cadences)
-    if asked:
-        check_dispatch(asked, cadences)
-        return asked
-    seconds = flops_per_step / (0.4 * peak)
-    most = max(1, min(10, int(0.25 / max(seconds, 1e-9))))
-    return max(k for k in range(1, most + 1) if common % k == 0)

@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from lm.data.batches import EvaluationBatches
+from lm.models import bind
+from lm.objectives import ObjectiveConfig, token_loss
+from lm.training.setup import Training
+from lm.training.step import State
 
 
-def evaluate(
-    eval_step: Callable[[Any, Any], dict[str, Any]],
-    params: Any,
-    batches: EvaluationBatches,
-    put: Callable[[Any], Any],
-) -> dict[str, float]:
-    """Mean loss and bits per byte over every validation target once.
+def make_evaluate(
+    training: Training, batches: EvaluationBatches
+) -> Callable[[State], dict[str, float]]:
+    """A function from a training state to its loss on every validation target once.
 
-    Batch n+1 is dispatched before the result of batch n is read.
-
-    Returns:
-      `eval_loss` (nats per target token), `eval_tokens` and, where all of a text is predicted,
-      `eval_bits_per_byte` (all nats, end-of-text tokens' included, over the bytes of the text).
+    Without dropout and regularisers. It returns `eval_loss` (nats per target token), `eval_tokens`
+    and, where all of a text is predicted, `eval_bits_per_byte` (all nats, end-of-text tokens'
+    included, over the bytes of the text).
     """
-    nats = weight = 0.0
-    pending = None
-    for batch in batches:
-        result = eval_step(params, put(batch))
-        if pending is not None:
-            nats, weight = nats + float(pending["nats"]), weight + float(pending["weight"])
-        pending = result
-    nats, weight = nats + float(pending["nats"]), weight + float(pending["weight"])
-    results = {"eval_loss": nats / weight, "eval_tokens": weight}
-    if batches.num_bytes is not None:
-        results["eval_bits_per_byte"] = nats / math.log(2) / max(1, batches.num_bytes)
-    return results
+    most = training.workload.max_targets
+
+    @jax.jit
+    def measure(params, batch):
+        model = bind(training.model, params)
+        return token_loss(model, batch, ObjectiveConfig(), max_targets=most)[1]
+
+    def evaluate(state: State) -> dict[str, float]:
+        nats = weight = 0.0
+        sums = (measure(state["params"], training.put(batch, batches)) for batch in batches)
+        for done in _one_behind(sums):
+            nats, weight = nats + float(done["nats"]), weight + float(done["weight"])
+        results = {"eval_loss": nats / weight, "eval_tokens": weight}
+        if batches.num_bytes is not None:
+            results["eval_bits_per_byte"] = nats / math.log(2) / max(1, batches.num_bytes)
+        return results
+
+    return evaluate
+
+
+def _one_behind(dispatches: Iterator[Any]) -> Iterator[Any]:
+    """Each of them when the next one is under way, so that the device never waits for the host."""
+    before = next(dispatches)
+    for dispatch in dispatches:
+        yield before
+        before = dispatch
+    yield before

@@ -12,6 +12,8 @@ counts in no rate.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import pathlib
 import signal
 import time
@@ -24,13 +26,45 @@ import numpy as np
 
 from lm.data.batches import BatchIterator
 from lm.data.prefetch import prefetch_to_device
+from lm.models.matmul import compute_dtype
 from lm.parallel import hosts
+from lm.parallel.chips import total_peak_flops
 from lm.training.checkpoints import Checkpointer
-from lm.training.config import TrainConfig, TrainingStopped
+from lm.training.config import TrainConfig, TrainingStopped, check_dispatch
 from lm.training.metrics import MetricsWriter
 from lm.training.progress import Progress
+from lm.training.setup import Training
+from lm.training.step import OF_A_STEP, State
+from lm.training.workload import Workload
 
-_OF_A_STEP = ("grad_norm", "skipped", "learning_rate")  # metrics that are no sums
+
+def choose_stride(workload: Workload, cadences: tuple[int, ...], before: int, peak: float) -> int:
+    """How many optimizer steps one dispatch runs.
+
+    `train.steps_per_dispatch`, or where that is 0 as many as the run chose `before`, or else enough
+    to make a dispatch last about a quarter of a second, at most 10. Always a divisor of every
+    nonzero cadence, so that the dispatches of a resumed run are those of an uninterrupted one.
+
+    Args:
+      cadences: step counts at which the host must have the state in hand.
+      peak: FLOPs a second of all devices together, as this host knows it; the first one's counts.
+
+    Raises:
+      ConfigError: the number asked for does not divide a cadence.
+    """
+    asked, common = workload.train.steps_per_dispatch, math.gcd(*cadences)
+    check_dispatch(asked, cadences)
+    if asked:
+        return asked
+
+    def chosen() -> int:
+        if before and common % before == 0:
+            return before
+        seconds = workload.flops_per_token * workload.tokens / (0.4 * peak)
+        most = max(1, min(10, int(0.25 / max(seconds, 1e-9))))
+        return max(k for k in range(1, most + 1) if common % k == 0)
+
+    return int(hosts.from_first(lambda: str(chosen())))
 
 
 class Stack:
@@ -38,18 +72,11 @@ class Stack:
 
     def __init__(self, batches: BatchIterator, count: int):
         self._batches, self._count = batches, count
+        self.get_state, self.set_state = batches.get_state, batches.set_state
 
     def __next__(self) -> dict[str, np.ndarray]:
         group = [next(self._batches) for _ in range(self._count)]
         return {name: np.stack([batch[name] for batch in group]) for name in group[0]}
-
-    def get_state(self) -> dict[str, Any]:
-        """The position of the underlying batches."""
-        return self._batches.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Moves the underlying batches."""
-        self._batches.set_state(state)
 
 
 @contextlib.contextmanager
@@ -75,18 +102,16 @@ def termination_flag() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@dataclasses.dataclass(eq=False)
 class Dispatch:
-    """The steps up to `step`, under way on the device.
+    """The steps up to `step`, under way on the device."""
 
-    Attributes:
-      metrics: of each step.
-      timed: whether its tokens count in a rate.
-      ended: when the device was first seen to be done; None before. It is looked at before and
-        after each call of the next dispatch, which may do all of its work within the call.
-    """
-
-    def __init__(self, step: int, metrics: dict[str, jax.Array], timed: bool):
-        self.step, self.metrics, self.timed, self.ended = step, metrics, timed, None
+    step: int
+    metrics: dict[str, jax.Array]  # of each step
+    timed: bool  # whether its tokens count in a rate
+    # When the device was first seen to be done. It is looked at before and after each call of the
+    # next dispatch, which may do all of its work within the call.
+    ended: float | None = None
 
     def look(self, now: float) -> None:
         """Notes the time if the device is done."""
@@ -94,65 +119,61 @@ class Dispatch:
             self.ended = now
 
 
+def due(step: int, every: int) -> bool:
+    """Whether what happens every so many steps, 0 for never, happens after `step`."""
+    return every > 0 and step % every == 0
+
+
+class Interval:
+    """What was measured since the last record of a loss."""
+
+    def __init__(self, sums: Any = None):
+        # Of every metric that is a sum, over the steps that were not skipped.
+        self.sums = Counter(sums if isinstance(sums, dict) else {})
+        self.tokens = 0.0  # of the dispatches that count in rates,
+        self.seconds = 0.0  # which took the device so long,
+        self.waited = 0.0  # while the host waited so long for data
+
+    def means(self) -> dict[str, float]:
+        """Of each metric, for a target token."""
+        weight = self.sums["weight"]
+        means = {name: total / weight for name, total in self.sums.items()}
+        return {name: mean for name, mean in means.items() if name not in ("weight", "tokens")}
+
+    def rates(self, flops_per_token: float, peak: float) -> dict[str, float]:
+        """Of the dispatches that count; nothing where there are none."""
+        if not self.seconds:
+            return {}
+        rate = self.tokens / self.seconds
+        return {
+            "tokens_per_second": rate,
+            "mfu": rate * flops_per_token / peak,
+            "data_wait": min(1.0, self.waited / self.seconds),
+        }
+
+
+@dataclasses.dataclass(eq=False)
 class Loop:
-    """One run's training loop; see `run`.
+    """One run's training loop; see `run`."""
 
-    Args:
-      config: the `train` section.
-      stride: optimizer steps a dispatch; divides every cadence.
-      step_fn: (state, batches [stride, B, T]) → (state, metrics [stride]), compiled.
-      batches: the training batches, at the position of `state`.
-      put: host arrays → device arrays.
-      evaluate: state → evaluation metrics, or None where there is nothing to evaluate on.
-      checkpointer: where the state is saved.
-      abstract_state: shapes and shardings of the state, to restore into.
-      writer: where metrics go.
-      progress: where they are shown.
-      flops_per_token: training FLOPs a token.
-      peak: FLOPs a second of all devices.
-      workdir: for the profile.
-      clock: seconds, increasing; replaced in tests.
-    """
+    training: Training
+    batches: BatchIterator  # at the position of the state
+    evaluate: Callable[[State], dict[str, float]] | None  # None: there is nothing to evaluate on
+    checkpointer: Checkpointer
+    checkpoint_every: int
+    writer: MetricsWriter
+    progress: Progress
+    directory: pathlib.Path  # for the profile
+    clock: Callable[[], float] = time.perf_counter
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        *,
-        stride: int,
-        step_fn: Callable[[Any, Any], tuple[Any, Any]],
-        batches: BatchIterator,
-        put: Callable[[Any], Any],
-        evaluate: Callable[[Any], dict[str, float]] | None,
-        checkpointer: Checkpointer,
-        checkpoint_every: int,
-        abstract_state: Any,
-        writer: MetricsWriter,
-        progress: Progress,
-        flops_per_token: float,
-        peak: float,
-        workdir: pathlib.Path,
-        clock: Callable[[], float] = time.perf_counter,
-    ):
-        self.config, self.stride, self.step_fn = config, stride, step_fn
-        self.batches, self.put, self.evaluate = batches, put, evaluate
-        self.checkpointer, self.checkpoint_every = checkpointer, checkpoint_every
-        self.abstract_state, self.writer, self.progress = abstract_state, writer, progress
-        self.flops_per_token, self.peak, self.workdir = flops_per_token, peak, workdir
-        self.spikes = 0
-        self.tokens = 0.0
-        self.last_eval: dict[str, float] = {}
-        self.left_by = 0  # the signal that ended the run before its last step
-        self._saved = -1
-        self._ahead = 0  # batches that roll-backs left out: batch = step + _ahead
-        self._profiling = False
-        self._clock, self._compiled = clock, False
-        self._reset_interval()
+    left_by: int = 0  # the signal that ended the run before its last step
+    last_eval: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def run(self, state: Any, start: int, extra: dict[str, Any]) -> tuple[Any, int]:
+    def run(self, state: State, start: int, extra: dict[str, Any]) -> tuple[State, int]:
         """Trains from step `start` to the last one, or until SIGTERM or Ctrl-C on any host.
 
         Args:
-          state: the training state after `start` steps.
+          state: the training state after `start` steps; donated.
           start: steps already done.
           extra: what the checkpoint of that step held beside the state.
 
@@ -162,85 +183,88 @@ class Loop:
         Raises:
           TrainingStopped: the loss diverged and the config says stop, or too often.
         """
-        config, step = self.config, start
-        self.tokens, self.spikes = extra.get("tokens", 0.0), extra.get("spikes", 0)
-        self._ahead = extra.get("ahead", 0)
-        stacked = prefetch_to_device(Stack(self.batches, self.stride), self.put)
-        pending: list[Dispatch] = []
-        self._saved = start if start else -1
+        workload, train = self.training.workload, self._train
+        self._peak = total_peak_flops(compute_dtype(workload.model.compute_dtype))
+        cadences = (train.steps, train.log_every, train.eval_every, self.checkpoint_every, start)
+        self._stride = choose_stride(workload, cadences, extra.get("stride", 0), self._peak)
+        self._step = self._saved = start
+        self._tokens, self._spikes = extra.get("tokens", 0.0), extra.get("spikes", 0)
+        self._ahead = extra.get("ahead", 0)  # batches left out by roll-backs: batch = step + ahead
+        self._interval = Interval(extra.get("interval"))
+        self._under_way: list[Dispatch] = []
+        self._compiled = self._profiling = leaving = False
+        self._since = self.clock()  # the device has worked on what is under way
         results: dict[str, float] = {}
-        self._reset_interval(extra)
-        self._since = self._clock()
-        leaving = False
-        with termination_flag() as terminated:
-            while step < config.steps:
-                leaving = hosts.agree(bool(terminated))
-                if leaving:
-                    break
-                self._profile(step)
-                waited = self._clock()
-                batch = next(stacked, None)
-                if batch is None:
-                    raise TrainingStopped(
-                        f"step {step}: the data of config.data.epochs is used up, for rolling back "
-                        "leaves some out; raise data.epochs, or set train.on_spike='skip'"
-                    )
-                if self._compiled:
-                    self._waited += self._clock() - waited
-                data_state = stacked.get_state()
-                for dispatch in pending:
-                    dispatch.look(self._clock())
-                if not self._compiled:
-                    self.progress.compiling(True)
-                state, metrics = self.step_fn(state, batch)
-                step += self.stride
-                if not self._compiled:
-                    jax.block_until_ready(metrics)
-                    self.progress.compiling(False)
-                pending.append(Dispatch(step, metrics, self._compiled))
-                pending[-1].look(self._clock())
-                self._compiled = True
-                results = {}
-                evaluating = self._due(step, config.eval_every) or step == config.steps
-                saving = self._due(step, self.checkpoint_every)
-                waiting = evaluating or saving or step == config.steps
-                due = len(pending) if waiting else len(pending) - 1
-                if self._read(pending[:due]):
-                    state, step, pending = self._roll_back(step), self._restored, []
+        stacked = prefetch_to_device(Stack(self.batches, self._stride), self._put)
+        with termination_flag() as received:
+            while self._step < train.steps and not (leaving := hosts.agree(bool(received))):
+                self._profile(self._step)
+                state, results = self._dispatch(state, self._next(stacked)), {}
+                evaluating = due(self._step, train.eval_every) or self._step == train.steps
+                saving = due(self._step, self.checkpoint_every)
+                if self._read(leave=0 if evaluating or saving else 1):
+                    state = self._roll_back()
                     continue
-                pending = pending[due:]
                 if evaluating and self.evaluate is not None:
-                    results = self._evaluate(state, step)
+                    results = self._evaluate(state)
                 if saving:
-                    self._save(state, step, data_state, results)
-            if self._read(pending):
-                state, step = self._roll_back(step), self._restored
-            elif step != self._saved and step > start:
-                self._save(state, step, stacked.get_state(), results, wait=True)
+                    self._save(state, stacked.get_state(), results)
+            if self._read():
+                state = self._roll_back()
+            elif self._step != self._saved:
+                self._save(state, stacked.get_state(), results, wait=True)
             if leaving:
-                self.left_by = terminated[0] if terminated else signal.SIGTERM
-                name = "Ctrl-C" if self.left_by == signal.SIGINT else "SIGTERM"
-                done = f"saved step {step}; the same command goes on there"
-                self.progress.print(f"{name}: {done if step else 'no step was done yet'}")
+                self._leave(received)
         self.checkpointer.wait()
-        self._profile(config.profile_start + config.profile_steps)
-        return state, step
+        self._profile(train.profile_start + train.profile_steps)
+        return state, self._step
 
-    @staticmethod
-    def _due(step: int, every: int) -> bool:
-        return every > 0 and step % every == 0
+    @property
+    def _train(self) -> TrainConfig:
+        return self.training.workload.train
 
-    def _reset_interval(self, extra: dict[str, Any] | None = None) -> None:
-        """Starts the sums behind the next loss record, where the checkpoint left them."""
-        saved = (extra or {}).get("interval")
-        self._sums = Counter(saved if isinstance(saved, dict) else {})
-        self._timed = self._seconds = self._waited = 0.0  # tokens of dispatches, and their time
+    # ---- One dispatch
 
-    def _read(self, dispatches: list[Dispatch]) -> bool:
-        """Waits for dispatches and reports them; whether to roll back."""
-        jax.block_until_ready([dispatch.metrics for dispatch in dispatches])
-        now, rollback = self._clock(), False
-        for left, dispatch in zip(range(len(dispatches), 0, -1), dispatches):
+    def _put(self, batch: dict[str, np.ndarray]):
+        return self.training.put(batch, self.batches, leading=1)
+
+    def _next(self, stacked: Iterator[Any]) -> Any:
+        began = self.clock()
+        batch = next(stacked, None)
+        if batch is None:
+            raise TrainingStopped(
+                f"step {self._step}: the data of config.data.epochs is used up, for rolling back "
+                "leaves some out; raise data.epochs, or set train.on_spike='skip'"
+            )
+        if self._compiled:
+            self._interval.waited += self.clock() - began
+        return batch
+
+    def _dispatch(self, state: State, batch: Any) -> State:
+        """Starts the next steps; the first time of a process, which compiles, waits for them."""
+        for dispatch in self._under_way:
+            dispatch.look(self.clock())
+        if not self._compiled:
+            self.progress.compiling(True)
+        state, metrics = self.training.step(state, batch)
+        self._step += self._stride
+        if not self._compiled:
+            jax.block_until_ready(metrics)
+            self.progress.compiling(False)
+        self._under_way.append(Dispatch(self._step, metrics, self._compiled))
+        self._under_way[-1].look(self.clock())
+        self._compiled = True
+        return state
+
+    # ---- What it measured
+
+    def _read(self, leave: int = 0) -> bool:
+        """Waits for all dispatches but `leave`, and reports them; whether to roll back."""
+        count = len(self._under_way) - leave
+        done, self._under_way = self._under_way[:count], self._under_way[count:]
+        jax.block_until_ready([dispatch.metrics for dispatch in done])
+        now, rollback = self.clock(), False
+        for left, dispatch in zip(range(len(done), 0, -1), done):
             if dispatch.ended is None:  # of two at once, each took half of the time
                 dispatch.ended = self._since + (now - self._since) / left
             rollback |= self._report(dispatch)
@@ -248,116 +272,117 @@ class Loop:
 
     def _report(self, dispatch: Dispatch) -> bool:
         """Adds up what one dispatch measured, and records it where due; whether to roll back."""
-        step = dispatch.step
+        step, interval = dispatch.step, self._interval
         values = {name: np.asarray(value) for name, value in dispatch.metrics.items()}
         good = values["skipped"] == 0
         sums = {
             name: float(np.sum(value, where=good))
             for name, value in values.items()
-            if name not in _OF_A_STEP
+            if name not in OF_A_STEP
         }
-        self._sums.update(sums)
-        self.tokens += sums["tokens"]
+        interval.sums.update(sums)
+        self._tokens += sums["tokens"]
         if dispatch.timed:
-            self._timed += sums["tokens"]
-            self._seconds += dispatch.ended - self._since
+            interval.tokens += sums["tokens"]
+            interval.seconds += dispatch.ended - self._since
         self._since = dispatch.ended
         rollback = False
         for index in np.flatnonzero(~good):
-            rollback |= self._spike(step - self.stride + int(index), values, int(index))
-        if self._due(step, self.config.log_every) and self._sums["weight"]:
-            means = {name: total / self._sums["weight"] for name, total in self._sums.items()}
+            rollback |= self._spike(step - self._stride + int(index), values, int(index))
+        workload = self.training.workload
+        if due(step, workload.train.log_every) and interval.sums["weight"]:
+            means = interval.means()
             record = {
                 "loss": means.pop("nats"),
                 "grad_norm": float(values["grad_norm"][-1]),
                 "learning_rate": float(values["learning_rate"][-1]),
-                "tokens": self.tokens,
-                **self._speed(),
-                **{name: mean for name, mean in means.items() if name not in ("weight", "tokens")},
+                "tokens": self._tokens,
+                **interval.rates(workload.flops_per_token, self._peak),
+                **means,
             }
             self.writer.write(step, record)
             self.progress.update(step, record)
-            self._reset_interval()
+            self._interval = Interval()
         return rollback
 
-    def _speed(self) -> dict[str, float]:
-        """Rates of the dispatches since the last record; none of one that compiled alone."""
-        if not self._seconds:
-            return {}
-        rate = self._timed / self._seconds
-        return {
-            "tokens_per_second": rate,
-            "mfu": rate * self.flops_per_token / self.peak,
-            "data_wait": min(1.0, self._waited / self._seconds),
-        }
+    # ---- When a step goes wrong
 
     def _spike(self, step: int, values: dict[str, np.ndarray], index: int) -> bool:
         """Reports one bad step; whether to roll back."""
-        self.spikes += 1
+        self._spikes += 1
+        train = self._train
         loss = float(values["nats"][index]) / max(1.0, float(values["weight"][index]))
         epoch, row = self.batches.position(step + self._ahead)
         where = f"step {step + 1}, data epoch {epoch} row {row}"
         what = f"loss {loss:.4g}, gradient norm {float(values['grad_norm'][index]):.4g}"
-        action = self.config.on_spike
-        self.writer.write(step + 1, {"spike_loss": loss, "spikes": self.spikes})
-        if action == "stop" or self.spikes > self.config.max_spikes:
-            reason = "" if action == "stop" else f" (more than {self.config.max_spikes} spikes)"
+        self.writer.write(step + 1, {"spike_loss": loss, "spikes": self._spikes})
+        if train.on_spike == "stop" or self._spikes > train.max_spikes:
+            often = f" (more than {train.max_spikes} spikes)" if train.on_spike != "stop" else ""
             raise TrainingStopped(
-                f"{where}: {what}; stopped{reason}, the last checkpoint is intact: lower "
+                f"{where}: {what}; stopped{often}, the last checkpoint is intact: lower "
                 "optimizer.learning_rate, raise warmup_steps, or set train.on_spike='skip'"
             )
-        done = "update skipped" if action == "skip" else "rolling back, leaving this data out"
+        rollback = train.on_spike == "rollback"
+        done = "rolling back, leaving this data out" if rollback else "update skipped"
         self.progress.print(f"{where}: {what}; {done}")
-        return action == "rollback"
+        return rollback
 
-    def _roll_back(self, step: int) -> Any:
-        """The last checkpoint's state; the data goes on after the batches of step `step`."""
-        found = self.checkpointer.restore_latest(self.abstract_state)
+    def _roll_back(self) -> State:
+        """The last checkpoint's state; the data goes on after the batches of the present step."""
+        step, found = self._step, self.checkpointer.restore_latest(self.training.abstract)
         if found is None:
             raise TrainingStopped(
                 f"step {step}: nothing to roll back to yet: lower checkpoint.every, or set "
                 "train.on_spike='skip'"
             )
-        self._restored = found.step
+        self._step = found.step
         self._ahead += step - found.step
+        self._under_way = []
         self.checkpointer.discard_after(found.step)  # damaged ones, if any
         self.writer.rewind(found.step)
-        self.writer.write(found.step, {"rolled_back_from": step, "spikes": self.spikes})
+        self.writer.write(found.step, {"rolled_back_from": step, "spikes": self._spikes})
         self.progress.print(f"rolled back to step {found.step}; the data goes on from here")
-        self._reset_interval(found.extra)
-        self._since = self._clock()
+        self._interval = Interval(found.extra.get("interval"))
+        self._since = self.clock()
         return found.state
 
-    def _evaluate(self, state: Any, step: int) -> dict[str, float]:
-        results = self.evaluate(state)
-        self.last_eval = results
-        self.writer.write(step, results)
-        self.progress.update(step, results)
-        self._since = self._clock()
+    # ---- With the state in hand
+
+    def _evaluate(self, state: State) -> dict[str, float]:
+        self.last_eval = results = self.evaluate(state)
+        self.writer.write(self._step, results)
+        self.progress.update(self._step, results)
+        self._since = self.clock()
         return results
 
-    def _save(self, state, step, data_state, results, wait: bool = False) -> None:
+    def _save(self, state: State, position: dict[str, Any], results, wait: bool = False) -> None:
         extra = {
-            "data": data_state,
-            "tokens": self.tokens,
-            "spikes": self.spikes,
+            "data": position,
+            "tokens": self._tokens,
+            "spikes": self._spikes,
             "ahead": self._ahead,
-            "interval": dict(self._sums),
-            "stride": self.stride,
+            "interval": dict(self._interval.sums),
+            "stride": self._stride,
         }
-        self.checkpointer.save(step, state, extra, results, wait=wait)
-        self._saved = step
-        self._since = self._clock()
+        self.checkpointer.save(self._step, state, extra, results, wait=wait)
+        self._saved = self._step
+        self._since = self.clock()
+
+    def _leave(self, received: list[int]) -> None:
+        self.left_by = received[0] if received else signal.SIGTERM
+        name = "Ctrl-C" if self.left_by == signal.SIGINT else "SIGTERM"
+        done = f"saved step {self._step}; the same command goes on there"
+        self.progress.print(f"{name}: {done if self._step else 'no step was done yet'}")
 
     def _profile(self, step: int) -> None:
         """Starts and stops the profiler at the edges of its window."""
-        config = self.config
-        if not config.profile_steps or hosts.index():
+        train = self._train
+        if not train.profile_steps or hosts.index():
             return
-        first = config.profile_start - config.profile_start % self.stride
+        first = train.profile_start - train.profile_start % self._stride
         if step == first and not self._profiling:
-            jax.profiler.start_trace(str(self.workdir / "profile"))
+            jax.profiler.start_trace(str(self.directory / "profile"))
             self._profiling = True
-        elif step >= first + config.profile_steps and self._profiling:
+        elif step >= first + train.profile_steps and self._profiling:
             jax.profiler.stop_trace()
             self._profiling = False

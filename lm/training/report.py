@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import pathlib
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lm.config import ConfigError
+from lm.data import BatchIterator
 from lm.models import ModelConfig, count
+from lm.models.huggingface.families import family_for
 from lm.models.matmul import compute_dtype
 from lm.parallel.chips import peak_flops
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import describe
 from lm.parallel.platform import device_memory
 from lm.parallel.sharding import ParamSpec
+from lm.tokenizers import Tokenizer
+from lm.tokenizers.export import huggingface_files
 from lm.training.memory import Memory, expected_memory, parameter_table
+from lm.training.optimizer import make_schedule, warmup_of
 from lm.training.setup import Training
+from lm.training.workload import Workload
 
 WIDE = 100  # columns from which the table names the logical axes too
 
@@ -27,6 +37,7 @@ def describe_run(console: Console, training: Training) -> None:
     """Prints the start-up report, in tables that fit the console's width."""
     workload, specs = training.workload, training.specs
     model, layout, mesh = workload.model, workload.layout, workload.layout.mesh
+    steps = workload.train.steps
     dtype = compute_dtype(model.compute_dtype)
     peak = peak_flops(mesh.devices.flat[0], dtype)
     memory = expected_memory(
@@ -43,6 +54,13 @@ def describe_run(console: Console, training: Training) -> None:
     )
     seconds = workload.flops_per_token * workload.tokens / (peak.flops * mesh.size)
 
+    asked, warmup = workload.optimizer.warmup_steps, warmup_of(workload.optimizer, steps)
+    if warmup != asked:
+        console.print(
+            f"optimizer.warmup_steps={asked} is more than the run's {steps} steps: cut to a tenth "
+            f"of them, {warmup}",
+            soft_wrap=True,
+        )
     facts = facts_table()
     facts.add_row("devices", _devices(mesh))
     facts.add_row("mesh", describe(mesh) + (f", ZeRO {layout.zero}" if mesh.size > 1 else ""))
@@ -83,6 +101,54 @@ def _devices(mesh) -> str:
     ]
     processes = jax.process_count()
     return f"{', '.join(names)} in {processes} process{'es' if processes > 1 else ''}"
+
+
+def describe_data(console: Console, batches: BatchIterator) -> None:
+    """Prints how much there is to train on."""
+    tokens = sum(corpus.num_tokens for corpus in batches.corpora)
+    dropped = f", {batches.num_dropped:,} pairs too long" if batches.num_dropped else ""
+    console.print(
+        f"data: {tokens:,} training tokens, {batches.batches_per_epoch:,} steps an epoch, "
+        f"{batches.padding_fraction:.1%} padding{dropped}"
+    )
+
+
+def why_not_convertible(model: ModelConfig, tokenizer: Tokenizer) -> list[str]:
+    """What keeps the model from being converted to a Hugging Face directory, if anything does."""
+    try:
+        family_for(model)
+        huggingface_files(tokenizer)
+        return []
+    except ConfigError as error:
+        return [f"this model will not convert to Hugging Face: {error}"]
+
+
+def resuming(
+    workload: Workload, start: int, saved: dict[str, Any] | None, directory: pathlib.Path
+) -> str:
+    """What to say of a run in `directory` that has `start` steps behind it.
+
+    That its learning rate jumps, too, where it set out, as its `saved` config says, for another
+    number of steps.
+    """
+    steps = workload.train.steps
+    if start >= steps:
+        return (
+            f"finished: {start} of {steps} steps are done; with a larger config.train.steps it "
+            "goes on"
+        )
+    line = f"resuming at step {start} of {steps}"
+    planned = (saved or {}).get("train", {}).get("steps", steps)
+    if planned == steps:
+        return line
+    was, now = (float(make_schedule(workload.optimizer, n)(start)) for n in (planned, steps))
+    if math.isclose(was, now, rel_tol=1e-3):
+        return line
+    return (
+        f"{line}\nnote: the learning rate goes from {was:.3g} to {now:.3g} here, for its schedule "
+        f"now spans {steps} steps, not {planned}; one that warms up anew starts with "
+        f"--config.init_from={directory} and another --workdir"
+    )
 
 
 def facts_table() -> Table:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
+from lm.data.batches import BatchIterator, EvaluationBatches
 from lm.models import Model, init, param_specs, skeleton
 from lm.parallel import compiler
-from lm.parallel.mesh import replicated
+from lm.parallel.mesh import assemble, batch_sharding, replicated
 from lm.parallel.sharding import ParamSpec, parameter_shardings, zero_rules
 from lm.training.offload import streamed_update
 from lm.training.optimizer import Optimizer, make_optimizer
@@ -44,6 +46,20 @@ class Training(NamedTuple):
             return jax.jit(begin, out_shardings=shardings)(dict(params))
         drawn = jax.jit(lambda key: begin(init(self.specs, key)), out_shardings=shardings)
         return drawn(jax.random.key(self.workload.seed))
+
+    def put(
+        self, batch: Mapping[str, np.ndarray], batches: BatchIterator | EvaluationBatches, leading=0
+    ) -> Batch:
+        """Global arrays on their devices, from this host's rows of one of `batches`.
+
+        The transfers are started, not waited for. `leading` dimensions stand before the rows.
+        """
+        if not self.workload.packed:  # attention needs no mask of documents, experts one of padding
+            filled = batch["segment_ids"] > 0
+            batch = {k: v for k, v in batch.items() if k not in ("segment_ids", "positions")}
+            batch["filled"] = filled
+        sharding = batch_sharding(self.workload.layout.mesh, leading)
+        return assemble(batch, sharding, batches.local_rows, batches.batch_size, leading)
 
 
 def set_up(workload: Workload) -> Training:

@@ -25,6 +25,7 @@ Batch = Mapping[str, jax.Array]
 # whether to skip this step, learning rate) → the next parameters and state: as they were where the
 # step is skipped.
 Update = Callable[[Any, jax.Array, jax.Array, Any, Any, jax.Array, jax.Array], tuple[Any, Any]]
+OF_A_STEP = ("grad_norm", "skipped", "learning_rate")  # metrics that are no sums
 LOSS_MEMORY = 0.98  # the running mean of the loss forgets 2 % a step
 
 
@@ -160,19 +161,3 @@ def make_train_step(
         return jax.lax.scan(one_step, state, batches)
 
     return steps
-
-
-def make_eval_step(
-    skeleton: Model, max_targets: int = 0
-) -> Callable[[Any, Batch], dict[str, jax.Array]]:
-    """A function (params, batch [B, T]) → summed metrics, `nats` and `weight` among them.
-
-    Without dropout and regularisers; the arguments are as of `make_train_step`.
-    """
-
-    def step(params, batch: Batch):
-        return token_loss(
-            bind(skeleton, params), batch, ObjectiveConfig(), max_targets=max_targets
-        )[1]
-
-    return step

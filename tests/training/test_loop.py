@@ -12,12 +12,14 @@ from lm import tokenizers
 from lm.config import ConfigError
 from lm.data.batches import BatchIterator
 from lm.jobs import train
+from lm.models import ModelConfig
 from lm.parallel import compiler
-from lm.training import evaluate as evaluation
 from lm.training.checkpoints import Checkpointer
 from lm.training.config import TrainConfig, TrainingStopped
+from lm.training.evaluate import make_evaluate
 from lm.training.loop import Loop
 from lm.training.progress import Progress
+from lm.training.workload import Workload
 
 # The loss that the tiny config reports for its steps 1 to 3, in float32 on a CPU. Update it, with a
 # word in the commit, when a change is meant to alter what is computed: the data, the initial
@@ -120,12 +122,11 @@ def test_padding_changes_no_statistic_of_routers_and_is_no_token(place):
 def test_evaluation_counts_every_validation_target_once(place, monkeypatch):
     seen = []
 
-    def spy(eval_step, params, batches, put):
-        result = evaluation.evaluate(eval_step, params, batches, put)
-        seen.append((result["eval_tokens"], batches.num_targets, len(batches)))
-        return result
+    def spy(training, batches):
+        seen.append((batches.num_targets, len(batches)))
+        return make_evaluate(training, batches)
 
-    monkeypatch.setattr(train, "evaluate", spy)
+    monkeypatch.setattr(train, "make_evaluate", spy)
     fields = {
         "data__split": "position",
         "data__validation_fraction": 0.5,
@@ -133,10 +134,10 @@ def test_evaluation_counts_every_validation_target_once(place, monkeypatch):
         "train__steps": 2,
         "train__log_every": 0,
     }
-    tiny_jobs.run(place, "evaluated", **fields, checkpoint__every=0)
-    [(counted, targets, batches)] = seen
-    assert counted == targets > 0
-    assert batches > 1
+    directory = tiny_jobs.run(place, "evaluated", **fields, checkpoint__every=0)
+    [(targets, batches)] = seen
+    assert tiny_jobs.losses(directory, "eval_tokens") == [(2, targets)]
+    assert targets > 0 and batches > 1
 
 
 @pytest.mark.parametrize("kind", ["char", "wordpiece"])
@@ -326,8 +327,9 @@ def test_killed_after_a_rollback_and_restarted_is_bitwise_the_same(place, monkey
     class Killed(BaseException):
         pass
 
-    def killed(self, step):
-        state = original(self, step)
+    def killed(self):
+        step = self._step
+        state = original(self)
         if step > 6:
             raise Killed
         return state
@@ -445,6 +447,9 @@ class Machine:
     def get_state(self):
         return {}
 
+    def set_state(self, state):
+        raise AssertionError("nobody moves it")
+
     def call(self, state, batch):
         stride = len(batch["inputs"])
         self.now += 0.01 if self.began else 100.0
@@ -491,21 +496,20 @@ def test_rates_are_the_tokens_and_the_time_of_the_device(
     """Without the call that compiles, and without evaluations and checkpoints."""
     machine, records = Machine(waits, within), []
     ignore = mock.Mock(spec=Progress)
+    cadences = dict(steps=60, log_every=log_every, eval_every=eval_every)
+    workload = Workload(
+        ModelConfig(vocab_size=8, max_length=8), 8, 8,
+        train=TrainConfig(**cadences, steps_per_dispatch=stride),
+    )  # fmt: skip
     loop = Loop(
-        TrainConfig(steps=60, log_every=log_every, eval_every=eval_every),
-        stride=stride,
-        step_fn=machine.call,
-        batches=machine,
-        put=lambda batch: batch,
-        evaluate=machine.pause,
-        checkpointer=SimpleNamespace(save=machine.pause, wait=lambda: None),
-        checkpoint_every=30,
-        abstract_state=None,
-        writer=SimpleNamespace(write=lambda step, record: records.append(record)),
-        progress=ignore,
-        flops_per_token=1.0,
-        peak=100.0,
-        workdir=None,
+        SimpleNamespace(workload=workload, step=machine.call, put=lambda batch, *_, **named: batch),
+        machine,
+        machine.pause,
+        SimpleNamespace(save=machine.pause, wait=lambda: None),
+        30,
+        SimpleNamespace(write=lambda step, record: records.append(record)),
+        ignore,
+        directory=None,
         clock=lambda: machine.now,
     )
     loop.run(None, start, {})
