@@ -100,12 +100,10 @@ def open_source(directory: str | os.PathLike[str], ignore: str | Sequence[str] =
 def _stamps(folder: pathlib.Path) -> frozenset[tuple[str, int, int]]:
     """What changes when a file in `folder` does."""
     stats = []
-    if folder.is_dir():
-        with os.scandir(folder) as files:
-            for file in files:
-                with contextlib.suppress(OSError):  # a link to itself is no file
-                    if file.is_file():
-                        stats.append((file.path, file.stat().st_size, file.stat().st_mtime_ns))
+    for file in folder.glob("*"):
+        with contextlib.suppress(OSError):
+            if file.is_file():
+                stats.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
     return frozenset(stats)
 
 

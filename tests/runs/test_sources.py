@@ -1,39 +1,24 @@
-"""A directory with a model in it is opened once, however often a job asks for it."""
+"""A directory with a model in it is opened once, and again only when it has changed."""
 
 import json
 
 import pytest
+from tiny_run import write_tiny_run
 
-from lm.config import ConfigError, to_dict
-from lm.models import ModelConfig
+from lm.config import ConfigError
 from lm.runs.sources import open_source
-from lm.tokenizers import TokenizerConfig, train
 
 
-@pytest.fixture
-def directory(tmp_path):
-    write(tmp_path, vocab_size=300)
-    train(TokenizerConfig(kind="byte"), []).save(tmp_path / "tokenizer")
-    return tmp_path
-
-
-def write(directory, **model):
-    config = {"job": "train", "model": to_dict(ModelConfig(**model))}
-    (directory / "config.json").write_text(json.dumps(config))
-
-
-def test_what_is_open_is_not_read_again(directory):
-    first = open_source(directory)
-    assert open_source(str(directory)).tokenizer is first.tokenizer
+def test_what_is_open_is_read_again_only_when_it_has_changed(tmp_path):
+    write_tiny_run(tmp_path, steps=())
+    first = open_source(tmp_path)
+    assert open_source(str(tmp_path)).tokenizer is first.tokenizer
     first.config["model"].clear()  # its owner may do so
-    assert open_source(directory).config["model"]["vocab_size"] == 300
-
-
-def test_what_has_changed_is_read_again(directory):
-    first = open_source(directory)
-    write(directory, vocab_size=1000)
-    second = open_source(directory)
-    assert (first.model.vocab_size, second.model.vocab_size) == (300, 1000)
-    next((directory / "tokenizer").iterdir()).unlink()
+    config = open_source(tmp_path).config
+    assert config["model"]["vocab_size"] == 257
+    config["model"]["vocab_size"] = 1000
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert (first.model.vocab_size, open_source(tmp_path).model.vocab_size) == (257, 1000)
+    next((tmp_path / "tokenizer").iterdir()).unlink()
     with pytest.raises(ConfigError):
-        open_source(directory)
+        open_source(tmp_path)

@@ -51,40 +51,30 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(place):
     """The uninterrupted runs, by packing."""
-    return {
-        packing: tiny_jobs.run(place, f"whole_{packing}", **HARD, data__packing=packing)
-        for packing in ("best_fit", "concat")
-    }
+    kinds = ("best_fit", "concat")
+    return {k: tiny_jobs.run(place, f"whole_{k}", **HARD, data__packing=k) for k in kinds}
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "concat"])
 def test_killed_anywhere_and_restarted_is_bitwise_the_uninterrupted_run(
-    monkeypatch, place, whole, packing
+    monkeypatch, place, whole, packing, caplog
 ):
     fields = {**HARD, "data__packing": packing}
     name = f"killed_{packing}"
     for at_dispatch in (2, 5, 4):  # before any save; after step 6, mid-epoch; after step 12
         directory = run_killed(monkeypatch, place, name, at_dispatch, **fields)
         assert not tiny_jobs.losses(directory) or tiny_jobs.losses(directory)[-1][0] < 24
-    tiny_jobs.run(place, name, **fields)
-    tiny_jobs.assert_same_run(directory, whole[packing])
-
-
-def test_a_truncated_newest_checkpoint_is_named_and_the_one_before_it_used(
-    monkeypatch, place, whole, caplog
-):
-    fields = {**HARD, "data__packing": "best_fit"}
-    directory = run_killed(monkeypatch, place, "truncated", 8, **fields)
     assert tiny_jobs.checkpoint_steps(directory) == [6, 12]
     newest = directory / "checkpoints" / "00000012"
-    largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    os.truncate(largest, largest.stat().st_size // 2)
+    if packing == "concat":  # and what was saved last is half of a file now
+        largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        os.truncate(largest, largest.stat().st_size // 2)
     caplog.clear()
-    tiny_jobs.run(place, "truncated", **fields)
+    tiny_jobs.run(place, name, **fields)
+    tiny_jobs.assert_same_run(directory, whole[packing])
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert len(warnings) == 1
-    assert str(newest) in warnings[0] and "\n" not in warnings[0]
-    tiny_jobs.assert_same_run(directory, whole["best_fit"])
+    assert len(warnings) == (packing == "concat")
+    assert all(str(newest) in warning and "\n" not in warning for warning in warnings)
 
 
 @pytest.mark.parametrize(
@@ -128,11 +118,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once():
 
 
 def test_a_resumed_run_tells_one_story(monkeypatch, place):
-    fields = {
-        "train__eval_every": 8,
-        "data__validation_fraction": 0.3,
-        "data__split": "position",
-    }
+    fields = {"train__eval_every": 8, "data__validation_fraction": 0.3, "data__split": "position"}
     directory = run_killed(monkeypatch, place, "story", 8, **fields)
     assert tiny_jobs.losses(directory)[-1][0] > 8  # logged, lost, and to be logged again
     tiny_jobs.run(place, "story", **fields)
@@ -160,18 +146,11 @@ def read_steps(directory):
         return []
 
 
-def finish(process):
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return output
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_killed_process_is_bitwise_replaced_by_the_next(tmp_path, signal_number):
     fields = {**HARD, "train__steps": 60, "checkpoint__async_save": False}
-    finish(tiny_jobs.start(tiny_jobs.command(tmp_path, "whole", **fields)))
-
+    tiny_jobs.start(tiny_jobs.command(tmp_path, "whole", **fields)).communicate(timeout=300)
     chance = random.Random(int(signal_number))
     arguments = tiny_jobs.command(tmp_path, "killed", **fields)
     process = tiny_jobs.start(arguments)
@@ -190,5 +169,6 @@ def test_a_killed_process_is_bitwise_replaced_by_the_next(tmp_path, signal_numbe
         assert ("SIGTERM" if sigterm else "Ctrl-C") + ": saved step" in output
         assert errors == ("" if sigterm else "interrupted\n")
 
-    assert "resuming at step" in finish(tiny_jobs.start(arguments))
+    output, errors = tiny_jobs.start(arguments).communicate(timeout=300)
+    assert "resuming at step" in output, errors
     tiny_jobs.assert_same_run(tmp_path / "killed", tmp_path / "whole")
