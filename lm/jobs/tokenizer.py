@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import ml_collections
 import rich
 from rich import box
-from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from lm.config import Bytes, ConfigError, Seed, check, to_dict, view
 from lm.data.config import DataConfig
 from lm.data.corpora import documents
-from lm.tokenizers import KINDS, Tokenizer, TokenizerConfig, as_tiktoken, explain, train
+from lm.tokenizers import KINDS, Tokenizer, TokenizerConfig, as_tiktoken, train
+from lm.tokenizers.compare import Row, compare, num_bytes
 from lm.tokenizers.config import pattern
-from lm.tokenizers.sentence_piece import SentencePieceTokenizer
+from lm.tokenizers.explain import explanation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,21 +58,6 @@ class TokenizerJob:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One tokenizer's line of the comparison. Times depend on the machine, the rest does not."""
-
-    kind: str
-    vocab_size: int
-    bytes_per_token: float  # held-out UTF-8 bytes ÷ tokens
-    train_seconds: float  # wall time
-    encode_mb_per_second: float  # 10⁶ held-out UTF-8 bytes a second, the best of three batches
-    round_trip_rate: float  # the share of held-out documents that come back exactly
-    lossless: bool  # whether any Unicode text would
-    lossy_because: str
-    fingerprint: str
-
-
 def run(config: ml_collections.ConfigDict, workdir: str) -> list[Row]:
     """Trains the tokenizers of a `TokenizerJob`, saves them, and prints how they compare.
 
@@ -91,12 +75,13 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[Row]:
         "config.data.validation_fraction",
     )
     directory = Path(workdir).expanduser()
-    rich.print(f"training on {_size(sample)}, comparing on {_size(heldout)} of held-out text")
+    shown = [f"{len(t):,} documents, {num_bytes(t) / 1e6:.2f} MB" for t in (sample, heldout)]
+    rich.print(f"training on {shown[0]}, comparing on {shown[1]} of held-out text")
     rows, tokenizers = [], []
     for tokenizer, seconds in _trained(job, sample):
         tokenizer.save(directory / tokenizer.kind)
         tokenizers.append(tokenizer)
-        rows.append(_compare(tokenizer, heldout, seconds))
+        rows.append(compare(tokenizer, heldout, seconds))
     table = json.dumps([dataclasses.asdict(row) for row in rows], indent=2, ensure_ascii=False)
     try:
         (directory / "tokenizers.json").write_text(table + "\n", encoding="utf-8")
@@ -109,9 +94,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[Row]:
     for row in rows:
         if not row.lossless:
             rich.print(Text(f"{row.kind} does not keep every text: {row.lossy_because}"))
-    if job.word:
-        for tokenizer in tokenizers:
-            rich.print(_explanation(tokenizer, job.word))
+    for tokenizer in tokenizers if job.word else ():
+        rich.print(Text(f"\n{tokenizer.kind}: {job.word!r}", style="bold"))
+        rich.print(Text("\n".join(explanation(tokenizer, job.word))))
     rich.print(Text(f"saved in {directory}"))
     return rows
 
@@ -139,35 +124,9 @@ def _take(texts: Iterable[str], limit: int) -> Iterator[str]:
     """Texts until they hold `limit` bytes; at least one."""
     for text in texts:
         yield text
-        limit -= len(text.encode("utf-8", "surrogatepass"))
+        limit -= num_bytes([text])
         if limit <= 0:
             return
-
-
-def _size(texts: Sequence[str]) -> str:
-    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
-    return f"{len(texts):,} documents, {size / 1e6:.2f} MB"
-
-
-def _compare(tokenizer: Tokenizer, heldout: list[str], seconds: float) -> Row:
-    size = sum(len(text.encode("utf-8", "surrogatepass")) for text in heldout)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        batch = tokenizer.encode_batch(heldout)
-        times.append(time.perf_counter() - start)
-    exact = [tokenizer.decode(ids) == text for ids, text in zip(batch, heldout, strict=True)]
-    return Row(
-        kind=tokenizer.kind,
-        vocab_size=tokenizer.vocab_size,
-        bytes_per_token=size / max(1, sum(map(len, batch))),
-        train_seconds=seconds,
-        encode_mb_per_second=size / 1e6 / min(times),
-        round_trip_rate=sum(exact) / len(exact),
-        lossless=tokenizer.lossless,
-        lossy_because=tokenizer.lossy_because,
-        fingerprint=tokenizer.fingerprint,
-    )
 
 
 def _table(rows: list[Row]) -> Table:
@@ -186,35 +145,3 @@ def _table(rows: list[Row]) -> Table:
             "yes" if row.lossless else "no",
         )
     return table
-
-
-def _explanation(tokenizer: Tokenizer, word: str) -> Group:
-    """How `tokenizer` arrives at the tokens of `word`."""
-    lines = [Text(f"\n{tokenizer.kind}: {word!r}", style="bold")]
-    if explain.is_merging(tokenizer):
-        parts = zip(explain.starts(tokenizer, word), explain.merges(tokenizer, word), strict=True)
-        for start, steps in parts:
-            lines.append(Text(f"  {'start':>12}  {_pieces(start)}"))
-            for step in steps:
-                lines.append(Text(f"  {f'merge {step.rank}':>12}  {_pieces(step.pieces)}"))
-    segments = explain.segments(tokenizer, word)
-    if tokenizer.kind == "sentencepiece_unigram":
-        assert isinstance(tokenizer, SentencePieceTokenizer)
-        for choice in explain.alternatives(tokenizer, word):
-            total = sum(s.score or 0.0 for s in choice)
-            scores = " + ".join(
-                f"{s.name} {s.score:.2f}" if s.score is not None else s.name for s in choice
-            )
-            lines.append(Text(f"  {total:>12.2f}  {scores}"))
-    elif tokenizer.kind == "wordpiece":
-        for segment in segments:
-            lines.append(Text(f"  {'longest':>12}  {segment.name}"))
-    tokens = "  ".join(f"{s.name}={s.id}" for s in segments)
-    lines.append(Text(f"  {'tokens':>12}  {tokens}"))
-    return Group(*lines)
-
-
-def _pieces(pieces: Iterable[bytes]) -> str:
-    """Pieces side by side; a space as "␣", bytes of unfinished characters in hexadecimal."""
-    shown = (piece.decode("utf-8", "backslashreplace").replace(" ", "␣") for piece in pieces)
-    return " ".join(itertools.chain(shown))

@@ -13,6 +13,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
+import re
+import tempfile
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from lm.config import ConfigError, check
+from lm.files import parse_object
 
 MASKS = ("[MASK]", "<mask>", "<|mask|>")
 SENTINEL = "<extra_id_{}>"  # T5's name for number 0, 1, ...
@@ -79,7 +83,7 @@ class Tokenizer(abc.ABC):
       eos_id, bos_id: end and begin of text; the same id unless the vocabulary has both.
       pad_id, unk_id, mask_id: None where the vocabulary has none.
       sentinel_ids: what stands for the first, second, ... hidden span; () where it has none.
-      special_ids: every special token's name → its id.
+      special_ids, special_names: every special token's name → its id, and its id → its name.
       lossless: whether `decode(encode(text)) == text` for any Unicode text.
       lossy_because: what is lost, in words, where `lossless` is False.
     """
@@ -91,6 +95,7 @@ class Tokenizer(abc.ABC):
         self.vocab_size = vocab_size
         self.specials = specials
         self.special_ids = dict(specials.ids)
+        self.special_names = {id: name for name, id in specials.ids.items()}
         self.eos_id = specials.eos
         self.bos_id = specials.eos if specials.bos is None else specials.bos
         self.pad_id = specials.pad
@@ -119,10 +124,13 @@ class Tokenizer(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_files(
-        cls, files: dict[str, bytes], specials: Specials, info: dict[str, Any]
-    ) -> Tokenizer:
-        """The tokenizer that `files()` describes."""
+    def _opened(cls, files: dict[str, bytes], specials: Specials, info: dict[str, Any]):
+        """The tokenizer that `files()` describes, whose description is `info`."""
+
+    @classmethod
+    def train(cls, config: Any, texts: list[str], prefix: str) -> Tokenizer:
+        """The tokenizer of a `TokenizerConfig`; see `lm.tokenizers.train`."""
+        raise NotImplementedError(f"kind {config.kind!r} is read, not trained")
 
     def extra_files(self) -> dict[str, bytes]:
         """Files for the convenience of others; they do not change what the tokenizer does."""
@@ -234,7 +242,7 @@ class Tokenizer(abc.ABC):
     def with_specials(self, specials: Specials) -> Tokenizer:
         """The same tokenizer with other specials, each new one after its last id."""
         files = self.files()
-        return type(self).from_files(files, specials, json.loads(files[DESCRIPTION]))
+        return self._opened(files, specials, json.loads(files[DESCRIPTION]))
 
     # Identity and storage.
 
@@ -286,14 +294,60 @@ class Tokenizer(abc.ABC):
         Raises:
           ConfigError: the directory cannot be written.
         """
-        from lm.tokenizers.files import write
+        directory = Path(directory).expanduser()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for name, data in self.files().items():
+                handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.")
+                try:
+                    with os.fdopen(handle, "wb") as out:
+                        out.write(data)
+                    os.chmod(temporary, 0o644)
+                    os.replace(temporary, directory / name)
+                except BaseException:
+                    os.unlink(temporary)
+                    raise
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write a tokenizer into {directory}: {error.strerror}"
+            ) from None
 
-        write(self.files(), directory)
+    @classmethod
+    def from_files(cls, files: dict[str, bytes]) -> Tokenizer:
+        """The tokenizer of this class whose `files()` these are.
+
+        Raises:
+          ConfigError: a file is damaged, or is not the one that was saved.
+        """
+        info = parse_object(files[DESCRIPTION], DESCRIPTION)
+        try:
+            specials = Specials(
+                {str(name): int(id) for name, id in info["special_tokens"].items()},
+                *(info[f"{role}_id"] for role in ("eos", "bos", "pad", "unk")),
+                mask=info.get("mask_id"),
+                sentinels=tuple(info.get("sentinel_ids", ())),
+            )
+            kind, saved = str(info["kind"]), info["fingerprint"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{DESCRIPTION} is damaged: {error!r}") from None
+        try:
+            tokenizer = cls._opened(files, specials, info)
+            found = tokenizer.fingerprint
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever a library says about bytes it cannot read
+            raise ConfigError(
+                f"the saved {kind} tokenizer is damaged: {first_line(error)}"
+            ) from None
+        check(
+            found == saved,
+            f"the saved {kind} tokenizer was changed or damaged: its fingerprint is {found}, "
+            f"not {saved}",
+        )
+        return tokenizer
 
     def __reduce__(self) -> tuple[Any, ...]:
-        from lm.tokenizers.files import from_files
-
-        return from_files, (self.files(),)
+        return type(self).from_files, (self.files(),)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(kind={self.kind!r}, vocab_size={self.vocab_size})"
@@ -329,18 +383,29 @@ def first_loss(tokenizer: Tokenizer, more: Sequence[str] = ()) -> str:
     return ""
 
 
-def roles(ids: Mapping[str, int], eos: str, bos: str | None = None) -> Specials:
-    """Specials with end and begin of text and, recognised by name, padding, mask and sentinels."""
-    pad = next((ids[name] for name in ("<|pad|>", "<pad>", "[PAD]") if name in ids), None)
-    mask = next((ids[name] for name in MASKS if name in ids), None)
+def roles(
+    ids: Mapping[str, int], eos: str, bos: str | None = None, unk: str | None = None
+) -> Specials:
+    """Specials (name → id) with roles by name; padding, mask and sentinels have known ones."""
     return Specials(
         dict(ids),
         ids[eos],
         bos=None if bos is None else ids[bos],
-        pad=pad,
-        mask=mask,
+        pad=next((ids[name] for name in ("<|pad|>", "<pad>", "[PAD]") if name in ids), None),
+        unk=None if unk is None else ids[unk],
+        mask=next((ids[name] for name in MASKS if name in ids), None),
         sentinels=sentinels(ids),
     )
+
+
+def check_named(ids: Mapping[str, int], config: Any) -> None:
+    """Raises ConfigError where the end- or begin-of-text that a config names is not in `ids`."""
+    for field in ("eos_token", "bos_token"):
+        name = getattr(config, field)
+        check(
+            not name or name in ids,
+            f"{field}={name!r} is not one of {', '.join(map(repr, ids))}",
+        )
 
 
 def sentinels(ids: Mapping[str, int]) -> tuple[int, ...]:
@@ -349,6 +414,27 @@ def sentinels(ids: Mapping[str, int]) -> tuple[int, ...]:
     while (name := SENTINEL.format(len(found))) in ids:
         found.append(ids[name])
     return tuple(found)
+
+
+def huggingface_config(tokenizer: Tokenizer) -> bytes:
+    """A minimal `tokenizer_config.json`, with which transformers opens a `tokenizer.json`."""
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for role in ("eos", "bos", "pad", "unk", "mask"):
+        id = getattr(tokenizer, f"{role}_id")
+        if id in tokenizer.special_names:
+            config[f"{role}_token"] = tokenizer.special_names[id]
+    config["clean_up_tokenization_spaces"] = False
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def byte_piece(name: str) -> bytes | None:
+    """The byte that a piece such as `<0x41>` stands for; None of any other piece."""
+    return bytes([int(name[3:5], 16)]) if re.fullmatch("<0x[0-9A-F]{2}>", name) else None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of some library says, in one line."""
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def _in_word(character: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import regex
 
-from lm.tokenizers.base import Tokenizer
+from lm.tokenizers.base import Tokenizer, byte_piece
 from lm.tokenizers.huggingface import HuggingFaceTokenizer, byte_string
 from lm.tokenizers.sentence_piece import SPACE, SentencePieceTokenizer
 from lm.tokenizers.tiktoken_ranks import TiktokenTokenizer
@@ -35,24 +35,15 @@ class Segment:
     score: float | None = None  # unigram: log probability, in nats
 
 
-def starts(tokenizer: Tokenizer, word: str) -> list[tuple[bytes, ...]]:
-    """The parts `word` is cut into before merging, each as its smallest pieces."""
-    symbols, to_bytes, _ = _merging(tokenizer, word)
-    return [tuple(map(to_bytes, part)) for part in symbols]
-
-
-def merges(tokenizer: Tokenizer, word: str) -> list[list[Merge]]:
-    """The merges that build `word`, step by step, for each part the word is cut into.
+def merges(tokenizer: Tokenizer, word: str) -> list[tuple[tuple[bytes, ...], list[Merge]]]:
+    """For each part that `word` is cut into, its smallest pieces, and the merges that build it.
 
     Byte-pair encoding starts from the smallest pieces and merges, again and again, the neighbours
-    whose merge was learnt first (the leftmost of equals), until no neighbours have a merge.
-
-    Args:
-      tokenizer: of a kind for which `is_merging`.
-      word: any text.
+    whose merge was learnt first (the leftmost of equals), until no neighbours have a merge. The
+    tokenizer is of a kind for which `is_merging`.
     """
     symbols, to_bytes, rank = _merging(tokenizer, word)
-    return [_steps(part, rank, to_bytes) for part in symbols]
+    return [(tuple(map(to_bytes, part)), _steps(part, rank, to_bytes)) for part in symbols]
 
 
 def is_merging(tokenizer: Tokenizer) -> bool:
@@ -88,9 +79,7 @@ def _segment(tokenizer: Tokenizer, id: int) -> Segment:
         name = tokenizer.processor.id_to_piece(id)
         if tokenizer.kind == "sentencepiece_unigram" and not tokenizer.processor.is_byte(id):
             score = tokenizer.processor.get_score(id)
-    if id in tokenizer.special_ids.values():
-        name = next(n for n, i in tokenizer.special_ids.items() if i == id)
-    return Segment(id, text, name, score)
+    return Segment(id, text, tokenizer.special_names.get(id, name), score)
 
 
 def _merging(
@@ -111,8 +100,7 @@ def _merging(
         text = regex.findall(tokenizer.pattern.replace(r"\z", r"\Z"), word)
         parts = [list(part.encode().decode("latin-1")) for part in text]
         ranks = tokenizer.ranks
-        to_bytes = _latin
-        return parts, to_bytes, lambda left, right: ranks.get(to_bytes(left + right))
+        return parts, _latin, lambda left, right: ranks.get(_latin(left + right))
     if isinstance(tokenizer, SentencePieceTokenizer):
         processor = tokenizer.processor
 
@@ -134,9 +122,7 @@ def _merging(
 
 
 def _piece_bytes(piece: str) -> bytes:
-    if re.fullmatch("<0x[0-9A-F]{2}>", piece):
-        return bytes([int(piece[3:5], 16)])
-    return piece.replace(SPACE, " ").encode()
+    return byte_piece(piece) or piece.replace(SPACE, " ").encode()
 
 
 def _latin(symbols: str) -> bytes:
@@ -156,3 +142,27 @@ def _steps(pieces: list[str], rank: Rank, to_bytes: Callable[[str], bytes]) -> l
         best, i = min(ranked)
         pieces = [*pieces[:i], pieces[i] + pieces[i + 1], *pieces[i + 2 :]]
         steps.append(Merge(best, to_bytes(pieces[i]), tuple(map(to_bytes, pieces))))
+
+
+def explanation(tokenizer: Tokenizer, word: str) -> list[str]:
+    """How `tokenizer` arrives at the tokens of `word`, in lines."""
+    lines = []
+    if is_merging(tokenizer):
+        for start, steps in merges(tokenizer, word):
+            lines.append(("start", _shown(start)))
+            lines += [(f"merge {step.rank}", _shown(step.pieces)) for step in steps]
+    tokens = segments(tokenizer, word)
+    if tokenizer.kind == "sentencepiece_unigram":
+        for choice in alternatives(tokenizer, word):
+            scores = [s.name if s.score is None else f"{s.name} {s.score:.2f}" for s in choice]
+            total = sum(s.score or 0.0 for s in choice)
+            lines.append((f"{total:.2f}", " + ".join(scores)))
+    elif tokenizer.kind == "wordpiece":
+        lines += [("longest", token.name) for token in tokens]
+    lines.append(("tokens", "  ".join(f"{token.name}={token.id}" for token in tokens)))
+    return [f"  {what:>12}  {shown}" for what, shown in lines]
+
+
+def _shown(pieces: tuple[bytes, ...]) -> str:
+    """Pieces side by side; a space as "␣", bytes of unfinished characters in hexadecimal."""
+    return " ".join(p.decode("utf-8", "backslashreplace").replace(" ", "␣") for p in pieces)

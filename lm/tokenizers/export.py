@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from typing import Any
 
 import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from lm.config import check
-from lm.tokenizers.base import DESCRIPTION, PROBES, Tokenizer
+from lm.tokenizers.base import PROBES, Tokenizer, huggingface_config
 from lm.tokenizers.huggingface import HuggingFaceTokenizer, byte_values
 from lm.tokenizers.plain import ByteTokenizer, CharTokenizer
 from lm.tokenizers.sentence_piece import SPACE, SentencePieceTokenizer
-
-_ROLES = ("eos", "bos", "pad", "unk", "mask")
 
 
 def huggingface_files(tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -30,9 +26,7 @@ def huggingface_files(tokenizer: Tokenizer) -> dict[str, bytes]:
       ConfigError: a kind that cannot be written so, or not with the same ids.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        files = {**tokenizer.extra_files(), **tokenizer.model_files()}
-        files.pop(DESCRIPTION, None)
-        return files
+        return {**tokenizer.extra_files(), **tokenizer.model_files()}
     builders = {ByteTokenizer: _byte, CharTokenizer: _char, SentencePieceTokenizer: _sentencepiece}
     check(
         type(tokenizer) in builders,
@@ -57,7 +51,7 @@ def huggingface_files(tokenizer: Tokenizer) -> dict[str, bytes]:
             )
     return {
         "tokenizer.json": engine.to_str(pretty=True).encode(),
-        "tokenizer_config.json": _config(tokenizer),
+        "tokenizer_config.json": huggingface_config(tokenizer),
     }
 
 
@@ -79,17 +73,6 @@ def framed(data: bytes, before: Sequence[int], after: Sequence[int]) -> bytes:
     return engine.to_str(pretty=True).encode()
 
 
-def _config(tokenizer: Tokenizer) -> bytes:
-    by_id = {id: name for name, id in tokenizer.special_ids.items()}
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for role in _ROLES:
-        id = getattr(tokenizer, f"{role}_id")
-        if id in by_id:
-            config[f"{role}_token"] = by_id[id]
-    config["clean_up_tokenization_spaces"] = False
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 def _byte(tokenizer: ByteTokenizer) -> tokenizers.Tokenizer:
     """Bytes are byte-level BPE that has learnt nothing."""
     engine = tokenizers.Tokenizer(models.BPE(vocab=byte_values(), merges=[]))
@@ -100,9 +83,8 @@ def _byte(tokenizer: ByteTokenizer) -> tokenizers.Tokenizer:
 
 def _char(tokenizer: CharTokenizer) -> tokenizers.Tokenizer:
     """Characters are words that are cut everywhere."""
-    names = {id: name for name, id in tokenizer.special_ids.items()}
     vocabulary = {character: id for id, character in enumerate(tokenizer.characters)}
-    unknown = names[tokenizer.unk_id]
+    unknown = tokenizer.special_names[tokenizer.unk_id]
     vocabulary[unknown] = tokenizer.unk_id
     engine = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     every = tokenizers.Regex(r"[\s\S]")

@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from pathlib import Path
-from typing import Any
 
 from lm.config import ConfigError, check, nearest
 from lm.files import is_plain, parse_object, read_bytes, read_json
 from lm.tokenizers import vocabularies
-from lm.tokenizers.base import DESCRIPTION, MASKS, SENTINEL, Specials, Tokenizer, sentinels
+from lm.tokenizers.base import (
+    DESCRIPTION,
+    MASKS,
+    SENTINEL,
+    Tokenizer,
+    check_named,
+    first_line,
+    sentinels,
+)
 from lm.tokenizers.config import KINDS, TokenizerConfig
 from lm.tokenizers.huggingface import HuggingFaceTokenizer
 from lm.tokenizers.plain import ByteTokenizer, CharTokenizer
 from lm.tokenizers.sentence_piece import SentencePieceTokenizer
+from lm.tokenizers.settings import HUGGING_FACE_FILES, Settings
 from lm.tokenizers.tiktoken_ranks import TiktokenTokenizer
 
-CLASSES: dict[str, Any] = {
-    "byte": ByteTokenizer,
+# What trains and opens a kind.
+CLASSES: dict[str, type[Tokenizer]] = {
     "char": CharTokenizer,
+    "byte": ByteTokenizer,
     "bpe": HuggingFaceTokenizer,
     "wordpiece": HuggingFaceTokenizer,
-    "huggingface": HuggingFaceTokenizer,
     "sentencepiece_unigram": SentencePieceTokenizer,
     "sentencepiece_bpe": SentencePieceTokenizer,
     "tiktoken": TiktokenTokenizer,
+    "huggingface": HuggingFaceTokenizer,
 }
-assert set(CLASSES) == set(KINDS)
+assert tuple(CLASSES) == KINDS
 
-# What Hugging Face keeps beside tokenizer.json: the roles of specials, and chat templates.
-HUGGING_FACE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 # Vocabularies without a tokenizer.json; see `vocabularies`.
 PUBLISHED = ("vocab.json", "vocab.txt")
 _SOUGHT = ("tokenizer.json", "tokenizer.model", "spiece.model", *PUBLISHED)
@@ -61,7 +67,7 @@ def has_tokenizer(directory: str | Path) -> bool:
 
 def framing_of_pieces(directory: str | Path) -> tuple[bool, bool]:
     """Whether begin- and end-of-text stand around what a SentencePiece model there encodes."""
-    return vocabularies.begins_and_ends(_beside(Path(directory).expanduser() / "tokenizer.model"))
+    return Settings.beside(Path(directory).expanduser() / "tokenizer.model").begins_and_ends
 
 
 def open_path(path: str, config: TokenizerConfig, prefix: str) -> Tokenizer:
@@ -85,8 +91,9 @@ def open_path(path: str, config: TokenizerConfig, prefix: str) -> Tokenizer:
     except BaseException as error:  # whatever a library says; Rust's panics are no Exception
         if isinstance(error, KeyboardInterrupt | SystemExit | AssertionError):
             raise
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        raise ConfigError(f"{name} holds a tokenizer that cannot be used: {reason}") from None
+        raise ConfigError(
+            f"{name} holds a tokenizer that cannot be used: {first_line(error)}"
+        ) from None
     raise ConfigError(
         f"{name} holds no tokenizer: none of {DESCRIPTION}, tokenizer.json, tokenizer.model, "
         "vocab.json with merges.txt, vocab.txt, one .tiktoken file"
@@ -140,49 +147,36 @@ def _as_configured(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
         if name not in ids:
             ids[name] = tokenizer.addable_id(name, last + 1)
             last = max(last, ids[name])
-    chosen = {}
-    for role, name in (("eos", config.eos_token), ("bos", config.bos_token)):
-        if name:
-            check(name in ids, f"{role}_token={name!r} is not one of {', '.join(map(repr, ids))}")
-            chosen[role] = ids[name]
+    check_named(ids, config)
+    had = tokenizer.specials
     specials = dataclasses.replace(
-        tokenizer.specials,
+        had,
         ids=ids,
-        mask=ids.get(MASKS[0]) if tokenizer.mask_id is None else tokenizer.mask_id,
+        eos=ids[config.eos_token] if config.eos_token else had.eos,
+        bos=ids[config.bos_token] if config.bos_token else had.bos,
+        mask=ids.get(MASKS[0]) if had.mask is None else had.mask,
         sentinels=sentinels(ids),
-        **chosen,
     )
-    return tokenizer if specials == tokenizer.specials else tokenizer.with_specials(specials)
+    return tokenizer if specials == had else tokenizer.with_specials(specials)
 
 
 def _open_file(file: Path, config: TokenizerConfig) -> Tokenizer:
-    data = read_bytes(file)
+    data, settings = read_bytes(file), Settings.beside(file)
     if file.suffix == ".tiktoken":
         return TiktokenTokenizer.from_ranks(data, file.stem, config)
     if file.suffix == ".model":
-        processor = SentencePieceTokenizer.from_model(data, config).processor
-        added = vocabularies.added_tokens(_beside(file), processor.get_piece_size())
-        return SentencePieceTokenizer.from_model(data, config, added)
+        return SentencePieceTokenizer.from_model(data, settings, config)
     if file.name == "vocab.txt":
-        data = vocabularies.wordpiece(data, _beside(file))
+        data = vocabularies.wordpiece(data, settings)
     elif file.name == "vocab.json":
         merges = file.parent / "merges.txt"
         check(merges.is_file(), "vocab.json has no merges.txt beside it")
-        data = vocabularies.byte_pairs(data, read_bytes(merges), _beside(file))
+        data = vocabularies.byte_pairs(data, read_bytes(merges), settings)
     elif file.name == "tokenizer.json":
-        data = vocabularies.settled(data, _beside(file))
-    else:
-        return HuggingFaceTokenizer.from_json(data, {}, config)
-    beside = {name: found for name, found in _beside(file).items() if name in HUGGING_FACE_FILES}
-    return HuggingFaceTokenizer.from_json(data, beside, config, vocabularies.end(_beside(file)))
-
-
-def _beside(file: Path) -> dict[str, bytes]:
-    """The small files in the same directory that say how to use `file`."""
-    names = dict.fromkeys((*HUGGING_FACE_FILES, *vocabularies.SETTINGS))
-    return {
-        name: read_bytes(file.parent / name) for name in names if (file.parent / name).is_file()
-    }
+        data = vocabularies.settled(data, settings)
+    else:  # one of several: the files beside it tell of another
+        settings = Settings()
+    return HuggingFaceTokenizer.from_json(data, settings, config)
 
 
 def _model_files(directory: Path) -> list[Path]:
@@ -203,49 +197,6 @@ def from_files(files: dict[str, bytes]) -> Tokenizer:
     Raises:
       ConfigError: a file is damaged, or is not the one that was saved.
     """
-    info = parse_object(files[DESCRIPTION], DESCRIPTION)
-    try:
-        kind, ids = str(info["kind"]), {str(k): int(v) for k, v in info["special_tokens"].items()}
-        specials = Specials(
-            ids,
-            *(info[f"{role}_id"] for role in ("eos", "bos", "pad", "unk")),
-            mask=info.get("mask_id"),
-            sentinels=tuple(info.get("sentinel_ids", ())),
-        )
-        saved = info["fingerprint"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{DESCRIPTION} is damaged: {error!r}") from None
-    check(kind in CLASSES, f"{DESCRIPTION}: kind {kind!r} is unknown{nearest(str(kind), CLASSES)}")
-    try:
-        tokenizer = CLASSES[kind].from_files(files, specials, info)
-        found = tokenizer.fingerprint
-    except ConfigError:
-        raise
-    except Exception as error:  # whatever a library says about bytes it cannot read
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        raise ConfigError(f"the saved {kind} tokenizer is damaged: {reason}") from None
-    check(
-        found == saved,
-        f"the saved {kind} tokenizer was changed or damaged: its fingerprint is {found}, "
-        f"not {saved}",
-    )
-    return tokenizer
-
-
-def write(files: dict[str, bytes], directory: str | Path) -> None:
-    """Writes each file under a temporary name and renames it into place, in order."""
-    directory = Path(directory).expanduser()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.")
-            try:
-                with os.fdopen(handle, "wb") as out:
-                    out.write(data)
-                os.chmod(temporary, 0o644)
-                os.replace(temporary, directory / name)
-            except BaseException:
-                os.unlink(temporary)
-                raise
-    except OSError as error:
-        raise ConfigError(f"cannot write a tokenizer into {directory}: {error.strerror}") from None
+    kind = str(parse_object(files[DESCRIPTION], DESCRIPTION).get("kind"))
+    check(kind in CLASSES, f"{DESCRIPTION}: kind {kind!r} is unknown{nearest(kind, CLASSES)}")
+    return CLASSES[kind].from_files(files)

@@ -1,35 +1,39 @@
-"""Tokenizers that run on Hugging Face's Rust library: any `tokenizer.json`."""
+"""Tokenizers that run on Hugging Face's Rust library: any `tokenizer.json`, and training BPE and
+WordPiece.
+
+BPE: Sennrich et al. 2016 (arXiv:1508.07909), over bytes as in GPT-2. WordPiece: Schuster and
+Nakajima 2012, with BERT's word splitting; this trainer, like the library's, merges by frequency.
+"""
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from lm.config import ConfigError
-from lm.tokenizers.base import MASKS, SENTINEL, Specials, Tokenizer, first_loss, sentinels
-from lm.tokenizers.config import END_OF_TEXT, TokenizerConfig
+from lm.config import ConfigError, check
+from lm.tokenizers.base import (
+    DESCRIPTION,
+    SENTINEL,
+    Specials,
+    Tokenizer,
+    byte_piece,
+    first_line,
+    first_loss,
+    huggingface_config,
+    roles,
+    sentinels,
+)
+from lm.tokenizers.config import END_OF_TEXT, TokenizerConfig, pattern
+from lm.tokenizers.settings import USUAL_NAMES, Settings
 
-# Roles as tokenizer_config.json names them, then the usual names where it is silent.
-_ROLES = {
-    "eos": ("eos_token", "sep_token"),
-    "bos": ("bos_token", "cls_token"),
-    "pad": ("pad_token",),
-    "unk": ("unk_token",),
-    "mask": ("mask_token",),
-}
-USUAL_NAMES = {
-    "eos": (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]"),
-    "bos": ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]"),
-    "pad": ("<pad>", "<|pad|>", "[PAD]", "<|padding|>"),
-    "unk": ("<unk>", "[UNK]", "<|unknown|>"),
-    "mask": MASKS,
-}
+_UNKNOWN = "[UNK]"  # of WordPiece
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -37,6 +41,10 @@ class HuggingFaceTokenizer(Tokenizer):
 
     The library would find the names of specials in the text, some of them even when told not to
     (a Unigram lattice contains them). So it is given a copy in which they have names no text has.
+
+    Attributes:
+      rust: the library's tokenizer, with specials renamed.
+      model: the `model` section of tokenizer.json: type, vocabulary, merges.
     """
 
     def __init__(
@@ -47,80 +55,81 @@ class HuggingFaceTokenizer(Tokenizer):
         lossy_because: str | None = None,
         extra: dict[str, bytes] | None = None,
     ):
-        self._data = data
-        self._extra = extra or {}
+        self._data, self._extra = data, extra or {}
         description = json.loads(data)
-        self._rust = _engine(description, specials)
+        self.rust = _engine(description, specials)
+        self.model: dict[str, Any] = description["model"]
+        self._has_bytes = '"ByteLevel"' in json.dumps(description.get("decoder"))
         added = [token["content"] for token in description.get("added_tokens") or []]
         self._added_text = [name for name in added if name not in specials.ids]
-        self._model = description["model"]
-        self._decoder = json.dumps(description.get("decoder"))
-        ids = [*self._rust.get_vocab(with_added_tokens=True).values(), *specials.ids.values()]
+        ids = [*self.rust.get_vocab(with_added_tokens=True).values(), *specials.ids.values()]
         super().__init__(kind, max(ids) + 1, specials, lossy_because or "")
         if lossy_because is None:
             around = ("a{}b", " {} ", "a {} b", "{0}{0}")
             probes = [text.format(name) for name in self._added_text for text in around]
             self.lossy_because = first_loss(self, probes)
 
+    @property
+    def is_byte_level(self) -> bool:
+        """Whether it merges bytes, as GPT-2's does."""
+        return self.model.get("type") == "BPE" and self._has_bytes
+
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
-        encodings = self._rust.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self.rust.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
     def _table(self) -> list[bytes]:
         table = [b""] * self.vocab_size
-        vocabulary = self._rust.get_vocab(with_added_tokens=True)
+        vocabulary = self.rust.get_vocab(with_added_tokens=True)
         names = {id: name for name, id in vocabulary.items()}
-        if '"ByteLevel"' in self._decoder:
+        if self._has_bytes:
             values = byte_values()
             # Added tokens are found in the text as it is. One that the model has, too, is bytes.
-            literal = set(self._added_text) - set(self._model["vocab"])
+            literal = set(self._added_text) - set(self.model["vocab"])
             for id, name in names.items():
                 is_bytes = name not in literal and all(c in values for c in name)
-                table[id] = bytes([values[c] for c in name]) if is_bytes else name.encode()
+                table[id] = byte_string(name) if is_bytes else name.encode()
             return table
-        suffix = self._model.get("end_of_word_suffix")
-        if suffix:
+        if suffix := self.model.get("end_of_word_suffix"):
             for id, name in names.items():
                 table[id] = re.sub(re.escape(suffix) + "$", " ", name).encode()
             return table
         # Any other decoder is asked what the token adds after another one.
         anchor, before = self._anchor
-        ids = sorted(set(names) - set(self.special_ids.values()))
-        for id, text in zip(
-            ids, self._rust.decode_batch([[anchor, id] for id in ids]), strict=True
-        ):
-            table[id] = text.removeprefix(before).encode()
-            if self._model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", names[id]):
-                table[id] = bytes([int(names[id][3:5], 16)])
+        ids = sorted(set(names) - set(self.special_names))
+        texts = self.rust.decode_batch([[anchor, id] for id in ids])
+        for id, text in zip(ids, texts, strict=True):
+            fallback = byte_piece(names[id]) if self.model.get("byte_fallback") else None
+            table[id] = fallback or text.removeprefix(before).encode()
         return table
 
     @functools.cached_property
     def _anchor(self) -> tuple[int, str]:
         """A token that reads as a plain word at the start of a text, and that word."""
-        for id in sorted(self._rust.get_vocab(with_added_tokens=True).values()):
-            text = self._rust.decode([id]) if id not in self.special_ids.values() else ""
+        for id in sorted(self.rust.get_vocab(with_added_tokens=True).values()):
+            text = self.rust.decode([id]) if id not in self.special_names else ""
             if re.fullmatch("[A-Za-z]+", text):
                 return id, text
-        return 0, self._rust.decode([0])
+        return 0, self.rust.decode([0])
 
     @functools.cached_property
     def drops_first_space(self) -> bool:
         """Whether a word's space is left out where the word begins the text."""
-        if '"ByteLevel"' in self._decoder or self._model.get("end_of_word_suffix"):
+        if self._has_bytes or self.model.get("end_of_word_suffix"):
             return False
         for id, data in enumerate(self._bytes):
             if re.fullmatch(rb" [A-Za-z]+", data):
-                return not self._rust.decode([id]).startswith(" ")
+                return not self.rust.decode([id]).startswith(" ")
         return False
 
     def is_piece(self, name: str) -> bool:
         """Whether a text may be given the token of that name."""
-        return self._rust.token_to_id(name) is not None
+        return self.rust.token_to_id(name) is not None
 
     def addable_id(self, name: str, free: int) -> int:
         """See `Tokenizer.addable_id`; a token that was added as text becomes a special."""
         if name in self._added_text:
-            return self._rust.token_to_id(name)
+            return self.rust.token_to_id(name)
         return super().addable_id(name, free)
 
     def model_files(self) -> dict[str, bytes]:
@@ -129,92 +138,65 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def extra_files(self) -> dict[str, bytes]:
         """`tokenizer_config.json` and the like: those it came with, or a minimal one."""
-        if self._extra:
-            return self._extra
-        names = {id: name for name, id in self.special_ids.items()}
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        for role in ("eos", "bos", "pad", "unk", "mask"):
-            id = getattr(self, f"{role}_id")
-            if id is not None:
-                config[f"{role}_token"] = names[id]
-        config["clean_up_tokenization_spaces"] = False
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        return {"tokenizer_config.json": text.encode()}
-
-    @property
-    def rust(self) -> tokenizers.Tokenizer:
-        """The library's tokenizer, with specials renamed."""
-        return self._rust
-
-    @property
-    def model(self) -> dict[str, Any]:
-        """The `model` section of tokenizer.json: type, vocabulary, merges."""
-        return self._model
-
-    @property
-    def is_byte_level(self) -> bool:
-        """Whether it merges bytes, as GPT-2's does."""
-        return self._model.get("type") == "BPE" and '"ByteLevel"' in self._decoder
+        return self._extra or {"tokenizer_config.json": huggingface_config(self)}
 
     @classmethod
-    def from_files(cls, files: dict[str, bytes], specials: Specials, info: dict[str, Any]):
-        """The tokenizer that `files()` describes."""
-        extra = {n: d for n, d in files.items() if n not in ("tokenizer.json", "lm_tokenizer.json")}
+    def _opened(cls, files: dict[str, bytes], specials: Specials, info: dict[str, Any]):
+        extra = {n: d for n, d in files.items() if n not in ("tokenizer.json", DESCRIPTION)}
         return cls(
             info["kind"], files["tokenizer.json"], specials, info["lossy_because"] or "", extra
         )
 
     @classmethod
-    def from_json(
-        cls,
-        data: bytes,
-        beside: dict[str, bytes],
-        config: TokenizerConfig,
-        end: int | None = None,
-    ):
-        """A tokenizer from the bytes of a `tokenizer.json` and the small files beside it.
+    def from_json(cls, data: bytes, settings: Settings, config: TokenizerConfig):
+        """A tokenizer from the bytes of a `tokenizer.json` and the settings beside it.
 
-        A vocabulary without an end-of-text token takes that of the model, whose id is `end`; or it
+        A vocabulary without an end-of-text token takes that of the model, `settings.end`; or it
         gets one, after its last id.
 
         Raises:
           ConfigError: a file is damaged, or `config.eos_token` or `bos_token` is not in the
             vocabulary.
         """
+        named = settings.roles
         try:
             description = json.loads(data)
             engine = tokenizers.Tokenizer.from_str(data.decode())
-            vocabulary = engine.get_vocab(with_added_tokens=True)
-            named = named_roles(beside)
         except Exception as error:  # JSON, UTF-8, and whatever the library finds wrong
-            reason = (str(error).splitlines() or [repr(error)])[0]
-            raise ConfigError(f"not a tokenizer.json that can be read: {reason}") from None
+            raise ConfigError(
+                f"not a tokenizer.json that can be read: {first_line(error)}"
+            ) from None
+        vocabulary = engine.get_vocab(with_added_tokens=True)
         added = {t["content"]: t for t in description.get("added_tokens") or []}
         ids = {name: vocabulary[name] for name, token in added.items() if token["special"]}
+
+        def may_be_special(name: str) -> bool:
+            # A role played by an ordinary word, such as padding with "!", makes no special.
+            return name in added or name[:1] in ("<", "[")
+
         for role, name in (("eos", config.eos_token), ("bos", config.bos_token)):
             if name:
-                if name not in vocabulary:
-                    raise ConfigError(f"{role}_token={name!r} is not in its vocabulary")
-                if name not in added and name[0] not in "<[":
-                    raise ConfigError(f"{role}_token={name!r} is an ordinary token: text has it")
+                check(name in vocabulary, f"{role}_token={name!r} is not in its vocabulary")
+                check(
+                    may_be_special(name),
+                    f"{role}_token={name!r} is an ordinary token: text has it",
+                )
                 named[role] = name
-        unk = description["model"].get("unk_token")
-        if isinstance(unk, str):
-            named.setdefault("unk", unk)
-        unk_id = description["model"].get("unk_id")
-        if isinstance(unk_id, int):
-            named["unk"] = description["model"]["vocab"][unk_id][0]
+        model = description["model"]
+        if isinstance(model.get("unk_token"), str):
+            named.setdefault("unk", model["unk_token"])
+        if isinstance(model.get("unk_id"), int):
+            named["unk"] = model["vocab"][model["unk_id"]][0]
         role_ids = {}
         for role, usual in USUAL_NAMES.items():
-            names = [named[role]] if role in named else list(usual)
-            for name in names:
-                # A role played by an ordinary word, such as padding with "!", makes no special.
-                if name in ids or (name in vocabulary and (name in added or name[0] in "<[")):
+            for name in [named[role]] if role in named else usual:
+                if name in ids or (name in vocabulary and may_be_special(name)):
                     role_ids[role] = ids[name] = vocabulary[name]
                     break
         if "eos" not in role_ids:
+            end = settings.end
             name = engine.id_to_token(end) if end is not None else None
-            if name is None or (name not in added and name[:1] not in ("<", "[")):
+            if name is None or not may_be_special(name):
                 name = END_OF_TEXT if END_OF_TEXT not in vocabulary else "<|end of text|>"
                 end = max(vocabulary.values()) + 1
             role_ids["eos"] = ids[name] = end
@@ -223,7 +205,13 @@ class HuggingFaceTokenizer(Tokenizer):
         if hidden and "bos" not in role_ids and "pad" in role_ids:
             role_ids["bos"] = role_ids["pad"]  # T5: its decoder starts with padding
         specials = Specials(ids, **role_ids, sentinels=hidden)
-        return cls("huggingface", data, specials, extra=beside)
+        return cls("huggingface", data, specials, extra=settings.kept)
+
+    @classmethod
+    def train(cls, config: TokenizerConfig, texts: list[str], prefix: str) -> HuggingFaceTokenizer:
+        """Byte-level BPE or WordPiece, by `config.kind`."""
+        trainer = _train_bpe if config.kind == "bpe" else _train_wordpiece
+        return trainer(config, texts, prefix)
 
     def with_specials(self, specials: Specials) -> HuggingFaceTokenizer:
         """The same with other specials. Those after its last id are written into its files.
@@ -233,7 +221,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """
         description = json.loads(self._data)
         added = description["added_tokens"] = description.get("added_tokens") or []
-        known = self._rust.get_vocab_size(with_added_tokens=True)
+        known = self.rust.get_vocab_size(with_added_tokens=True)
         for token in added:
             token["special"] = token["special"] or token["content"] in specials.ids
         plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -243,39 +231,16 @@ class HuggingFaceTokenizer(Tokenizer):
         data = json.dumps(description, ensure_ascii=False).encode()
         engine = tokenizers.Tokenizer.from_str(data.decode())
         for name, id in specials.ids.items():
-            if engine.token_to_id(name) != id:
-                raise ConfigError(f"{name!r} cannot be added to its vocabulary, which has gaps")
+            check(
+                engine.token_to_id(name) == id,
+                f"{name!r} cannot be added to its vocabulary, which has gaps",
+            )
         extra = dict(self.extra_files())
         config = json.loads(extra["tokenizer_config.json"])
         if specials.mask is not None and not config.get("mask_token"):
             config["mask_token"] = engine.id_to_token(specials.mask)
             extra["tokenizer_config.json"] = json.dumps(config, indent=2).encode()
         return type(self)(self.kind, data, specials, self.lossy_because, extra)
-
-
-def named_roles(beside: dict[str, bytes]) -> dict[str, str]:
-    """The names of specials by role, from tokenizer_config.json and special_tokens_map.json."""
-    named: dict[str, str] = {}
-    config = named_tokens(beside)
-    for role, keys in _ROLES.items():
-        token = next((config[key] for key in keys if config.get(key)), None)
-        if token:
-            named[role] = token
-    return named
-
-
-def named_tokens(beside: Mapping[str, bytes]) -> dict[str, str]:
-    """Field, such as `cls_token` → a special's name, "" for none.
-
-    special_tokens_map.json has the last word, unless tokenizer_config.json lists the added tokens
-    itself: then transformers does not look at it.
-    """
-    files = ("tokenizer_config.json", "special_tokens_map.json")
-    config, mapped = (json.loads(beside[f]) if f in beside else {} for f in files)
-    settings = {**mapped, **config} if "added_tokens_decoder" in config else {**config, **mapped}
-    tokens = {key: value for key, value in settings.items() if key.endswith("_token")}
-    contents = {k: t.get("content") if isinstance(t, dict) else t for k, t in tokens.items()}
-    return {key: str(name or "") for key, name in contents.items()}
 
 
 def _engine(description: dict[str, Any], specials: Specials) -> tokenizers.Tokenizer:
@@ -326,3 +291,105 @@ def byte_values() -> dict[str, int]:
 def byte_string(name: str) -> bytes:
     """The bytes that a byte-level vocabulary entry stands for."""
     return bytes(byte_values()[c] for c in name)
+
+
+def _train_bpe(config: TokenizerConfig, texts: list[str], prefix: str) -> HuggingFaceTokenizer:
+    """Byte-level BPE: ids 0 … 255 are the bytes, then one id per merge, then the specials."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                tokenizers.Regex(pattern(config.pattern, f"{prefix}.pattern")), "isolated"
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size - len(config.specials),
+        min_frequency=config.min_frequency,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=[],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer, len(texts))
+    ids = _add_specials(tokenizer, config.specials)
+    specials = roles(ids, config.specials[0], config.bos_token)
+    return HuggingFaceTokenizer("bpe", _json(tokenizer), specials, "")
+
+
+def _train_wordpiece(
+    config: TokenizerConfig, texts: list[str], prefix: str
+) -> HuggingFaceTokenizer:
+    """WordPiece: words cut at white space and punctuation, then into pieces; "##" continues a word.
+
+    At most half the vocabulary goes to single characters; rarer ones are unknown.
+    """
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token=_UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=config.lowercase, strip_accents=config.lowercase
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+
+    counts: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        counts.update(text)
+    room = config.vocab_size - 1 - len(config.specials)
+    alphabet: list[str] = []
+    rare = []
+    for character in sorted(sorted(counts), key=lambda c: -counts[c]):
+        forms = [f for f in _forms(tokenizer, character) if f not in alphabet]
+        if 2 * (len(alphabet) + len(forms)) <= room:
+            alphabet += forms
+        else:
+            rare.append(character)
+    if rare:
+        blank = str.maketrans(dict.fromkeys(rare, " "))
+        texts = [text.translate(blank) for text in texts]
+    # The library numbers continuing characters in the order of a hash map, which differs from run
+    # to run, and breaks ties between merges by number. Naming them first makes training repeatable.
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=config.vocab_size - len(config.specials),
+        min_frequency=config.min_frequency,
+        special_tokens=[_UNKNOWN, *sorted(alphabet)],
+        limit_alphabet=config.vocab_size,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer, len(texts))
+    plain = json.loads(tokenizer.to_str())
+    plain["added_tokens"] = []  # the characters were special to the trainer only
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(plain))
+    ids = _add_specials(tokenizer, (_UNKNOWN, *config.specials))
+    case = "case, accents, " if config.lowercase else ""
+    return HuggingFaceTokenizer(
+        "wordpiece",
+        _json(tokenizer),
+        roles(ids, config.specials[0], config.bos_token, _UNKNOWN),
+        f"{case}line breaks, repeated spaces and spaces around punctuation are normalised; unknown "
+        "characters and words over 100 characters become unknown",
+    )
+
+
+def _forms(tokenizer: tokenizers.Tokenizer, character: str) -> list[str]:
+    """The vocabulary entries `character` needs: itself, and its continuation inside a word."""
+    forms = set()
+    for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(
+        tokenizer.normalizer.normalize_str(character)
+    ):
+        forms |= {word[0], *("##" + c for c in word[1:])}
+    inside = tokenizer.pre_tokenizer.pre_tokenize_str(
+        tokenizer.normalizer.normalize_str("a" + character)
+    )
+    if len(inside) == 1:
+        forms |= {"##" + c for c in inside[0][0][1:]}
+    return sorted(forms)
+
+
+def _add_specials(tokenizer: tokenizers.Tokenizer, names: tuple[str, ...]) -> dict[str, int]:
+    tokenizer.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
+    return {name: tokenizer.token_to_id(name) for name in names}
+
+
+def _json(tokenizer: tokenizers.Tokenizer) -> bytes:
+    return tokenizer.to_str(pretty=True).encode() + b"\n"

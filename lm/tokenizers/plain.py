@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import json
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from lm.config import ConfigError, check
+from lm.config import check
 from lm.tokenizers.base import Specials, Tokenizer, roles
 from lm.tokenizers.config import TokenizerConfig
 
-UNKNOWN = "<|unknown|>"
+_UNKNOWN = "<|unknown|>"
 
 
 class ByteTokenizer(Tokenizer):
@@ -35,15 +33,14 @@ class ByteTokenizer(Tokenizer):
         return {}
 
     @classmethod
-    def from_files(cls, files: dict[str, bytes], specials: Specials, info: dict[str, Any]):
-        """The tokenizer that `files()` describes."""
+    def _opened(cls, files: dict[str, bytes], specials: Specials, info: dict[str, Any]):
         return cls(specials)
 
-
-def byte(config: TokenizerConfig) -> ByteTokenizer:
-    """The byte tokenizer with the config's specials."""
-    ids = {name: 256 + i for i, name in enumerate(config.specials)}
-    return ByteTokenizer(roles(ids, config.specials[0], config.bos_token))
+    @classmethod
+    def train(cls, config: TokenizerConfig, texts: list[str], prefix: str) -> ByteTokenizer:
+        """With the config's specials; no text is needed."""
+        ids = {name: 256 + i for i, name in enumerate(config.specials)}
+        return cls(roles(ids, config.specials[0], config.bos_token))
 
 
 class CharTokenizer(Tokenizer):
@@ -82,28 +79,25 @@ class CharTokenizer(Tokenizer):
         return {"characters.json": json.dumps("".join(self.characters)).encode() + b"\n"}
 
     @classmethod
-    def from_files(cls, files: dict[str, bytes], specials: Specials, info: dict[str, Any]):
-        """The tokenizer that `files()` describes."""
+    def _opened(cls, files: dict[str, bytes], specials: Specials, info: dict[str, Any]):
         characters = list(json.loads(files["characters.json"]))
-        if not characters:
-            raise ConfigError("characters.json is empty")
+        check(bool(characters), "characters.json is empty")
         return cls(characters, specials)
 
-
-def train_char(config: TokenizerConfig, texts: Iterable[str], prefix: str) -> CharTokenizer:
-    """The most frequent characters of `texts`, as many as the vocabulary has room for."""
-    counts: collections.Counter[str] = collections.Counter()
-    for text in texts:
-        counts.update(text)
-    room = config.vocab_size - 1 - len(config.specials)
-    check(
-        room >= 1,
-        f"{prefix}.vocab_size={config.vocab_size!r} must be at least {2 + len(config.specials)} "
-        "for kind 'char'",
-    )
-    # Ties are decided by code point, so the order of the texts does not matter.
-    kept = sorted(sorted(counts), key=lambda c: -counts[c])[:room]
-    ids = {name: len(kept) + i for i, name in enumerate([UNKNOWN, *config.specials])}
-    named = roles(ids, config.specials[0], config.bos_token)
-    specials = dataclasses.replace(named, unk=ids[UNKNOWN])
-    return CharTokenizer(sorted(kept), specials)
+    @classmethod
+    def train(cls, config: TokenizerConfig, texts: list[str], prefix: str) -> CharTokenizer:
+        """The most frequent characters of `texts`, as many as the vocabulary has room for."""
+        counts: collections.Counter[str] = collections.Counter()
+        for text in texts:
+            counts.update(text)
+        room = config.vocab_size - 1 - len(config.specials)
+        check(
+            room >= 1,
+            f"{prefix}.vocab_size={config.vocab_size!r} must be at least "
+            f"{2 + len(config.specials)} for kind 'char'",
+        )
+        # Ties are decided by code point, so the order of the texts does not matter.
+        kept = sorted(sorted(counts), key=lambda c: -counts[c])[:room]
+        ids = {name: len(kept) + i for i, name in enumerate([_UNKNOWN, *config.specials])}
+        specials = roles(ids, config.specials[0], config.bos_token, _UNKNOWN)
+        return cls(sorted(kept), specials)

@@ -20,13 +20,22 @@ import numpy as np
 import sentencepiece
 
 from lm.config import ConfigError
-from lm.tokenizers.base import Specials, Tokenizer, first_loss, roles, sentinels
+from lm.tokenizers.base import (
+    Specials,
+    Tokenizer,
+    byte_piece,
+    check_named,
+    first_line,
+    first_loss,
+    roles,
+    sentinels,
+)
 from lm.tokenizers.config import END_OF_TEXT, TokenizerConfig
+from lm.tokenizers.settings import Settings
 
 SPACE = "▁"
 _MARKERS = re.compile(f"{SPACE}+")
 _THREADS = 2
-_MODEL_TYPES = {"sentencepiece_unigram": "unigram", "sentencepiece_bpe": "bpe"}
 
 # The trainer skips sentences with NUL or its own markers, and reads a tab as a boundary.
 _RESERVED = re.compile("[\0\t▁\u2585\u2047]+")
@@ -34,20 +43,20 @@ _CHUNK = 4000  # characters in one training "sentence"; a cut word in 4,000 char
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, trained here or by others."""
+    """A SentencePiece model, trained here or by others; `processor` is the library's tokenizer."""
 
     def __init__(
         self, kind: str, data: bytes, specials: Specials, lossy_because: str | None = None
     ):
         self._data = data
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-        size = self._processor.get_piece_size()
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        size = self.processor.get_piece_size()
         super().__init__(kind, max(size, *(i + 1 for i in specials.ids.values())), specials)
-        first = self._processor.encode("a", out_type=str)[0]
+        first = self.processor.encode("a", out_type=str)[0]
         self.drops_first_space = first.startswith(SPACE)
-        marker = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode()]
+        marker = [self.processor.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode()]
         # Cutting the text is only safe where nothing is added at the start of each part.
-        cuts = not self.drops_first_space and all(self._processor.is_byte(id) for id in marker)
+        cuts = not self.drops_first_space and all(self.processor.is_byte(id) for id in marker)
         self._marker = np.array(marker, np.int32) if cuts else None
         self.lossy_because = first_loss(self) if lossy_because is None else lossy_because
 
@@ -66,15 +75,15 @@ class SentencePieceTokenizer(Tokenizer):
         return result
 
     def _encode_parts(self, texts: list[str]) -> list[np.ndarray]:
-        batch = self._processor.encode(texts, out_type=int, num_threads=_THREADS)
+        batch = self.processor.encode(texts, out_type=int, num_threads=_THREADS)
         return [np.array(ids, np.int32) for ids in batch]
 
     def _table(self) -> list[bytes]:
-        processor, table = self._processor, [b""] * self.vocab_size
+        processor, table = self.processor, [b""] * self.vocab_size
         for id in range(processor.get_piece_size()):
             piece = processor.id_to_piece(id)
             if processor.is_byte(id):
-                table[id] = bytes([int(piece[3:5], 16)])
+                table[id] = byte_piece(piece)
             elif not (processor.is_control(id) or processor.is_unknown(id)):
                 table[id] = piece.replace(SPACE, " ").encode()
         return table
@@ -85,109 +94,100 @@ class SentencePieceTokenizer(Tokenizer):
 
     def is_piece(self, name: str) -> bool:
         """Whether a text may be given the token of that name."""
-        return self._processor.piece_to_id(name) != self._processor.unk_id()
-
-    @property
-    def processor(self) -> sentencepiece.SentencePieceProcessor:
-        """The library's tokenizer."""
-        return self._processor
+        return self.processor.piece_to_id(name) != self.processor.unk_id()
 
     @classmethod
-    def from_files(cls, files: dict[str, bytes], specials: Specials, info: dict[str, Any]):
-        """The tokenizer that `files()` describes."""
+    def _opened(cls, files: dict[str, bytes], specials: Specials, info: dict[str, Any]):
         return cls(info["kind"], files["tokenizer.model"], specials, info["lossy_because"])
 
     @classmethod
-    def from_model(
-        cls, data: bytes, config: TokenizerConfig, added: Mapping[str, int] | None = None
-    ):
+    def from_model(cls, data: bytes, settings: Settings, config: TokenizerConfig):
         """A tokenizer from the bytes of any SentencePiece model.
 
-        A vocabulary without an end-of-text token gets one, after its last id.
-
-        Args:
-          data: the model.
-          config: may name the end and the begin of text.
-          added: specials that the model does not know, name → id, such as T5's sentinels.
+        Specials that the model does not know, such as T5's sentinels, are those of the settings
+        beside it. A vocabulary without an end-of-text token gets one, after its last id.
 
         Raises:
-          ConfigError: not a model, or a token that it does not have.
+          ConfigError: not a model, or `config` names a token that it does not have.
         """
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=data)
         except Exception as error:
-            raise ConfigError(f"not a SentencePiece model: {_reason(error)}") from None
-        size = processor.get_piece_size()
-        ids = {
-            processor.id_to_piece(id): id
-            for id in range(size)
-            if processor.is_control(id) or processor.is_unknown(id)
-        }
-        ids |= {name: id for name, id in (added or {}).items() if id >= size}
-        for role in ("eos_token", "bos_token"):
-            name = getattr(config, role)
-            if name and name not in ids:
-                known = ", ".join(map(repr, ids))
-                raise ConfigError(f"{role}={name!r} is not one of {known}")
-        eos, bos, pad = processor.eos_id(), processor.bos_id(), processor.pad_id()
-        if config.eos_token:
-            eos = ids[config.eos_token]
-        elif eos < 0:
-            free = max(size, *(id + 1 for id in ids.values()))
-            eos = ids[END_OF_TEXT] = ids.get(END_OF_TEXT, free)
-        if config.bos_token:
-            bos = ids[config.bos_token]
-        hidden = sentinels(ids)
-        if hidden and bos < 0 and added:
-            bos = pad  # T5: its decoder starts with padding
-        by_name = roles(ids, next(name for name, id in ids.items() if id == eos))
-        specials = dataclasses.replace(
-            by_name,
-            bos=bos if bos >= 0 else None,
-            pad=pad if pad >= 0 else by_name.pad,
-            unk=processor.unk_id(),
-        )
+            raise ConfigError(f"not a SentencePiece model: {first_line(error)}") from None
+        added = settings.added_tokens(processor.get_piece_size())
         kind = "sentencepiece_unigram" if _is_unigram(processor) else "sentencepiece_bpe"
-        return cls(kind, data, specials)
+        return cls(kind, data, _specials(processor, added, config))
+
+    @classmethod
+    def train(
+        cls, config: TokenizerConfig, texts: list[str], prefix: str
+    ) -> SentencePieceTokenizer:
+        """A lossless model: unknown, end-of-text and other specials first, then bytes.
+
+        Raises:
+          ConfigError: the corpus supports no vocabulary of that size.
+        """
+        eos, *others = config.specials
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_sentences(texts),
+                model_writer=model,
+                model_type=config.kind.removeprefix("sentencepiece_"),
+                vocab_size=config.vocab_size,
+                character_coverage=config.character_coverage,
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                max_sentence_length=8 * _CHUNK,  # in bytes; longer ones would be skipped
+                unk_id=0,
+                eos_id=1,
+                bos_id=-1,
+                pad_id=-1,
+                eos_piece=eos,
+                control_symbols=others,
+                num_threads=1,  # partial sums, and so the model, depend on the number of threads
+                minloglevel=3,
+            )
+        except (RuntimeError, OSError) as error:
+            raise ConfigError(_explain(config, str(error), prefix)) from None
+        data = model.getvalue()
+        processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        return cls(config.kind, data, _specials(processor, {}, config), "")
 
 
-def train_sentencepiece(
-    config: TokenizerConfig, texts: Iterable[str], prefix: str
-) -> SentencePieceTokenizer:
-    """A lossless SentencePiece model: unknown, end-of-text and other specials first, then bytes.
-
-    Raises:
-      ConfigError: the corpus supports no vocabulary of that size.
-    """
-    eos, *others = config.specials
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
-            model_writer=model,
-            model_type=_MODEL_TYPES[config.kind],
-            vocab_size=config.vocab_size,
-            character_coverage=config.character_coverage,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=8 * _CHUNK,  # in bytes; longer ones would be skipped
-            unk_id=0,
-            eos_id=1,
-            bos_id=-1,
-            pad_id=-1,
-            eos_piece=eos,
-            control_symbols=others,
-            num_threads=1,  # partial sums, and so the model, depend on the number of threads
-            minloglevel=3,
-        )
-    except (RuntimeError, OSError) as error:
-        raise ConfigError(_explain(config, str(error), prefix)) from None
-    data = model.getvalue()
-    loaded = SentencePieceTokenizer.from_model(data, config)
-    return SentencePieceTokenizer(config.kind, data, loaded.specials, "")
+def _specials(
+    processor: sentencepiece.SentencePieceProcessor,
+    added: Mapping[str, int],
+    config: TokenizerConfig,
+) -> Specials:
+    size = processor.get_piece_size()
+    ids = {
+        processor.id_to_piece(id): id
+        for id in range(size)
+        if processor.is_control(id) or processor.is_unknown(id)
+    }
+    ids |= {name: id for name, id in added.items() if id >= size}
+    check_named(ids, config)
+    eos, bos, pad = processor.eos_id(), processor.bos_id(), processor.pad_id()
+    if config.eos_token:
+        eos = ids[config.eos_token]
+    elif eos < 0:
+        free = max(size, *(id + 1 for id in ids.values()))
+        eos = ids[END_OF_TEXT] = ids.get(END_OF_TEXT, free)
+    if config.bos_token:
+        bos = ids[config.bos_token]
+    elif bos < 0 and added and sentinels(ids):
+        bos = pad  # T5: its decoder starts with padding
+    by_name = roles(ids, next(name for name, id in ids.items() if id == eos))
+    return dataclasses.replace(
+        by_name,
+        bos=bos if bos >= 0 else None,
+        pad=pad if pad >= 0 else by_name.pad,
+        unk=processor.unk_id(),
+    )
 
 
 def _sentences(texts: Iterable[str]) -> Iterable[str]:
@@ -225,7 +225,3 @@ def _is_unigram(processor: sentencepiece.SentencePieceProcessor) -> bool:
         if not (processor.is_control(id) or processor.is_unknown(id) or processor.is_byte(id))
     ]
     return any(score != int(score) for score in scores)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [repr(error)])[0]

@@ -15,7 +15,7 @@ import numpy as np
 import tiktoken
 
 from lm.config import ConfigError, check
-from lm.tokenizers.base import Specials, Tokenizer, roles
+from lm.tokenizers.base import Specials, Tokenizer, check_named, roles
 from lm.tokenizers.config import END_OF_TEXT, TokenizerConfig, pattern
 from lm.tokenizers.huggingface import HuggingFaceTokenizer
 
@@ -88,8 +88,7 @@ class TiktokenTokenizer(Tokenizer):
         return {"pattern": self.pattern}
 
     @classmethod
-    def from_files(cls, files: dict[str, bytes], specials: Specials, info: dict[str, Any]):
-        """The tokenizer that `files()` describes."""
+    def _opened(cls, files: dict[str, bytes], specials: Specials, info: dict[str, Any]):
         return cls(_parse(files["ranks.tiktoken"]), info["options"]["pattern"], specials)
 
     @classmethod
@@ -107,14 +106,9 @@ class TiktokenTokenizer(Tokenizer):
         else:
             named, start = config.pattern, max(ranks.values()) + 1
             ids = {token: start + i for i, token in enumerate(config.specials)}
-        eos = config.eos_token or END_OF_TEXT
-        check(eos in ids, f"eos_token={eos!r} is not one of {', '.join(map(repr, ids))}")
-        bos = config.bos_token
-        check(
-            bos is None or bos in ids,
-            f"bos_token={bos!r} is not one of {', '.join(map(repr, ids))}",
-        )
-        return cls(ranks, pattern(named, "tokenizer.pattern"), roles(ids, eos, bos))
+        check_named(ids, config)
+        specials = roles(ids, config.eos_token or END_OF_TEXT, config.bos_token)
+        return cls(ranks, pattern(named, "tokenizer.pattern"), specials)
 
 
 def as_tiktoken(tokenizer: HuggingFaceTokenizer, pattern: str) -> TiktokenTokenizer:
@@ -134,11 +128,8 @@ def as_tiktoken(tokenizer: HuggingFaceTokenizer, pattern: str) -> TiktokenTokeni
         isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.is_byte_level,
         f"kind {tokenizer.kind!r} cannot be written as tiktoken ranks: only byte-level bpe can",
     )
-    special = set(tokenizer.special_ids.values())
-    ranks = {
-        tokenizer.token_bytes(id): id for id in range(tokenizer.vocab_size) if id not in special
-    }
-    ranks.pop(b"", None)
+    ranks = {tokenizer.token_bytes(id): id for id in range(tokenizer.vocab_size)}
+    ranks.pop(b"", None)  # of specials
     return TiktokenTokenizer(ranks, pattern, tokenizer.specials)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from lm.config import check, view
-from lm.tokenizers import merging, plain, sentence_piece
 from lm.tokenizers.base import Tokenizer, well_formed
 from lm.tokenizers.config import TokenizerConfig
-from lm.tokenizers.files import open_path
+from lm.tokenizers.files import CLASSES, open_path
 
 
 def train(
@@ -25,18 +24,9 @@ def train(
     view(TokenizerConfig, config, prefix)
     if config.path:
         return open_path(config.path, config, prefix)
-    if config.kind == "byte":
-        return plain.byte(config)
-    sample = list(_sample(texts, config.train_bytes))
-    check(bool(sample), f"{prefix}: the corpus has no text to train on")
-    trainers = {
-        "char": plain.train_char,
-        "bpe": merging.train_bpe,
-        "wordpiece": merging.train_wordpiece,
-        "sentencepiece_unigram": sentence_piece.train_sentencepiece,
-        "sentencepiece_bpe": sentence_piece.train_sentencepiece,
-    }
-    return trainers[config.kind](config, sample, prefix)
+    sample = [] if config.kind == "byte" else list(_sample(texts, config.train_bytes))
+    check(config.kind == "byte" or bool(sample), f"{prefix}: the corpus has no text to train on")
+    return CLASSES[config.kind].train(config, sample, prefix)
 
 
 def _sample(texts: Iterable[str], limit: int) -> Iterator[str]:

@@ -14,6 +14,7 @@ from lm.tokenizers import TokenizerConfig, load
 from lm.tokenizers.base import PROBES, DecodeStream
 from lm.tokenizers.export import huggingface_files
 from lm.tokenizers.huggingface import HuggingFaceTokenizer
+from lm.tokenizers.settings import Settings
 
 # Any Unicode text, drawn often from what breaks tokenizers.
 BLANKS = [" ", "  ", "\0", "\n", "\r\n", "\t", "\u2581", "\u2585", "\u2047", "\ufffd", "\ufeff"]
@@ -75,7 +76,7 @@ def with_added_tokens(kind):
     engine = rust.Tokenizer.from_str(files["tokenizer.json"].decode())
     engine.add_tokens([rust.AddedToken(name, normalized=False) for name in ADDED])
     files["tokenizer.json"] = engine.to_str().encode()
-    return HuggingFaceTokenizer.from_json(files["tokenizer.json"], {}, TokenizerConfig())
+    return HuggingFaceTokenizer.from_json(files["tokenizer.json"], Settings(), TokenizerConfig())
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe", "sentencepiece_unigram", "sentencepiece_bpe"])
