@@ -125,7 +125,7 @@ def test_a_config_file_may_set_anything_and_is_told_what_is_wrong():
     config.num_kv_heads = 2  # the default is None
     assert view(ModelConfig, config).num_kv_heads == 2
     config.num_kv_heads = "two"
-    with pytest.raises(ConfigError, match="config.num_kv_heads='two' must be int"):
+    with pytest.raises(ConfigError, match=r"config\.num_kv_heads='two' must be int"):
         view(ModelConfig, config)
 
 
