@@ -16,7 +16,9 @@ Addresses and numbers come from JAX's own detection (`jax.distributed.initialize
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -27,8 +29,16 @@ from absl import logging
 from lm.config import Bounds, ConfigError, Count, check
 
 CLUSTERS = ("auto", "none", "explicit", "slurm", "tpu", "kubernetes")
+# What the environment of a cluster has, and what to do where it does not.
 _SRUN = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _JOBSET = ("JOBSET_NAME", "REPLICATED_JOB_NAME", "JOB_COMPLETION_INDEX")
+_NEEDED = {
+    "slurm": (_SRUN, "start the run with srun"),
+    "kubernetes": (
+        _JOBSET,
+        "let the JobSet's manifest set them, or give coordinator, process_id and num_processes",
+    ),
+}
 _PORT = "8476"  # of process 0 in a JobSet; $JAX_COORDINATOR_PORT is another
 _METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 
@@ -83,10 +93,7 @@ def detect(
 ) -> Cluster | None:
     """The cluster this process belongs to, or None where it is alone.
 
-    Args:
-      config: the `hosts` section.
-      environment: of the process.
-      metadata: asks a TPU VM about itself; called on such machines alone.
+    `metadata` asks a TPU VM about itself; it is called on such machines alone.
 
     Raises:
       ConfigError: settings that are incomplete, contradict each other, or name a cluster that the
@@ -95,34 +102,48 @@ def detect(
     if config.cluster == "none":
         return None
     given = _given(config, environment)
-    if config.cluster == "slurm":
-        _require("slurm", _SRUN, environment, "start the run with srun")
-        return _slurm(environment)
-    if config.cluster == "kubernetes":
-        return _kubernetes(given, environment)
-    if config.cluster == "tpu":
-        workers, method = _tpu_workers(environment, metadata)
+    workers = functools.cache(lambda: _tpu_workers(environment, metadata))
+    kind = config.cluster if config.cluster != "auto" else _kind(given, environment, workers)
+    if kind == "none":
+        return None
+    needed, remedy = _NEEDED.get(kind, ((), ""))
+    missing = ", ".join(name for name in needed if name not in environment)
+    check(
+        not missing,
+        f"config.hosts.cluster={kind!r}, but the environment has no {missing}: {remedy}",
+    )
+    if kind == "slurm":
+        several, arguments = int(environment["SLURM_NTASKS"]) > 1, _slurm(environment)
+    elif kind == "tpu":
+        number, method = workers()
         check(
-            workers > 0,
+            number > 0,
             "config.hosts.cluster='tpu', but neither TPU_WORKER_HOSTNAMES nor the metadata of a "
             "TPU VM name any workers: set cluster='none' on a single machine",
         )
-        return _tpu(workers, method)
-    if config.cluster == "explicit" or set(given) - {"num_processes"}:
-        return _explicit(given)
+        several, arguments = number > 1, {"cluster_detection_method": method}
+    else:
+        arguments = _explicit(_jobset(given, environment) if kind == "kubernetes" else given)
+        several = arguments["num_processes"] > 1
+    return Cluster(kind, arguments) if several else None
+
+
+def _kind(given: dict[str, _Given], environment: Mapping[str, str], workers) -> str:
+    """The cluster that the environment tells of, one of `CLUSTERS`."""
+    if set(given) - {"num_processes"}:
+        return "explicit"
     if all(name in environment for name in _SRUN):
-        return _slurm(environment)
+        return "slurm"
     if "SLURM_JOB_ID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
         logging.warning(
             "SLURM_NTASKS=%s, but srun did not start this process: it works alone",
             environment["SLURM_NTASKS"],
         )
-    workers, method = _tpu_workers(environment, metadata)
-    if workers > 1:
-        return _tpu(workers, method)
+    if workers()[0] > 1:
+        return "tpu"
     if all(name in environment for name in _JOBSET):
-        return _kubernetes(given, environment)
-    return _explicit(given) if given else None
+        return "kubernetes"
+    return "explicit" if given else "none"
 
 
 class _Given(NamedTuple):
@@ -147,32 +168,46 @@ def _given(config: HostsConfig, environment: Mapping[str, str]) -> dict[str, _Gi
     return found
 
 
-def _explicit(given: dict[str, _Given]) -> Cluster | None:
+def _explicit(given: dict[str, _Given]) -> dict[str, Any]:
+    """Arguments of `jax.distributed.initialize`; of one process alone, only how many there are."""
     total = given.get("num_processes")
     if total is not None:
         check(total.value >= 1, f"{total.source}={total.value} must be at least 1")
         if total.value == 1:
-            return None
+            return {"num_processes": 1}
     missing = [name for name in ("coordinator", "process_id", "num_processes") if name not in given]
     if missing:
         there = " and ".join(f"{each.source}={each.value!r}" for each in given.values())
         lacking = " and ".join(f"config.hosts.{name} (or LM_{name.upper()})" for name in missing)
-        raise ConfigError(
-            f"{there or 'config.hosts.cluster=' + repr('explicit')} needs {lacking} as well"
-        )
+        there = there or "config.hosts.cluster='explicit'"
+        raise ConfigError(f"{there} needs {lacking} as well")
     coordinator, index = given["coordinator"], given["process_id"]
     _check_address(coordinator.source, coordinator.value)
     check(
         0 <= index.value < total.value,
         f"{index.source}={index.value} must be at least 0 and below {total.source}={total.value}",
     )
-    arguments = {
+    return {
         "coordinator_address": coordinator.value,
         "process_id": index.value,
         "num_processes": total.value,
         "cluster_detection_method": "deactivate",
     }
-    return Cluster("explicit", arguments)
+
+
+def _jobset(given: dict[str, _Given], environment: Mapping[str, str]) -> dict[str, _Given]:
+    check(
+        "num_processes" in given,
+        f"JOBSET_NAME={environment['JOBSET_NAME']!r} is a JobSet of how many pods? Set "
+        "LM_NUM_PROCESSES in its manifest, to 1 for a single one",
+    )
+    jobset, job, index = (environment[name] for name in _JOBSET)
+    port = environment.get("JAX_COORDINATOR_PORT", _PORT)
+    return {
+        "coordinator": _Given(f"{jobset}-{job}-0-0.{jobset}:{port}", "JOBSET_NAME"),
+        "process_id": _Given(int(index), "JOB_COMPLETION_INDEX"),
+        **given,
+    }
 
 
 def _check_address(field: str, address: str) -> None:
@@ -181,24 +216,16 @@ def _check_address(field: str, address: str) -> None:
     check(good, f"{field}={address!r} must be host:port, for example 10.0.0.1:{_PORT}")
 
 
-def _slurm(environment: Mapping[str, str]) -> Cluster | None:
-    if int(environment["SLURM_NTASKS"]) <= 1:
-        return None
+def _slurm(environment: Mapping[str, str]) -> dict[str, Any]:
     arguments: dict[str, Any] = {"cluster_detection_method": "slurm"}
     # Left to itself, JAX gives every task one GPU, the one of its number on the node. That is right
     # where several tasks share a node and its GPUs, and wrong where a task has the node, or SLURM
-    # has shown it its own GPUs only.
-    tasks = _first_count(environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    seen = environment.get("CUDA_VISIBLE_DEVICES")
+    # has shown it its own GPUs only. The variable reads like "4(x2),3".
+    digits = re.match(r"\d*", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0]
+    tasks, seen = int(digits or 1), environment.get("CUDA_VISIBLE_DEVICES")
     if tasks == 1 or (seen is not None and len(seen.split(",")) < tasks):
         arguments["local_device_ids"] = []
-    return Cluster("slurm", arguments)
-
-
-def _first_count(counts: str) -> int:
-    """The first number of SLURM's `4(x2),3`."""
-    digits = counts.split(",")[0].split("(")[0]
-    return int(digits) if digits.isdecimal() else 1
+    return arguments
 
 
 def _tpu_workers(
@@ -220,41 +247,3 @@ def _tpu_workers(
     )
     slices = int(facts.get("MEGASCALE_NUM_SLICES", "1").strip().strip("'") or 1)
     return len(workers.split(",")) * slices, "gcetpu"
-
-
-def _tpu(workers: int, method: str) -> Cluster | None:
-    return Cluster("tpu", {"cluster_detection_method": method}) if workers > 1 else None
-
-
-def _kubernetes(given: dict[str, _Given], environment: Mapping[str, str]) -> Cluster | None:
-    _require(
-        "kubernetes",
-        _JOBSET,
-        environment,
-        "let the JobSet's manifest set them, or give coordinator, process_id and num_processes",
-    )
-    check(
-        "num_processes" in given,
-        f"JOBSET_NAME={environment['JOBSET_NAME']!r} is a JobSet of how many pods? Set "
-        "LM_NUM_PROCESSES in its manifest, to 1 for a single one",
-    )
-    jobset, job, index = (environment[name] for name in _JOBSET)
-    port = environment.get("JAX_COORDINATOR_PORT", _PORT)
-    found = _explicit(
-        {
-            "coordinator": _Given(f"{jobset}-{job}-0-0.{jobset}:{port}", "JOBSET_NAME"),
-            "process_id": _Given(int(index), "JOB_COMPLETION_INDEX"),
-            **given,
-        }
-    )
-    return found and Cluster("kubernetes", found.arguments)
-
-
-def _require(
-    kind: str, names: tuple[str, ...], environment: Mapping[str, str], remedy: str
-) -> None:
-    missing = [name for name in names if name not in environment]
-    check(
-        not missing,
-        f"config.hosts.cluster={kind!r}, but the environment has no {', '.join(missing)}: {remedy}",
-    )
