@@ -107,37 +107,22 @@ def check_prompts(job: TrainJob, tokenizer: Tokenizer, carried: Mapping[str, Any
 
 def samples(run: Run, job: TrainJob) -> str:
     """What the model makes of each prompt, as its objective would have it."""
-    lines = []
-    if job.objective.name == "masked":
-        for prompt in job.prompts:
-            guesses = [
+    blocks = []
+    for prompt in job.prompts:
+        if job.objective.name == "masked":
+            answers = [
                 ", ".join(f"{each.text.strip()} {each.probability:.0%}" for each in mask)
                 for mask in run.fill(prompt)
             ]
-            lines.append("\n".join([prompt, *(f"→ {guess}" for guess in guesses)]))
-        return "\n\n".join(lines) + "\n"
-    if job.objective.name == "span_corruption":
-        for prompt in job.prompts:
-            spans = run.fill_spans(prompt, job.sample.max_new_tokens)
-            lines.append("\n".join([prompt, *(f"→ {span}" for span in spans)]))
-        return "\n\n".join(lines) + "\n"
-    for prompt in job.prompts:
-        texts = run.generate(
-            prompt,
-            max_new_tokens=job.sample.max_new_tokens,
-            temperature=job.sample.temperature,
-            top_k=job.sample.top_k,
-            top_p=job.sample.top_p,
-            num_samples=job.sample.num_samples,
-            truncate_prompt=job.sample.truncate_prompt,
-            stop_at_end_of_text=job.sample.stop_at_end_of_text,
-            seed=job.seed,
-        )
-        texts = [texts] if isinstance(texts, str) else texts
-        if job.model.architecture == "encoder_decoder":
-            texts = [f"{prompt}\n→ {text}" for text in texts]
-        lines += [text.strip() for text in texts]
-    return "\n\n".join(lines) + "\n"
+        elif job.objective.name == "span_corruption":
+            answers = run.fill_spans(prompt, job.sample.max_new_tokens)
+        else:
+            texts = run.generate([prompt], **vars(job.sample), seed=job.seed)
+            source = f"{prompt}\n→ " if job.model.architecture == "encoder_decoder" else ""
+            blocks += [f"{source}{text}".strip() for text in texts]
+            continue
+        blocks.append("\n".join([prompt, *(f"→ {answer}" for answer in answers)]))
+    return "\n\n".join(blocks) + "\n"
 
 
 def exact_matches(run: Run, job: TrainJob) -> tuple[int, list[str]]:

@@ -32,23 +32,14 @@ from lm.training.metrics import read_metrics
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A trained model with all that belongs to it; `lm.load` makes one.
-
-    Attributes:
-      directory: where it was read from.
-      config: the whole configuration of the run, as nested dicts.
-      tokenizer: text ⇄ ids; None for a Hugging Face model that came without one.
-      skeleton: the model without its parameters: what `lm.models.bind` and `param_specs` take.
-      params: dotted name → array, float32.
-      step: the optimizer step of the checkpoint.
-    """
+    """A trained model with all that belongs to it; `lm.load` makes one."""
 
     directory: pathlib.Path
-    config: dict[str, Any]
-    tokenizer: Tokenizer | None
-    skeleton: Model
-    params: dict[str, jax.Array]
-    step: int
+    config: dict[str, Any]  # config.json
+    tokenizer: Tokenizer | None  # None for a Hugging Face model that came without one
+    skeleton: Model  # without its parameters: what `lm.models.bind` and `param_specs` take
+    params: dict[str, jax.Array]  # dotted name → array, float32
+    step: int  # of the checkpoint
 
     @classmethod
     def load(
@@ -94,36 +85,20 @@ class Run:
         return self.framing.encode(self.tokenizer, text)
 
     def generate(
-        self,
-        prompt: str | Sequence[str] = "",
-        *,
-        max_new_tokens: int = 200,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        num_samples: int = 1,
-        truncate_prompt: bool = True,
-        stop_at_end_of_text: bool = True,
-        seed: int = 0,
+        self, prompt: str | Sequence[str] = "", *, seed: int = 0, **settings: Any
     ) -> str | list[str]:
         """The prompt followed by its continuation, up to end-of-text or `max_new_tokens`.
 
         The prompt is returned as it was given; the rest is what the tokens decode to. Of an
         encoder-decoder the prompt is the source, and the target alone is returned: a translation.
-        The same arguments give the same text.
+        The same arguments give the same text. Past a decoder's context its window slides (see
+        `lm.inference.generate`); an encoder-decoder's target ends there.
 
         Args:
           prompt: one text or several, which are continued together.
-          max_new_tokens: the most tokens to add. Past the model's context its window slides (see
-            `lm.inference.generate`); an encoder-decoder's target ends there.
-          temperature: 0 is greedy; see `lm.inference.SamplingConfig` for this and the next two.
-          top_k: draw from the k likeliest tokens only.
-          top_p: draw from the fewest tokens that hold this share of the probability.
-          num_samples: continuations of each prompt.
-          truncate_prompt: whether the model reads the last of a prompt that is longer than its
-            context; False refuses.
-          stop_at_end_of_text: False goes on after end-of-text, into the next document.
           seed: of the random draws.
+          **settings: fields of `lm.inference.SamplingConfig`: `max_new_tokens`, `temperature`,
+            `top_k`, `top_p`, `num_samples`, `truncate_prompt`, `stop_at_end_of_text`.
 
         Returns:
           A string; for several prompts or samples a list, the samples of a prompt side by side.
@@ -132,15 +107,6 @@ class Run:
           ConfigError: a prompt that is no text or too long, a setting out of range, or an encoder,
             which cannot generate.
         """
-        settings = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "max_new_tokens": max_new_tokens,
-            "num_samples": num_samples,
-            "truncate_prompt": truncate_prompt,
-            "stop_at_end_of_text": stop_at_end_of_text,
-        }
         plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in settings.items()}
         sampling = view(SamplingConfig, plain, "generate")
         check(
@@ -152,12 +118,13 @@ class Run:
             return []
         read = [self.encode(text) for text in prompts]
         generation = self.generator.generate(read, sampling, seed)
-        texts = [self.generator.opening(t) for t in prompts for _ in range(num_samples)]
+        samples = range(sampling.num_samples)
+        texts = [self.generator.opening(text) for text in prompts for _ in samples]
         for row, text in generation.texts():
             texts[row] += text
         for notice in generation.notices:
             warnings.warn(notice, stacklevel=2)
-        return texts[0] if isinstance(prompt, str) and num_samples == 1 else texts
+        return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts
 
     def embed(self, texts: str | Sequence[str], pooling: str = "mean") -> np.ndarray:
         """A vector for each text, float32 [N, D], or [D] for a single one.
@@ -242,15 +209,14 @@ class Run:
             raise ConfigError(
                 "tokens_BT has rows of different lengths: pad or split them"
             ) from None
-        shape = tokens_BT.shape
         check(
             tokens_BT.ndim == 2 and np.issubdtype(tokens_BT.dtype, np.integer),
-            f"tokens_BT of shape {shape} and type {tokens_BT.dtype} must be rows of token ids, "
-            "such as [run.encode(text)]",
+            f"tokens_BT of shape {tokens_BT.shape} and type {tokens_BT.dtype} must be rows of token "
+            "ids, such as [run.encode(text)]",
         )
         check(
-            shape[1] <= config.max_length,
-            f"tokens_BT has {shape[1]} tokens a row, but the model's context is "
+            tokens_BT.shape[1] <= config.max_length,
+            f"tokens_BT has {tokens_BT.shape[1]} tokens a row, but the model's context is "
             f"{config.max_length}",
         )
         check(
