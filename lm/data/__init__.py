@@ -33,7 +33,8 @@ from lm.config import check
 from lm.data.batches import BatchIterator, evaluation_batches, train_batches
 from lm.data.cache import TokenizedCorpus, cache_directory, corpus_fingerprint, tokenize
 from lm.data.config import OBJECTIVES, CorruptionConfig, DataConfig
-from lm.data.corpora import CorpusReport, documents, pairs
+from lm.data.corpora import documents, pairs, sources
+from lm.data.files import CorpusReport
 from lm.data.prefetch import prefetch_to_device
 from lm.parallel import hosts
 from lm.tokenizers import Tokenizer
@@ -51,7 +52,6 @@ __all__ = [
     "pairs",
     "prefetch_to_device",
     "prepare",
-    "tokenize",
     "train_batches",
 ]
 
@@ -64,13 +64,8 @@ def prepare(
 ) -> tuple[tuple[TokenizedCorpus, ...], tuple[TokenizedCorpus, ...]]:
     """The training and validation corpora of `config`, tokenised, from the cache where possible.
 
-    Of several processes the first tokenises, and the others find what it wrote.
-
-    Args:
-      config: the `data` section.
-      tokenizer: see `lm.tokenizers`.
-      seed: for generated corpora.
-      notify: receives one line for each thing worth knowing.
+    Of several processes the first tokenises, and the others find what it wrote. `seed` is for
+    generated corpora; `notify` receives one line for each thing worth knowing.
 
     Returns:
       (training corpora in the order of `config.paths`, validation corpora). The latter is empty
@@ -80,37 +75,18 @@ def prepare(
       ConfigError: a corpus cannot be used, or a split has no documents.
     """
     with hosts.first_alone(cache_directory(config), notify):
-        train, validation = _tokenized(config, tokenizer, seed, notify)
+        corpora, held_out = sources(config, seed)
+        splits = [tokenize(corpus, tokenizer, notify) for corpus in corpora]
+        train = [both["train"] for both in splits]
+        validation = [tokenize(corpus, tokenizer, notify)["train"] for corpus in held_out]
+    if config.validation_fraction and not held_out:
+        validation = [both["validation"] for both in splits]
     for corpus in train:
         check(corpus.num_documents > 0, _too_few(config, corpus, "train"))
     # One small corpus of a mixture may do without validation documents, but not all.
     if validation and not any(corpus.num_documents for corpus in validation):
         check(False, _too_few(config, validation[0], "validate"))
     return tuple(train), tuple(c for c in validation if c.num_documents)
-
-
-def _tokenized(
-    config: DataConfig, tokenizer: Tokenizer, seed: int, notify: Callable[[str], None]
-) -> tuple[list[TokenizedCorpus], list[TokenizedCorpus]]:
-    separate = bool(config.validation_paths)
-    train, validation = [], []
-    for path in config.paths:
-        both = tokenize(config, path, tokenizer, seed, split=not separate, notify=notify)
-        train.append(both["train"])
-        if not separate and config.validation_fraction:
-            validation.append(both["validation"])
-    for path in config.validation_paths:
-        held_out = tokenize(
-            config,
-            path,
-            tokenizer,
-            seed,
-            split=False,
-            field="data.validation_path",
-            notify=notify,
-        )
-        validation.append(held_out["train"])
-    return train, validation
 
 
 def _too_few(config: DataConfig, corpus: TokenizedCorpus, purpose: str) -> str:

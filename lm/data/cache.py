@@ -124,26 +124,17 @@ def cache_directory(config: DataConfig) -> Path:
 
 
 def tokenize(
-    config: DataConfig,
-    path: str,
+    corpus: corpora.Source,
     tokenizer: Tokenizer,
-    seed: int,
-    *,
-    split: bool = True,
-    field: str = "data.path",
     notify: Callable[[str], None] = logging.info,
     run_tasks: RunTasks | None = None,
     scratch: str = "",
 ) -> dict[str, TokenizedCorpus]:
-    """The splits of the corpus at `path` as tokens, from the cache or made now.
+    """The splits of a corpus as tokens, from the cache or made now.
 
     Args:
-      config: how to read and split.
-      path: one of `config.paths` or `config.validation_paths`.
+      corpus: whose `config` says where the cache is.
       tokenizer: encodes; its fingerprint is part of the key.
-      seed: for generated corpora.
-      split: False to put every document in "train".
-      field: the config field `path` comes from, for messages.
       notify: receives one line for each thing worth knowing (what is written, what was skipped).
       run_tasks: makes the shards of an entry that is not there; by default, this process.
       scratch: a directory on the same disk for shards, which are gone on with there if writing
@@ -153,14 +144,11 @@ def tokenize(
       {"train": ..., "validation": ...}; a split may have no documents.
 
     Raises:
-      ConfigError: the corpus does not exist, cannot be read or holds no documents; the cache
-        directory cannot be written or its disk is full.
+      ConfigError: the corpus cannot be read or holds no documents; the cache directory cannot be
+        written or its disk is full.
     """
-    folder = cache_directory(config)
-    if not split:
-        config = dataclasses.replace(config, validation_fraction=0.0)
-    corpus = corpora.source(path, config, seed, field)
-    key = entry_key(config, corpus, tokenizer, str(folder / HASHES))
+    folder = cache_directory(corpus.config)
+    key = entry_key(corpus, tokenizer, str(folder / HASHES))
     entry = folder / key
     try:
         if (found := _open(entry, corpus, tokenizer, notify)) is not None:
@@ -174,7 +162,7 @@ def tokenize(
             temporary = Path(scratch) if scratch else _temporary(entry)
             temporary.mkdir(parents=bool(scratch), exist_ok=bool(scratch))
             try:
-                write_entry(str(temporary), entry, corpus, tokenizer, field, notify, run_tasks)
+                write_entry(str(temporary), entry, corpus, tokenizer, notify, run_tasks)
                 sync_folder(temporary)
                 _publish(temporary, entry)
             finally:
@@ -190,10 +178,9 @@ def tokenize(
     return found
 
 
-def entry_key(
-    config: DataConfig, corpus: corpora.Source, tokenizer: Tokenizer, sidecar: str
-) -> str:
+def entry_key(corpus: corpora.Source, tokenizer: Tokenizer, sidecar: str) -> str:
     """The name of an entry. `sidecar` remembers hashes of files."""
+    config = corpus.config
     # Generated documents so few that `corpora.by_position` may decide otherwise than it once did.
     few = config.split == "hash" and 0 < config.num_documents * config.validation_fraction < 20
     facts = {
@@ -207,6 +194,10 @@ def entry_key(
         # A cached corpus in which files were skipped must not satisfy a run that refuses them.
         "on_bad_file": config.on_bad_file,
     }
+    return _digest(facts)
+
+
+def _digest(facts: Any) -> str:
     return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -222,14 +213,9 @@ def corpus_fingerprint(config: DataConfig, seed: int) -> str:
       ConfigError: a corpus does not exist or cannot be read.
     """
     sidecar = str(cache_directory(config) / HASHES)
-    facts = [
-        [corpora.source(path, config, seed, field).fingerprint(sidecar) for path in paths]
-        for field, paths in (
-            ("data.path", config.paths),
-            ("data.validation_path", config.validation_paths),
-        )
-    ]
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return _digest(
+        [[c.fingerprint(sidecar) for c in some] for some in corpora.sources(config, seed)]
+    )
 
 
 def write_entry(
@@ -237,7 +223,6 @@ def write_entry(
     entry: Path | str,
     corpus: corpora.Source,
     tokenizer: Tokenizer,
-    field: str,
     notify: Callable[[str], None],
     run_tasks: RunTasks | None = None,
 ) -> None:
@@ -257,7 +242,7 @@ def write_entry(
     for shard in written:
         report.add(CorpusReport(**shard["report"]))
     if not report.num_documents:
-        raise corpora.no_documents(field, corpus.path, report)
+        raise corpora.no_documents(corpus, report)
     meta = {
         "version": _FORMAT,
         "end_of_text": corpus.config.end_of_text,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -20,8 +21,6 @@ from lm.data import files, stdlib, storage
 from lm.data.config import DataConfig
 from lm.data.files import BadFileError, CorpusReport, Span
 
-__all__ = ["CorpusReport", "Source", "documents", "pairs", "source", "split_of", "splits"]
-
 Split = str  # "train" or "validation"
 _READER = 2  # raised when the same files give other documents, or others are held out
 
@@ -30,14 +29,15 @@ class Source(abc.ABC):
     """One corpus: a fixed sequence of documents, or of pairs of documents.
 
     Attributes:
+      path: its name, which the config field `field` gives.
+      config: how it is read and split.
       pairs: whether each item is a source and its target, not one document.
     """
 
     pairs = False
 
-    def __init__(self, path: str, config: DataConfig):
-        self.path = path
-        self.config = config
+    def __init__(self, path: str, config: DataConfig, field: str):
+        self.path, self.config, self.field = path, config, field
 
     @abc.abstractmethod
     def items(self, report: CorpusReport) -> Iterator[tuple[str, ...]]:
@@ -82,12 +82,22 @@ def source(path: str, config: DataConfig, seed: int, field: str = "data.path") -
       ConfigError: no such corpus.
     """
     if path in ("storyworld", "translation"):
-        return _Generated(path, config, seed)
-    if path == "stdlib":
-        return _StandardLibrary(path, config)
-    if path.startswith("hf:"):
-        return _Hub(path, config, field)
-    return _Files(path, config, field)
+        return _Generated(path, config, field, seed)
+    kind = _StandardLibrary if path == "stdlib" else _Hub if path.startswith("hf:") else _Files
+    return kind(path, config, field)
+
+
+def sources(config: DataConfig, seed: int) -> tuple[list[Source], list[Source]]:
+    """The corpora of `path`, and those of `validation_path`.
+
+    Where there are any of the latter, nothing of the others is held out.
+
+    Raises:
+      ConfigError: one of them does not exist.
+    """
+    whole = dataclasses.replace(config, validation_fraction=0.0)
+    held_out = [source(p, whole, seed, "data.validation_path") for p in config.validation_paths]
+    return [source(p, whole if held_out else config, seed) for p in config.paths], held_out
 
 
 # Digest of code that was only rewritten → of the code that first made the very same items, by which
@@ -100,8 +110,8 @@ _GENERATED_BYTES = 512  # of a generated item, roughly
 class _Generated(Source):
     """Items of `lm.data.storyworld`, numbered 0, 1, …: stories, or pairs of its `language`."""
 
-    def __init__(self, path: str, config: DataConfig, seed: int):
-        super().__init__(path, config)
+    def __init__(self, path: str, config: DataConfig, field: str, seed: int):
+        super().__init__(path, config, field)
         self.seed = seed
         self.numbers = range(config.num_documents)
         self.pairs = path == "translation"
@@ -157,8 +167,7 @@ class _Files(Source):
     """A file, a directory or a glob."""
 
     def __init__(self, path: str, config: DataConfig, field: str):
-        super().__init__(path, config)
-        self.field = field
+        super().__init__(path, config, field)
         self.pairs = len(config.text_fields) == 2
         found, self.left_out = storage.find(path, field)
         self.spans = [Span(file) for file in found]
@@ -225,8 +234,7 @@ class _Hub(Source):
     """
 
     def __init__(self, path: str, config: DataConfig, field: str):
-        super().__init__(path, config)
-        self.field = field
+        super().__init__(path, config, field)
         self.pairs = len(config.text_fields) == 2
         name = path.removeprefix("hf:")
         local = os.path.expanduser(name)
@@ -371,13 +379,8 @@ def documents(
 ) -> Iterator[str]:
     """The documents of a split of all corpora in `config`, one corpus after the other.
 
-    A corpus of pairs gives the source and then the target of each.
-
-    Args:
-      config: names the corpora and the split.
-      split: "train" or "validation".
-      seed: for generated corpora.
-      report: filled with what was read and what was skipped.
+    A corpus of pairs gives the source and then the target of each. What is skipped is noted in
+    `report`.
 
     Raises:
       ConfigError: a corpus does not exist, cannot be read or holds no documents.
@@ -394,40 +397,35 @@ def pairs(
     Raises:
       ConfigError: as `documents`; or a corpus holds documents, not pairs.
     """
-    for path, item in _items(config, split, seed, report):
+    for corpus, item in _items(config, split, seed, report):
         check(
-            len(item) == 2,
-            f"data.path={path!r} holds documents, not pairs: use 'translation', or files of pairs "
-            "with data.text_field=('source', 'target')",
+            corpus.pairs,
+            f"data.path={corpus.path!r} holds documents, not pairs: use 'translation', or files of "
+            "pairs with data.text_field=('source', 'target')",
         )
         yield item
 
 
 def _items(
     config: DataConfig, split: Split, seed: int, report: CorpusReport | None
-) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Path and item for every item of a split."""
+) -> Iterator[tuple[Source, tuple[str, ...]]]:
+    """Every item of a split, and whose it is."""
     check_choice("split", split, ("train", "validation"))
     report = report if report is not None else CorpusReport()
-    separate = bool(config.validation_paths)
-    use_validation_paths = separate and split == "validation"
-    chosen = config.validation_paths if use_validation_paths else config.paths
-    field = "data.validation_path" if use_validation_paths else "data.path"
-    for path in chosen:
-        corpus = source(path, config, seed, field)
+    corpora, held_out = sources(config, seed)
+    if held_out and split == "validation":
+        corpora, split = held_out, "train"
+    for corpus in corpora:
         before = report.num_documents
-        if separate:
-            yield from ((path, item) for item in corpus.items(report))
-        else:
-            left = num_training_characters(corpus, report)
-            items = splits(corpus, report, left)
-            yield from ((path, item) for name, item in items if name == split)
+        left = num_training_characters(corpus, report)
+        items = splits(corpus, report, left)
+        yield from ((corpus, item) for name, item in items if name == split)
         if report.num_documents == before:
-            raise no_documents(field, path, report)
+            raise no_documents(corpus, report)
 
 
-def no_documents(field: str, path: str, report: CorpusReport) -> ConfigError:
+def no_documents(corpus: Source, report: CorpusReport) -> ConfigError:
     """The error for a corpus in which nothing could be read."""
     reasons = "; ".join(report.skipped[:3])
     skipped = f": {report.num_skipped} skipped ({reasons})" if reasons else ""
-    return ConfigError(f"{field}={path!r} holds no documents{skipped}")
+    return ConfigError(f"{corpus.field}={corpus.path!r} holds no documents{skipped}")

@@ -14,7 +14,7 @@ import numpy as np
 from lm.config import check
 from lm.data import counter_rng
 from lm.data.cache import TokenizedCorpus
-from lm.data.config import CorruptionConfig
+from lm.data.config import CorruptionConfig, DataConfig
 from lm.data.packing import Pieces, Placement, RowItems, Rows, cut_documents
 
 _NOISE, _KEPT, _ROTATION = 1, 2, 3  # purposes of random numbers
@@ -98,17 +98,12 @@ class Pairs(EncoderDecoderRows):
       num_dropped: pairs left out because a side does not fit into a row.
 
     Raises:
-      ConfigError: the corpus does not hold pairs, or some are too long and not to be dropped.
+      ConfigError: the corpus does not hold pairs, or some are too long and not to be dropped, or
+        all are.
     """
 
-    def __init__(
-        self,
-        corpus: TokenizedCorpus,
-        source_length: int,
-        target_length: int,
-        packing: str,
-        long_pairs: str,
-    ):
+    def __init__(self, corpus: TokenizedCorpus, config: DataConfig, source_length: int):
+        target_length = config.block_size
         check(
             corpus.pairs,
             f"data.path: {corpus.name} holds documents, and objective 'seq2seq' needs pairs: use "
@@ -120,7 +115,7 @@ class Pairs(EncoderDecoderRows):
         )
         sources, targets = np.diff(corpus.offsets).reshape(-1, 2).T
         fits = (sources <= source_length) & (targets <= target_length)
-        if long_pairs == "refuse" and not fits.all():
+        if config.long_pairs == "refuse" and not fits.all():
             first = int(np.flatnonzero(~fits)[0])
             long_source = sources[first] > source_length
             side, length = ("source", sources) if long_source else ("target", targets)
@@ -136,7 +131,12 @@ class Pairs(EncoderDecoderRows):
         self._first = 2 * np.flatnonzero(fits)
         self.num_dropped = int((~fits).sum())
         super().__init__(
-            corpus, sources[fits], targets[fits], source_length, target_length, packing
+            corpus, sources[fits], targets[fits], source_length, target_length, config.packing
+        )
+        check(
+            self.num_rows > 0,
+            f"data.path: {corpus.name} has no pair that fits into data.source_length="
+            f"{source_length} and data.block_size={target_length}",
         )
 
     def target_tokens(self) -> np.ndarray:
@@ -169,23 +169,18 @@ class HiddenSpans(EncoderDecoderRows):
       raw_length: tokens of the longest piece, chosen as the longest whose source fits into a row.
     """
 
-    def __init__(
-        self,
-        corpus: TokenizedCorpus,
-        source_length: int,
-        target_length: int,
-        packing: str,
-        corruption: CorruptionConfig,
-        sentinel_ids: np.ndarray,
-    ):
-        self.raw_length = raw_length(source_length, corruption)
+    def __init__(self, corpus: TokenizedCorpus, config: DataConfig, sentinel_ids: np.ndarray):
+        size, corruption = config.block_size, config.corruption
+        self.raw_length = raw_length(size, corruption)
         self._corruption = corruption
         self._sentinels = sentinel_ids
         # Documents' own end-of-texts are left out: both sides of every piece get one.
         ends = corpus.offsets[1:] - corpus.end_of_text
         self._starts, self._lengths = cut_documents(corpus.offsets[:-1], ends, self.raw_length)
         sources, targets = both_lengths(self._lengths, corruption)
-        super().__init__(corpus, sources, targets, source_length, target_length, packing)
+        length = target_length(size, corruption)
+        super().__init__(corpus, sources, targets, size, length, config.packing)
+        check(self.num_rows > 0, f"data.path: {corpus.name} holds no tokens")
 
     def _sides(self, items, source, target, keys):
         lengths = self._lengths[items]

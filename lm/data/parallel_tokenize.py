@@ -27,8 +27,9 @@ from typing import Annotated, Any
 from absl import logging
 
 from lm.config import Bounds, Bytes, ConfigError, check
-from lm.data import cache, corpora, storage
+from lm.data import cache, storage
 from lm.data.config import DataConfig
+from lm.data.corpora import Source, sources
 from lm.tokenizers import Tokenizer
 
 _SMALL = 1 << 30  # bytes that one process reads in less time than others start
@@ -96,30 +97,20 @@ def prepare(
       ConfigError: as `lm.data.prepare`; or Apache Beam or the runner cannot be used, or failed.
     """
     check_runner(beam)
-    if config.validation_paths:
-        config = dataclasses.replace(config, validation_fraction=0.0)
-    asked = [("data.path", path) for path in config.paths]
-    asked += [("data.validation_path", path) for path in config.validation_paths]
-    return [_make(config, path, field, tokenizer, seed, beam, notify) for field, path in asked]
+    corpora, held_out = sources(config, seed)
+    return [_make(corpus, tokenizer, beam, notify) for corpus in (*corpora, *held_out)]
 
 
 def _make(
-    config: DataConfig,
-    path: str,
-    field: str,
-    tokenizer: Tokenizer,
-    seed: int,
-    beam: BeamConfig,
-    notify: Callable[[str], None],
+    corpus: Source, tokenizer: Tokenizer, beam: BeamConfig, notify: Callable[[str], None]
 ) -> Made:
-    corpus = corpora.source(path, config, seed, field)
-    folder = cache.cache_name(config)
+    folder = cache.cache_name(corpus.config)
     on_store = storage.is_url(folder)
     if not on_store:
-        folder = str(cache.cache_directory(config))
+        folder = str(cache.cache_directory(corpus.config))
     sidecar = storage.join(folder, cache.HASHES)
     _hash(corpus, folder, sidecar, beam, notify)
-    key = cache.entry_key(config, corpus, tokenizer, sidecar)
+    key = cache.entry_key(corpus, tokenizer, sidecar)
     entry = storage.join(folder, key)
     scratch = storage.join(folder, f".beam-{key}-{cache.SHARD_BYTES}")
     # An object store cannot rename a directory. Nobody takes an entry without meta.json.
@@ -135,19 +126,16 @@ def _make(
 
     meta = storage.join(entry, cache.META)
     if not on_store:
-        cache.tokenize(
-            config, path, tokenizer, seed, field=field, notify=notify,
-            run_tasks=run_tasks, scratch=shards,
-        )  # fmt: skip
+        cache.tokenize(corpus, tokenizer, notify, run_tasks, scratch=shards)
     elif not storage.exists(meta) or cache.read_meta(storage.read_bytes(meta)) is None:
-        cache.write_entry(entry, entry, corpus, tokenizer, field, notify, run_tasks)
+        cache.write_entry(entry, entry, corpus, tokenizer, notify, run_tasks)
     found = cache.read_meta(storage.read_bytes(meta))
     storage.remove_tree(scratch)
-    return Made(path, entry, cache.totals(found))
+    return Made(corpus.path, entry, cache.totals(found))
 
 
 def _hash(
-    corpus: corpora.Source,
+    corpus: Source,
     folder: str,
     sidecar: str,
     beam: BeamConfig,

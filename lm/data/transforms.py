@@ -39,6 +39,7 @@ class Transform:
     """
 
     source_length = 0
+    codes_text = True  # whether the targets are a code for the text, whose bytes can be counted
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer | None):
         self.config, self._tokenizer = config, tokenizer
@@ -59,11 +60,13 @@ class Transform:
         """Changes in place what the rows have filled in. `keys` are those of the rows, uint64."""
 
     def num_bytes(self, corpora: list[TokenizedCorpus], rows: list[Rows]) -> int | None:
-        """UTF-8 bytes that all targets stand for, or None where that means little.
+        """UTF-8 bytes that all targets stand for; None where they are no code for it.
 
         A tokenizer that loses some of the text, case or words it does not know, predicts what is
         left: those bytes are counted that it would decode.
         """
+        if not self.codes_text:
+            return None
         total = sum(corpus.num_bytes for corpus in corpora)
         if self._tokenizer is not None and not self._tokenizer.lossless:
             total = sum(_decoded_bytes(corpus, self._tokenizer) for corpus in corpora)
@@ -93,6 +96,8 @@ class Prefix(Transform):
     `prefix` marks the inputs that belong to it. Its last token predicts the first that does not.
     """
 
+    codes_text = False  # how much is predicted is drawn
+
     def __init__(self, config: DataConfig, tokenizer: Tokenizer | None):
         super().__init__(config, tokenizer)
         self.lengths["prefix"] = self.block_size
@@ -110,9 +115,6 @@ class Prefix(Transform):
         batch["prefix"][:] = positions < given
         batch["weights"][positions < given - 1] = 0
 
-    def num_bytes(self, corpora: list[TokenizedCorpus], rows: list[Rows]) -> None:
-        """None: how much is predicted is drawn."""
-
 
 class Masked(Transform):
     """Some tokens of each row are hidden and predicted from all others of their segment.
@@ -123,6 +125,8 @@ class Masked(Transform):
     is left out, as in BERT's own code. A selected token becomes the mask, a random token that is
     not special, or stays.
     """
+
+    codes_text = False  # a guess from both sides is none
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer | None):
         super().__init__(config, tokenizer)
@@ -170,9 +174,6 @@ class Masked(Transform):
         random = self._ordinary[(chance * len(self._ordinary)).astype(np.int64)]
         shown = np.where(draw < share.mask_share + share.random_share, random, originals)
         tokens[row, column] = np.where(draw < share.mask_share, self._mask_id, shown)
-
-    def num_bytes(self, corpora: list[TokenizedCorpus], rows: list[Rows]) -> None:
-        """None: a guess from both sides is no code for the text."""
 
 
 def _smallest(keys: np.ndarray, candidates: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -247,6 +248,8 @@ class _EncoderDecoder(Transform):
 class SpanCorruption(_EncoderDecoder):
     """Spans of each document are replaced by sentinels and predicted; see `HiddenSpans`."""
 
+    codes_text = False  # sentinels stand for no text, and what is left of it is given
+
     def __init__(self, config: DataConfig, tokenizer: Tokenizer | None):
         size = config.block_size
         raw = raw_length(size, config.corruption)
@@ -262,19 +265,7 @@ class SpanCorruption(_EncoderDecoder):
 
     def rows(self, corpus: TokenizedCorpus, seed: int, training: bool) -> Rows:
         """The rows of one corpus."""
-        rows = HiddenSpans(
-            corpus,
-            self.source_length,
-            self.block_size,
-            self.config.packing,
-            self.config.corruption,
-            self._sentinels,
-        )
-        check(rows.num_rows > 0, f"data.path: {corpus.name} holds no tokens")
-        return rows
-
-    def num_bytes(self, corpora: list[TokenizedCorpus], rows: list[Rows]) -> None:
-        """None: sentinels stand for no text, and what is left of it is given."""
+        return HiddenSpans(corpus, self.config, self._sentinels)
 
 
 class Seq2Seq(_EncoderDecoder):
@@ -288,19 +279,7 @@ class Seq2Seq(_EncoderDecoder):
 
     def rows(self, corpus: TokenizedCorpus, seed: int, training: bool) -> Rows:
         """The rows of one corpus."""
-        rows = Pairs(
-            corpus,
-            self.source_length,
-            self.block_size,
-            self.config.packing,
-            self.config.long_pairs,
-        )
-        check(
-            rows.num_rows > 0,
-            f"data.path: {corpus.name} has no pair that fits into data.source_length="
-            f"{self.source_length} and data.block_size={self.block_size}",
-        )
-        return rows
+        return Pairs(corpus, self.config, self.source_length)
 
     def num_bytes(self, corpora: list[TokenizedCorpus], rows: list[Rows]) -> int:
         """Bytes of the target texts."""

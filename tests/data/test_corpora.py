@@ -11,7 +11,8 @@ import pytest
 from lm.config import ConfigError, defaults, view
 from lm.data import corpus_fingerprint
 from lm.data.config import DataConfig
-from lm.data.corpora import CorpusReport, documents, pairs, source, split_of
+from lm.data.corpora import documents, pairs, source, split_of
+from lm.data.files import CorpusReport
 
 EVERYTHING = DataConfig(validation_fraction=0.0)
 

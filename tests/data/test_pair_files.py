@@ -9,8 +9,9 @@ from bytes_tokenizer import ByteTokenizer
 
 from lm.config import ConfigError, view
 from lm.data import DataConfig, documents, pairs, prepare
-from lm.data.corpora import CorpusReport, num_training_characters, splits
+from lm.data.corpora import num_training_characters, splits
 from lm.data.corpora import source as open_source
+from lm.data.files import CorpusReport
 
 PAIRS = [("one", "eins"), ("two words", "zwei Wörter"), ("three 🎈", "drei 🎈")]
 CONFIG = DataConfig(text_field=("source", "target"), validation_fraction=0.0)
