@@ -39,11 +39,11 @@ from accelerator_sections import add, reason, run_section, table
 from lm.inference import Framing, Generator, SamplingConfig
 from lm.models import ModelConfig, init, param_specs, skeleton
 from lm.models.attention import kernels
-from lm.models.attention.attention import attend, attention_mask
+from lm.models.attention.attention import attend
+from lm.models.attention.context import Context
 from lm.models.costs import cache_bytes, prefill_flops_per_token, training_flops_per_token
 from lm.models.presets import preset
-from lm.models.stack import Context
-from lm.models.text import Text
+from lm.models.text import Text, visible
 from lm.parallel.chips import chip_of, published_peak
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import MeshConfig
@@ -133,7 +133,7 @@ def time_attention(run):
     B, T, H, C = 4, 2048, 16, 128
     arrays = [jax.random.normal(jax.random.key(i), (B, T, H, C), jnp.bfloat16) for i in range(3)]
     text = Text.of(jnp.zeros((B, T)))
-    mask = jnp.broadcast_to(attention_mask(text.slots_1T, text.slots_1T), (B, T, T))
+    mask = jnp.broadcast_to(visible(text, text, causal=True), (B, T, T))
     context = Context(mask, text, text, causal=True)
     config = ModelConfig(num_heads=H, head_dim=C)
 
@@ -150,7 +150,7 @@ def time_attention(run):
         milliseconds=1e3 * kernel,
         tflops=flops / kernel / 1e12,
     )
-    plain = timed(lambda *arrays: attend(*arrays, mask))
+    plain = timed(lambda *arrays: attend(config, *arrays, context))
     run.figure(
         "attention xla, forward and backward",
         milliseconds=1e3 * plain,

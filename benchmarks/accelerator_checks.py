@@ -11,12 +11,12 @@ import numpy as np
 from lm.inference import Framing, Generator, SamplingConfig
 from lm.models import ModelConfig, bind, init, param_specs, skeleton
 from lm.models.attention import kernels
-from lm.models.attention.attention import attend, attention_mask
+from lm.models.attention.attention import attend
+from lm.models.attention.context import Context
 from lm.models.attention.ring import ring_attention
 from lm.models.positions import alibi_bias, alibi_slopes
 from lm.models.presets import preset
-from lm.models.stack import Context
-from lm.models.text import Text
+from lm.models.text import Text, visible
 from lm.objectives import ObjectiveConfig, token_loss
 from lm.parallel.platform import compiling_for, platform
 
@@ -146,37 +146,33 @@ def check_attention(run, name, chosen, C, packed, alibi, fields):
     shapes = ((B, T, H, C), (B, T, K, C), (B, T, K, C), (B, T, H, C))
     *arrays, weights = (jax.random.normal(k, n, jnp.bfloat16) for k, n in zip(keys, shapes))
     segments = jnp.tile((jnp.arange(T) > T // 3).astype(jnp.int32) + 1, (B, 1))
-    text = Text.of(jnp.zeros((B, T)), None, segments if packed else None)
-    slots, segments, bias = text.slots_1T, text.segments_BT, None
+    text = Text.of(jnp.zeros((B, T)), segments_BT=segments if packed else None)
+    slots, bias = text.slots_1T, None
     if alibi:
         distance = slots[:, None, :] - slots[:, :, None]
         bias = alibi_bias(jnp.asarray(alibi_slopes(H)), distance)
-    mask = jnp.broadcast_to(attention_mask(slots, slots, segments, segments, **fields), (B, T, T))
+    mask = jnp.broadcast_to(visible(text, text, **fields), (B, T, T))
     context = Context(mask, text, text, bias_BHTS=bias, **fields)
     config = ModelConfig(num_heads=H, num_kv_heads=K, head_dim=C, window=fields.get("window", 0))
 
     def gradients_and_heads(function, arrays):
         def score(arrays):
-            heads = function(*arrays)
+            heads = function(config, *arrays, context)
             return jnp.sum(heads.astype(jnp.float32) * weights), heads
 
         gradients, heads = jax.jit(jax.grad(score, has_aux=True))(arrays)
         return dict(zip(("heads", "dquery", "dkey", "dvalue"), (heads, *gradients)))
 
-    def reference(*arrays):
-        return attend(*arrays, context.mask_BTS, bias_BHTS=context.bias_BHTS)
-
     with jax.default_matmul_precision("highest"):
-        want = gradients_and_heads(reference, [array.astype(jnp.float32) for array in arrays])
-    rounded = gradients_and_heads(reference, arrays)
+        want = gradients_and_heads(attend, [array.astype(jnp.float32) for array in arrays])
+    rounded = gradients_and_heads(attend, arrays)
     contestants = {}
     if not alibi:  # the ring's bias is a function, not a table
-        ring = functools.partial(ring_attention, query_text=text, key_text=text, **fields)
-        contestants["ring"] = ring
+        contestants["ring"] = ring_attention
     if chosen:
-        found = kernels.choose(config, *arrays[:2], context, dropped=False, tapped=False)
+        found = kernels.choose(config, *arrays, context)
         if found == chosen:
-            contestants[chosen] = lambda *arrays: kernels.compute(chosen, config, *arrays, context)
+            contestants[chosen] = functools.partial(kernels.compute, chosen)
         else:
             run.note(f"attention, {name}: {chosen} leaves it to {found}")
     for kernel, function in contestants.items():

@@ -35,7 +35,7 @@ ROOMS = (
 
 # What is not so yet. Whoever mends one takes it out: a test fails as long as it stands here.
 UPWARD: set[str] = set()  # files that import from a later room
-CIRCLES = {"models"}  # rooms with files that import each other
+CIRCLES = set()  # rooms with files that import each other
 
 FILES = {
     ".".join(path.relative_to(CLONE).with_suffix("").parts).removesuffix(".__init__"): path

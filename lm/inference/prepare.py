@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm.models import Model, bind, param_specs, skeleton
 from lm.models.matmul import compute_dtype
-from lm.models.stack import Layers
+from lm.models.params import Layers
 from lm.parallel.mesh import AXES
 from lm.parallel.platform import platform
 from lm.parallel.sharding import ACTIVATION_RULES, ParamSpec, parameter_shardings, partition

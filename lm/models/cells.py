@@ -25,8 +25,7 @@ from lm.models.config import ModelConfig
 from lm.models.hooks import Tap, no_tap, within
 from lm.models.layers import dropout, weight_initializer
 from lm.models.matmul import add_bias, cheap, compute_dtype, contract, masked_softmax
-from lm.models.params import declare, stack
-from lm.models.stack import unstack
+from lm.models.params import declare, stack, unstack
 from lm.parallel.sharding import constrain
 
 State = tuple[jax.Array, ...]  # (hidden,), and for an LSTM (hidden, memory); float32

@@ -258,6 +258,11 @@ class ModelConfig:
         return self.width // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
+    def score_scale(self) -> float:
+        """What multiplies attention scores."""
+        return self.head_width**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
     def rotary_dim(self) -> int:
         """How many of a head's dimensions are rotated."""
         return int(self.head_width * self.rotary_fraction)

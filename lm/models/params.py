@@ -38,6 +38,25 @@ def stack(block: Model, num_layers: int) -> Model:
     return jax.tree.map(stacked, block, is_leaf=lambda x: isinstance(x, ParamSpec))
 
 
+class Layers:
+    """A stacked parameter, kept as one array a layer: a single leaf, which `unstack` opens."""
+
+    def __init__(self, arrays: tuple[jax.Array, ...]):
+        self.arrays = arrays
+
+
+def unstack(blocks: Model, num_layers: int) -> list[Model]:
+    """The blocks one by one. Their gradients are joined by one concatenation, not summed."""
+    leaves, treedef = jax.tree.flatten(blocks)
+    parts = [
+        leaf.arrays
+        if isinstance(leaf, Layers)
+        else [part[0] for part in jax.lax.split(leaf, (1,) * num_layers)]
+        for leaf in leaves
+    ]
+    return [jax.tree.unflatten(treedef, layer) for layer in zip(*parts)]
+
+
 def _named_leaves(model: nnx.Module) -> tuple[list[str], list, jax.tree_util.PyTreeDef]:
     paths, treedef = jax.tree_util.tree_flatten_with_path(model)
     # The last key of each path is the `value` that an nnx.Param wraps.

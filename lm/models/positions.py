@@ -61,28 +61,13 @@ def rotary_frequencies(config: ModelConfig, local: bool = False) -> tuple[np.nda
 def rotary_angles(
     positions_BT: jax.Array, config: ModelConfig, local: bool = False
 ) -> tuple[jax.Array, ...]:
-    """Cosine and sine [B, T, 1, R/2] of RoPE, for `rotate`; R dimensions of a head are rotated."""
+    """Cosine and sine [B, T, 1, R/2] of RoPE; R dimensions of a head are rotated."""
     frequencies, gain = rotary_frequencies(config, local)
     angles = positions_BT[..., None, None] * frequencies.astype(np.float32)
     table = finished(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1))
     if gain != 1:
         table *= gain
     return tuple(jnp.split(table, 2, -1))
-
-
-def rotate(x_BTHC: jax.Array, angles: tuple[jax.Array, ...]) -> jax.Array:
-    """Rotates pairs (i, i + R/2) of each head by its position's angles, in float32.
-
-    Dimensions from R on, where angles are for fewer than the whole head, stay as they are.
-    """
-    cos, sin = angles
-    half = cos.shape[-1]
-    x = x_BTHC.astype(jnp.float32)
-    first, second = x[..., :half], x[..., half : 2 * half]
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    if x.shape[-1] > 2 * half:
-        rotated.append(x[..., 2 * half :])
-    return jnp.concatenate(rotated, -1).astype(x_BTHC.dtype)
 
 
 def relative_buckets(config: ModelConfig, bidirectional: bool) -> np.ndarray:

@@ -39,13 +39,12 @@ from lm.models.cells import (
     zeros,
 )
 from lm.models.config import ModelConfig
-from lm.models.head import LanguageModel
 from lm.models.hooks import Tap, no_tap, within
-from lm.models.layers import embedding_initializer, weight_initializer
+from lm.models.layers import embedding_initializer, split_key, weight_initializer
 from lm.models.matmul import add_bias, compute_dtype, contract
-from lm.models.params import declare, stack
-from lm.models.stack import unstack
-from lm.models.text import Text, same_document
+from lm.models.params import declare, stack, unstack
+from lm.models.text import Text, visible
+from lm.models.transformer import LanguageModel
 from lm.parallel.sharding import constrain
 
 # Fields of a Transformer that would change what is computed, and what they are without one.
@@ -155,94 +154,52 @@ class Recurrent(LanguageModel):
             initializer = jax.nn.initializers.zeros
             self.head_bias = declare((config.vocab_size,), ("vocab",), initializer)
 
-    def hidden_and_router(self, tokens_BT, targets_BT=None, **arguments) -> tuple[jax.Array, None]:
-        """`hidden`, and None: there are no experts."""
-        return self.hidden(tokens_BT, targets_BT, **arguments), None
-
-    def hidden(
+    def forward(
         self,
-        tokens_BT: jax.Array,
-        targets_BT: jax.Array | None = None,
-        *,
-        positions_BT: jax.Array | None = None,
-        segments_BT: jax.Array | None = None,
-        types_BT: None = None,
-        prefix_BT: None = None,
-        source_positions_BS: jax.Array | None = None,
-        source_segments_BS: jax.Array | None = None,
-        rows_B: jax.Array | None = None,
+        text: Text,
+        source: Text | None = None,
         dropout_key: jax.Array | None = None,
         tap: Tap = no_tap,
-    ) -> jax.Array:
-        """What the head reads [B, T, D], in the compute dtype.
+    ) -> tuple[jax.Array, None]:
+        """What the head reads [B, T, D], in the compute dtype; and None: there are no experts.
 
-        Args:
-          tokens_BT: token ids; the source's [B, S] for an encoder-decoder.
-          targets_BT: an encoder-decoder's inputs to the decoder.
-          positions_BT, source_positions_BS: not read.
-          segments_BT: which document each token is of, 0 for padding, which changes no state; each
-            document starts from a state of its own, and a target sees the source of its number.
-          types_BT, prefix_BT: not for recurrent models.
-          source_segments_BS: likewise of an encoder-decoder's source.
-          rows_B: each row's number in the whole batch; 0, 1, 2, … unless given.
-          dropout_key: turns dropout on.
-          tap: see `lm.models.hooks`.
+        Each document starts from a state of its own, padding changes no state, and a target sees
+        the source of its own number.
 
         Raises:
-          ConfigError: a prefix, which would have to be read before itself.
+          ConfigError: a prefix, which would have to be read before itself, or token types.
         """
         check(
-            types_BT is None and prefix_BT is None,
+            text.types_BT is None and text.prefix_BT is None,
             f"config.model.cell={self.config.cell!r} reads from left to right: objectives with a "
             "prefix or token types need cell='attention'",
         )
-        del positions_BT, source_positions_BS
-        rows_B = jnp.arange(tokens_BT.shape[0]) if rows_B is None else rows_B
-        noise = None if dropout_key is None else Noise(dropout_key, rows_B)
-        if self.config.architecture == "decoder":
-            if targets_BT is not None:
-                raise TypeError("a model with architecture='decoder' reads one text")
-            starts = [zeros(self.config, tokens_BT.shape[0], self.config.width)]
+        limits = bounds(text.segments_BT)
+        if source is None:
+            noise = None if dropout_key is None else Noise(dropout_key, text.rows_B)
+            starts = [zeros(self.config, text.tokens_BT.shape[0], self.config.width)]
             starts *= self.config.num_layers
-            return self._decode(tokens_BT, bounds(segments_BT), starts, noise=noise, tap=tap)[0]
-        if targets_BT is None:
-            raise TypeError("an encoder-decoder needs two arguments: source_BS and targets_BT")
-        noises = (None, None)
-        if noise is not None:
-            noises = tuple(Noise(key, rows_B) for key in jax.random.split(dropout_key))
-        memory_BSD, finals = self._encode(tokens_BT, source_segments_BS, noises[1], tap)
-        mask_BTS = None
-        if source_segments_BS is not None:
-            target = Text.of(targets_BT, segments_BT=segments_BT)
-            mask_BTS = same_document(target, Text.of(tokens_BT, segments_BT=source_segments_BS))
-        starts, restarts = self._starts(finals), None
-        if mask_BTS is not None and segments_BT is not None:
-            restarts = self._starts(finals, mask_BTS)
-        x_BTD, _ = self._decode(
-            targets_BT,
-            bounds(segments_BT),
-            starts,
-            restarts,
-            self._memory(memory_BSD, mask_BTS),
-            noise=noises[0],
-            tap=tap,
+            return self._decode(text.tokens_BT, limits, starts, noise=noise, tap=tap)[0], None
+        noise, source_noise = (
+            None if key is None else Noise(key, text.rows_B) for key in split_key(dropout_key, 2)
         )
-        return x_BTD
+        memory_BSD, finals = self._encode(source.tokens_BT, source.segments_BT, source_noise, tap)
+        mask_BTS = restarts = None
+        if source.segments_BT is not None:
+            mask_BTS = visible(text, source, causal=False)
+        if mask_BTS is not None and text.segments_BT is not None:
+            restarts = self._starts(finals, mask_BTS)
+        starts, memory = self._starts(finals), self._memory(memory_BSD, mask_BTS)
+        x_BTD, _ = self._decode(
+            text.tokens_BT, limits, starts, restarts, memory, noise=noise, tap=tap
+        )
+        return x_BTD, None
 
     def encode(
-        self,
-        source_BS: jax.Array,
-        *,
-        positions_BS: jax.Array | None = None,
-        segments_BS: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
-        tap: Tap = no_tap,
+        self, source_BS: jax.Array, *, segments_BS: jax.Array | None = None, tap: Tap = no_tap
     ) -> jax.Array:
-        """The encoder's output [B, S, D] of an encoder-decoder; arguments as of a call."""
-        del positions_BS
-        rows_B = jnp.arange(source_BS.shape[0])
-        noise = None if dropout_key is None else Noise(dropout_key, rows_B)
-        return self._encode(source_BS, segments_BS, noise, tap)[0]
+        """The encoder's output [B, S, D] of an encoder-decoder."""
+        return self._encode(source_BS, segments_BS, None, tap)[0]
 
     def new_cache(
         self,

@@ -2,69 +2,32 @@
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.models import layers
-from lm.models.attention.attention import Attention, Pair, attention_mask
-from lm.models.attention.ring import ScoreBias
+from lm.models.attention.attention import Attention, Pair
+from lm.models.attention.context import Context, ScoreBias, score_bias
 from lm.models.cache import Cache
 from lm.models.config import ModelConfig
 from lm.models.hooks import Tap, no_tap, within
 from lm.models.matmul import compute_dtype
 from lm.models.moe.experts import Experts, RouterStats
-from lm.models.params import declare, stack
-from lm.models.pipelined import LAYER_INPUT, pipeline_stages, remat_policy, through_stages
-from lm.models.positions import alibi_bias, alibi_slopes, relative_bias, rotary_angles
-from lm.models.text import Text, same_document
+from lm.models.params import declare, stack, unstack
+from lm.models.remat import LAYER_INPUT, remat_policy, rematerialized
+from lm.models.text import Text, visible
+from lm.parallel.layout import current_layout
+from lm.parallel.mesh import batch_ways
+from lm.parallel.pipeline import AXIS, choose_microbatches, pipeline
 from lm.parallel.platform import platform
-from lm.parallel.sharding import constrain
+from lm.parallel.ring import context_ways
+from lm.parallel.sharding import automatic_axes, constrain
 
 # On the CPU up to this many layers are unrolled: a loop copies what each layer saves and reads,
 # which costs GPT-2 124M a fifth of its step there, and compiling that many takes seconds.
 UNROLLED_LAYERS = 12
-
-
-class Context(NamedTuple):
-    """What every layer of one call shares."""
-
-    mask_BTS: jax.Array  # which keys each query may see
-    text: Text | None = None  # of the queries; None in cached decoding
-    key_text: Text | None = None  # of the keys
-    rotary: tuple[jax.Array, ...] | None = None
-    bias_BHTS: jax.Array | None = None  # added to attention scores
-    bias: ScoreBias | None = None  # the same, as what it is made of; None in cached decoding
-    causal: bool = False  # whether later keys are hidden, unless of a prefix; see `mask_BTS`
-    window: jax.Array | int = 0  # each query sees this many keys up to its own; 0: all
-    slot: jax.Array | int = 0  # where in the cache this call's keys go
-    local: tuple | None = None  # mask, rotary angles and window of local layers
-    memory_BSD: jax.Array | None = None  # the encoder's output, unless the cache has its keys
-    memory_mask_BTS: jax.Array | None = None  # what of it each token may see
-    memory_text: Text | None = None
-    valid_BT: jax.Array | None = None  # which tokens are not padding
-
-    def of_layer(self, is_local: bool | jax.Array) -> Context:
-        """With the mask, angles and window of a local layer, or of a global one."""
-        if self.local is None or is_local is False:
-            return self
-        if is_local is True:
-            mask_BTS, rotary, window = self.local
-        else:
-            mask_BTS, rotary, window = jax.tree.map(
-                lambda local, other: jnp.where(is_local, local, other),
-                self.local,
-                (self.mask_BTS, self.rotary, self.window),
-            )
-        return self._replace(mask_BTS=mask_BTS, rotary=rotary, window=window)
-
-    def across(self) -> Context:
-        """What attention to the encoder's output has."""
-        return Context(self.memory_mask_BTS, self.text, self.memory_text)
 
 
 class Block(nnx.Module):
@@ -119,37 +82,37 @@ class Block(nnx.Module):
           key: turns dropout on.
           tap: see `lm.models.hooks`.
         """
-        config = self.config
-        keys = (None,) * 5 if key is None else jax.random.split(key, 5)
+        config, keys = self.config, layers.split_key(key, 5)
         x_BTD = tap("residual_before", checkpoint_name(x_BTD, LAYER_INPUT))
 
         read = self._read("attention", x_BTD, tap)
-        attended, cache = self.attention(
+        written, cache = self.attention(
             read, context, cache, dropout_key=keys[0], tap=within(tap, "attention")
         )
         if config.parallel:
             read = read if config.shared_norm else self._read("mlp", x_BTD, tap)
-            written, router = self._feed_forward(read, context, tap)
-            x_BTD += self._dropped(attended, keys[1], context)
-            x_BTD += self._dropped(written, keys[2], context)
-            return self._finished(x_BTD, tap), cache, router
-        x_BTD = self._add("attention", x_BTD, attended, keys[1], context, tap)
-        x_BTD = tap("residual_middle", constrain(x_BTD, "batch", "norm_length", "embed"))
+            also_written, router = self._feed_forward(read, context, tap)
+            x_BTD += self._dropped(written, keys[1], context)
+            x_BTD += self._dropped(also_written, keys[2], context)
+            x_BTD = constrain(x_BTD, "batch", "norm_length", "embed")
+            return tap("residual_after", x_BTD), cache, router
+        x_BTD = self._add("attention", x_BTD, written, keys[1], context, tap)
+        x_BTD = tap("residual_middle", x_BTD)
 
         if hasattr(self, "cross_attention"):
             across = within(tap, "cross_attention")
             read = self._read("cross", x_BTD, tap)
             source = source or self.cross_attention.remember(context.memory_BSD, across)
             written = self.cross_attention.recall(
-                read, source, context.across(), dropout_key=keys[3], tap=across
+                read, source, context.across, dropout_key=keys[3], tap=across
             )
             x_BTD = self._add("cross", x_BTD, written, keys[4], context, tap)
-            x_BTD = tap("residual_crossed", constrain(x_BTD, "batch", "norm_length", "embed"))
+            x_BTD = tap("residual_crossed", x_BTD)
 
         read = self._read("mlp", x_BTD, tap)
         written, router = self._feed_forward(read, context, tap)
         x_BTD = self._add("mlp", x_BTD, written, keys[2], context, tap)
-        return self._finished(x_BTD, tap), cache, router
+        return tap("residual_after", x_BTD), cache, router
 
     def _read(self, sublayer: str, x_BTD: jax.Array, tap: Tap) -> jax.Array:
         """What a sublayer reads of the residual stream: whole sequences of it."""
@@ -159,13 +122,16 @@ class Block(nnx.Module):
 
     def _add(self, sublayer: str, x_BTD, written_BTD, key, context: Context, tap: Tap) -> jax.Array:
         """The residual stream after a sublayer has written to it."""
-        config = self.config
-        if config.norm_position == "sandwich":
+        if self.config.norm_position == "sandwich":
             written_BTD = self._normed(f"{sublayer}_post_norm", written_BTD, tap)
         x_BTD += self._dropped(written_BTD, key, context)
-        if config.norm_position == "post":
+        if self.config.norm_position == "post":
             x_BTD = self._normed(f"{sublayer}_norm", x_BTD, tap)
-        return x_BTD
+        return constrain(x_BTD, "batch", "norm_length", "embed")
+
+    def _normed(self, name: str, x_BTD: jax.Array, tap: Tap) -> jax.Array:
+        normed = getattr(self, name)(x_BTD, within(tap, name))
+        return normed.astype(compute_dtype(self.config.compute_dtype))
 
     def _dropped(self, written_BTD, key, context: Context) -> jax.Array:
         if key is None:
@@ -173,17 +139,10 @@ class Block(nnx.Module):
         rows, slots = context.text.rows_B[:, None], context.text.slots_1T
         return layers.dropout(written_BTD, self.config.dropout, key, rows, slots)
 
-    def _normed(self, name: str, x_BTD: jax.Array, tap: Tap) -> jax.Array:
-        normed = getattr(self, name)(x_BTD, within(tap, name))
-        return normed.astype(compute_dtype(self.config.compute_dtype))
-
     def _feed_forward(self, read_BTD, context: Context, tap: Tap):
         if isinstance(self.mlp, Experts):
             return self.mlp(read_BTD, within(tap, "mlp"), context.valid_BT)
         return self.mlp(read_BTD, within(tap, "mlp")), None
-
-    def _finished(self, x_BTD: jax.Array, tap: Tap) -> jax.Array:
-        return tap("residual_after", constrain(x_BTD, "batch", "norm_length", "embed"))
 
 
 class Stack(nnx.Module):
@@ -212,76 +171,39 @@ class Stack(nnx.Module):
         if config.has_final_norm:
             self.final_norm = layers.Norm(config)
 
+    def score_bias(self) -> ScoreBias | None:
+        """What the layers add to attention scores, the same in all of them."""
+        table = self.relative_bias[...] if self.config.positions == "relative" else None
+        return score_bias(self.config, table, causal=not self.encodes)
+
     def context(
         self,
         text: Text,
         memory_BSD: jax.Array | None = None,
-        memory_text: Text | None = None,
+        source: Text | None = None,
         bias: ScoreBias | None = None,
         bias_BHTS: jax.Array | None = None,
     ) -> Context:
-        """What the layers share of a whole text, and of the encoder's output where they cross.
+        """What the layers share of a whole text, and of the encoder's output and its text.
 
         The bias of attention scores can be given, where it is there already.
         """
-        slots = text.slots_1T
-        segments = text.segments_BT
-        placed = {"bias": bias, "bias_BHTS": bias_BHTS}
-        if bias_BHTS is None:
-            distance_1TS = slots[:, None, :] - slots[:, :, None]
-            placed = self.place(text.positions_BT, distance_1TS, bias)
-        context = Context(
-            attention_mask(
-                slots, slots, segments, segments,
-                causal=not self.encodes, prefix_BS=text.prefix_BT,
-            ),
+        across = None
+        if source is not None:
+            across = Context(visible(text, source, causal=False), text, source)
+        return Context.of(
+            self.config,
+            text,
+            text,
+            causal=not self.encodes,
+            bias=bias or self.score_bias(),
+            bias_BHTS=bias_BHTS,
             text=text,
             key_text=text,
-            causal=not self.encodes,
-            memory_BSD=memory_BSD,
-            memory_text=memory_text,
             valid_BT=text.valid_BT,
-            **placed,
-        )  # fmt: skip
-        if memory_BSD is not None:
-            context = context._replace(memory_mask_BTS=same_document(text, memory_text))
-        return self.with_local(
-            context, text.positions_BT, slots, slots, segments, segments, prefix_BS=text.prefix_BT
+            memory_BSD=memory_BSD,
+            across=across,
         )
-
-    def with_local(self, context: Context, positions_BT, *slots, **masking) -> Context:
-        """`context`, with what local layers have instead; the rest is `attention_mask`'s."""
-        config = self.config
-        if not config.window:
-            return context
-        mask_BTS = attention_mask(*slots, window=config.window, **masking)
-        rotary = None
-        if config.positions == "rotary":
-            rotary = rotary_angles(positions_BT, config, local=True)
-        return context._replace(local=(mask_BTS, rotary, config.window))
-
-    def place(
-        self, positions_BT: jax.Array, distance_BTS: jax.Array, bias: ScoreBias | None = None
-    ) -> dict:
-        """What a `Context` says of positions.
-
-        Args:
-          positions_BT: where each token stands in its document.
-          distance_BTS: position of key s less position of query t, right where t may see s; its
-            batch axis may be 1.
-          bias: of attention scores; made here unless given.
-        """
-        config = self.config
-        if config.positions == "rotary":
-            return {"rotary": rotary_angles(positions_BT, config)}
-        if config.positions == "relative":
-            of = functools.partial(relative_bias, config=config, bidirectional=self.encodes)
-            bias = bias or ScoreBias(self.relative_bias[...], of)
-        elif config.positions == "alibi":
-            bias = bias or ScoreBias(jnp.asarray(alibi_slopes(config.num_heads)), alibi_bias)
-        else:
-            return {}
-        return {"bias": bias, "bias_BHTS": bias.of(bias.table, distance_BTS)}
 
     def run(
         self,
@@ -297,15 +219,14 @@ class Stack(nnx.Module):
         Returns:
           That, the cache's keys and values updated (or None), and the routers' statistics [layers].
         """
-        keys = None
+        keys = caches = None
         if dropout_key is not None and self.config.dropout:
             keys = jax.random.split(dropout_key, self.num_layers)
-        stages = 1 if cache or tap is not no_tap else pipeline_stages(x_BTD.shape[0])
+        stages = 1 if cache or tap is not no_tap else _stages(x_BTD.shape[0])
         if tap is not no_tap or not (self.scanned or stages > 1):
             x_BTD, caches, router = self._unroll(x_BTD, context, cache, keys, tap)
         elif cache is None:
             x_BTD, router = self._scan(x_BTD, context, keys, stages)
-            caches = None
         else:
             x_BTD, caches, router = self._scan_cached(x_BTD, context, cache)
         if hasattr(self, "final_norm"):
@@ -339,59 +260,47 @@ class Stack(nnx.Module):
             part = None if keys is None else keys[first : first + count]
             reach = self._reach(first, count)
             if stages > 1 and blocks is self.blocks:
-                x_BTD, routers = through_stages(self, x_BTD, context, part, reach)
+                x_BTD, routers = self._through_stages(x_BTD, context, part, reach)
             else:
-                x_BTD, routers = self.scan_blocks(blocks, x_BTD, context, part, reach)
+                x_BTD, routers = self._scan_blocks(blocks, x_BTD, context, part, reach)
         return x_BTD, routers  # of the last group, which alone has experts
 
-    def scan_blocks(self, blocks, x_BTD, context, keys_L, reach_L):
-        """The residual stream after stacked blocks, and their routers' statistics [L].
-
-        Args:
-          blocks: stacked along a leading axis L.
-          x_BTD: the residual stream.
-          context: of all of them.
-          keys_L: of their dropout, or None.
-          reach_L: whether each is local; one answer where it is the same for all.
-        """
-        fixed, varying_L = (reach_L, None) if isinstance(reach_L, bool) else (None, reach_L)
-
+    def _scan_blocks(self, blocks, x_BTD, context, keys_L, reach_L):
         def body(x, layer):
             block, key, is_local = layer
-            is_local = fixed if is_local is None else is_local
-            x, _, router = block(x, context.of_layer(is_local), key=key)
+            here = context.of_layer(reach_L if is_local is None else is_local)
+            x, _, router = block(x, here, key=key)
             return x, router
 
         # Under a loop nothing can merge the recomputation with what it is to replace.
         body = rematerialized(body, self.config, prevent_cse=False)
-        return jax.lax.scan(body, x_BTD, (blocks, keys_L, varying_L))
+        return jax.lax.scan(body, x_BTD, (blocks, keys_L, _varying(reach_L)))
 
     def _scan_cached(self, x_BTD, context, cache):
         # The whole cache is carried and written in place; scanning over it would copy it.
-        def step(carry, layer, fixed):
-            x, caches_LBSKC = carry
-            block, index, is_local = layer
-            is_local = fixed if is_local is None else is_local
-            own = tuple(cache[index] for cache in caches_LBSKC)
-            x, updated_BSKC, router = block(
-                x, context.of_layer(is_local), own, cache.layer(index)[1]
-            )
-            new_BTKC = (
-                jax.lax.dynamic_slice_in_dim(u, context.slot, x.shape[1], 1) for u in updated_BSKC
-            )
-            start = (index, 0, context.slot, 0, 0)
-            caches_LBSKC = tuple(
-                jax.lax.dynamic_update_slice(cache, new[None], start)
-                for cache, new in zip(caches_LBSKC, new_BTKC)
-            )
-            return (x, caches_LBSKC), router
-
         carry = x_BTD, (cache.keys_LBSKC, cache.values_LBSKC)
         for blocks, first, count in self._groups():
             reach = self._reach(first, count)
-            fixed, varying = (reach, None) if isinstance(reach, bool) else (None, reach)
-            layer = (blocks, jnp.arange(first, first + count), varying)
-            carry, routers = jax.lax.scan(lambda c, x: step(c, x, fixed), carry, layer)  # noqa: B023
+
+            def step(carry, layer, reach=reach):
+                x, caches_LBSKC = carry
+                block, index, is_local = layer
+                here = context.of_layer(reach if is_local is None else is_local)
+                own = tuple(cache[index] for cache in caches_LBSKC)
+                x, updated_BSKC, router = block(x, here, own, cache.layer(index)[1])
+                new_BTKC = (
+                    jax.lax.dynamic_slice_in_dim(u, context.slot, x.shape[1], 1)
+                    for u in updated_BSKC
+                )
+                start = (index, 0, context.slot, 0, 0)
+                caches_LBSKC = tuple(
+                    jax.lax.dynamic_update_slice(cache, new[None], start)
+                    for cache, new in zip(caches_LBSKC, new_BTKC)
+                )
+                return (x, caches_LBSKC), router
+
+            layer = (blocks, jnp.arange(first, first + count), _varying(reach))
+            carry, routers = jax.lax.scan(step, carry, layer)
         return *carry, routers
 
     def _unroll(self, x_BTD, context, cache, keys, tap):
@@ -420,32 +329,62 @@ class Stack(nnx.Module):
         join = tuple if isinstance(cache.keys_LBSKC, tuple) else jnp.stack
         return x_BTD, tuple(map(join, zip(*caches))), routers
 
+    def _through_stages(self, x_BTD, context: Context, keys_L, reach_L):
+        """As `_scan_blocks` of `blocks`, whose layers the devices share in a pipeline.
 
-class Layers:
-    """A stacked parameter, kept as one array a layer: a single leaf, which `unstack` opens."""
+        Rows travel with their texts, and each stage makes its own `Context` of them; only the bias
+        of attention scores, which all rows share, comes from outside: as a table of all pairs,
+        unless a ring of devices shares the sequence, which never makes one. Of what happens in a
+        layer, the backward pass keeps what `config.remat` says, for every micro-batch.
+        """
+        mesh, _ = automatic_axes()
+        stages, layout = mesh.shape[AXIS], current_layout()
+        ways = batch_ways(mesh) // stages
+        texts = context.text, context.across and context.across.key_text
+        slots = [None if text is None else text.slots_1T for text in texts]
+        unread = dict.fromkeys(("slots_1T", "tokens_BT", "types_BT"))
+        if not self.config.num_experts:
+            unread["filled_BT"] = None
+        rows = [None if text is None else text._replace(**unread) for text in texts]
+        bias = context.bias, context.bias_BHTS if context_ways() == 1 else None
 
-    def __init__(self, arrays: tuple[jax.Array, ...]):
-        self.arrays = arrays
+        def stage_fn(blocks, first, x_BTD, along, shared):
+            rows, memory_BSD = along
+            slots, by_layer, bias = shared
+            text, source = (
+                None if row is None else row._replace(slots_1T=slot)
+                for row, slot in zip(rows, slots)
+            )
+            count = jax.tree.leaves(blocks)[0].shape[0]
+            keys_L, varying_L = jax.tree.map(
+                lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), by_layer
+            )
+            here = self.context(text, memory_BSD, source, *bias)
+            reach = reach_L if varying_L is None else varying_L
+            return self._scan_blocks(blocks, x_BTD, here, keys_L, reach)
+
+        return pipeline(
+            stage_fn,
+            self.blocks,
+            x_BTD,
+            (rows, context.memory_BSD),
+            (slots, (keys_L, _varying(reach_L)), bias),
+            microbatches=choose_microbatches(layout.microbatches, stages, x_BTD.shape[0], ways),
+            rounds=layout.rounds,
+            whole_axes=layout.whole_axes,
+            policy=remat_policy(self.config.remat, LAYER_INPUT),
+        )
 
 
-def unstack(blocks: Block, num_layers: int) -> list[Block]:
-    """The blocks one by one. Their gradients are joined by one concatenation, not summed."""
-    leaves, treedef = jax.tree.flatten(blocks)
-    parts = [
-        leaf.arrays
-        if isinstance(leaf, Layers)
-        else [part[0] for part in jax.lax.split(leaf, (1,) * num_layers)]
-        for leaf in leaves
-    ]
-    return [jax.tree.unflatten(treedef, layer) for layer in zip(*parts)]
+def _varying(reach_L: bool | jax.Array) -> jax.Array | None:
+    return None if isinstance(reach_L, bool) else reach_L
 
 
-def rematerialized(body, config: ModelConfig, prevent_cse: bool = True):
-    """`body`, recomputing in the backward pass what `config.remat` does not keep.
+def _stages(rows: int) -> int:
+    """How many stages share the layers in a call of so many rows.
 
-    `prevent_cse` stops XLA from merging the recomputation with what it is to replace.
+    That is one, and every device gets all layers in turn, where the rows are too few for all.
     """
-    policy = remat_policy(config.remat)
-    if policy is None:
-        return body
-    return jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)
+    mesh, names = automatic_axes()
+    stages = mesh.shape[AXIS] if AXIS in names else 1
+    return stages if rows % stages == 0 else 1

@@ -1,8 +1,8 @@
-"""A text as models read it: which document each token is of, and where it stands there."""
+"""A text as models read it: which document each token is of, where it stands, and what it sees."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,46 +11,39 @@ from lm.parallel.ring import to_zigzag, zigzag_slots
 
 
 class Text(NamedTuple):
-    """Enough to tell which tokens see which without a table of all pairs.
+    """Rows of tokens, and enough to tell which of them see which without a table of all pairs.
 
     Tokens may stand in any order, as they do where a ring of devices shares a sequence: slots say
-    which come earlier.
+    which come earlier. `Text.of` fills in what is not given.
     """
 
-    slots_1T: jax.Array  # each token's place in its row, the same in all rows
-    positions_BT: jax.Array  # its place in its document, from 0 in each packed one
-    rows_B: jax.Array  # each row's number in the whole batch
-    segments_BT: jax.Array | None = None  # which document it is of; 0 is padding
+    tokens_BT: jax.Array | None = None  # ids
+    positions_BT: jax.Array | None = None  # place in its document, from 0 in each packed one
+    segments_BT: jax.Array | None = None  # which document it is of; 0 is padding; None: one a row
+    types_BT: jax.Array | None = None  # which part of a pair of texts (BERT's segment embedding)
     prefix_BT: jax.Array | None = None  # true for tokens that all of their document may see
     filled_BT: jax.Array | None = None  # false for padding, where segments do not say so
+    rows_B: jax.Array | None = None  # each row's number in the whole batch, for dropout
+    slots_1T: jax.Array | None = None  # place in its row, the same in all rows
 
     @classmethod
-    def of(
-        cls,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array | None = None,
-        segments_BT: jax.Array | None = None,
-        prefix_BT: jax.Array | None = None,
-        rows_B: jax.Array | None = None,
-        filled_BT: jax.Array | None = None,
-    ) -> Text:
-        """Those of `tokens_BT`, one document a row unless said otherwise."""
+    def of(cls, tokens_BT: jax.Array, **fields: jax.Array | None) -> Text:
+        """Rows of tokens in order, each row one document unless `fields` say otherwise."""
         rows, length = tokens_BT.shape
+        text = cls(tokens_BT, **fields)
         slots_1T = jnp.arange(length, dtype=jnp.int32)[None]
-        return cls(
-            slots_1T,
-            jnp.broadcast_to(slots_1T, tokens_BT.shape) if positions_BT is None else positions_BT,
-            jnp.arange(rows, dtype=jnp.int32) if rows_B is None else rows_B,
-            segments_BT,
-            None if prefix_BT is None else prefix_BT.astype(bool),
-            filled_BT,
-        )
+        if text.positions_BT is None:
+            text = text._replace(positions_BT=jnp.broadcast_to(slots_1T, tokens_BT.shape))
+        if text.rows_B is None:
+            text = text._replace(rows_B=jnp.arange(rows, dtype=jnp.int32))
+        if text.prefix_BT is not None:
+            text = text._replace(prefix_BT=text.prefix_BT.astype(bool))
+        return text._replace(slots_1T=slots_1T)
 
     def to_zigzag(self) -> Text:
-        """Of the same tokens in zig-zag order (`lm.parallel.ring`)."""
-        whole = self._replace(slots_1T=None, rows_B=None)
-        slots_1T = zigzag_slots(self.slots_1T.shape[1])
-        return jax.tree.map(to_zigzag, whole)._replace(slots_1T=slots_1T, rows_B=self.rows_B)
+        """The same tokens in zig-zag order (`lm.parallel.ring`)."""
+        ordered = jax.tree.map(to_zigzag, self._replace(slots_1T=None, rows_B=None))
+        return ordered._replace(slots_1T=zigzag_slots(self.slots_1T.shape[1]), rows_B=self.rows_B)
 
     @property
     def valid_BT(self) -> jax.Array | None:
@@ -58,13 +51,70 @@ class Text(NamedTuple):
         return self.filled_BT if self.segments_BT is None else self.segments_BT > 0
 
 
-def same_document(queries: Text, keys: Text) -> jax.Array:
-    """Whether token t of one text is of the document of the same number as token s of another.
+def texts(
+    architecture: str,
+    tokens_BT: jax.Array,
+    targets_BT: jax.Array | None = None,
+    *,
+    source_positions_BS: jax.Array | None = None,
+    source_segments_BS: jax.Array | None = None,
+    **fields: jax.Array | None,
+) -> tuple[Text, Text | None]:
+    """The text that a model's head reads, and an encoder-decoder's source, of a model's arguments.
 
-    Where a text has no segments, it is all document 1. A boolean [B, T, S].
+    Raises:
+      TypeError: too few or too many texts for the architecture.
     """
-    segments = [
-        jnp.ones_like(text.positions_BT) if text.segments_BT is None else text.segments_BT
-        for text in (queries, keys)
-    ]
-    return segments[0][:, :, None] == segments[1][:, None, :]
+    if architecture != "encoder_decoder":
+        if targets_BT is not None:
+            raise TypeError(f"a model with architecture={architecture!r} reads one text")
+        return Text.of(tokens_BT, **fields), None
+    if targets_BT is None:
+        raise TypeError("an encoder-decoder needs two arguments: source_BS and targets_BT")
+    source = Text.of(
+        tokens_BT,
+        positions_BT=source_positions_BS,
+        segments_BT=source_segments_BS,
+        rows_B=fields.get("rows_B"),
+    )
+    return Text.of(targets_BT, **fields), source
+
+
+def both_segments(queries: Any, keys: Any) -> tuple[jax.Array | None, jax.Array | None]:
+    """The segments of two texts; where only one has any, the other is all document 1."""
+    first, second = queries.segments_BT, keys.segments_BT
+    if first is None and second is not None:
+        first = jnp.ones((second.shape[0], queries.slots_1T.shape[1]), jnp.int32)
+    if second is None and first is not None:
+        second = jnp.ones((first.shape[0], keys.slots_1T.shape[1]), jnp.int32)
+    return first, second
+
+
+def visible(
+    queries: Any, keys: Any, *, causal: bool, window: int | jax.Array | None = None
+) -> jax.Array:
+    """Whether query t may see key s: of the same segment and, if `causal`, not later.
+
+    Args:
+      queries, keys: each a `Text`, or what has its `slots_1T`, `segments_BT` and `prefix_BT`.
+      causal: later keys are hidden, but those of a prefix.
+      window: only this many keys up to the query's own are seen; None or 0: all. It may be
+        traced.
+
+    Returns:
+      A boolean [B or 1, T, S].
+    """
+    query, key = queries.slots_1T[:, :, None], keys.slots_1T[:, None, :]
+    mask = jnp.ones((1, query.shape[1], key.shape[2]), bool)
+    if causal:
+        mask = key <= query
+        if keys.prefix_BT is not None:
+            mask |= keys.prefix_BT[:, None, :].astype(bool)
+    if isinstance(window, jax.Array):
+        mask &= (window == 0) | (key > query - window)
+    elif window:
+        mask &= key > query - window
+    query_segments, key_segments = both_segments(queries, keys)
+    if query_segments is not None:
+        mask &= query_segments[:, :, None] == key_segments[:, None, :]
+    return mask

@@ -10,28 +10,79 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lm.models import layers
-from lm.models.attention.attention import attention_mask
+from lm.models.attention.context import Context
 from lm.models.cache import Cache
 from lm.models.config import ModelConfig
-from lm.models.embedding_lookup import embedding_lookup
-from lm.models.head import LanguageModel
 from lm.models.hooks import Tap, no_tap, within
-from lm.models.matmul import compute_dtype
+from lm.models.matmul import compute_dtype, contract
 from lm.models.moe.experts import RouterStats
-from lm.models.params import declare
+from lm.models.params import declare, unstack
 from lm.models.positions import sinusoids
-from lm.models.stack import Context, Stack, unstack
-from lm.models.text import Text
-from lm.parallel.ring import from_zigzag, to_zigzag, zigzag_divides
+from lm.models.stack import Stack
+from lm.models.text import Text, texts
+from lm.parallel.ring import from_zigzag, zigzag_divides
 from lm.parallel.sharding import constrain
+
+
+class LanguageModel(nnx.Module):
+    """A model with `config`, `embedding.tokens`, `forward` and, as the config says, a head."""
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        targets_BT: jax.Array | None = None,
+        *,
+        dropout_key: jax.Array | None = None,
+        tap: Tap = no_tap,
+        **fields: jax.Array | None,
+    ) -> jax.Array:
+        """Logits [B, T, V], float32: of the token after each position, or at it (encoder).
+
+        Args:
+          tokens_BT: token ids; the source's [B, S] for an encoder-decoder.
+          targets_BT: an encoder-decoder's inputs to the decoder.
+          dropout_key: turns dropout on.
+          tap: reads or replaces named activations (`lm.models.hooks`).
+          **fields: what else is known of the text (`lm.models.text.Text`), such as `segments_BT`;
+            `source_positions_BS` and `source_segments_BS` of an encoder-decoder's source.
+        """
+        x_BTD = self.hidden(tokens_BT, targets_BT, dropout_key=dropout_key, tap=tap, **fields)
+        return self.unembed(x_BTD, tap)
+
+    def hidden(
+        self, tokens_BT, targets_BT=None, *, dropout_key=None, tap: Tap = no_tap, **fields
+    ) -> jax.Array:
+        """The last residual stream [B, T, D], after the final norm; arguments as of a call."""
+        text, source = texts(self.config.architecture, tokens_BT, targets_BT, **fields)
+        return self.forward(text, source, dropout_key, tap)[0]
+
+    def readout(self, x_BTD: jax.Array) -> jax.Array:
+        """What the output head multiplies, of the last residual stream: that, unless overridden."""
+        return x_BTD
+
+    def output_weights(self) -> jax.Array:
+        """The output head [V, D]: the token embedding when tied."""
+        return self.embedding.tokens[...] if self.config.tie_embeddings else self.head[...]
+
+    def output_bias(self) -> jax.Array | None:
+        """The output head's bias [V], if it has one."""
+        return self.head_bias[...] if self.config.head_bias else None
+
+    def unembed(self, x_BTD: jax.Array, tap: Tap = no_tap) -> jax.Array:
+        """Logits [B, T, V], float32, of a last residual stream."""
+        read_BTD = self.readout(x_BTD)
+        logits_BTV = contract("btd,vd->btv", read_BTD, self.output_weights(), jnp.float32)
+        if self.config.head_bias:
+            logits_BTV += self.head_bias[...]
+        if cap := self.config.logits_softcap:
+            logits_BTV = cap * jnp.tanh(logits_BTV / cap)
+        return tap("logits", constrain(logits_BTV, "batch", "length", "vocab"))
 
 
 class Embedding(nnx.Module):
     """Token embedding, with what else is added before the first block.
 
-    Args:
-      config: the model's.
-      tokens: whether it has a token table; an encoder-decoder's encoder reads the decoder's.
+    An encoder-decoder's encoder has no table of `tokens` of its own: it reads the decoder's.
     """
 
     def __init__(self, config: ModelConfig, tokens: bool = True):
@@ -48,38 +99,26 @@ class Embedding(nnx.Module):
         if config.embedding_norm:
             self.norm = layers.Norm(config)
 
-    def __call__(
-        self,
-        tokens_BT: jax.Array,
-        positions_BT: jax.Array,
-        types_BT: jax.Array | None = None,
-        table: jax.Array | None = None,
-        tap: Tap = no_tap,
-    ) -> jax.Array:
-        """The residual stream before the first block, float32.
-
-        Args:
-          tokens_BT: token ids.
-          positions_BT: where each stands in its document.
-          types_BT: which part of its document each is of; all 0 unless given.
-          table: token embeddings, if there are none of its own.
-          tap: see `lm.models.hooks`.
-        """
+    def __call__(self, text: Text, table_VD: jax.Array, dropout_key, tap: Tap) -> jax.Array:
+        """The residual stream before the first block, in the compute dtype."""
         config, dtype = self.config, compute_dtype(self.config.compute_dtype)
-        x_BTD = embedding_lookup(self.tokens[...] if table is None else table, tokens_BT, dtype)
+        x_BTD = layers.embedding_lookup(table_VD, text.tokens_BT, dtype)
         if config.embedding_scale != 1:
             x_BTD *= config.embedding_scale or math.sqrt(config.width)
         if config.positions == "learned":
-            rows_BT = positions_BT + config.position_offset
-            x_BTD += embedding_lookup(self.positions[...], rows_BT, dtype)
+            rows_BT = text.positions_BT + config.position_offset
+            x_BTD += layers.embedding_lookup(self.positions[...], rows_BT, dtype)
         elif config.positions == "sinusoidal":
-            x_BTD += sinusoids(positions_BT, config.width)
-        if config.token_types:
-            types = self.types[...]
-            x_BTD += types[0] if types_BT is None else embedding_lookup(types, types_BT, dtype)
+            x_BTD += sinusoids(text.positions_BT, config.width)
+        if config.token_types and text.types_BT is None:
+            x_BTD += self.types[...][0]
+        elif config.token_types:
+            x_BTD += layers.embedding_lookup(self.types[...], text.types_BT, dtype)
         if config.embedding_norm:
             x_BTD = self.norm(x_BTD, within(tap, "embedding_norm"))
-        return x_BTD
+        rows, slots = text.rows_B[:, None], text.slots_1T
+        x_BTD = layers.dropout(x_BTD, config.dropout, dropout_key, rows, slots)
+        return tap("embedding", constrain(x_BTD.astype(dtype), "batch", "norm_length", "embed"))
 
 
 class HeadTransform(layers.Projection):
@@ -127,72 +166,50 @@ class Transformer(LanguageModel, Stack):
         if config.classifier != "none":
             self.classifier = layers.Projection(config, config.num_labels)
 
-    def hidden(self, tokens_BT, targets_BT=None, **arguments) -> jax.Array:
-        """The last residual stream [B, T, D], after the final norm; see `hidden_and_router`."""
-        return self.hidden_and_router(tokens_BT, targets_BT, **arguments)[0]
-
-    def hidden_and_router(
+    def forward(
         self,
-        tokens_BT: jax.Array,
-        targets_BT: jax.Array | None = None,
-        *,
-        positions_BT: jax.Array | None = None,
-        segments_BT: jax.Array | None = None,
-        types_BT: jax.Array | None = None,
-        prefix_BT: jax.Array | None = None,
-        source_positions_BS: jax.Array | None = None,
-        source_segments_BS: jax.Array | None = None,
-        rows_B: jax.Array | None = None,
-        filled_BT: jax.Array | None = None,
+        text: Text,
+        source: Text | None = None,
         dropout_key: jax.Array | None = None,
         tap: Tap = no_tap,
     ) -> tuple[jax.Array, RouterStats | None]:
         """The last residual stream [B, T, D], and what the routers did, where there are experts.
 
         Args:
-          tokens_BT: token ids; the source's [B, S] for an encoder-decoder.
-          targets_BT: an encoder-decoder's inputs to the decoder.
-          positions_BT: each token's position in its document; 0, 1, 2, … unless given.
-          segments_BT: which document each token is of, 0 for padding; attention never crosses
-            documents, and a target sees the source of its own number.
-          types_BT: which part of a pair of texts each token is of (BERT's segment embedding).
-          prefix_BT: true for tokens that all of their document may see.
-          source_positions_BS, source_segments_BS: likewise of an encoder-decoder's source.
-          rows_B: each row's number in the whole batch, for dropout; 0, 1, 2, … unless given.
-          filled_BT: false for padding, which visits no expert, where segments do not say so.
+          text: what the head reads.
+          source: what an encoder-decoder's encoder reads.
           dropout_key: turns dropout on.
           tap: see `lm.models.hooks`.
         """
-        memory, both = (), self.config.architecture == "encoder_decoder"
-        if both:
-            if targets_BT is None:
-                raise TypeError("an encoder-decoder needs two arguments: source_BS and targets_BT")
-            keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-            dropout_key, source_key = keys
-            source = Text.of(tokens_BT, source_positions_BS, source_segments_BS, rows_B=rows_B)
-            memory = (self._encode(tokens_BT, source, source_key, tap), source)
-        elif targets_BT is not None:
-            raise TypeError(
-                f"a model with architecture={self.config.architecture!r} reads one text"
-            )
-        text_BT = targets_BT if both else tokens_BT
-        text = Text.of(text_BT, positions_BT, segments_BT, prefix_BT, rows_B, filled_BT)
-        return self._read_text(
-            self, self.embedding, text_BT, text, types_BT, memory, dropout_key, tap
-        )
+        memory_BSD = None
+        if source is not None:
+            dropout_key, source_key = layers.split_key(dropout_key, 2)
+            memory_BSD = self._encode(source, source_key, tap)
+        memory = (memory_BSD, source)
+        return self._through(self, self.embedding, text, memory, dropout_key, tap)
 
     def encode(
-        self,
-        source_BS: jax.Array,
-        *,
-        positions_BS: jax.Array | None = None,
-        segments_BS: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
-        tap: Tap = no_tap,
+        self, source_BS: jax.Array, *, segments_BS: jax.Array | None = None, tap: Tap = no_tap
     ) -> jax.Array:
-        """The encoder's output [B, S, D] of an encoder-decoder; arguments as of a call."""
-        text = Text.of(source_BS, positions_BS, segments_BS)
-        return self._encode(source_BS, text, dropout_key, tap)
+        """The encoder's output [B, S, D] of an encoder-decoder."""
+        return self._encode(Text.of(source_BS, segments_BT=segments_BS), None, tap)
+
+    def _encode(self, source: Text, dropout_key, tap: Tap) -> jax.Array:
+        tap, embedding = within(tap, "encoder"), self.encoder_embedding
+        return self._through(self.encoder, embedding, source, (), dropout_key, tap)[0]
+
+    def _through(self, stack: Stack, embedding: Embedding, text: Text, memory, dropout_key, tap):
+        """Embeds one text and runs a stack over all of it."""
+        keys = layers.split_key(dropout_key, 2)
+        # In zig-zag order devices that share a sequence have as much to do as each other. But where
+        # experts have a capacity, their room goes to earlier tokens first.
+        causal = not stack.encodes and not self.config.capacity_factor
+        turned = causal and tap is no_tap and zigzag_divides(text.tokens_BT.shape[1])
+        text = text.to_zigzag() if turned else text
+        x_BTD = embedding(text, self.embedding.tokens[...], keys[0], tap)
+        context = stack.context(text, *memory)
+        x_BTD, _, router = stack.run(x_BTD, context, dropout_key=keys[1], tap=tap)
+        return from_zigzag(x_BTD) if turned else x_BTD, router
 
     def new_cache(
         self,
@@ -242,32 +259,34 @@ class Transformer(LanguageModel, Stack):
         Returns:
           The last residual stream [B, T, D], and the cache with the new tokens.
         """
-        T = tokens_BT.shape[1]
         keys_BS = jax.lax.dynamic_update_slice_in_dim(
             cache.positions_BS, positions_BT, cache.slot, 1
         )
-        memory = {}
+        across = None
         if cache.source_mask_BS is not None:
-            shape = (cache.source_mask_BS.shape[0], T, cache.source_mask_BS.shape[1])
-            mask_BTS = jnp.broadcast_to(cache.source_mask_BS[:, None, :], shape)
-            memory = {"memory_mask_BTS": mask_BTS}
-        read_BT = jnp.maximum(positions_BT, 0)
-        context = Context(
-            attention_mask(positions_BT, keys_BS),
+            there_B1S = cache.source_mask_BS[:, None, :]
+            shape = (*tokens_BT.shape, there_B1S.shape[-1])
+            across = Context(jnp.broadcast_to(there_B1S, shape))
+        text = Text.of(tokens_BT, positions_BT=jnp.maximum(positions_BT, 0))
+        # Who sees whom follows from positions here: rows differ in where their tokens stand.
+        context = Context.of(
+            self.config,
+            text._replace(slots_1T=positions_BT),
+            Text(slots_1T=keys_BS),
+            live_BS=keys_BS >= 0,
+            bias=self.score_bias(),
             slot=cache.slot,
             valid_BT=positions_BT >= 0,
-            **self.place(read_BT, keys_BS[:, None, :] - positions_BT[:, :, None]),
-            **memory,
+            across=across,
         )
-        context = self.with_local(context, read_BT, positions_BT, keys_BS)
-        x_BTD = self._embed(self.embedding, tokens_BT, Text.of(tokens_BT, read_BT), None, None, tap)
+        x_BTD = self.embedding(text, self.embedding.tokens[...], None, tap)
         x_BTD, (keys, values), _ = self.run(x_BTD, context, cache, tap=tap)
         return x_BTD, dataclasses.replace(
             cache,
             keys_LBSKC=keys,
             values_LBSKC=values,
             positions_BS=keys_BS,
-            slot=cache.slot + T,
+            slot=cache.slot + tokens_BT.shape[1],
         )
 
     def readout(self, x_BTD: jax.Array) -> jax.Array:
@@ -288,35 +307,3 @@ class Transformer(LanguageModel, Stack):
         if self.config.classifier == "sequence":
             x_BTD = self.pool(x_BTD) if self.config.pooler else x_BTD[:, 0]
         return self.classifier(x_BTD).astype(jnp.float32)
-
-    def _encode(self, source_BS, text: Text, dropout_key, tap) -> jax.Array:
-        tap = within(tap, "encoder")
-        embedding = self.encoder_embedding
-        return self._read_text(
-            self.encoder, embedding, source_BS, text, None, (), dropout_key, tap
-        )[0]
-
-    def _read_text(
-        self, stack: Stack, embedding, tokens_BT, text: Text, types_BT, memory, dropout_key, tap
-    ):
-        """Embeds one text and runs a stack over all of it."""
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        # In zig-zag order devices that share a sequence have as much to do as each other. But where
-        # experts have a capacity, their room goes to earlier tokens first.
-        causal = not stack.encodes and not self.config.capacity_factor
-        turned = causal and tap is no_tap and zigzag_divides(tokens_BT.shape[1])
-        if turned:
-            text = text.to_zigzag()
-            tokens_BT, types_BT = jax.tree.map(to_zigzag, (tokens_BT, types_BT))
-        x_BTD = self._embed(embedding, tokens_BT, text, types_BT, keys[0], tap)
-        context = stack.context(text, *memory)
-        x_BTD, _, router = stack.run(x_BTD, context, dropout_key=keys[1], tap=tap)
-        return from_zigzag(x_BTD) if turned else x_BTD, router
-
-    def _embed(self, embedding: Embedding, tokens_BT, text: Text, types_BT, dropout_key, tap):
-        dtype = compute_dtype(self.config.compute_dtype)
-        table = self.embedding.tokens[...]
-        x_BTD = embedding(tokens_BT, text.positions_BT, types_BT, table, tap)
-        rate = self.config.dropout
-        x_BTD = layers.dropout(x_BTD, rate, dropout_key, text.rows_B[:, None], text.slots_1T)
-        return tap("embedding", constrain(x_BTD.astype(dtype), "batch", "norm_length", "embed"))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.models import Model
+from lm.models.text import Text
 from lm.objectives.config import ObjectiveConfig
 from lm.objectives.cross_entropy import linear_cross_entropy
 from lm.objectives.router import router_loss
@@ -45,18 +46,23 @@ def token_loss(
       regularisers), `weight` (targets), `tokens` (places that are not padding) and, where there
       are experts, the router's.
     """
-    texts = [batch["source"], batch["inputs"]] if "source" in batch else [batch["inputs"]]
-    arguments = {
-        "positions_BT": batch.get("positions"),
-        "segments_BT": batch.get("segment_ids"),
-        "prefix_BT": batch.get("prefix"),
-        "source_positions_BS": batch.get("source_positions"),
-        "source_segments_BS": batch.get("source_segment_ids"),
-        "rows_B": rows_B,
-        "filled_BT": batch.get("filled") if model.config.num_experts else None,
-    }
-    arguments = {name: value for name, value in arguments.items() if value is not None}
-    x_BTD, router = model.hidden_and_router(*texts, dropout_key=dropout_key, **arguments)
+    text = Text.of(
+        batch["inputs"],
+        positions_BT=batch.get("positions"),
+        segments_BT=batch.get("segment_ids"),
+        prefix_BT=batch.get("prefix"),
+        filled_BT=batch.get("filled"),
+        rows_B=rows_B,
+    )
+    source = None
+    if "source" in batch:
+        source = Text.of(
+            batch["source"],
+            positions_BT=batch.get("source_positions"),
+            segments_BT=batch.get("source_segment_ids"),
+            rows_B=rows_B,
+        )
+    x_BTD, router = model.forward(text, source, dropout_key)
     targets_BT, weights_BT = batch["targets"], batch["weights"]
     if 0 < max_targets < weights_BT.shape[1]:
         x_BTD, targets_BT, weights_BT = _gathered(max_targets, x_BTD, targets_BT, weights_BT)
@@ -72,10 +78,8 @@ def token_loss(
         chunk=config.chunk if weights_BT is batch["weights"] else 0,
     )
     weight = jnp.sum(batch["weights"])
-    filled_BT = batch["segment_ids"] > 0 if "segment_ids" in batch else batch.get("filled")
-    if filled_BT is None:
-        filled_BT = jnp.ones_like(batch["inputs"])
-    tokens = jnp.sum(filled_BT, dtype=jnp.float32)
+    valid_BT = jnp.ones_like(text.tokens_BT) if text.valid_BT is None else text.valid_BT
+    tokens = jnp.sum(valid_BT, dtype=jnp.float32)
     metrics = {"nats": nats, "weight": weight, "tokens": tokens}
     if router is not None:
         routing, routing_metrics = router_loss(router, config, weight)

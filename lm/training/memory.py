@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,10 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 
 from lm.models import ModelConfig, bind, param_specs, skeleton
-from lm.models.attention.ring import ScoreBias
+from lm.models.attention.context import Context, score_bias
 from lm.models.matmul import compute_dtype
-from lm.models.positions import alibi_bias, relative_bias
-from lm.models.stack import Block, Context, rematerialized
+from lm.models.remat import rematerialized
+from lm.models.stack import Block
 from lm.models.text import Text
 from lm.objectives.cross_entropy import chunk_length
 from lm.parallel.layout import Layout
@@ -221,7 +220,9 @@ def kept_by_block(
     key = jax.random.key(0) if config.dropout else None
 
     def backward(x_BTD, params, context):
-        context = context._replace(causal=True, window=0, slot=0)  # as a layer's are: not traced
+        known = {"window": 0, "slot": 0}  # as a layer's are: not traced
+        across = context.across and context.across._replace(causal=False, **known)
+        context = context._replace(causal=True, across=across, **known)
         body = rematerialized(lambda b, x: b(x, context, key=key)[0], config)
         return jax.vjp(lambda p, x: body(bind(block, p), x), params, x_BTD)[1]
 
@@ -233,14 +234,17 @@ def _abstract_context(
 ) -> Context:
     abstract = jax.ShapeDtypeStruct
     half = abstract((1, length, 1, config.rotary_dim // 2), jnp.float32)
-    bias = None
-    if config.positions == "relative":
-        of = functools.partial(relative_bias, config=config, bidirectional=False)
-        bias = ScoreBias(abstract((config.relative_buckets, config.num_heads), jnp.float32), of)
-    elif config.positions == "alibi":
-        bias = ScoreBias(abstract((config.num_heads,), jnp.float32), alibi_bias)
+    bias = score_bias(
+        config, abstract((config.relative_buckets, config.num_heads), jnp.float32), causal=True
+    )
     pairs = abstract((1, config.num_heads, length, length), jnp.float32)
-    text, memory_text = _abstract_text(length), _abstract_text(source_length)
+    text, source = (
+        jax.eval_shape(Text.of, abstract((1, n), jnp.int32)) for n in (length, source_length)
+    )
+    crossing = {
+        "memory_BSD": abstract((1, source_length, config.width), dtype),
+        "across": Context(abstract((1, length, source_length), bool), text, source),
+    }
     return Context(
         abstract((1, length, length), bool),
         text=text,
@@ -248,15 +252,8 @@ def _abstract_context(
         rotary=(half, half) if config.positions == "rotary" else None,
         bias_BHTS=pairs if bias else None,
         bias=bias,
-        memory_BSD=abstract((1, source_length, config.width), dtype) if source_length else None,
-        memory_mask_BTS=abstract((1, length, source_length), bool) if source_length else None,
-        memory_text=memory_text if source_length else None,
+        **(crossing if source_length else {}),
     )
-
-
-def _abstract_text(length: int) -> Text:
-    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    return Text(tokens, tokens, jax.ShapeDtypeStruct((1,), jnp.int32))
 
 
 def _kept_by_recurrent(config: ModelConfig, length: int, source_length: int) -> int:

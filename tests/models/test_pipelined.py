@@ -11,6 +11,7 @@ import tiny_models
 
 from lm.config import ConfigError
 from lm.models import Transformer, bind, param_specs
+from lm.models.text import texts
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from lm.parallel.sharding import parameter_shardings
@@ -70,7 +71,7 @@ def problem(case: Case):
     skeleton, key = Transformer(config), jax.random.key(1) if config.dropout else None
 
     def score(values, batch):
-        x, router = bind(skeleton, values).hidden_and_router(**batch, dropout_key=key)
+        x, router = bind(skeleton, values).forward(*texts(config.architecture, **batch), key)
         score = jnp.sum(jnp.sin(jnp.arange(x.size)) * x.reshape(-1))
         if router is not None:
             score += jnp.sum(router.z) + jnp.sum(router.balance)

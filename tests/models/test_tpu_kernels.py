@@ -13,9 +13,11 @@ PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
-from lm.models.attention import kernels
-from lm.models.text import Text
+from lm.models.attention.context import Context
 from lm.models.attention.ring import ring_attention
+from lm.models.attention.splash import splash
+from lm.models.config import ModelConfig
+from lm.models.text import Text
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.platform import compiling_for
 from lm.planning.topology import open_topology
@@ -23,14 +25,16 @@ from lm.planning.topology import open_topology
 topology = open_topology(sys.argv[1])
 B, H, K, C, T = 2, 8, 2, 128, 2048
 
-def compiled(attention, sizes, **options):
+def compiled(attention, sizes, window=0, softcap=0.0):
+    config = ModelConfig(head_dim=C, attention_softcap=softcap, window=window)
     mesh = make_mesh(MeshConfig(data=1, **sizes), topology.devices)
     def array(*shape, dtype=jnp.bfloat16, spec=P(None, "context", "tensor")):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
     def gradients(query, key, value, segments):
-        text = Text.of(segments, None, segments)
+        text = Text.of(segments, segments_BT=segments)
+        context = Context(None, text, text, causal=True, window=window)
         def loss(*arrays):
-            heads = attention(*arrays, text, text, **options)
+            heads = attention(config, *arrays, context)
             return jnp.sum(heads.astype(jnp.float32) ** 2)
         return jax.grad(loss, (0, 1, 2))(query, key, value)
     keys = array(B, T, K, C)
@@ -43,8 +47,8 @@ def compiled(attention, sizes, **options):
 
 everything = dict(window=700, softcap=50.0)
 print(json.dumps({
-    "splash": compiled(kernels.splash, dict(tensor=2, fsdp=2)),
-    "splash, local, capped": compiled(kernels.splash, dict(tensor=2, fsdp=2), **everything),
+    "splash": compiled(splash, dict(tensor=2, fsdp=2)),
+    "splash, local, capped": compiled(splash, dict(tensor=2, fsdp=2), **everything),
     "ring": compiled(ring_attention, dict(context=4)),
     "ring, local, capped": compiled(ring_attention, dict(context=2, tensor=2), **everything),
 }))

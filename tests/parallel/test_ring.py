@@ -1,7 +1,6 @@
 """Attention around a ring of devices is attention; and what it costs each device."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +9,12 @@ import pytest
 
 from lm.config import ConfigError
 from lm.models.attention import flash
-from lm.models.attention.attention import attend, attention_mask
-from lm.models.attention.ring import ScoreBias, ring_attention
+from lm.models.attention.attention import attend
+from lm.models.attention.context import Context, ScoreBias
+from lm.models.attention.ring import ring_attention
 from lm.models.config import ModelConfig
 from lm.models.positions import alibi_slopes, relative_bias
-from lm.models.text import Text, same_document
+from lm.models.text import Text, visible
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.ring import from_zigzag, to_zigzag, zigzag_slots
 
@@ -72,36 +72,34 @@ def inputs(case):
     prefix = (jnp.arange(T) % 10 < 4)[None].repeat(case.batch, 0) if case.prefix else None
     segments = SEGMENTS[: case.batch] if case.packed else None
     rows = jnp.arange(case.batch) + 3
-    text = Text.of(query[..., 0, 0], None, segments, prefix, rows)
+    text = Text.of(query[..., 0, 0], segments_BT=segments, prefix_BT=prefix, rows_B=rows)
     key_text = text
     if case.keys != T:
         of_keys = None if segments is None else segments[:, 1::2]
-        key_text = Text.of(key[..., 0, 0], None, of_keys, None, rows)
+        key_text = Text.of(key[..., 0, 0], segments_BT=of_keys, rows_B=rows)
     return (query, key, value, table), weights, text, key_text
 
 
+def config_of(case):
+    fields = {"attention_softcap": case.softcap, "dropout": case.dropout}
+    return ModelConfig(attention_scale=0.3, **fields)
+
+
 def reference(case, query, key, value, table, text, key_text):
-    slots, others = text.slots_1T, key_text.slots_1T
-    if case.keys != T:
-        mask = same_document(text, key_text)
-    else:
-        mask = attention_mask(
-            slots, others, text.segments_BT, key_text.segments_BT,
-            causal=case.causal, window=case.window, prefix_BS=text.prefix_BT,
-        )  # fmt: skip
     bias = None
     if case.bias:
-        bias = globals()[case.bias](table, others[:, None, :] - slots[:, :, None])
-    return attend(
-        query, key, value, mask, bias_BHTS=bias, softcap=case.softcap, scale=0.3,
-        dropout_rate=case.dropout, dropout_key=jax.random.key(7),
-        text=text, key_text=key_text,
-    )  # fmt: skip
+        distance = key_text.slots_1T[:, None, :] - text.slots_1T[:, :, None]
+        bias = globals()[case.bias](table, distance)
+    causal = case.causal and case.keys == T
+    mask = visible(text, key_text, causal=causal, window=case.window)
+    context = Context(mask, text, key_text, bias_BHTS=bias)
+    return attend(config_of(case), query, key, value, context, jax.random.key(7))
 
 
 def reordered(text, reorder):
     length = text.slots_1T.shape[1]
     return text._replace(
+        tokens_BT=None,
         slots_1T=zigzag_slots(length) if reorder is to_zigzag else text.slots_1T,
         positions_BT=reorder(text.positions_BT),
         segments_BT=None if text.segments_BT is None else reorder(text.segments_BT),
@@ -109,20 +107,17 @@ def reordered(text, reorder):
     )
 
 
-def ring(case, query, key, value, table, text, key_text, **options):
+def ring(case, query, key, value, table, *texts, window=None):
     reorder = to_zigzag if case.zigzag else lambda x: x
-    bias = ScoreBias(table, globals()[case.bias]) if case.bias else None
-    options = {
-        "causal": case.causal and case.keys == T, "scale": 0.3, "softcap": case.softcap,
-        "window": case.window, "bias": bias, "dropout_rate": case.dropout,
-        "dropout_key": jax.random.key(7), **options,
-    }  # fmt: skip
-    heads = ring_attention(
-        *(reorder(x) for x in (query, key, value)),
-        reordered(text, reorder),
-        reordered(key_text, reorder),
-        **options,
+    context = Context(
+        None,
+        *(reordered(text, reorder) for text in texts),
+        causal=case.causal and case.keys == T,
+        window=case.window if window is None else window,
+        bias=ScoreBias(table, globals()[case.bias]) if case.bias else None,
     )
+    arrays = (reorder(x) for x in (query, key, value))
+    heads = ring_attention(config_of(case), *arrays, context, jax.random.key(7))
     return from_zigzag(heads) if case.zigzag else heads
 
 
@@ -134,12 +129,11 @@ def outputs_and_gradients(attention, case, weights, *texts):
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
-def check(case, **options):
+def check(case):
     arrays, weights, *texts = inputs(case)
     (_, want), want_gradients = outputs_and_gradients(reference, case, weights, *texts)(arrays)
     with jax.set_mesh(mesh_of(**dict(case.mesh))):
-        attention = functools.partial(ring, **options)
-        (_, got), gradients = outputs_and_gradients(attention, case, weights, *texts)(arrays)
+        (_, got), gradients = outputs_and_gradients(ring, case, weights, *texts)(arrays)
     np.testing.assert_allclose(got, want, atol=1e-5)
     for name, a, b in zip(["query", "key", "value", "table"], gradients, want_gradients):
         if name != "table" or case.bias == "relative":
@@ -224,7 +218,7 @@ def test_lengths_that_do_not_divide_are_said_so():
         x = jnp.zeros((1, 6, 2, 4))
         text = Text.of(x[..., 0, 0])
         with pytest.raises(ConfigError, match=r"config.mesh.context=4 must divide .* 6"):
-            ring_attention(x, x, x, text, text)
+            ring_attention(ModelConfig(), x, x, x, Context(None, text, text))
 
 
 def compiled(context, length, grad=True):
@@ -237,7 +231,8 @@ def compiled(context, length, grad=True):
 
     def attention(query, key, value):
         text = Text.of(query[..., 0, 0])
-        return ring_attention(query, key, value, text, text)
+        context = Context(None, text, text, causal=True)
+        return ring_attention(ModelConfig(), query, key, value, context)
 
     def gradients(query, key, value):
         return jax.grad(lambda *a: jnp.sum(attention(*a) ** 2), (0, 1, 2))(query, key, value)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.models.layers import dropout
+from lm.models.text import visible
 
 UNSEEN = -1e30  # log of the sum of exponentials of a query that has seen no key
 BLOCK = 1024  # tokens a block at most
@@ -110,21 +111,6 @@ def visits(
         first_key, last_key = (e[:, None, :] for e in ends(keys.segments_BT, key_block))
         seen &= (first_key <= last_query) & (last_key >= first_query)
     return seen
-
-
-def visible(causal: bool, queries: Tokens, keys: Tokens, window) -> jax.Array:
-    """Whether query t may see key s; a boolean [B or 1, T, S]."""
-    query, key = queries.slots_1T[:, :, None], keys.slots_1T[:, None, :]
-    mask = jnp.ones((1, query.shape[1], key.shape[2]), bool)
-    if causal:
-        mask = key <= query
-        if keys.prefix_BT is not None:
-            mask |= keys.prefix_BT[:, None, :] > 0
-    if window is not None:
-        mask &= (window == 0) | (key > query - window)
-    if queries.segments_BT is not None:
-        mask &= queries.segments_BT[:, :, None] == keys.segments_BT[:, None, :]
-    return mask
 
 
 def forward(
@@ -294,7 +280,7 @@ class _Blocks:
             scores, slope = self.rule.softcap * bent, 1 - bent * bent
         if self.rule.bias is not None:
             scores += self.grouped(self.rule.bias(self.given.table, self._distance(tokens, others)))
-        mask = visible(self.rule.causal, tokens, others, self.given.window)
+        mask = visible(tokens, others, causal=self.rule.causal, window=self.given.window)
         return scores, mask[:, None, None], slope
 
     def dropped(self, pattern, tokens: Tokens, others: Tokens):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -15,74 +13,46 @@ from jax.sharding import PartitionSpec
 
 from lm.config import ConfigError
 from lm.models.attention import flash
+from lm.models.attention.context import Context
 from lm.models.attention.flash import LANES, Given, Rule, Seen, Tokens
-from lm.models.text import Text
+from lm.models.config import ModelConfig
+from lm.models.remat import HEADS
+from lm.models.text import both_segments
 from lm.parallel.platform import platform
+from lm.parallel.reduce import axes_of
 from lm.parallel.ring import around, context_ways
 from lm.parallel.sharding import ACTIVATION_RULES, automatic_axes, partition
 
-HEADS = "attention_heads"  # to remat policies, the name of what the backward pass starts from
 
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=["of"])
-@dataclasses.dataclass(frozen=True)
-class ScoreBias:
-    """What is added to scores as a function of distance alone.
-
-    `of(table, distance [1, T, S])` gives it, [1, H, T, S]; `table` has the heads last, and those of
-    one device where several share them. Distance is the key's slot less the query's.
-    """
-
-    table: jax.Array
-    of: Callable[[jax.Array, jax.Array], jax.Array]
-
-
-class Layout(NamedTuple):
+class HeadSharding(NamedTuple):
     """How the arrays of one attention lie on the mesh, for a `shard_map` over all of it."""
 
-    names: frozenset[str]  # of the mesh axes to split by hand; empty: there is one device
-    query: PartitionSpec = PartitionSpec()  # of [B, T, H, C]
-    key: PartitionSpec = PartitionSpec()  # of [B, S, K, C]
-
-    @property
-    def tensor(self) -> str | None:
-        """The axis that splits heads, if any does."""
-        return self.query[2] if self.names else None
+    names: frozenset[str] = frozenset()  # of the mesh axes to split by hand; empty: one device
+    heads: PartitionSpec = PartitionSpec(None, None, None, None)  # of queries, keys and values
 
     @property
     def token_axes(self) -> tuple[str, ...]:
         """The axes that split rows or tokens: sums over all tokens are sums over these."""
-        flat = []
-        for entry in self.query[:2]:
-            flat += [entry] if isinstance(entry, str) else entry or ()
-        return tuple(flat)
+        return axes_of(self.heads[0]) + axes_of(self.heads[1])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
+class _Call(NamedTuple):
     """What is known of a call when tracing."""
 
     rule: Rule
-    layout: Layout
+    sharding: HeadSharding
     scale: float
     kernel: str  # "xla" or "pallas"
-    interpret: bool = False
 
 
 def ring_attention(
+    config: ModelConfig,
     query_BTHC: jax.Array,
     key_BSKC: jax.Array,
     value_BSKC: jax.Array,
-    query_text: Text,
-    key_text: Text,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    softcap: float = 0.0,
-    window: int | jax.Array = 0,
-    bias: ScoreBias | None = None,
-    dropout_rate: float = 0.0,
+    context: Context,
     dropout_key: jax.Array | None = None,
+    *,
     kernel: str = "auto",
 ) -> jax.Array:
     """Exact attention in which keys and values travel around the devices that share a sequence.
@@ -94,15 +64,10 @@ def ring_attention(
     in zig-zag order (`lm.parallel.ring`) every device has the same work. Without a mesh it is
     attention block by block on one device.
 
+    Of `context`, masks and biases of all pairs are not read: texts, window and `bias` say the same.
+
     Args:
-      query_BTHC, key_BSKC, value_BSKC: of every head; K divides H.
-      query_text, key_text: of the tokens they are of.
-      causal: keys of later slots are not seen, except those of `key_text.prefix_BT`.
-      scale: multiplies the queries; C^-½ unless given.
-      softcap: c in c·tanh(scores/c); 0: none.
-      window: only this many keys up to the query's own are seen; 0: all. It may be traced.
-      bias: added to the scores.
-      dropout_rate, dropout_key: dropout of the pattern, the same as `attend`'s.
+      config, query_BTHC, key_BSKC, value_BSKC, context, dropout_key: as of `attend`.
       kernel: what computes a block: `xla`, `pallas` (TPU; without bias and dropout), or `auto`.
 
     Returns:
@@ -112,11 +77,12 @@ def ring_attention(
       ConfigError: `context` does not divide the number of queries or of keys, or the kernel cannot
         do this.
     """
-    dropped = dropout_key is not None and dropout_rate > 0
+    bias, window = context.bias, context.window
+    dropped = dropout_key is not None and config.dropout > 0
     rule = Rule(
-        causal,
-        float(softcap),
-        float(dropout_rate) if dropped else 0.0,
+        context.causal,
+        float(config.attention_softcap),
+        float(config.dropout) if dropped else 0.0,
         query_BTHC.shape[2],
         None if bias is None else bias.of,
     )
@@ -126,22 +92,22 @@ def ring_attention(
             f"config.mesh.context={ways} must divide the number of tokens, which is {tokens}"
             + ("" if others == tokens else f" of queries and {others} of keys")
         )
-    layout, key_BSKC, value_BSKC = lay_out(query_BTHC, key_BSKC, value_BSKC, "length")
-    scale = query_BTHC.shape[-1] ** -0.5 if scale is None else scale
-    call = _Call(rule, layout, scale, *_kernel(kernel, rule, query_BTHC, key_BSKC))
-    queries, keys = _tokens(query_text, key_text, causal)
-    words = rows = None
-    if dropped:
-        words, rows = jax.random.key_data(dropout_key)[-2:], query_text.rows_B
+    sharding, key_BSKC, value_BSKC = shard_heads(query_BTHC, key_BSKC, value_BSKC, "length")
+    call = _Call(rule, sharding, config.score_scale, _kernel(kernel, rule, query_BTHC, key_BSKC))
     no_window = isinstance(window, int) and window == 0
-    given = Given(None if no_window else jnp.asarray(window, jnp.int32), None, words, rows)
+    given = Given(
+        None if no_window else jnp.asarray(window, jnp.int32),
+        words=jax.random.key_data(dropout_key)[-2:] if dropped else None,
+        rows_B=context.text.rows_B if dropped else None,
+    )
     table = None if bias is None else jnp.asarray(bias.table, jnp.float32)
-    return _attention(call, query_BTHC, key_BSKC, value_BSKC, table, queries, keys, given)
+    texts = _tokens(context)
+    return _attention(call, query_BTHC, key_BSKC, value_BSKC, table, *texts, given)
 
 
-def lay_out(
+def shard_heads(
     query_BTHC: jax.Array, key_BSKC: jax.Array, value_BSKC: jax.Array, length: str | None
-) -> tuple[Layout, jax.Array, jax.Array]:
+) -> tuple[HeadSharding, jax.Array, jax.Array]:
     """Where everything lies, and keys and values with as many heads as that needs.
 
     Where `tensor` splits the queries' heads but does not divide the keys', each of these is copied
@@ -153,41 +119,35 @@ def lay_out(
     """
     mesh, names = automatic_axes()
     if not names:
-        return Layout(frozenset()), key_BSKC, value_BSKC
+        return HeadSharding(), key_BSKC, value_BSKC
     axes = ("batch", length, "heads", None)
-    query_spec = partition(axes, query_BTHC.shape, mesh, ACTIVATION_RULES)
-    tensor = mesh.shape["tensor"] if query_spec[2] else 1
+    spec = partition(axes, query_BTHC.shape, mesh, ACTIVATION_RULES)
+    tensor = mesh.shape["tensor"] if spec[2] else 1
     heads = key_BSKC.shape[2]
     if heads % tensor:
         copies = math.lcm(heads, tensor) // heads
         key_BSKC, value_BSKC = (jnp.repeat(x, copies, 2) for x in (key_BSKC, value_BSKC))
-    # The two specifications are equal: a head of keys goes where its queries go.
-    return Layout(frozenset(names), query_spec, query_spec), key_BSKC, value_BSKC
+    # One specification for both: a head of keys goes where its queries go.
+    return HeadSharding(frozenset(names), spec), key_BSKC, value_BSKC
 
 
-def _kernel(kernel: str, rule: Rule, query, key) -> tuple[str, bool]:
+def _kernel(kernel: str, rule: Rule, query, key) -> str:
     possible = rule.bias is None and not rule.dropout_rate
     if kernel == "auto":
         fits = all(x.shape[1] // context_ways() % LANES == 0 for x in (query, key))
-        return ("pallas" if platform() == "tpu" and possible and fits else "xla"), False
+        return "pallas" if platform() == "tpu" and possible and fits else "xla"
     if kernel == "pallas" and not possible:
         raise ConfigError("kernel='pallas' cannot add a bias to scores nor drop them: use 'xla'")
-    return kernel, platform() != "tpu"
+    return kernel
 
 
-def _tokens(query_text: Text, key_text: Text, causal: bool) -> tuple[Tokens, Tokens]:
-    segments = [text.segments_BT for text in (query_text, key_text)]
-    if any(s is not None for s in segments):
-        segments = [
-            jnp.ones_like(text.positions_BT) if s is None else s
-            for text, s in zip((query_text, key_text), segments)
-        ]
-    prefix = key_text.prefix_BT if causal else None
+def _tokens(context: Context) -> tuple[Tokens, Tokens]:
+    segments = both_segments(context.text, context.key_text)
+    prefix = context.key_text.prefix_BT if context.causal else None
+    prefix = None if prefix is None else prefix.astype(jnp.int32)
     return (
-        Tokens(query_text.slots_1T, segments[0]),
-        Tokens(
-            key_text.slots_1T, segments[1], None if prefix is None else prefix.astype(jnp.int32)
-        ),
+        Tokens(context.text.slots_1T, segments[0]),
+        Tokens(context.key_text.slots_1T, segments[1], prefix),
     )
 
 
@@ -215,7 +175,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 
 
 def _forward(call: _Call, *arrays):
-    forward, _ = _kernels(call)
+    forward, _ = _passes(call)
 
     def local(query, key, value, table, queries, keys, given):
         given = _complete(call, given, table, query)
@@ -232,7 +192,7 @@ def _forward(call: _Call, *arrays):
 
 
 def _backward(call: _Call, query, key, value, table, queries, keys, given, *rest):
-    _, backward = _kernels(call)
+    _, backward = _passes(call)
     dtypes = query.dtype, key.dtype, value.dtype
 
     def local(query, key, value, table, queries, keys, given, heads, logsum, gradient):
@@ -247,13 +207,13 @@ def _backward(call: _Call, query, key, value, table, queries, keys, given, *rest
 
         so_far = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (query, table))
         (d_query, d_table), sums = _turns(call, step, so_far, (key, value, keys))
-        if table is not None and call.layout.token_axes:
-            d_table = jax.lax.psum(d_table, call.layout.token_axes)
+        if table is not None and call.sharding.token_axes:
+            d_table = jax.lax.psum(d_table, call.sharding.token_axes)
         gradients = _heads_first(d_query * call.scale, *sums)
         return *(g.astype(d) for g, d in zip(gradients, dtypes)), d_table
 
     arrays = (query, key, value, table, queries, keys, given, *rest)
-    return _mapped(call, local, arrays, ("heads", "keys", "keys", "table"))
+    return _mapped(call, local, arrays, ("heads", "heads", "heads", "table"))
 
 
 def _heads_first(*arrays):
@@ -262,60 +222,53 @@ def _heads_first(*arrays):
 
 
 def _complete(call: _Call, given: Given, table, query) -> Given:
-    first = 0
-    if call.layout.tensor is not None:
-        first = jax.lax.axis_index(call.layout.tensor) * query.shape[2]
+    tensor = call.sharding.heads[2]
+    first = 0 if tensor is None else jax.lax.axis_index(tensor) * query.shape[2]
     return given._replace(table=table, first_head=first)
 
 
 def _turns(call: _Call, step, state, block):
-    if "context" in call.layout.token_axes:
+    if "context" in call.sharding.token_axes:
         return around(step, state, block)
     return step(state, block)
 
 
-def _kernels(call: _Call):
+def _passes(call: _Call):
     """The two passes over a block of keys."""
     if call.kernel == "xla":
         return flash.forward, flash.backward
-    from lm.models.attention import splash  # importing Pallas takes a third of a second
+    from lm.models.attention import flash_tpu  # importing Pallas takes a third of a second
 
-    passes = splash.forward, splash.backward
-    return tuple(functools.partial(f, interpret=call.interpret) for f in passes)
+    interpret = platform() != "tpu"
+    passes = flash_tpu.forward, flash_tpu.backward
+    return tuple(functools.partial(f, interpret=interpret) for f in passes)
 
 
 def _mapped(call: _Call, local, arrays, outputs: tuple[str, ...]):
     """`local` of each device's part of `arrays`; one device needs no mapping."""
-    layout = call.layout
-    if not layout.names:
+    sharding, P = call.sharding, PartitionSpec
+    if not sharding.names:
         return local(*arrays)
-    rows, length, tensor = layout.query[:3]
-    P = PartitionSpec
-    table = None
-    if arrays[3] is not None:
-        table = P(*(None,) * (arrays[3].ndim - 1), tensor)
-    known = {
-        "heads": layout.query,
-        "keys": layout.key,
-        "logsum": P(rows, tensor, length),
-        "table": table,
-    }
+    rows, length, tensor = sharding.heads[:3]
+    table, logsum = arrays[3], P(rows, tensor, length)
+    table = None if table is None else P(*(None,) * (table.ndim - 1), tensor)
     tokens = Tokens(P(None, length), P(rows, length), P(rows, length))
     given = Given(P(), None, P(), P(rows), P())
-    inputs = (layout.query, layout.key, layout.key, table, tokens, tokens, given)
-    inputs += (layout.query, known["logsum"], layout.query)
+    inputs = (sharding.heads, sharding.heads, sharding.heads, table, tokens, tokens, given)
+    inputs += (sharding.heads, logsum, sharding.heads)
     # An array that is not there has no specification either.
     inputs = tuple(
-        spec
-        if isinstance(spec, P) or spec is None
-        else type(spec)(*(None if x is None else s for x, s in zip(array, spec)))
+        type(spec)(*(None if x is None else s for x, s in zip(array, spec)))
+        if isinstance(spec, Tokens | Given)
+        else spec
         for spec, array in zip(inputs, arrays)
     )
+    known = {"heads": sharding.heads, "logsum": logsum, "table": table}
     mapped = jax.shard_map(
         local,
         in_specs=inputs,
         out_specs=tuple(known[name] for name in outputs),
-        axis_names=set(layout.names),
+        axis_names=set(sharding.names),
         check_vma=False,
     )
     return mapped(*arrays)

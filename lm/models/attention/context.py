@@ -1,0 +1,108 @@
+"""What the layers of one call share: which keys each query sees, and what positions add."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lm.models.config import ModelConfig
+from lm.models.positions import alibi_bias, alibi_slopes, relative_bias, rotary_angles
+from lm.models.text import Text, visible
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["table"], meta_fields=["of"])
+@dataclasses.dataclass(frozen=True)
+class ScoreBias:
+    """What is added to scores as a function of distance alone.
+
+    `of(table, distance [1, T, S])` gives it, [1, H, T, S]; `table` has the heads last, and those of
+    one device where several share them. Distance is the key's slot less the query's.
+    """
+
+    table: jax.Array
+    of: Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def score_bias(config: ModelConfig, table: jax.Array | None, causal: bool) -> ScoreBias | None:
+    """What `config.positions` adds; `table` is what relative positions have learned."""
+    if config.positions == "relative":
+        of = functools.partial(relative_bias, config=config, bidirectional=not causal)
+        return ScoreBias(table, of)
+    if config.positions == "alibi":
+        return ScoreBias(jnp.asarray(alibi_slopes(config.num_heads)), alibi_bias)
+    return None
+
+
+class Context(NamedTuple):
+    """What attention is told besides queries, keys and values."""
+
+    mask_BTS: jax.Array | None  # which keys each query may see
+    text: Text | None = None  # the queries'; None in cached decoding
+    key_text: Text | None = None  # the keys'
+    rotary: tuple[jax.Array, ...] | None = None
+    bias: ScoreBias | None = None
+    bias_BHTS: jax.Array | None = None  # the same, for every pair
+    causal: bool = False  # whether later keys are hidden, unless of a prefix
+    window: jax.Array | int = 0  # each query sees this many keys up to its own; 0: all
+    local: tuple | None = None  # mask, rotary angles and window of local layers
+    slot: jax.Array | int = 0  # where in the cache this call's keys go
+    valid_BT: jax.Array | None = None  # which tokens are not padding
+    memory_BSD: jax.Array | None = None  # the encoder's output, unless the cache has its keys
+    across: Context | None = None  # of attention to the encoder's output
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        queries: Text,
+        keys: Text,
+        *,
+        causal: bool = True,
+        bias: ScoreBias | None = None,
+        bias_BHTS: jax.Array | None = None,
+        live_BS: jax.Array | None = None,
+        **fields,
+    ) -> Context:
+        """Of queries that see keys as `config` says; `fields` are taken as they are.
+
+        Args:
+          config: the model's.
+          queries, keys: their slots, segments and prefix; and where queries stand in documents.
+          causal: whether later keys are hidden.
+          bias, bias_BHTS: added to scores; the latter is made of the former unless given.
+          live_BS: which keys there are; None: all.
+        """
+
+        def reach(window: int):
+            mask_BTS = visible(queries, keys, causal=causal, window=window)
+            if live_BS is not None:
+                mask_BTS &= live_BS[:, None, :]
+            if config.positions != "rotary":
+                return mask_BTS, None, window
+            return mask_BTS, rotary_angles(queries.positions_BT, config, window > 0), window
+
+        if bias is not None and bias_BHTS is None:
+            distance_BTS = keys.slots_1T[:, None, :] - queries.slots_1T[:, :, None]
+            bias_BHTS = bias.of(bias.table, distance_BTS)
+        mask_BTS, rotary, _ = reach(0)
+        local = reach(config.window) if config.window else None
+        known = {"bias": bias, "bias_BHTS": bias_BHTS, "causal": causal, "local": local}
+        return cls(mask_BTS, rotary=rotary, **known, **fields)
+
+    def of_layer(self, is_local: bool | jax.Array) -> Context:
+        """With the mask, angles and window of a local layer, or of a global one."""
+        if self.local is None or is_local is False:
+            return self
+        reach = self.local
+        if is_local is not True:
+            reach = jax.tree.map(
+                lambda local, other: jnp.where(is_local, local, other),
+                self.local,
+                (self.mask_BTS, self.rotary, self.window),
+            )
+        return self._replace(**dict(zip(("mask_BTS", "rotary", "window"), reach)))
