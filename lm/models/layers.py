@@ -68,10 +68,7 @@ def embedding_initializer(config: ModelConfig):
 class Norm(nnx.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) of the last axis, in float32.
 
-    Args:
-      config: says which.
-      width: of that axis; the residual stream's unless given.
-      axis: its logical name.
+    That axis is the residual stream's unless its `width` and logical name are given.
     """
 
     def __init__(self, config: ModelConfig, width: int | None = None, axis: str = "embed"):
@@ -101,9 +98,7 @@ class Norm(nnx.Module):
 class MLP(nnx.Module):
     """Two projections around a nonlinearity; three when gated (Shazeer 2020).
 
-    Args:
-      config: says which nonlinearity, and whether there are biases.
-      hidden: width of the hidden layer; `config.feed_forward` unless given.
+    The hidden layer is `config.feed_forward` wide unless `hidden` says otherwise.
     """
 
     def __init__(self, config: ModelConfig, hidden: int | None = None):
@@ -158,12 +153,7 @@ def activate(name: str, hidden: jax.Array, gate: jax.Array | None = None) -> jax
 
 
 class Projection(nnx.Module):
-    """A dense layer with a bias: `x · projection + bias`.
-
-    Args:
-      config: says how it starts.
-      outputs: how many numbers it makes of a residual stream.
-    """
+    """A dense layer of a residual stream, with a bias: `x · projection + bias`."""
 
     def __init__(self, config: ModelConfig, outputs: int):
         initializer = weight_initializer(config, config.width, outputs)
@@ -196,9 +186,7 @@ def dropout(
     the batch is cut into micro-batches, sequences into parts, or tokens reordered.
 
     Args:
-      x: of any shape.
-      rate: the share to drop.
-      key: of this call; None turns dropout off.
+      x, rate, key: no key, no dropout.
       row, place: integers that broadcast against all axes of `x` but the last: the row of the
         batch, and which of its vectors this is.
       column: integers that broadcast against the last axis; 0, 1, 2, … unless given.
@@ -246,11 +234,8 @@ def embedding_lookup(
     the part it holds, and the parts are added (Shoeybi et al. 2019, §3). Left to itself, XLA may
     gather the tokens of all devices instead.
 
-    Args:
-      table_VD: float32.
-      rows_BT: numbers of rows.
-      dtype: what devices send each other rows in, the compute dtype: where there are several, what
-        is found is rounded to it. Gradients are summed in float32 on each device, however.
+    Devices send each other rows in `dtype`, the compute dtype: where there are several, what is
+    found is rounded to it. Gradients are summed in float32 on each device, however.
     """
     mesh, names = automatic_axes()
     if not names:

@@ -67,16 +67,15 @@ def contract(
     so that both gradients are contractions as well.
 
     Args:
-      spec: an einsum of two operands with an explicit output, e.g. `btd,df->btf`.
+      spec: with an explicit output, e.g. `btd,df->btf`.
       x: the activations; their dtype is the compute dtype.
       w: the other operand: a float32 parameter, or activations.
       dtype: of the result; x's own unless given.
       quantization: none, or the name of a recipe of `lm.models.quantized`, by which this product
         and both of its gradients are taken.
 
-    Returns:
-      The product in `dtype`. To remat policies its name is `product`, or `batched_product` where
-      the operands share a dimension with the output, as attention's do.
+    To remat policies the product's name is `product`, or `batched_product` where the operands share
+    a dimension with the output, as attention's do.
     """
     operands, out = spec.split("->")
     first, second = operands.split(",")
@@ -95,12 +94,6 @@ def contract_each(
     joined on the CPU: a copy, so not when decoding, where reading the weights is all the work; and
     not where the mesh splits weights over `tensor`, as joining would move them between devices.
     Elsewhere each product is large enough, and joining costs memory: at Llama-2-70B's size, 5 GB.
-
-    Args:
-      spec: as for `contract`, e.g. `btd,dhc->bthc`.
-      x: the activations.
-      weights: float32 parameters.
-      quantization: as for `contract`.
     """
     first, second, out = spec.replace("->", ",").split(",")
     letter = next(letter for letter in second if letter not in first)

@@ -96,13 +96,9 @@ def relative_buckets(config: ModelConfig, bidirectional: bool) -> np.ndarray:
 def relative_bias(
     table: jax.Array, distance_BTS: jax.Array, config: ModelConfig, bidirectional: bool
 ) -> jax.Array:
-    """What T5 adds to attention scores, float32 [B, H, T, S].
+    """What T5 adds to attention scores, float32 [B, H, T, S], of learned biases [buckets, H].
 
-    Args:
-      table: the learned biases [buckets, H].
-      distance_BTS: position of key s less position of query t.
-      config: says how distances fall into buckets.
-      bidirectional: whether keys ahead are told apart.
+    A distance is the position of key s less that of query t; `bidirectional` tells the signs apart.
     """
     furthest = config.relative_distance
     clipped = jnp.clip(distance_BTS, -furthest, furthest) + furthest

@@ -55,14 +55,10 @@ RECIPES = {
 
 
 def einsum(spec: str, a: jax.Array, b: jax.Array, kinds: Kinds, sum_dtype: jnp.dtype) -> jax.Array:
-    """`einsum(spec, a, b)` of the operands rounded to eight bits.
+    """`einsum(spec, a, b)`, its output explicit, of the operands rounded to eight bits of `kinds`.
 
-    Args:
-      spec: an einsum of two operands with an explicit output.
-      a, b: floating-point arrays.
-      kinds: what each is rounded to.
-      sum_dtype: of the result, and of the parts of it that devices sum, but of int8 those are
-        int32.
+    The result is of `sum_dtype`, and so are the parts of it that devices sum, but of int8 those are
+    int32.
     """
     import qwix  # thirty milliseconds that others need not wait
 
@@ -77,16 +73,9 @@ def einsum(spec: str, a: jax.Array, b: jax.Array, kinds: Kinds, sum_dtype: jnp.d
 def ragged_dot(
     x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, kinds: Kinds, dtype: jnp.dtype
 ) -> jax.Array:
-    """`jax.lax.ragged_dot` [R, F] of the operands rounded to eight bits, in `dtype`.
+    """`jax.lax.ragged_dot` [R, F] of the operands rounded to eight bits of `kinds`, in `dtype`.
 
     A column's scale is the same in all of the matrices.
-
-    Args:
-      x_RD: rows, those of the first group first.
-      w_EDF: a matrix of each group.
-      sizes_E: how many rows each group has.
-      kinds: what rows and matrices are rounded to.
-      dtype: of the result.
     """
     import qwix
 

@@ -273,7 +273,7 @@ class Transformer(LanguageModel, Stack):
             self.config,
             text._replace(slots_1T=positions_BT),
             Text(slots_1T=keys_BS),
-            live_BS=keys_BS >= 0,
+            cached=True,
             bias=self.score_bias(),
             slot=cache.slot,
             valid_BT=positions_BT >= 0,

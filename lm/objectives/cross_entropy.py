@@ -36,11 +36,7 @@ CHUNK_ELEMENTS = {"cpu": 2**25, "gpu": 2**27, "tpu": 2**27}
 def chunk_length(batch: int, length: int, vocab: int, limit: int = 0) -> int:
     """The largest divisor of `length` whose chunk of logits has at most `limit` elements.
 
-    Args:
-      batch: rows on one device.
-      length: tokens of a row there.
-      vocab: the part of the vocabulary there.
-      limit: 0: the platform's.
+    Sizes are those on one device; a `limit` of 0 is the platform's.
     """
     limit = limit or CHUNK_ELEMENTS[platform()]
     most = max(1, limit // (batch * vocab))
@@ -202,44 +198,39 @@ def _split(array, chunk):
     return jnp.moveaxis(array.reshape(shape), 1, 0)
 
 
-def _losses(shape, chunk, axis, x, head, bias, first, targets, weights):
-    """(loss, nats), summed over all chunks."""
-
-    def step(total, part):
-        x, targets, weights = part
-        loss, nats, *_ = _chunk_loss(shape, axis, x, head, bias, first, targets, weights)
-        return (total[0] + loss, total[1] + nats), None
-
-    if chunk == x.shape[1]:
-        return step((0.0, 0.0), (x, targets, weights))[0]
-    parts = tuple(_split(a, chunk) for a in (x, targets, weights))
-    return jax.lax.scan(step, (jnp.float32(0), jnp.float32(0)), parts)[0]
-
-
-def _losses_and_gradients(shape, chunk, axis, vocab, x, head, bias, first, targets, weights):
-    """Loss and nats, and the loss's gradient with respect to x, head and bias."""
+def _losses(static, gradients, vocab, x, head, bias, first, targets, weights):
+    """Loss and nats, and if asked for the loss's gradients with respect to x, head and bias."""
+    shape, chunk, split = static
 
     def step(carry, part):
-        loss_sum, nats_sum, dhead, dbias = carry
+        loss_sum, nats_sum, *sums = carry
         x, targets, weights = part
-        loss, nats, logits, log_z = _chunk_loss(shape, axis, x, head, bias, first, targets, weights)
+        loss, nats, logits, log_z = _chunk_loss(
+            shape, split.vocab, x, head, bias, first, targets, weights
+        )
+        totals = loss_sum + loss, nats_sum + nats
+        if not gradients:
+            return totals, None
+        dhead, dbias = sums
         dlogits = _logit_gradient(shape, vocab, first, logits, log_z, targets, weights)
         if bias is not None:
             dbias += dlogits.sum((0, 1))
         dlogits = jax.lax.optimization_barrier(dlogits.astype(x.dtype))
         dx = contract("btv,vd->btd", dlogits, head)
         dhead += contract("btv,btd->vd", dlogits, x, jnp.float32)
-        return (loss_sum + loss, nats_sum + nats, dhead, dbias), dx
+        return (*totals, dhead, dbias), dx
 
-    dbias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-    carry = (jnp.float32(0), jnp.float32(0), jnp.zeros(head.shape, jnp.float32), dbias)
+    carry = jnp.float32(0), jnp.float32(0)
+    if gradients:
+        dbias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
+        carry += jnp.zeros(head.shape, jnp.float32), dbias
     if chunk == x.shape[1]:
-        (loss, nats, dhead, dbias), dx = step(carry, (x, targets, weights))
+        (loss, nats, *sums), dx = step(carry, (x, targets, weights))
     else:
         parts = tuple(_split(a, chunk) for a in (x, targets, weights))
-        (loss, nats, dhead, dbias), dx = jax.lax.scan(step, carry, parts)
-        dx = jnp.moveaxis(dx, 0, 1).reshape(x.shape)
-    return loss, nats, dx, dhead, dbias
+        (loss, nats, *sums), dx = jax.lax.scan(step, carry, parts)
+        dx = jnp.moveaxis(dx, 0, 1).reshape(x.shape) if gradients else None
+    return (loss, nats, dx, *sums) if gradients else (loss, nats)
 
 
 def _on_mesh(split: Split, function, out_specs, x, head, bias, targets, weights):
@@ -259,8 +250,8 @@ def _on_mesh(split: Split, function, out_specs, x, head, bias, targets, weights)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed(static, x_BTD, head_VD, bias_V, targets_BT, weights_BT):
-    shape, chunk, split = static
-    function = functools.partial(_losses, shape, chunk, split.vocab)
+    split = static[-1]
+    function = functools.partial(_losses, static, False, head_VD.shape[0])
     if not split.names:
         return function(x_BTD, head_VD, bias_V, 0, targets_BT, weights_BT)
 
@@ -271,12 +262,11 @@ def _summed(static, x_BTD, head_VD, bias_V, targets_BT, weights_BT):
 
 
 def _summed_forward(static, x_BTD, head_VD, bias_V, targets_BT, weights_BT):
-    shape, chunk, split = static
-    vocab = head_VD.shape[0]
-    function = functools.partial(_losses_and_gradients, shape, chunk, split.vocab, vocab)
+    split = static[-1]
+    function = functools.partial(_losses, static, True, head_VD.shape[0])
     arguments = x_BTD, head_VD, bias_V, targets_BT, weights_BT
     if not split.names:
-        loss, nats, dx, dhead, dbias = function(x_BTD, head_VD, bias_V, 0, *arguments[3:])
+        loss, nats, dx, dhead, dbias = function(*arguments[:3], 0, *arguments[3:])
         return (loss, nats), (dx, dhead.astype(head_VD.dtype), dbias)
 
     def local(*arguments):

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import tiny_models
 
-from lm.config import ConfigError, view
 from lm.models import bind
 from lm.models.hooks import no_tap
 from lm.models.moe.experts import Experts
 from lm.models.params import init, param_specs
 from lm.objectives import ObjectiveConfig
-from lm.objectives.router import router_loss
+from lm.objectives.tokens import router_loss
 
 CONFIG = tiny_models.config(num_experts=4, width=8, expert_width=8, activation="swiglu")
 LOSS = ObjectiveConfig()
@@ -89,8 +88,3 @@ def test_no_tokens_is_no_loss():
     params, x, valid = problem()
     loss, metrics = router_loss(stats(params, x, np.zeros_like(valid)), LOSS, jnp.float32(0))
     assert loss == 0 and all(value == 0 for value in metrics.values())
-
-
-def test_a_negative_coefficient_is_refused():
-    with pytest.raises(ConfigError, match=r"config\.objective\.router_z=-1.0 must be at least 0"):
-        view(ObjectiveConfig, {"router_z": -1}, "config.objective")

@@ -65,7 +65,7 @@ class Context(NamedTuple):
         causal: bool = True,
         bias: ScoreBias | None = None,
         bias_BHTS: jax.Array | None = None,
-        live_BS: jax.Array | None = None,
+        cached: bool = False,
         **fields,
     ) -> Context:
         """Of queries that see keys as `config` says; `fields` are taken as they are.
@@ -75,13 +75,13 @@ class Context(NamedTuple):
           queries, keys: their slots, segments and prefix; and where queries stand in documents.
           causal: whether later keys are hidden.
           bias, bias_BHTS: added to scores; the latter is made of the former unless given.
-          live_BS: which keys there are; None: all.
+          cached: whether keys of a negative slot are empty places of a cache.
         """
 
         def reach(window: int):
             mask_BTS = visible(queries, keys, causal=causal, window=window)
-            if live_BS is not None:
-                mask_BTS &= live_BS[:, None, :]
+            if cached:
+                mask_BTS &= keys.slots_1T[:, None, :] >= 0
             if config.positions != "rotary":
                 return mask_BTS, None, window
             return mask_BTS, rotary_angles(queries.positions_BT, config, window > 0), window

@@ -125,13 +125,7 @@ def forward(
 ) -> Seen:
     """What queries have seen after these keys as well.
 
-    Args:
-      rule: how scores come about.
-      query_BHTC: scaled already.
-      key_BKSC, value_BKSC: K divides H.
-      queries, keys: their slots and segments.
-      given: the rest.
-      seen: what the queries have seen before.
+    Queries are scaled already, K divides H, and `seen` is what the queries have seen before.
     """
     blocks = _Blocks(rule, query_BHTC, key_BKSC, queries, keys, given)
 
@@ -177,8 +171,7 @@ def backward(
 ) -> tuple[tuple[jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]:
     """Gradients by what these keys contributed to the forward pass.
 
-    Args:
-      rule, query_BHTC, key_BKSC, value_BKSC, queries, keys, given: as of `forward`.
+    Args as of `forward`, but
       final: the gradient by the heads [B, H, T, C]; the final log-sums [B, H, T]; and the sum over
         C of heads × gradient [B, H, T].
       so_far: float32 gradients by query and by `given.table`, of the keys before.

@@ -179,11 +179,7 @@ class _Queues(NamedTuple):
 def rooms(tokens: int, k: int, experts: int, ways: int) -> tuple[int, int]:
     """The rows that one device sends another in the first turn, and in each later one.
 
-    Args:
-      tokens: of one device.
-      k: experts a token chooses.
-      experts: of one device.
-      ways: devices.
+    Of `ways` devices with so many tokens and experts each, where a token chooses k of all experts.
     """
     even = -(-tokens * k // ways)
     first = max(-(-int(SPARE * even) // 8) * 8, LEAST_ROOM)
@@ -193,13 +189,11 @@ def rooms(tokens: int, k: int, experts: int, ways: int) -> tuple[int, int]:
 def by_turns(
     visit: Visit, x_ND, chosen_Nk, weights_Nk, matrices, *, experts: int, axis: str
 ) -> jax.Array:
-    """What `visit` returns for every token and all of its experts [N, D], float32.
+    """What `visit` returns for every token here and all of its experts [N, D], float32.
 
     Args:
-      visit: applies the experts here to tokens; it numbers them from 0.
-      x_ND: the tokens here.
-      chosen_Nk: their experts; one past the last for none.
-      weights_Nk: what to multiply each expert's output by.
+      visit: applies the experts here, of which there are `experts`, numbered from 0, to tokens.
+      x_ND, chosen_Nk, weights_Nk: the tokens here; `chosen_Nk` is one past the last for none.
       matrices: of the experts here, as `visit` takes them.
       experts: how many are here; in all as many times more as there are devices.
       axis: of the mesh, manual here, that splits both tokens and experts.

@@ -50,6 +50,7 @@ from lm.models.moe.dispatch import (
 )
 from lm.models.params import declare
 from lm.parallel.platform import platform
+from lm.parallel.reduce import axes_of
 from lm.parallel.sharding import (
     ACTIVATION_RULES,
     PARAMETER_RULES,
@@ -91,11 +92,7 @@ class RouterStats(NamedTuple):
 
 
 class Experts(nnx.Module):
-    """The mixture of experts that stands in a block where an MLP would.
-
-    Args:
-      config: how many experts, how wide, how they are chosen.
-    """
+    """The mixture of experts that stands in a block where an MLP would."""
 
     def __init__(self, config: ModelConfig):
         D, E, F = config.width, config.num_experts, config.expert_feed_forward
@@ -116,7 +113,6 @@ class Experts(nnx.Module):
         """What the experts add to the residual stream, and what the router did.
 
         Args:
-          x_BTD: the normalised residual stream, in the compute dtype.
           tap: sees `router` (logits [B, T, E]), `chosen` (experts [B, T, k], best first; E for
             padding), `weights` ([B, T, k]), `output`, and `shared.*`.
           valid_BT: false where a token is padding: it visits no expert but the shared ones, takes
@@ -133,7 +129,8 @@ class Experts(nnx.Module):
             precision=jax.lax.Precision.HIGHEST,
         )
         logits_BTE = tap("router", checkpoint_name(logits_BTE, "product"))
-        scores_BTE = _scores(logits_BTE, config)
+        sigmoid = config.router_score == "sigmoid"
+        scores_BTE = jax.nn.sigmoid(logits_BTE) if sigmoid else jax.nn.softmax(logits_BTE, -1)
         chosen_BTk = _best(jax.lax.stop_gradient(scores_BTE), config.experts_per_token)
         if valid_BT is not None:
             chosen_BTk = jnp.where(valid_BT[..., None], chosen_BTk, config.num_experts)
@@ -166,7 +163,7 @@ class Experts(nnx.Module):
         tokens = partition(("batch", length, None), x_BTD.shape, mesh, ACTIVATION_RULES)
         inward = partition(("expert", None, "mlp"), matrices[0].shape, mesh, PARAMETER_RULES)
         outward = PartitionSpec(inward[0], inward[2], None)
-        axis = inward[0] if inward[0] in _names(tokens[0]) else None
+        axis = inward[0] if inward[0] in axes_of(tokens[0]) else None
         # Where tokens do not travel, those who hold other experts have other parts of the sum.
         parts = tuple(name for name in (inward[0], inward[2]) if name and name != axis)
         out_PBTD = jax.shard_map(
@@ -180,11 +177,6 @@ class Experts(nnx.Module):
         # and so that XLA scatters the sum where the residual stream's tokens are split. In the
         # compute dtype, as XLA adds the parts of a dense layer: half the bytes.
         return jax.lax.reduce_sum(out_PBTD, (0,))
-
-
-def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def _apply(experts_E, x_BTD, chosen_BTk, weights_BTk, matrices, *, config, room, axis=None):
@@ -227,12 +219,6 @@ def _best(scores_BTE: jax.Array, k: int) -> jax.Array:
     )(scores_BTE)
 
 
-def _scores(logits_BTE: jax.Array, config: ModelConfig) -> jax.Array:
-    if config.router_score == "sigmoid":
-        return jax.nn.sigmoid(logits_BTE)
-    return jax.nn.softmax(logits_BTE, -1)
-
-
 def capacity(config: ModelConfig, length: int) -> int:
     """How many tokens of a row of `length` an expert takes at most; `length` where all of them."""
     if not config.capacity_factor:
@@ -266,7 +252,9 @@ def _visit(x_ND, chosen_Nk, weights_Nk, matrices, *, config: ModelConfig) -> jax
     block = 0 if _has_ragged_dot() else _block_rows(chosen_Nk.size, E)
     plan, sizes_E = plan_all(chosen_Nk, E, block)
     rows_RD, weights_R = to_rows(x_ND, plan), weights_of_rows(weights_Nk, plan)
-    product = lambda rows, w: grouped_contract(rows, w, sizes_E, block, config.quantization)  # noqa: E731
+    product = functools.partial(
+        grouped_contract, sizes_E=sizes_E, block=block, quantization=config.quantization
+    )
     return from_rows(_mlp(product, config.activation, rows_RD, weights_R, matrices), plan)
 
 
@@ -294,9 +282,10 @@ def _mlp(product, activation: str, rows, weights, matrices) -> jax.Array:
 
     The weight multiplies the hidden layer, so that its gradient needs no output of the expert.
     """
-    # Named for remat policies, which would not keep a batched product.
-    named = lambda rows, w: checkpoint_name(product(rows, w), "product")  # noqa: E731
     up, gate, down = matrices
+
+    def named(rows, w):  # for remat policies, which would not keep a batched product
+        return checkpoint_name(product(rows, w), "product")
 
     @cheap
     def hidden(up, gate, weights):
@@ -336,9 +325,8 @@ def grouped_contract(
     Returns:
       [R, F] in x's dtype.
     """
-    return _grouped(
-        "rd,df->rf", x_RD, w_EDF, sizes_E, block, quantized.RECIPES[quantization].forward
-    )
+    kinds = quantized.RECIPES[quantization].forward
+    return _grouped("rd,df->rf", x_RD, w_EDF, sizes_E, block, kinds)
 
 
 def _grouped_forward(x_RD, w_EDF, sizes_E, block, quantization):
