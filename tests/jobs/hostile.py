@@ -46,12 +46,13 @@ def family(name: str, **fields) -> Callable[[pathlib.Path], None]:
     )
 
 
-def written(name: str, text: str | bytes) -> Callable[[pathlib.Path], None]:
-    def write(path: pathlib.Path) -> None:
-        (path / name).unlink(missing_ok=True)
-        (path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+def lost(name: str) -> Callable[[pathlib.Path], None]:
+    return lambda path: (path / name).unlink(missing_ok=True)
 
-    return write
+
+def written(name: str, text: str | bytes) -> Callable[[pathlib.Path], None]:
+    data = text if isinstance(text, bytes) else text.encode()
+    return both(lost(name), lambda path: (path / name).write_bytes(data))
 
 
 def header(text: str, body: int = 0) -> Callable[[pathlib.Path], None]:
@@ -75,12 +76,13 @@ def long_header(path: pathlib.Path) -> None:
 
 
 def sparse(name: str) -> Callable[[pathlib.Path], None]:
+    """64 GiB, and nothing of it on the disk."""
+
     def write(path: pathlib.Path) -> None:
-        (path / name).unlink(missing_ok=True)
         with (path / name).open("wb") as file:
             file.truncate(64 * GIBIBYTE)
 
-    return write
+    return both(lost(name), write)
 
 
 def index(file: str, tensor: str = "a") -> Callable[[pathlib.Path], None]:
@@ -103,11 +105,7 @@ def loop(name: str) -> Callable[[pathlib.Path], None]:
 
 
 def pipe(name: str) -> Callable[[pathlib.Path], None]:
-    def make(path: pathlib.Path) -> None:
-        (path / name).unlink(missing_ok=True)
-        os.mkfifo(path / name)
-
-    return make
+    return both(lost(name), lambda path: os.mkfifo(path / name))
 
 
 def tokenizer(**fields) -> Callable[[pathlib.Path], None]:
@@ -161,10 +159,7 @@ FOREIGN: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "experts": (family("mixtral", **LLAMA, num_local_experts=HUGE), "its 40 tensors"),
     "local layers": (family("gemma2", **LLAMA | {"num_hidden_layers": HUGE}), "num_hidden_layers"),
     "no scale": (family("gemma2", **LLAMA, query_pre_attn_scalar=0), "ZeroDivisionError"),
-    "heads of llama": (
-        family("llama", **LLAMA | {"num_attention_heads": 0}),
-        "num_heads",
-    ),
+    "heads of llama": (family("llama", **LLAMA | {"num_attention_heads": 0}), "num_heads"),
     "rope of text": (
         family("llama", **LLAMA, rope_scaling={"type": "yarn", "factor": "4"}),
         "config.json",
@@ -192,10 +187,7 @@ FOREIGN: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "a loop of weights": (loop("model.safetensors"), "no weights"),
     "a pipe of weights": (pipe("model.safetensors"), "no weights"),
     "a pickle": (
-        both(
-            written("pytorch_model.bin", b"\x80\x04"),
-            lambda p: (p / "model.safetensors").unlink(),
-        ),
+        both(written("pytorch_model.bin", b"\x80\x04"), lost("model.safetensors")),
         "pytorch_model.bin, not in model.safetensors",
     ),
     "a long header": (long_header, "header of 3,221,225,472 bytes"),
@@ -245,9 +237,6 @@ FOREIGN: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
             }
         ),
         "tokenizer",
-    ),
-    "an empty lattice": (
-        tokenizer(model={"type": "Unigram", "unk_id": 0, "vocab": []}), "tokenizer"
     ),
     "an unknown piece": (
         tokenizer(model={"type": "Unigram", "unk_id": 99, "vocab": [["a", 0.0], ["b", -1.0]]}),

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -242,14 +240,13 @@ def test_mistakes_are_named(source, tmp_path, fields, words):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_is_not_converted_to_a_run(converted, tmp_path):
-    with pytest.raises(ConfigError, match="is a run directory already"):
-        run(converted, tmp_path / "out")
-
-
-def test_nothing_is_overwritten(source, converted):
-    with pytest.raises(ConfigError, match="is not empty"):
-        run(source, converted)
+def test_a_run_is_not_converted_to_a_run_and_nothing_is_overwritten(source, converted, tmp_path):
+    for origin, target, words in (
+        (converted, tmp_path / "out", "is a run directory already"),
+        (source, converted, "is not empty"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run(origin, target)
 
 
 def test_a_failed_conversion_leaves_nothing(tmp_path):
@@ -324,31 +321,17 @@ def test_fine_tuning_starts_from_either(converted, source, tmp_path):
     assert run(trained[0], tmp_path / "hf", to="hf")["family"] == "gpt2"
 
 
-def test_a_model_section_that_does_not_fit_is_told_all_at_once(source, tmp_path):
-    fields = {**GPT2, "model__width": 48, "model__num_layers": 2, "model__mlp_width": None}
-    remedy = "model.num_layers=3, model.width=32, and this config says 2, 48: .* leave these fields"
-    with pytest.raises(ConfigError, match=remedy):
-        tiny_jobs.run(tmp_path, "run", init_from=str(source), **fields)
-
-
-@pytest.mark.slow
 def test_the_command_line(source, tmp_path):
-    def main(*arguments):
-        command = [sys.executable, "main.py", "--config=configs/convert.py", *arguments]
-        return subprocess.run(command, cwd=tiny_jobs.REPOSITORY, capture_output=True, text=True)
+    def convert(place, *arguments):
+        return main("--config=convert", f"--workdir={tmp_path / place}", *arguments)
 
     here = f"--config.init_from={source}"
-    done = main(here, f"--workdir={tmp_path / 'run'}", "--config.dtype=bfloat16")
-    assert done.returncode == 0 and "GPT2LMHeadModel" in done.stdout, done.stderr
-    again = main(here, f"--workdir={tmp_path / 'run'}")
-    assert again.returncode == 2 and again.stderr.count("\n") == 1
-    weights = {**tiny.tensors(), "cls.extra": np.ones(2, np.float32)}
-    other = tiny.write_directory(tmp_path / "hf", weights)
-    here = f"--config.init_from={other}"
-    wrong = main(here, f"--workdir={tmp_path / 'x'}", "--config.ignore=(")
-    assert wrong.returncode == 2 and "not a regular expression" in wrong.stderr
-    found = main(here, f"--workdir={tmp_path / 'x'}", "--config.ignore=cls")
-    assert found.returncode == 0 and "cls.extra" in found.stdout, found.stderr
+    code, output, errors = convert("run", here, "--config.dtype=bfloat16")
+    assert code == 0 and "GPT2LMHeadModel" in output, errors
+    code, _, errors = convert("run", here)
+    assert code == 2 and errors.count("\n") == 1
+    code, _, errors = convert("x", here, "--config.ignore=(")
+    assert code == 2 and "not a regular expression" in errors
 
 
 def trained_configs():

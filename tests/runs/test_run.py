@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from tiny_run import write_tiny_run
 
 import lm
 from lm.config import ConfigError, defaults
+from lm.inference import SamplingConfig
 from lm.jobs.generate import GenerateJob
 from lm.jobs.generate import run as generate_job
 from lm.models import bind
@@ -72,14 +74,11 @@ def test_text_is_the_prompt_and_the_decoded_continuation(run):
         "The cat", max_new_tokens=12, temperature=0, seed=9
     )
     prompt = run.encode("The cat")
-    drawn = np.concatenate(list(run.generator.generate([prompt], sampling(temperature=0.0))), 1)
+    drawn = np.concatenate(
+        list(run.generator.generate([prompt], SamplingConfig(max_new_tokens=12, temperature=0.0))),
+        1,
+    )
     assert text == run.tokenizer.decode(prompt + [id for id in drawn[0].tolist() if id >= 0])
-
-
-def sampling(**settings):
-    from lm.inference import SamplingConfig
-
-    return SamplingConfig(max_new_tokens=12, **settings)
 
 
 def test_lists_of_prompts_and_samples(run):
@@ -95,7 +94,7 @@ def test_lists_of_prompts_and_samples(run):
 def test_streamed_text_joins_to_what_decoding_all_tokens_gives(run, chunk):
     # Random bytes: unfinished and invalid characters of every kind.
     prompts = ["héllo 🙂", ""]
-    settings = sampling(temperature=2.0, num_samples=4)
+    settings = SamplingConfig(max_new_tokens=12, temperature=2.0, num_samples=4)
     ids = [run.encode(prompt) for prompt in prompts]
     texts = [""] * 8
     for row, text in run.generator.generate(ids, settings, seed=1, chunk=chunk).texts():
@@ -176,7 +175,41 @@ def test_what_is_no_prompt_and_no_setting_is_named(run, prompt, settings, words)
         run.generate(prompt, **settings)
 
 
-def test_directories_that_are_not_runs_are_told_apart(directory, tmp_path):
+def wider(path):
+    config = json.loads((path / "config.json").read_text())
+    config["model"]["width"] = 64
+    (path / "config.json").write_text(json.dumps(config))
+
+
+HARMS = {
+    "another tokenizer": (
+        lambda path: train(TokenizerConfig(kind="char"), ["the cat"]).save(path / "tokenizer"),
+        "not the tokenizer the model was trained with",
+    ),
+    "no checkpoint": (lambda path: shutil.rmtree(path / "checkpoints"), "no checkpoint yet"),
+    "another model": (wider, "saved with another configuration"),
+    "half a config": (
+        lambda path: (path / "config.json").write_text("{"),
+        r"config\.json is damaged",
+    ),
+    "a config alone": (lambda path: shutil.rmtree(path / "tokenizer"), "no tokenizer"),
+    "Hugging Face's": (
+        lambda path: (path / "config.json").write_text('{"model_type": "gpt2"}'),
+        "has no weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_is_no_whole_run_is_told_apart(harm, tmp_path):
+    change, words = HARMS[harm]
+    write_tiny_run(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ConfigError, match=words):
+        lm.load(tmp_path)
+
+
+def test_what_is_no_directory_of_a_run_is_told_apart(directory, tmp_path):
     cases = [
         (directory.parent / "tinny", "does not exist .did you mean 'tiny'"),
         (directory / "config.json", "is a file"),
@@ -185,34 +218,6 @@ def test_directories_that_are_not_runs_are_told_apart(directory, tmp_path):
     for path, words in cases:
         with pytest.raises(ConfigError, match=words):
             lm.load(path)
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(ConfigError, match="has no weights"):
-        lm.load(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json is damaged"):
-        lm.load(tmp_path)
-
-
-def test_a_run_without_a_checkpoint_says_so(tmp_path):
-    write_tiny_run(tmp_path, steps=())
-    with pytest.raises(ConfigError, match="no checkpoint yet"):
-        lm.load(tmp_path)
-
-
-def test_another_tokenizer_is_refused(tmp_path):
-    write_tiny_run(tmp_path)
-    train(TokenizerConfig(kind="char", vocab_size=20), ["the cat"]).save(tmp_path / "tokenizer")
-    with pytest.raises(ConfigError, match="not the tokenizer the model was trained with"):
-        lm.load(tmp_path)
-
-
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    write_tiny_run(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["model"]["width"] = 64
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError):
-        lm.load(tmp_path)
 
 
 def job(directory, **fields):
@@ -230,9 +235,6 @@ def test_the_job_prints_the_texts_it_returns(directory, capsys, run):
     assert where == f"{directory} at step 5:" and len(timing) <= 100
     for word in ("6 tokens", "tokens/s", "first after", "one every"):
         assert word in timing
-
-
-def test_the_job_prints_samples_one_below_the_other(directory, capsys):
     texts = generate_job(job(directory, prompt="ab", num_samples=3), "unused")
     blocks = [f"--- sample {i + 1}\n{text}\n" for i, text in enumerate(texts)]
     assert capsys.readouterr().out == "".join(blocks)
