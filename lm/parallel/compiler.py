@@ -46,13 +46,9 @@ _OPTIONS = {
 
 
 def options(device_kind: str) -> dict[str, str] | None:
-    """What to give `jax.jit` as `compiler_options` for programs that train on such devices.
+    """`compiler_options` of `jax.jit` for programs that train on devices of this `device_kind`.
 
-    Args:
-      device_kind: of `jax.Device`.
-
-    Returns:
-      Options by name; None for devices whose compiler is left as it is.
+    None for those whose compiler is left as it is.
     """
     chip = chip_of(device_kind)
     return dict(_OPTIONS) if chip is not None and has_sparse_cores(chip) else None

@@ -42,6 +42,8 @@ from lm.parallel import TRY_AGAIN
 from lm.parallel.cluster import Cluster, HostsConfig, detect
 
 _FOREVER = 7 * 24 * 3600 * 1000  # milliseconds; whoever dies meanwhile ends the wait
+# Of an error of a collective whose partner has gone.
+_BROKEN = ("gloo", "nccl", "connection", "unavailable", "coordination", "barrier", "aborted")
 
 _watch: Watch | None = None
 
@@ -57,10 +59,7 @@ def count() -> int:
 
 
 def agree(flag: bool) -> bool:
-    """True on all processes at the same call, soon after one of them said True.
-
-    All must make the same calls. Until then it costs a lock; see `Watch.agree`.
-    """
+    """True on all processes at the same call, soon after one of them said True: `Watch.agree`."""
     return _watch.agree(flag) if _watch else flag
 
 
@@ -172,11 +171,7 @@ def together(config: HostsConfig) -> Iterator[None]:
 
 
 def _private(name: str):
-    """The module `jax._src.NAME`: what connects processes is public in no other way.
-
-    Raises:
-      ConfigError: this version of JAX has none.
-    """
+    """The module `jax._src.NAME`, or a ConfigError where this version of JAX has none."""
     try:
         return importlib.import_module(f"jax._src.{name}")
     except ImportError as error:
@@ -260,12 +255,7 @@ class Watch:
     thread reads it, another asks who is alive. A collective whose partner is dead may wait forever,
     so the answer to a death is to end the process, from a thread, with a line that names the dead.
 
-    Args:
-      client: of JAX's coordination service.
-      index: of this process.
-      count: of all processes.
-      address: host:port of the coordination service.
-      heartbeat_timeout: seconds of silence after which a process is dead.
+    `client` and `address`, host:port, are those of JAX's coordination service.
     """
 
     def __init__(self, client: Any, index: int, count: int, address: str, heartbeat_timeout: float):
@@ -355,9 +345,10 @@ class Watch:
         If the reason may be that one of them is dead, waits for the other threads to say so, which
         ends the process.
         """
-        if _lost_somebody(error):
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, Exception) and any(word in text.lower() for word in _BROKEN):
             self._ended.wait(self._timeout + 3 * self._grace)
-        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        text = str(error) if isinstance(error, ValueError) else text
         with contextlib.suppress(Exception):
             self._tell("failed", " ".join(text.split())[:500])
         self._end()
@@ -485,12 +476,3 @@ def _on_abort(function: Callable[[], None] | None) -> None:
         _handlers.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(handle))
     handler = ctypes.cast(_handlers[-1], ctypes.c_void_p) if function is not None else None
     libc.signal(signal.SIGABRT, handler)
-
-
-_BROKEN = ("gloo", "nccl", "connection", "unavailable", "coordination", "barrier", "aborted")
-
-
-def _lost_somebody(error: BaseException) -> bool:
-    """Whether an error looks like that of a collective whose partner has gone."""
-    text = f"{type(error).__name__} {error}".lower()
-    return isinstance(error, Exception) and any(word in text for word in _BROKEN)

@@ -135,12 +135,9 @@ def batch_ways(mesh: Mesh) -> int:
 def local_rows(
     sharding: NamedSharding, batch_size: int, devices: Iterable[jax.Device] | None = None
 ) -> np.ndarray:
-    """The rows of a global batch that these devices hold part of, rising; int64 [rows].
+    """The rows of a global batch that these devices, or this process's, hold part of.
 
-    Args:
-      sharding: of arrays whose first dimension is the rows.
-      batch_size: rows of the whole batch.
-      devices: those of this process by default.
+    Rising, int64 [rows]. `sharding` is that of arrays whose first dimension is the rows.
     """
     by_row = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1]))
     chosen = by_row.addressable_devices if devices is None else set(devices)
@@ -166,8 +163,6 @@ def assemble(
       batch: name → array [..., rows of this host, tokens], with `leading` dimensions before rows.
       sharding: of the global arrays.
       rows: from `local_rows`; the global rows that the batch's stand for, in order.
-      batch_size: rows of the whole batch.
-      leading: dimensions before the rows.
     """
     if len(rows) == batch_size and sharding.is_fully_addressable:
         return jax.device_put(dict(batch), sharding)

@@ -55,18 +55,10 @@ def keep_buffers() -> bool:
     from the kernel and returns them when freed, so each step pays a page fault for every 4 KiB it
     touches; at GPT-2's size that was a third of a step. Here large blocks come from one heap that
     is never trimmed and is backed by huge pages. It reserves address space, not memory: three
-    quarters of what the machine has.
-
-    Returns:
-      Whether it was done: only on Linux with glibc.
+    quarters of what the machine has. Returns whether it was done: only on Linux with glibc.
     """
-    try:
-        libc = ctypes.CDLL(None)
-        libc.gnu_get_libc_version.restype = ctypes.c_char_p
-        libc.gnu_get_libc_version()
-    except (AttributeError, OSError):
-        return False
-    if not sys.platform.startswith("linux"):
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if not hasattr(libc, "gnu_get_libc_version"):
         return False
     libc.malloc.restype = ctypes.c_void_p
     libc.malloc.argtypes = [ctypes.c_size_t]
