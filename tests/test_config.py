@@ -61,11 +61,6 @@ def test_fields_left_out_keep_their_defaults():
     assert view(Section, {"inner": {"size": 9}}) == Section(inner=Inner(size=9))
 
 
-def test_views_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        view(Section, {}).name = "fancy"
-
-
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -105,13 +100,6 @@ def test_mistakes_name_the_field_the_value_and_the_remedy(config, message):
         ({"head_dim": 7}, "config.model.head_dim=7 must be even"),
         ({"positions": "rotery"}, "config.model.positions='rotery' is not one of"),
         ({"positions": "rotery"}, "(did you mean 'rotary'?)"),
-        ({"norm": "layer_norm"}, "(did you mean 'layernorm'?)"),
-        ({"norm_position": "past"}, "(did you mean 'post'?)"),
-        ({"activation": "swigloo"}, "(did you mean 'swiglu'?)"),
-        ({"initializer": "gpt-2"}, "(did you mean 'gpt2'?)"),
-        ({"compute_dtype": "bf16"}, "(did you mean 'bfloat16'?)"),
-        ({"attention": "cuddn"}, "(did you mean 'cudnn'?)"),
-        ({"remat": "dot"}, "(did you mean 'dots'?)"),
     ],
 )
 def test_impossible_models_are_refused_in_one_line(fields, message):

@@ -10,7 +10,6 @@ import tiny_models
 from jax.sharding import PartitionSpec
 
 from lm.config import ConfigError
-from lm.parallel.layout import Layout, current_layout
 from lm.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
 from lm.parallel.pipeline import bubble_fraction, choose_microbatches, pipeline
 from lm.planning import hlo, hlo_runs
@@ -194,20 +193,19 @@ def test_the_bubble_is_that_of_the_papers():
     assert bubble_fraction(1, 1) == 0
 
 
-@pytest.mark.parametrize(
-    ("asked", "stages", "rows", "ways", "chosen"),
-    [(0, 4, 64, 2, 16), (0, 4, 8, 1, 8), (0, 2, 12, 2, 6), (0, 2, 14, 1, 2), (2, 2, 64, 4, 2)],
-)
-def test_micro_batches_are_as_asked_or_four_a_stage_where_rows_divide(
-    asked, stages, rows, ways, chosen
-):
-    assert choose_microbatches(asked, stages, rows, ways) == chosen
-
-
-@pytest.mark.parametrize(("asked", "rows"), [(6, 24), (16, 24)])
-def test_micro_batches_that_do_not_divide_are_refused(asked, rows):
-    with pytest.raises(ConfigError, match=rf"config.mesh.microbatches={asked} .*{rows} rows"):
-        choose_microbatches(asked, 4, rows)
+def test_micro_batches_are_as_asked_or_four_a_stage_where_rows_divide():
+    chosen = [
+        (0, 4, 64, 2, 16),
+        (0, 4, 8, 1, 8),
+        (0, 2, 12, 2, 6),
+        (0, 2, 14, 1, 2),
+        (2, 2, 64, 4, 2),
+    ]
+    for asked, stages, rows, ways, number in chosen:
+        assert choose_microbatches(asked, stages, rows, ways) == number
+    for asked in (6, 16):
+        with pytest.raises(ConfigError, match=f"config.mesh.microbatches={asked} .*24 rows"):
+            choose_microbatches(asked, 4, 24)
 
 
 def test_layers_that_do_not_divide_are_refused():
@@ -218,10 +216,3 @@ def test_layers_that_do_not_divide_are_refused():
         pytest.raises(ConfigError, match=r"stage=4 × rounds=5.*24 layers.*config.model.num_layers"),
     ):
         jax.eval_shape(piped, *arguments)
-
-
-def test_a_layout_holds_within_its_block():
-    layout = Layout(make_mesh(MeshConfig()), zero=1, microbatches=8, rounds=2)
-    with layout.active():
-        assert current_layout() == layout and layout.whole_axes == ("data", "fsdp")
-    assert current_layout().mesh is None and current_layout().whole_axes == ("data",)

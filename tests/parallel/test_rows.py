@@ -51,18 +51,6 @@ def test_hosts_read_what_their_devices_hold_and_together_everything(shape, order
     assert set(np.concatenate(shares)) == set(range(size))
 
 
-def test_hosts_side_by_side_share_rows_or_not_as_the_mesh_says():
-    def shares(count, **sizes):
-        shape = [sizes.get(axis, 1) for axis in AXES]
-        sharding = batch_sharding(mesh_of(shape))
-        return [local_rows(sharding, 8, devices).tolist() for devices in hosts_of(count)]
-
-    assert shares(2, data=8) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert shares(2, tensor=8) == [list(range(8))] * 2
-    assert shares(4, data=2, tensor=4) == [[0, 1, 2, 3]] * 2 + [[4, 5, 6, 7]] * 2
-    assert shares(2, data=2, context=4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-
-
 @pytest.mark.parametrize("leading", [0, 1])
 @pytest.mark.parametrize(
     "sizes", [{"data": 8}, {"data": 2, "tensor": 4}, {"fsdp": 2, "context": 2, "tensor": 2}]
