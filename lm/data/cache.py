@@ -64,10 +64,8 @@ class TokenizedCorpus:
       bos_id: what a model reads before the first token of a document.
       eos_id: end-of-text.
       end_of_text: whether documents end with `eos_id`.
-      vocab_size: ids are below this.
       name: the corpus' path and split, for messages.
       key: digest of everything the tokens depend on.
-      skipped: one line per file or record that was left out when the corpus was read.
       pairs: documents 2i and 2i + 1 are the source and the target of pair i.
     """
 
@@ -78,10 +76,8 @@ class TokenizedCorpus:
     bos_id: int
     eos_id: int
     end_of_text: bool
-    vocab_size: int
     name: str
     key: str
-    skipped: tuple[str, ...] = ()
     pairs: bool = False
 
     @property
@@ -325,10 +321,8 @@ def _open(
             bos_id=tokenizer.bos_id,
             eos_id=tokenizer.eos_id,
             end_of_text=meta["end_of_text"],
-            vocab_size=tokenizer.vocab_size,
             name=f"{name} ({split})",
             key=f"{entry.name}-{split}",
-            skipped=tuple(meta["skipped"]),
             pairs=meta.get("pairs", False),
         )
         for split, (tokens, offsets) in arrays.items()

@@ -195,22 +195,13 @@ class _Files(Source):
                 yield item
 
     def parts(self, size: int) -> list[Source]:
-        """Files together, or a span of one file."""
-        groups: list[list[Span]] = []
-        left: int | None = None
+        """Files together, or spans of one file."""
+        sizes: list[tuple[Span, float]] = []
         for file in self.files:
             length = storage.size_or_nothing(file)
-            found = files.spans(file, length, size, self.config)
-            if len(found) > 1:
-                groups += [[span] for span in found]
-                left = None
-                continue
-            if left is None or left < length:
-                groups.append([])
-                left = size
-            groups[-1] += found
-            left -= length
-        return [_with(self, spans=group) for group in groups]
+            spans = files.spans(file, length, size, self.config)
+            sizes += [(span, length / len(spans)) for span in spans]
+        return [_with(self, spans=group) for group in storage.grouped(sizes, size)]
 
     def fingerprint(self, sidecar: str | None = None) -> dict[str, Any]:
         hashes = storage.content_hashes(self.files, sidecar)

@@ -129,7 +129,7 @@ def read(span: Span, config: DataConfig, report: CorpusReport) -> Iterator[tuple
     """
     path, kind = span.path, suffix(span.path)
     try:
-        if storage.size(path) == 0:
+        if storage.stamp(path)[0] == 0:
             raise BadFileError("empty")
         if kind == ".parquet":
             yield from items(_parquet_records(span, config), span, config, report)

@@ -109,7 +109,7 @@ def _make(
     if not on_store:
         folder = str(cache.cache_directory(corpus.config))
     sidecar = storage.join(folder, cache.HASHES)
-    _hash(corpus, folder, sidecar, beam, notify)
+    _hash(corpus.files, folder, sidecar, beam, notify)
     key = cache.entry_key(corpus, tokenizer, sidecar)
     entry = storage.join(folder, key)
     scratch = storage.join(folder, f".beam-{key}-{cache.SHARD_BYTES}")
@@ -127,7 +127,7 @@ def _make(
     meta = storage.join(entry, cache.META)
     if not on_store:
         cache.tokenize(corpus, tokenizer, notify, run_tasks, scratch=shards)
-    elif not storage.exists(meta) or cache.read_meta(storage.read_bytes(meta)) is None:
+    elif cache.META not in storage.names(entry) or not cache.read_meta(storage.read_bytes(meta)):
         cache.write_entry(entry, entry, corpus, tokenizer, notify, run_tasks)
     found = cache.read_meta(storage.read_bytes(meta))
     storage.remove_tree(scratch)
@@ -135,44 +135,23 @@ def _make(
 
 
 def _hash(
-    corpus: Source,
+    paths: Sequence[str],
     folder: str,
     sidecar: str,
     beam: BeamConfig,
     notify: Callable[[str], None],
 ) -> None:
-    """Makes `sidecar` know the digests of the corpus' files, if there is much to read."""
-    known = storage.remembered(sidecar)
-    groups: list[list[str]] = []
-    left, total = 0, 0
-    identity = hashlib.blake2b(digest_size=16)
-    for path in corpus.files:
-        path = path if storage.is_url(path) else os.path.abspath(path)
-        with contextlib.suppress(OSError):  # reading it says why
-            stamp = storage.stamp(path)
-            if known.get(path, [])[:-1] == stamp:
-                continue
-            identity.update(repr((path, stamp)).encode())
-            if not groups or left < stamp[0]:
-                groups.append([])
-                left = cache.SHARD_BYTES
-            groups[-1].append(path)
-            left, total = left - stamp[0], total + stamp[0]
-    if total < _SMALL:
+    """Makes `sidecar` know the digests of files, if there is much to read."""
+    sizes = storage.unhashed(paths, storage.remembered(sidecar))
+    if sum(sizes.values()) < _SMALL:
         return  # whoever asks for them reads the files
-    notify(f"reading {sum(map(len, groups)):,} files to recognise them, on {beam.runner}")
-    scratch = storage.join(folder, f".hashes-{identity.hexdigest()}")
-    for found in each(_hash_files, groups, scratch, beam):
-        storage.remember(found, sidecar)
+    notify(f"reading {len(sizes):,} files to recognise them, on {beam.runner}")
+    identity = hashlib.blake2b(repr(sizes).encode(), digest_size=16).hexdigest()
+    scratch = storage.join(folder, f".hashes-{identity}")
+    groups = storage.grouped(sizes.items(), cache.SHARD_BYTES)
+    made = each(storage.hash_files, groups, scratch, beam)
+    storage.remember({name: mark for some in made for name, mark in some.items()}, sidecar)
     storage.remove_tree(scratch)
-
-
-def _hash_files(paths: list[str]) -> dict[str, list[Any]]:
-    made = {}
-    for path in paths:
-        with contextlib.suppress(OSError):
-            made[path] = [*storage.stamp(path), storage.digest(path)]
-    return made
 
 
 def each(
@@ -238,7 +217,7 @@ def _results(numbers: Iterable[int], folder: str) -> dict[int, dict[str, Any]]:
 
 
 def _run(numbers: Sequence[int], folder: str, beam: BeamConfig) -> None:
-    apache_beam = _apache_beam()
+    import apache_beam
     from apache_beam.options.pipeline_options import PipelineOptions
 
     size = max(1, beam.part_bytes // cache.SHARD_BYTES)
@@ -264,21 +243,14 @@ def _run(numbers: Sequence[int], folder: str, beam: BeamConfig) -> None:
 
 def check_runner(beam: BeamConfig) -> None:
     """Raises ConfigError if Apache Beam is not installed or has no such runner."""
-    _apache_beam()
-    from apache_beam.runners import create_runner
-
-    try:
-        create_runner(beam.runner)
-    except (ValueError, ImportError, AttributeError) as error:
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        raise ConfigError(f"config.beam.runner={beam.runner!r} cannot be used: {reason}") from None
-
-
-def _apache_beam() -> Any:
     try:
         import apache_beam
     except ImportError:
         raise ConfigError(
             "config.job='corpus' needs the package 'apache-beam': pip install 'lm[beam]'"
         ) from None
-    return apache_beam
+    try:
+        apache_beam.runners.create_runner(beam.runner)
+    except (ValueError, ImportError, AttributeError) as error:
+        reason = (str(error).splitlines() or [repr(error)])[0]
+        raise ConfigError(f"config.beam.runner={beam.runner!r} cannot be used: {reason}") from None

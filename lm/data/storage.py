@@ -15,12 +15,13 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from lm.config import ConfigError, nearest
 
 COMPRESSION = (".gz", ".zst", ".bz2", ".xz")
 RECORDS = (".json", ".jsonl", ".ndjson")
+T = TypeVar("T")
 
 
 def is_url(path: str | os.PathLike) -> bool:
@@ -56,7 +57,8 @@ def create(path: str) -> Iterator[BinaryIO]:
     try:
         with open(temporary, "wb") as file:
             yield file
-            sync(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -73,22 +75,6 @@ def write_bytes(path: str, data: bytes) -> None:
     """Writes a whole file; see `create`."""
     with create(path) as file:
         file.write(data)
-
-
-def exists(path: str) -> bool:
-    """Whether there is a file or directory of that name."""
-    if not is_url(path):
-        return os.path.exists(path)
-    store, name = _store(path)
-    return store.exists(name)
-
-
-def size(path: str) -> int:
-    """Bytes in a file. Raises OSError if there is none."""
-    if not is_url(path):
-        return os.path.getsize(path)
-    store, name = _store(path)
-    return int(store.info(name)["size"])
 
 
 def stamp(path: str) -> list[Any]:
@@ -127,33 +113,6 @@ def remove_tree(folder: str) -> None:
         store.rm(name, recursive=True)
 
 
-def is_folder(url: str) -> bool:
-    """Whether the URL is that of a directory."""
-    store, name = _store(url)
-    return store.isdir(name)
-
-
-def matching(url: str) -> list[str]:
-    """The files that the URL of a file, a directory or a glob stands for, sorted.
-
-    Hidden ones are left out of directories.
-    """
-    store, name = _store(url)
-    if store.isdir(name):
-        found = [path for path in store.find(name) if "/." not in path[len(name.rstrip("/")) :]]
-    elif store.exists(name):
-        found = [name]
-    else:
-        found = [path for path in store.glob(name) if store.isfile(path)]
-    return sorted(store.unstrip_protocol(path) for path in found)
-
-
-def sync(file: Any) -> None:
-    """Waits until what was written to an ordinary file is on disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
 @functools.cache
 def _file_system(protocol: str) -> Any:
     import fsspec
@@ -181,17 +140,7 @@ def find(path: str, field: str) -> tuple[list[str], list[str]]:
       ConfigError: there is nothing there.
     """
     if is_url(path):
-        try:
-            found = matching(path)
-            data = _data(found) if is_folder(path) else found
-        except ConfigError:
-            raise
-        except Exception as error:  # each store's package has its own
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ConfigError(f"{field}={path!r} cannot be read: {reason}") from None
-        if not found:
-            raise ConfigError(f"{field}={path!r} does not exist")
-        return data, sorted(set(found) - set(data))
+        return _find_on_store(path, field)
     expanded = os.path.expanduser(path)
     if not os.path.exists(expanded):
         # Of bytes that are no UTF-8 the command line makes Latin-1.
@@ -222,6 +171,29 @@ def find(path: str, field: str) -> tuple[list[str], list[str]]:
             "'storyworld', 'translation', 'stdlib' or 'hf:NAME'"
         )
     return sorted(found), []
+
+
+def _find_on_store(url: str, field: str) -> tuple[list[str], list[str]]:
+    store, name = _store(url)
+    try:
+        if store.isdir(name):
+            root = len(name.rstrip("/"))
+            found = [path for path in store.find(name) if "/." not in path[root:]]
+            data = _data(found)
+        elif store.exists(name):
+            found = data = [name]
+        else:
+            found = data = [path for path in store.glob(name) if store.isfile(path)]
+    except Exception as error:  # each store's package has its own
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{field}={url!r} cannot be read: {reason}") from None
+    if not found:
+        raise ConfigError(f"{field}={url!r} does not exist")
+    left_out = set(found) - set(data)
+    return (
+        sorted(map(store.unstrip_protocol, data)),
+        sorted(map(store.unstrip_protocol, left_out)),
+    )
 
 
 def _below(root: str) -> list[str]:
@@ -299,9 +271,22 @@ def suffix(path: str) -> str:
 def size_or_nothing(path: str) -> int:
     """Bytes in a file; 0 where it cannot be read."""
     try:
-        return size(path)
+        return stamp(path)[0]
     except OSError:  # reading it says why
         return 0
+
+
+def grouped(sizes: Iterable[tuple[T, float]], most: float) -> list[list[T]]:
+    """Things of a size each in consecutive groups of at most `most` in all, or of one thing."""
+    groups: list[list[T]] = []
+    left = -1.0
+    for thing, size in sizes:
+        if left < size:
+            groups.append([])
+            left = most
+        groups[-1].append(thing)
+        left -= size
+    return groups
 
 
 def content_hashes(paths: Sequence[str], sidecar: str | None = None) -> list[str]:
@@ -311,18 +296,37 @@ def content_hashes(paths: Sequence[str], sidecar: str | None = None) -> list[str
     unchanged corpus is not read again just to recognise it. Of a file that cannot be read it is "".
     """
     known = remembered(sidecar)
-    names = [path if is_url(path) else os.path.abspath(path) for path in paths]
-    made: dict[str, list[Any]] = {}
-    for name in names:
-        try:
-            mark = stamp(name)
-            if known.get(name, made.get(name, []))[: len(mark)] != mark:
-                made[name] = [*mark, digest(name)]
-        except OSError:  # reading it for its text says why
-            known[name] = [""]
+    made = hash_files(unhashed(paths, known))
     remember(made, sidecar)
     known |= made
-    return [known[name][-1] for name in names]
+    return [known.get(_full(path), [""])[-1] for path in paths]
+
+
+def unhashed(paths: Sequence[str], known: dict[str, list[Any]]) -> dict[str, int]:
+    """Bytes in each of the files whose digests are not `known`, where old ones are forgotten."""
+    sizes = {}
+    for name in map(_full, paths):
+        try:
+            mark = stamp(name)
+        except OSError:  # reading it for its text says why
+            known.pop(name, None)
+            continue
+        if known.get(name, [])[:-1] != mark:
+            sizes[name] = mark[0]
+    return sizes
+
+
+def hash_files(paths: Iterable[str]) -> dict[str, list[Any]]:
+    """{path: [*stamp(path), digest]} of those that can be read."""
+    made = {}
+    for path in paths:
+        with contextlib.suppress(OSError):
+            made[path] = [*stamp(path), digest(path)]
+    return made
+
+
+def _full(path: str) -> str:
+    return path if is_url(path) else os.path.abspath(path)
 
 
 def digest(path: str) -> str:

@@ -15,6 +15,7 @@ class Vocabulary:
     pad_id, eos_id, unk_id, mask_id, bos_id = range(5)
     sentinel_ids = tuple(range(109, 9, -1))
     first = 110
+    lossless = True
 
     def __init__(self):
         self.special_ids = {str(id): id for id in range(self.first)}
@@ -49,7 +50,6 @@ def corpus_of(lengths, pairs=False, end_of_text=True):
         bos_id=Vocabulary.bos_id,
         eos_id=Vocabulary.eos_id,
         end_of_text=end_of_text,
-        vocab_size=Vocabulary.vocab_size,
         name="test",
         key=f"test-{list(lengths)}-{pairs}-{end_of_text}",
         pairs=pairs,

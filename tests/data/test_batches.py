@@ -1,6 +1,5 @@
 import collections
 import dataclasses
-import json
 
 import grain
 import numpy as np
@@ -35,7 +34,6 @@ def corpus_of(lengths, end_of_text=True, first=0):
         bos_id=BOS,
         eos_id=EOS,
         end_of_text=end_of_text,
-        vocab_size=70_000,
         name="test",
         key=f"test-{list(lengths)}-{end_of_text}-{first}",
     )
@@ -46,9 +44,8 @@ CONFIG = DataConfig(batch_size=4, block_size=16, validation_fraction=0.0)
 PACKINGS = ("concat", "best_fit", "none")
 
 
-def epoch(config, corpora, seed=0, **hosts):
-    iterator = train_batches(dataclasses.replace(config, epochs=1), corpora, seed=seed, **hosts)
-    return list(iterator)
+def epoch(config, corpora):
+    return list(train_batches(dataclasses.replace(config, epochs=1), corpora, seed=0))
 
 
 def stacked(batches):
@@ -58,14 +55,6 @@ def stacked(batches):
 def targets_of(batches):
     batch = stacked(batches)
     return batch["targets"][batch["weights"] > 0]
-
-
-def assert_same(batches, others):
-    assert len(batches) == len(others)
-    for batch, other in zip(batches, others):
-        assert batch.keys() == other.keys()
-        for name in batch:
-            np.testing.assert_array_equal(batch[name], other[name])
 
 
 def check_rows(batch, corpus, plain_stream=False):
@@ -166,48 +155,10 @@ def test_random_offsets_move_the_windows_between_epochs():
     assert still.pieces(np.array([1]), np.array([3]))[1][0] == 16
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("rows", [[0], [3], [1, 2], [0, 2, 3], [0, 1, 2, 3]])
-def test_a_host_reads_its_rows_of_the_same_batches(packing, rows):
-    config = dataclasses.replace(CONFIG, packing=packing, epochs=3)
-
-    def part(batches):
-        return [{name: array[rows] for name, array in batch.items()} for batch in batches]
-
-    part_only = train_batches(config, CORPUS, seed=1, rows=rows)
-    assert part_only.shapes["inputs"] == (len(rows), 16)
-    alone = list(train_batches(config, CORPUS, seed=1))
-    assert_same(part(alone), list(part_only))
-    alone = list(evaluation_batches(config, CORPUS))
-    assert_same(part(alone), list(evaluation_batches(config, CORPUS, rows=rows)))
-
-
 def test_rows_that_no_batch_has_are_refused():
     for rows in ([], [4], [-1]):
         with pytest.raises(ValueError, match="rows of a batch of 4"):
             train_batches(CONFIG, CORPUS, seed=0, rows=rows)
-
-
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("stop", [0, 1, 7, 23])
-def test_resuming_is_bitwise_even_mid_epoch_and_on_other_hosts(packing, stop):
-    config = dataclasses.replace(CONFIG, packing=packing)
-    uninterrupted = train_batches(config, CORPUS, seed=3)
-    expected = [next(uninterrupted) for _ in range(stop + 10)][stop:]
-    first = train_batches(config, CORPUS, seed=3)
-    for _ in range(stop):
-        next(first)
-    state = json.loads(json.dumps(first.get_state()))
-    assert len(json.dumps(state)) < 1000
-    resumed = train_batches(dataclasses.replace(config, prefetch=0), CORPUS, seed=3)
-    next(resumed)
-    resumed.set_state(state)
-    assert resumed.position() == uninterrupted.position(stop)
-    assert_same([next(resumed) for _ in range(10)], expected)
-    assert_same([first.batch(stop)], expected[:1])
-    share = train_batches(config, CORPUS, seed=3, rows=[1, 3])
-    share.set_state(state)
-    assert_same([next(share)], [{name: array[1::2] for name, array in expected[0].items()}])
 
 
 def test_a_state_from_other_data_is_refused():

@@ -74,40 +74,59 @@ def segments(batch, ids="segment_ids"):
 # All objectives.
 
 
-@pytest.mark.parametrize("objective", ALL)
-def test_shapes_and_types_are_as_announced(objective):
-    iterator = batches_of(objective, config_for(objective), corpus_for(objective))
-    batch = next(iterator)
-    assert {name: array.shape for name, array in batch.items()} == iterator.shapes
-    assert all(a.dtype == (np.float32 if n == "weights" else np.int32) for n, a in batch.items())
-    assert batch["inputs"].shape[1] == iterator.block_size
-    assert batch.get("source", np.zeros((4, 0))).shape[1] == iterator.source_length
+EVERY = pytest.mark.parametrize(
+    "objective, packing",
+    [*(("causal", packing) for packing in ("concat", "best_fit", "none")), *((o, "") for o in ALL)],
+)
+
+
+def case(objective, packing, **changes):
+    config = config_for(objective, **{"packing": packing} if packing else {}, **changes)
+    return objective, config, corpus_for(objective)
+
+
+@EVERY
+@pytest.mark.parametrize("rows", [[3], [0, 2, 3], [0, 1, 2, 3]])
+def test_a_host_reads_its_rows_of_the_same_batches(objective, packing, rows):
+    objective, config, corpus = case(objective, packing, epochs=3)
+
+    def part(batches):
+        return [{name: array[rows] for name, array in batch.items()} for batch in batches]
+
+    iterator = batches_of(objective, config, corpus, 1, rows=rows)
     assert 0 <= iterator.padding_fraction < 1
+    read = list(iterator)
+    assert_same(part(batches_of(objective, config, corpus, 1)), read)
+    assert {name: array.shape for name, array in read[0].items()} == iterator.shapes
+    assert all(a.dtype == (np.float32 if n == "weights" else np.int32) for n, a in read[0].items())
+    assert read[0]["inputs"].shape == (len(rows), iterator.block_size)
+    assert read[0].get("source", np.zeros((4, 0))).shape[1] == iterator.source_length
+    settings = {"objective": objective, "tokenizer": VOCABULARY}
+    whole = evaluation_batches(config, corpus, **settings)
+    assert_same(part(whole), list(evaluation_batches(config, corpus, **settings, rows=rows)))
 
 
-@pytest.mark.parametrize("objective", ALL)
-@pytest.mark.parametrize("rows", [[0, 1], [1, 3]])
-def test_a_host_reads_its_rows_of_the_same_batches(objective, rows):
-    config, corpus = config_for(objective, epochs=3), corpus_for(objective)
-    alone = list(batches_of(objective, config, corpus, 1))
-    part = [{name: array[rows] for name, array in batch.items()} for batch in alone]
-    assert_same(part, list(batches_of(objective, config, corpus, 1, rows=rows)))
-
-
-@pytest.mark.parametrize("objective", ALL)
-def test_resuming_is_bitwise(objective):
-    config, corpus = config_for(objective), corpus_for(objective)
+@EVERY
+@pytest.mark.parametrize("stop", [0, 7, 23])
+def test_resuming_is_bitwise_even_mid_epoch_and_on_other_hosts(objective, packing, stop):
+    objective, config, corpus = case(objective, packing)
     uninterrupted = batches_of(objective, config, corpus, 3)
-    expected = [next(uninterrupted) for _ in range(17)][7:]
+    expected = [next(uninterrupted) for _ in range(stop + 10)][stop:]
     first = batches_of(objective, dataclasses.replace(config, prefetch=4), corpus, 3)
-    for _ in range(7):
+    for _ in range(stop):
         next(first)
     state = json.loads(json.dumps(first.get_state()))
+    assert len(json.dumps(state)) < 1000
     first.close()
     resumed = batches_of(objective, config, corpus, 3)
+    next(resumed)
     resumed.set_state(state)
+    assert resumed.position() == uninterrupted.position(stop)
     assert_same([next(resumed) for _ in range(10)], expected)
-    assert_same([resumed.batch(7)], expected[:1])
+    assert_same([resumed.batch(stop)], expected[:1])
+    share = batches_of(objective, config, corpus, 3, rows=[1, 3])
+    share.set_state(state)
+    assert_same([next(share)], [{name: array[1::2] for name, array in expected[0].items()}])
 
 
 def test_a_state_of_another_objective_or_corruption_is_refused():
