@@ -17,7 +17,7 @@ from lm.config import ConfigError, Path, Seed, to_dict, view
 from lm.data import DataConfig, documents
 from lm.data.parallel_tokenize import BeamConfig, Made, check_runner, prepare
 from lm.runs.directory import Claim, check_place, saved_run
-from lm.runs.inherited import run_tokenizer
+from lm.runs.inherited import Origin
 from lm.tokenizers import TokenizerConfig
 
 
@@ -48,8 +48,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[Made]:
     del wanted["beam"]  # another runner may go on
     check_place(directory)
     texts = functools.partial(documents, job.data, "train", job.seed)
-    saved = saved_run(directory)
-    tokenizer = run_tokenizer(directory, saved, job.tokenizer, texts, job.init_from)
+    origin = Origin(directory, saved_run(directory), job.init_from)
+    tokenizer = origin.tokenizer(job.tokenizer, texts)
     Claim(directory, wanted, to_dict(CorpusJob()), tokenizer).write()
     print(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
     began = time.perf_counter()

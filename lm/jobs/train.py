@@ -11,7 +11,6 @@ import os
 import pathlib
 import signal
 import time
-from typing import Any
 
 import jax
 import ml_collections
@@ -25,8 +24,8 @@ from lm.parallel.layout import lay_out
 from lm.parallel.mesh import batch_sharding, local_rows
 from lm.parallel.platform import keep_buffers
 from lm.runs.config import TrainJob
-from lm.runs.directory import CHECKPOINTS, Claim, check_place, saved_run
-from lm.runs.inherited import inherit, initial_parameters, open_model, run_tokenizer
+from lm.runs.directory import CHECKPOINTS, Claim, check_place
+from lm.runs.inherited import Origin, inherit
 from lm.training.checkpoints import Checkpointer
 from lm.training.config import TrainingInterrupted
 from lm.training.evaluate import make_evaluate
@@ -50,11 +49,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
       TrainingStopped: training cannot go on.
     """
     directory = pathlib.Path(workdir)
-    saved = saved_run(directory)
-    fields, carried = inherit(config, saved)
+    fields, origin = inherit(config, directory)
     job = view(TrainJob, fields)
     with hosts.together(job.hosts):
-        results, left_by = _run(job, directory, saved, carried)
+        results, left_by = _run(job, directory, origin)
     if left_by == signal.SIGINT:
         raise KeyboardInterrupt
     if left_by:
@@ -62,13 +60,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     return results
 
 
-def _run(
-    job: TrainJob, directory: pathlib.Path, saved: dict[str, Any] | None, carried: dict[str, Any]
-) -> tuple[dict[str, float], int]:
-    """The last evaluation, and the signal that ended the run before its last step.
-
-    `saved` is the run's config.json if it has begun, `carried` what its source says.
-    """
+def _run(job: TrainJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[str, float], int]:
+    """The last evaluation, and the signal that ended the run before its last step."""
     console = Console(soft_wrap=False, highlight=False, quiet=hosts.index() > 0)
     say = functools.partial(console.print, markup=False, soft_wrap=True)  # names are names
 
@@ -80,7 +73,7 @@ def _run(
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     layout = lay_out(job.strategy, job.mesh, job.zero)
-    job, note = job.with_even_batch(layout, saved)
+    job, note = job.with_even_batch(layout, origin.saved)
     if note:
         say(f"note: {note}")
     workload = job.workload(layout)
@@ -91,9 +84,10 @@ def _run(
 
     # ---- Tokenizer: with it the model is whole, and it is known what may be in the directory
     texts = functools.partial(documents, job.data, "train", job.seed)
-    tokenizer = run_tokenizer(directory, saved, job.tokenizer, texts, job.init_from, job.ignore)
+    tokenizer = origin.tokenizer(job.tokenizer, texts)
     job = job.with_model_for(tokenizer)
     corpus = functools.partial(corpus_fingerprint, job.data, job.seed)
+    carried = origin.carried(job.data.end_of_text)
     claim = Claim(directory, to_dict(job), to_dict(TrainJob()), tokenizer, corpus, carried)
     notes = claim.check() + why_not_convertible(job.model, tokenizer)
     exactly = "" if tokenizer.lossless else " (does not reproduce every text exactly)"
@@ -128,12 +122,10 @@ def _run(
             if found is not None:
                 start, state, extra = found
                 batches.set_state(extra["data"])
-                say(resuming(workload, start, saved, directory))
+                say(resuming(workload, start, origin.saved, directory))
             else:
-                start, extra, params = 0, {}, None
-                if job.init_from:
-                    source = open_model(job.init_from, job.ignore)
-                    params = initial_parameters(source, training.abstract["params"])
+                start, extra = 0, {}
+                params = origin.parameters(training.abstract["params"])
                 state = training.create_state(params)
 
             # ---- Loop

@@ -7,7 +7,9 @@ source's own value, or where it changes nothing of the function that the paramet
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import os
 import pathlib
 import shutil
@@ -22,7 +24,7 @@ from lm.config import ConfigError, check, fields_set, to_dict
 from lm.models import ModelConfig
 from lm.models.huggingface.config_roundtrip import essence
 from lm.parallel import hosts
-from lm.runs.directory import CONFIG, TOKENIZER
+from lm.runs.directory import CONFIG, TOKENIZER, saved_run
 from lm.runs.sources import Source, open_source
 from lm.tokenizers import Tokenizer, TokenizerConfig
 
@@ -36,27 +38,98 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What the run in a directory starts from: itself if it has begun, a model, or nothing."""
+
+    directory: pathlib.Path
+    saved: dict[str, Any] | None  # its config.json if it has begun: see `saved_run`
+    init_from: str = ""  # a run directory, or a Hugging Face directory
+    ignore: str | Sequence[str] = ()  # of the latter; see `open_source`
+
+    @functools.cached_property
+    def source(self) -> Source:
+        """The model that `init_from` names.
+
+        Raises:
+          ConfigError: there is none, or it has no tokenizer.
+        """
+        field = f"config.init_from={self.init_from!r}"
+        try:
+            source = open_source(self.init_from, self.ignore)
+        except ConfigError as error:
+            raise ConfigError(f"{field}: {error}") from None
+        check(source.tokenizer is not None, f"{field} is a Hugging Face model without a tokenizer")
+        return source
+
+    def carried(self, separated: bool) -> dict[str, Any]:
+        """Its sections `CARRIED`; the end of documents, if `separated`, is an end there, too."""
+        if not self.init_from:
+            return {}
+        theirs = self.source.config if self.saved is None else self.saved
+        carried = copy.deepcopy({name: theirs[name] for name in CARRIED if name in theirs})
+        ends = carried.get("framing", {}).get("end_of_text")
+        if self.saved is None and ends and separated and self.source.tokenizer.eos_id not in ends:
+            ends.append(self.source.tokenizer.eos_id)
+            if "huggingface" in carried:
+                carried["huggingface"].setdefault("generation", {})["eos_token_id"] = ends
+        return carried
+
+    def parameters(self, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array] | None:
+        """The source's, where `abstract` says; None where there is no source.
+
+        Of a table of learned positions the first rows, where the run needs no more.
+        """
+        if not self.init_from:
+            return None
+        shardings = {name: leaf.sharding for name, leaf in abstract.items()}
+        params = self.source.parameters(shardings=shardings)[1]
+        tables = [name for name in params if name.endswith("embedding.positions")]
+        return {**params, **{name: params[name][: abstract[name].shape[0]] for name in tables}}
+
+    def tokenizer(self, config: TokenizerConfig, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+        """The run's own if it has one, else the source's, else one trained on `texts`.
+
+        Process 0 trains it, as two that differ in a bit would be two runs, and the others get it
+        through the directory, which all must share.
+        """
+        own, scratch = self.directory / TOKENIZER, self.directory / ".tokenizer.shared"
+        failed = self.saved is None and (self.directory / CONFIG).exists()  # a start that left it
+        if own.exists() and not failed:
+            return tokenizers.load(own)
+        if self.init_from:
+            return self.source.tokenizer
+        if hosts.index() == 0:
+            tokenizer = tokenizers.train(config, texts())
+        if hosts.count() == 1:
+            return tokenizer
+        if hosts.index() == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+            tokenizer.save(scratch)
+        hosts.barrier()
+        if hosts.index() != 0:
+            tokenizer = tokenizers.load(scratch)
+        hosts.barrier()
+        if hosts.index() == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return tokenizer
+
+
 def inherit(
-    config: ml_collections.ConfigDict, saved: dict[str, Any] | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`config` with the sections `model` and `tokenizer` of its source, and what else is carried.
+    config: ml_collections.ConfigDict, directory: pathlib.Path
+) -> tuple[dict[str, Any], Origin]:
+    """`config` with the sections `model` and `tokenizer` of its source, and that source.
 
-    Args:
-      config: of a training job.
-      saved: the config.json of the run that goes on: it has the model already, and its source may
-        be gone. None for a new run.
-
-    Returns:
-      The config as nested dicts, and the sections `CARRIED` of the source's config.json.
+    A run that goes on in `directory` has the model already, and its source may be gone.
 
     Raises:
       ConfigError: `init_from` is no model to start from; or fields that are set and may not be, all
         of them named at once.
     """
-    fields = config.to_dict()
-    init_from = fields.get("init_from")
-    if not init_from:
-        return fields, {}
+    fields, saved = config.to_dict(), saved_run(directory)
+    origin = Origin(directory, saved, fields.get("init_from", ""), fields.get("ignore", ()))
+    if not origin.init_from:
+        return fields, origin
     model, tokenizer = (
         fields_set(section, config, name)
         for name, section in (("model", ModelConfig), ("tokenizer", TokenizerConfig))
@@ -64,13 +137,11 @@ def inherit(
     if saved is not None:
         fields["model"] = {**saved["model"], **model}
         fields["tokenizer"] = {**saved["tokenizer"], **tokenizer}
-        return fields, {name: saved[name] for name in CARRIED if name in saved}
+        return fields, origin
 
-    field = f"config.init_from={init_from!r}"
-    source = open_model(init_from, fields.get("ignore", ()))
-    check(source.tokenizer is not None, f"{field} is a Hugging Face model without a tokenizer")
-    theirs = source.model
-    where = init_from if source.checkpoint else os.path.join(init_from, TOKENIZER)
+    source, theirs = origin.source, origin.source.model
+    source.check_parameters()
+    where = origin.init_from if source.checkpoint else os.path.join(origin.init_from, TOKENIZER)
     trained = {**to_dict(TokenizerConfig()), **source.config.get("tokenizer", {})}
     trained["special_tokens"] = tuple(trained["special_tokens"])
     found = {"kind": source.tokenizer.kind, "vocab_size": source.tokenizer.vocab_size}
@@ -88,15 +159,15 @@ def inherit(
         has = ", ".join(f"{name}={own!r}" for name, own, _ in wrong)
         says = ", ".join(repr(value) for *_, value in wrong)
         raise ConfigError(
-            f"{field} has {has}, and this config says {says}: model and tokenizer are those of the "
-            "source, so leave these fields out (as configs/finetune.py does) or set them to what "
-            f"it has; of a model only {', '.join(MAY_CHANGE)} may differ, and max_length where "
-            "positions are not learned"
+            f"config.init_from={origin.init_from!r} has {has}, and this config says {says}: model "
+            "and tokenizer are those of the source, so leave these fields out (as "
+            "configs/finetune.py does) or set them to what it has; of a model only "
+            f"{', '.join(MAY_CHANGE)} may differ, and max_length where positions are not learned"
         )
     kept = {name: value for name, value in model.items() if value or name not in _CHOSEN}
     fields["model"] = to_dict(dataclasses.replace(theirs, **kept))
     fields["tokenizer"] = {**tokenizer, "kind": source.tokenizer.kind, "path": where}
-    return fields, _carried(source, fields.get("data", {}).get("end_of_text", True))
+    return fields, origin
 
 
 def _may_have(theirs: ModelConfig, name: str, value: Any) -> bool:
@@ -107,80 +178,3 @@ def _may_have(theirs: ModelConfig, name: str, value: Any) -> bool:
         table = theirs.positions == "learned" and theirs.cell == "attention"
         return value <= theirs.max_length or not table
     return name in _CHOSEN and value == 0
-
-
-def _carried(source: Source, separated: bool) -> dict[str, Any]:
-    """Its sections `CARRIED`; what ends this run's documents is an end there, too."""
-    carried = {name: source.config[name] for name in CARRIED if name in source.config}
-    ends = carried.get("framing", {}).get("end_of_text")
-    if ends and separated and source.tokenizer.eos_id not in ends:
-        ends.append(source.tokenizer.eos_id)
-        if "huggingface" in carried:
-            carried["huggingface"].setdefault("generation", {})["eos_token_id"] = ends
-    return carried
-
-
-def open_model(init_from: str, ignore: str | Sequence[str] = ()) -> Source:
-    """The model that `init_from` names, found to have parameters; `ignore`: see `open_source`.
-
-    Raises:
-      ConfigError: there is none.
-    """
-    try:
-        source = open_source(init_from, ignore)
-        source.check_parameters()
-        return source
-    except ConfigError as error:
-        raise ConfigError(f"config.init_from={init_from!r}: {error}") from None
-
-
-def initial_parameters(
-    source: Source, abstract: dict[str, jax.ShapeDtypeStruct]
-) -> dict[str, jax.Array]:
-    """The parameters of `source` where `abstract` says.
-
-    Of a table of learned positions the first rows, where the run needs no more.
-    """
-    shardings = {name: leaf.sharding for name, leaf in abstract.items()}
-    params = source.parameters(shardings=shardings)[1]
-    tables = [name for name in params if name.endswith("embedding.positions")]
-    return {**params, **{name: params[name][: abstract[name].shape[0]] for name in tables}}
-
-
-def run_tokenizer(
-    directory: pathlib.Path,
-    saved: dict[str, Any] | None,
-    config: TokenizerConfig,
-    texts: Callable[[], Iterable[str]],
-    init_from: str = "",
-    ignore: str | Sequence[str] = (),
-) -> Tokenizer:
-    """The tokenizer of the run in `directory`: its own, else `init_from`'s, else a new one.
-
-    Args:
-      saved: the run's config.json, if it has begun; one that failed to start has left nothing.
-      config: what to train; process 0 does, as two that differ in a bit would be two runs, and the
-        others get it through `directory`, which all must share.
-      texts: gives what it is trained on.
-    """
-    own = directory / TOKENIZER
-    if own.exists() and (saved is not None or not (directory / CONFIG).exists()):
-        return tokenizers.load(own)
-    if init_from:
-        tokenizer = open_source(init_from, ignore).tokenizer
-        check(tokenizer is not None, f"config.init_from={init_from!r} has no tokenizer")
-        return tokenizer
-    if hosts.count() == 1:
-        return tokenizers.train(config, texts())
-    scratch = directory / ".tokenizer.shared"
-    if hosts.index() == 0:
-        tokenizer = tokenizers.train(config, texts())
-        shutil.rmtree(scratch, ignore_errors=True)
-        tokenizer.save(scratch)
-    hosts.barrier()
-    if hosts.index() != 0:
-        tokenizer = tokenizers.load(scratch)
-    hosts.barrier()
-    if hosts.index() == 0:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return tokenizer

@@ -211,8 +211,8 @@ class Run:
             ) from None
         check(
             tokens_BT.ndim == 2 and np.issubdtype(tokens_BT.dtype, np.integer),
-            f"tokens_BT of shape {tokens_BT.shape} and type {tokens_BT.dtype} must be rows of token "
-            "ids, such as [run.encode(text)]",
+            f"tokens_BT of shape {tokens_BT.shape} and type {tokens_BT.dtype} must be rows of "
+            "token ids, such as [run.encode(text)]",
         )
         check(
             tokens_BT.shape[1] <= config.max_length,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -82,7 +79,7 @@ class Source:
 
 
 def open_source(directory: str | os.PathLike[str], ignore: str | Sequence[str] = ()) -> Source:
-    """Opens a run directory or a Hugging Face directory; again at no cost if nothing changed there.
+    """Opens a run directory or a Hugging Face directory.
 
     Args:
       directory: where it is.
@@ -92,26 +89,6 @@ def open_source(directory: str | os.PathLike[str], ignore: str | Sequence[str] =
       ConfigError: neither of them, or one that is damaged, or does not fit its tokenizer.
     """
     path = pathlib.Path(directory).expanduser()
-    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    source = _open(path, ignore, _stamps(path) | _stamps(path / TOKENIZER))
-    return dataclasses.replace(source, config=copy.deepcopy(source.config))
-
-
-def _stamps(folder: pathlib.Path) -> frozenset[tuple[str, int, int]]:
-    """What changes when a file in `folder` does."""
-    stats = []
-    for file in folder.glob("*"):
-        with contextlib.suppress(OSError):
-            if file.is_file():
-                stats.append((str(file), file.stat().st_size, file.stat().st_mtime_ns))
-    return frozenset(stats)
-
-
-@functools.lru_cache(maxsize=1)  # a job opens its source for the tokenizer, then for the parameters
-def _open(
-    path: pathlib.Path, ignore: tuple[str, ...], stamps: frozenset[tuple[str, int, int]]
-) -> Source:
-    del stamps
     return _open_huggingface(path, ignore) if is_checkpoint(path) else _open_run(path)
 
 
@@ -152,7 +129,7 @@ def _open_run(path: pathlib.Path) -> Source:
     return Source(path, config, model, tokenizer)
 
 
-def _open_huggingface(path: pathlib.Path, ignore: tuple[str, ...]) -> Source:
+def _open_huggingface(path: pathlib.Path, ignore: str | Sequence[str]) -> Source:
     """Its config is what the config.json of a run of it would be."""
     checkpoint = open_checkpoint(path, ignore)
     model = checkpoint.config
