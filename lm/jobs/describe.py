@@ -13,7 +13,8 @@ from lm.config import Count, check, view
 from lm.models import ModelConfig, costs, param_specs, skeleton
 from lm.models.presets import PRESETS, Overrides, preset
 from lm.parallel.sharding import ParamSpec
-from lm.training.optimizer import OPTIMIZERS, OptimizerConfig, make_optimizer
+from lm.training.config import OPTIMIZERS, OptimizerConfig
+from lm.training.optimizer import make_optimizer
 from lm.training.report import binary, facts_table, model_line, parameters_table, si
 
 PIPED_WIDTH = 120  # columns where standard output is no terminal

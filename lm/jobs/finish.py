@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from lm.config import ConfigError
+from lm.config import ConfigError, to_dict
 from lm.data import pairs
 from lm.inference import Framing
 from lm.inference.fill import mask_ids, sentinel_ids
@@ -31,23 +31,12 @@ AT_ONCE = 128  # sources translated together
 
 
 def finish(
-    job: TrainJob,
-    directory: pathlib.Path,
-    console: Console,
-    params: dict[str, jax.Array],
-    mesh: Mesh,
+    job: TrainJob, directory: pathlib.Path, console: Console, params: dict[str, Any], mesh: Mesh
 ) -> dict[str, float]:
     """Draws loss.png, writes and prints samples.txt, and counts exact matches.
 
     All processes of the run take part, and process 0 writes: no device may have room for all of the
-    parameters.
-
-    Args:
-      job: what was run.
-      directory: where.
-      console: of process 0, silent on the others.
-      params: the trained parameters, on all devices of `mesh`; not to be used afterwards.
-      mesh: the run's.
+    parameters. `params` lie on all devices of the run's `mesh`, and are not to be used afterwards.
 
     Returns:
       `exact_match`, a share, where the job asks for it.
@@ -84,10 +73,7 @@ def finish(
 def check_prompts(job: TrainJob, tokenizer: Tokenizer, carried: Mapping[str, Any]) -> None:
     """Raises ConfigError where `finish` could not ask a prompt of the trained model.
 
-    Args:
-      job: with the whole model.
-      tokenizer: the run's.
-      carried: what the run's config.json says beside the job.
+    `job` has the whole model; `carried` is what the run's config.json says beside the job.
     """
     config = {"data": {"end_of_text": job.data.end_of_text}, **carried}
     framing = Framing.of_run(config, job.model, tokenizer, "framing")
@@ -107,30 +93,26 @@ def check_prompts(job: TrainJob, tokenizer: Tokenizer, carried: Mapping[str, Any
 
 def samples(run: Run, job: TrainJob) -> str:
     """What the model makes of each prompt, as its objective would have it."""
-    blocks = []
+    paragraphs = []
     for prompt in job.prompts:
         if job.objective.name == "masked":
-            answers = [
+            masks = [
                 ", ".join(f"{each.text.strip()} {each.probability:.0%}" for each in mask)
                 for mask in run.fill(prompt)
             ]
+            paragraphs.append("\n→ ".join([prompt, *masks]))
         elif job.objective.name == "span_corruption":
-            answers = run.fill_spans(prompt, job.sample.max_new_tokens)
+            spans = run.fill_spans(prompt, job.sample.max_new_tokens)
+            paragraphs.append("\n→ ".join([prompt, *spans]))
         else:
-            texts = run.generate([prompt], **vars(job.sample), seed=job.seed)
-            source = f"{prompt}\n→ " if job.model.architecture == "encoder_decoder" else ""
-            blocks += [f"{source}{text}".strip() for text in texts]
-            continue
-        blocks.append("\n".join([prompt, *(f"→ {answer}" for answer in answers)]))
-    return "\n\n".join(blocks) + "\n"
+            both = f"{prompt}\n→ " if job.model.architecture == "encoder_decoder" else ""
+            texts = run.generate([prompt], seed=job.seed, **to_dict(job.sample))
+            paragraphs += [f"{both}{text}".strip() for text in texts]
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def exact_matches(run: Run, job: TrainJob) -> tuple[int, list[str]]:
-    """How many validation targets greedy decoding gets right to the letter.
-
-    Args:
-      run: the trained model.
-      job: names the data, and how many pairs.
+    """How many of `job.exact_match` validation targets greedy decoding gets right to the letter.
 
     Returns:
       That number, and of those it gets wrong source, target and what came instead.
@@ -140,11 +122,8 @@ def exact_matches(run: Run, job: TrainJob) -> tuple[int, list[str]]:
     wrong = []
     for first in range(0, len(chosen), AT_ONCE):
         part = chosen[first : first + AT_ONCE]
-        outputs = run.generate(
-            [source for source, _ in part],
-            max_new_tokens=run.skeleton.config.max_length,
-            temperature=0,
-        )
+        sources, most = [source for source, _ in part], run.skeleton.config.max_length
+        outputs = run.generate(sources, max_new_tokens=most, temperature=0)
         for (source, target), output in zip(part, outputs):
             if output.strip() != target.strip():
                 wrong.append(f"{source}\n= {target}\n→ {output}\n")

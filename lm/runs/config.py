@@ -15,8 +15,8 @@ from lm.parallel.layout import Layout
 from lm.parallel.mesh import MeshConfig, batch_ways
 from lm.tokenizers import Tokenizer, TokenizerConfig
 from lm.training.checkpoints import CheckpointConfig
-from lm.training.config import TrainConfig, check_dispatch
-from lm.training.optimizer import OptimizerConfig, make_schedule
+from lm.training.config import OptimizerConfig, TrainConfig, check_dispatch
+from lm.training.schedules import make_schedule
 from lm.training.workload import Workload
 
 

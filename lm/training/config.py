@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
-from lm.config import Count, NotNegative, Path, Positive, Size, SizeOrZero, check
+from lm.config import (
+    AboveZero,
+    Bounds,
+    Count,
+    NotNegative,
+    Path,
+    Positive,
+    Share,
+    ShareBelowOne,
+    Size,
+    SizeOrZero,
+    check,
+)
+
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")  # see schedules.py
+DECAYED = ("matrices", "no_embeddings", "all")
 
 
 class TrainingStopped(RuntimeError):
@@ -44,6 +60,31 @@ class TrainConfig:
     # tuned: TPUs' compiler with `lm.parallel.compiler.options`, which no TPU has run yet.
     compiler: Literal["default", "tuned"] = "default"
     compilation_cache: Path = "~/.cache/lm/xla"  # compiled programs, kept across runs; "" for none
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Which optimizer, its learning-rate schedule, and its numbers."""
+
+    name: Literal[OPTIMIZERS] = "adamw"  # of the update
+    learning_rate: NotNegative = 1e-3  # at the peak of the schedule
+    schedule: Literal[SCHEDULES] = "cosine"  # of the learning rate
+    warmup_steps: Count = 0  # steps of linear warm-up to the peak; beyond the run: a tenth of it
+    decay_steps: Count = 0  # step at which the decay ends; 0 is the end of the run
+    final_fraction: Share = 0.1  # learning rate after the decay, as a fraction of the peak
+    decay_fraction: Share = 0.2  # wsd: share of the steps spent decaying
+    b1: ShareBelowOne = 0.9  # decay of the first moment (adamw, lion) or of the momentum (sgd)
+    b2: ShareBelowOne = 0.95  # decay of the second moment (adamw) or of the momentum (lion)
+    eps: AboveZero = 1e-8  # adamw: added to the root of the second moment
+    weight_decay: NotNegative = 0.1  # times the learning rate, taken off the decayed parameters
+    decay: Literal[DECAYED] = "matrices"  # what decays; no_embeddings: matrices but no tables
+    clip_norm: NotNegative = 1.0  # largest global norm of the gradient; 0 does not clip
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"  # of the stored first moment
+    muon_momentum: ShareBelowOne = 0.95  # muon: decay of the momentum of its matrices
+    # muon: Newton-Schulz iterations; what is no layer's matrix gets adamw
+    muon_steps: Annotated[int, Bounds(1, 100)] = 5
+    # muon: RMS of an update, so that adamw's rates fit; 0: Jordan's scaling
+    muon_rms: NotNegative = 0.2
 
 
 def check_dispatch(asked: int, cadences: tuple[int, ...]) -> None:

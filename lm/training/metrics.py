@@ -45,32 +45,24 @@ class MetricsWriter:
     Args:
       workdir: the run directory; created if needed.
       start_step: the step this run resumes from; 0 for a new one.
-      tensorboard: whether to write TensorBoard events as well.
 
     Raises:
       ConfigError: the directory cannot be written to.
     """
 
-    def __init__(
-        self,
-        workdir: str | os.PathLike[str],
-        start_step: int = 0,
-        *,
-        tensorboard: bool = True,
-    ) -> None:
+    def __init__(self, workdir: str | os.PathLike[str], start_step: int = 0) -> None:
         self._file = self._events = None
         self._failed = False
         if hosts.index() == 0:
-            self._open(pathlib.Path(workdir), start_step, tensorboard)
+            self._open(pathlib.Path(workdir), start_step)
 
-    def _open(self, workdir: pathlib.Path, start_step: int, tensorboard: bool) -> None:
+    def _open(self, workdir: pathlib.Path, start_step: int) -> None:
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             if (workdir / FILE).exists():
                 _keep_until(workdir / FILE, start_step)
             self._file = (workdir / FILE).open("a", encoding="utf-8")
-            if tensorboard:
-                self._events = _EventFile(workdir / "tensorboard", start_step)
+            self._events = _EventFile(workdir / "tensorboard", start_step)
         except OSError as error:
             raise ConfigError(
                 f"{error.filename or workdir}: metrics cannot be written here: "
@@ -90,8 +82,7 @@ class MetricsWriter:
         try:
             self._file.write(json.dumps(record, allow_nan=False) + "\n")
             self._file.flush()
-            if self._events is not None:
-                self._events.write(int(step), values)
+            self._events.write(int(step), values)
         except OSError as error:
             if not self._failed:
                 _log.warning("%s: metrics are being lost: %s", self._file.name, error)
@@ -100,9 +91,9 @@ class MetricsWriter:
     def rewind(self, step: int) -> None:
         """Drops the records of steps after `step`: the run has gone back there."""
         if self._file is not None:
-            workdir, tensorboard = pathlib.Path(self._file.name).parent, self._events is not None
+            workdir = pathlib.Path(self._file.name).parent
             self.close()
-            self._open(workdir, step, tensorboard)
+            self._open(workdir, step)
 
     def close(self) -> None:
         """Closes the files; further writes are ignored."""

@@ -10,76 +10,23 @@ to each layer's matrix, and an attention projection [embed, heads, head_dim] is 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lm.config import (
-    AboveZero,
-    Bounds,
-    Count,
-    NotNegative,
-    Share,
-    ShareBelowOne,
-    view,
-)
+from lm.config import view
 from lm.parallel.sharding import ParamSpec
-from lm.training import schedules
+from lm.training.config import OptimizerConfig
+from lm.training.schedules import Schedule, make_schedule
 
-OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
-DECAYED = ("matrices", "no_embeddings", "all")
 # Rows looked up or scored one by one: embeddings, position biases and the head.
 _TABLE_AXES = {"vocab", "length", "distance", "type"}
 
 _HEAD_AXES = {"heads", "kv_heads", "head_dim"}  # together, one side of an attention projection
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """Which optimizer, its learning-rate schedule, and its numbers."""
-
-    name: Literal[OPTIMIZERS] = "adamw"  # of the update
-    learning_rate: NotNegative = 1e-3  # at the peak of the schedule
-    schedule: Literal[schedules.SCHEDULES] = "cosine"  # of the learning rate: see schedules.py
-    warmup_steps: Count = 0  # steps of linear warm-up to the peak; beyond the run: a tenth of it
-    decay_steps: Count = 0  # step at which the decay ends; 0 is the end of the run
-    final_fraction: Share = 0.1  # learning rate after the decay, as a fraction of the peak
-    decay_fraction: Share = 0.2  # wsd: share of the steps spent decaying
-    b1: ShareBelowOne = 0.9  # decay of the first moment (adamw, lion) or of the momentum (sgd)
-    b2: ShareBelowOne = 0.95  # decay of the second moment (adamw) or of the momentum (lion)
-    eps: AboveZero = 1e-8  # adamw: added to the root of the second moment
-    weight_decay: NotNegative = 0.1  # times the learning rate, taken off the decayed parameters
-    decay: Literal[DECAYED] = "matrices"  # what decays; no_embeddings: matrices but no tables
-    clip_norm: NotNegative = 1.0  # largest global norm of the gradient; 0 does not clip
-    momentum_dtype: Literal["float32", "bfloat16"] = "float32"  # of the stored first moment
-    muon_momentum: ShareBelowOne = 0.95  # muon: decay of the momentum of its matrices
-    # muon: Newton-Schulz iterations; what is no layer's matrix gets adamw
-    muon_steps: Annotated[int, Bounds(1, 100)] = 5
-    # muon: RMS of an update, so that adamw's rates fit; 0: Jordan's scaling
-    muon_rms: NotNegative = 0.2
-
-
-def warmup_of(config: OptimizerConfig, total_steps: int) -> int:
-    """Steps of warm-up: as configured, or a tenth of a run that is shorter than that."""
-    return total_steps // 10 if config.warmup_steps > total_steps else config.warmup_steps
-
-
-def make_schedule(config: OptimizerConfig, total_steps: int) -> schedules.Schedule:
-    """The configured learning-rate schedule, step -> rate; raises what `schedules` raises."""
-    return schedules.make_schedule(
-        config.schedule,
-        config.learning_rate,
-        total_steps,
-        warmup_steps=warmup_of(config, total_steps),
-        decay_steps=config.decay_steps,
-        final_fraction=config.final_fraction,
-        decay_fraction=config.decay_fraction,
-    )
 
 
 class Optimizer(NamedTuple):
@@ -92,7 +39,7 @@ class Optimizer(NamedTuple):
 
     init: Callable[..., optax.OptState]
     update: Callable[..., tuple[optax.Updates, optax.OptState]]
-    schedule: schedules.Schedule
+    schedule: Schedule
 
 
 def make_optimizer(
@@ -121,7 +68,7 @@ def make_optimizer(
     return Optimizer(*optax.chain(*steps), schedule)
 
 
-def _scale_by_learning_rate(schedule: schedules.Schedule) -> optax.GradientTransformationExtraArgs:
+def _scale_by_learning_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
     """Updates times -rate: the one given, else that of as many updates as there were.
 
     The state is that of `optax.scale_by_learning_rate`, which checkpoints have.
@@ -156,14 +103,11 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     The convention of `torch.nn.utils.clip_grad_norm_`. The norm is a float32 sum.
     """
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del params
+    def clip(updates: optax.Updates, _) -> optax.Updates:
         scale = jnp.minimum(1.0, max_norm / (global_norm(updates) + 1e-6))
-        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), state
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates)
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return optax.stateless(clip)
 
 
 def global_norm(tree: optax.Updates) -> jax.Array:
@@ -240,19 +184,12 @@ def _scale_by_shape(
     """Scales orthogonal updates: to the given RMS (Liu et al. 2025), or, with 0, by
     sqrt(max(1, columns / rows)) (Jordan et al. 2024)."""
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del params
-        scaled = {}
-        for name, value in updates.items():
-            rows = math.prod(value.shape[axis] for axis in matrices[name].reduction_axis)
-            columns = math.prod(value.shape[axis] for axis in matrices[name].output_axis)
-            scale = rms * max(rows, columns) ** 0.5 if rms else max(1.0, columns / rows) ** 0.5
-            scaled[name] = value * scale
-        return scaled, state
+    def scaled(name: str, value: jax.Array) -> jax.Array:
+        rows = math.prod(value.shape[axis] for axis in matrices[name].reduction_axis)
+        columns = math.prod(value.shape[axis] for axis in matrices[name].output_axis)
+        return value * (rms * max(rows, columns) ** 0.5 if rms else max(1.0, columns / rows) ** 0.5)
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return optax.stateless(lambda updates, _: {n: scaled(n, g) for n, g in updates.items()})
 
 
 def _adafactor() -> optax.GradientTransformation:
@@ -274,9 +211,7 @@ def _per_matrix(
     def init(params: optax.Params) -> optax.OptState:
         return {name: jax.vmap(transform.init)(views[name][0](p)) for name, p in params.items()}
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params
-    ) -> tuple[optax.Updates, optax.OptState]:
+    def update(updates: optax.Updates, state: optax.OptState, params: optax.Params):
         new_updates, new_state = {}, {}
         for name, value in updates.items():
             to_view, from_view = views[name]
@@ -312,26 +247,19 @@ def _by_name(
 ) -> optax.GradientTransformation:
     """Applies to each parameter the transform its label names; each sees only its own."""
 
-    def split(tree: optax.Params) -> dict[str, dict[str, jax.Array]]:
-        return {
-            label: {name: leaf for name, leaf in tree.items() if labels[name] == label}
-            for label in transforms
-        }
+    def part(label: str, tree: optax.Params) -> optax.Params:
+        return {name: leaf for name, leaf in tree.items() if labels[name] == label}
 
     def init(params: optax.Params) -> optax.OptState:
-        parts = split(params)
-        return {label: transform.init(parts[label]) for label, transform in transforms.items()}
+        return {label: each.init(part(label, params)) for label, each in transforms.items()}
 
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params
-    ) -> tuple[optax.Updates, optax.OptState]:
-        gradients, parameters = split(updates), split(params)
+    def update(updates: optax.Updates, state: optax.OptState, params: optax.Params):
         merged, new_state = {}, {}
-        for label, transform in transforms.items():
-            part, new_state[label] = transform.update(
-                gradients[label], state[label], parameters[label]
+        for label, each in transforms.items():
+            own, new_state[label] = each.update(
+                part(label, updates), state[label], part(label, params)
             )
-            merged.update(part)
+            merged |= own
         return {name: merged[name] for name in updates}, new_state
 
     return optax.GradientTransformation(init, update)

@@ -7,12 +7,21 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from lm.config import ConfigError
+from lm.config import check
 from lm.training.metrics import read_metrics
 
 _TRAIN, _EVAL, _INK, _FAINT = "#4c78a8", "#e45756", "#333333", "#dddddd"
+
+
+class _Curves(NamedTuple):
+    """The losses of a run: (steps, values) of the training and of the evaluation loss."""
+
+    train: tuple[list[int], list[float]]
+    held_out: tuple[list[int], list[float]]
+    colours: tuple[Any, Any]
+    labels: tuple[str, str | None]
 
 
 def plot_losses(
@@ -27,31 +36,26 @@ def plot_losses(
       ConfigError: there are no metrics, or no finite loss among them.
     """
     workdir = pathlib.Path(workdir)
-    path = pathlib.Path(file) if file is not None else workdir / "loss.png"
     records = read_metrics(workdir)
-    train, held_out = series(records, "loss"), series(records, "eval_loss")
-    if not train[0] and not held_out[0]:
-        raise ConfigError(f"{workdir} has no finite loss to plot in its metrics.jsonl")
-
-    figure, axes = _canvas()
-    if train[0]:
-        _draw_training(axes, *train, _TRAIN, "training")
-    if held_out[0]:
-        _draw_evaluation(axes, *held_out, _EVAL, "evaluation")
-        best = min(range(len(held_out[1])), key=lambda i: held_out[1][i])
+    steps, losses = held_out = series(records, "eval_loss")
+    train = series(records, "loss")
+    check(bool(train[0] or steps), f"{workdir} has no finite loss to plot in its metrics.jsonl")
+    curves = _Curves(train, held_out, (_TRAIN, _EVAL), ("training", "evaluation"))
+    figure, axes = _drawn([curves], workdir.resolve().name)
+    if steps:
+        best = min(range(len(losses)), key=losses.__getitem__)
         axes.annotate(
-            f"best {held_out[1][best]:.3f}",
-            (held_out[0][best], held_out[1][best]),
+            f"best {losses[best]:.3f}",
+            (steps[best], losses[best]),
             xytext=(0, 9),
             textcoords="offset points",
-            ha="right" if best > len(held_out[0]) / 2 else "left",
+            ha="right" if best > len(steps) / 2 else "left",
             color=_EVAL,
             fontsize=9,
             fontweight="bold",
         )
-    _dress(axes, workdir.resolve().name, [train, held_out])
     _count_tokens(axes, records)
-    return _saved(figure, path)
+    return _saved(figure, workdir / "loss.png" if file is None else pathlib.Path(file))
 
 
 def plot_runs(
@@ -69,45 +73,42 @@ def plot_runs(
     """
     import matplotlib
 
-    figure, axes = _canvas()
-    colours = matplotlib.colormaps["tab10" if len(runs) <= 10 else "turbo"]
-    drawn = []
+    few = len(runs) <= 10
+    colours = matplotlib.colormaps["tab10" if few else "turbo"]
+    every = []
     for number, (name, records) in enumerate(runs.items()):
         name = f"./{name}" if name.startswith("_") else name  # which a legend leaves out
-        colour = colours(number if len(runs) <= 10 else number / len(runs))
+        colour = colours(number if few else number / len(runs))
         train, held_out = (series(records, loss, against) for loss in ("loss", "eval_loss"))
-        if not train[0] and not held_out[0]:
-            raise ConfigError(f"{name} has no finite loss against {against!r} in its metrics.jsonl")
-        if train[0]:
-            _draw_training(axes, *train, colour, name)
-        if held_out[0]:
-            _draw_evaluation(axes, *held_out, colour, None if train[0] else name)
-        drawn += [train, held_out]
-    held = any(held_out[0] for held_out in drawn[1::2])
-    _dress(axes, "Training loss" + (", and evaluation loss as points" if held else ""), drawn)
-    axes.set_xlabel(against, color=_INK)
-    return _saved(figure, path)
+        check(
+            bool(train[0] or held_out[0]),
+            f"{name} has no finite loss against {against!r} in its metrics.jsonl",
+        )
+        labels = (name, None if train[0] else name)
+        every.append(_Curves(train, held_out, (colour, colour), labels))
+    held = any(curves.held_out[0] for curves in every)
+    title = "Training loss" + (", and evaluation loss as points" if held else "")
+    return _saved(_drawn(every, title, against)[0], path)
 
 
-def _canvas():
-    """A figure and its axes."""
+def _drawn(every: list[_Curves], title: str, against: str = "step"):
+    """A figure of these curves, and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Not through pyplot: no global figure, and whatever backend a notebook uses stays its own.
     figure = Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
-
-
-def _draw_training(axes: Any, steps, losses, colour, label: str) -> None:
-    axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8)
-    axes.plot(steps, _running_mean(losses), color=colour, linewidth=1.8, label=label)
-
-
-def _draw_evaluation(axes: Any, steps, losses, colour, label: str | None) -> None:
-    style = {"linewidth": 1.2, "marker": "o", "markersize": 3.5}
-    axes.plot(steps, losses, color=colour, label=label, **style)
+    axes = figure.add_subplot()
+    for (steps, losses), held_out, (colour, eval_colour), (label, eval_label) in every:
+        if steps:
+            axes.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8)
+            axes.plot(steps, _running_mean(losses), color=colour, linewidth=1.8, label=label)
+        if held_out[0]:
+            points = {"linewidth": 1.2, "marker": "o", "markersize": 3.5}
+            axes.plot(*held_out, color=eval_colour, label=eval_label, **points)
+    _dress(axes, title, against, [series for curves in every for series in curves[:2]])
+    return figure, axes
 
 
 def _saved(figure: Any, path: pathlib.Path) -> pathlib.Path:
@@ -117,7 +118,7 @@ def _saved(figure: Any, path: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _dress(axes: Any, title: str, drawn: list[tuple[list[int], list[float]]]) -> None:
+def _dress(axes: Any, title: str, against: str, drawn: list[tuple[list[int], list[float]]]) -> None:
     """Title, axes, grid and legend: as little ink as the eye needs."""
     steps = [step for some, _ in drawn for step in some]
     losses = [loss for _, some in drawn for loss in some]
@@ -126,7 +127,7 @@ def _dress(axes: Any, title: str, drawn: list[tuple[list[int], list[float]]]) ->
     axes.set_ylim(low - margin, high + margin)
     axes.set_xlim(min(0, *steps), max(steps) * 1.02 or 1)
     title = axes.set_title(title, color=_INK, fontsize=11)
-    axes.set_xlabel("step", color=_INK)
+    axes.set_xlabel(against, color=_INK)
     axes.set_ylabel("loss (nats per token)", color=_INK)
     axes.grid(axis="y", color=_FAINT, linewidth=0.7)
     axes.set_axisbelow(True)

@@ -26,7 +26,7 @@ from lm.parallel.sharding import ParamSpec
 from lm.tokenizers import Tokenizer
 from lm.tokenizers.export import huggingface_files
 from lm.training.memory import Memory, expected_memory, parameter_table
-from lm.training.optimizer import make_schedule, warmup_of
+from lm.training.schedules import make_schedule, warmup_of
 from lm.training.setup import Training
 from lm.training.workload import Workload
 

@@ -27,63 +27,34 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.config import check, check_choice
+from lm.config import check
+from lm.training.config import OptimizerConfig
 
 Schedule = Callable[[Any], jax.Array]
-SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt", "wsd")
 
 
-def make_schedule(
-    name: str,
-    peak: float,
-    total_steps: int,
-    *,
-    warmup_steps: int = 0,
-    decay_steps: int = 0,
-    final_fraction: float = 0.0,
-    decay_fraction: float = 0.2,
-    prefix: str = "config.optimizer",
-) -> Schedule:
-    """The schedule `name`: step (int or integer array, traced or not) -> float32 rate.
+def warmup_of(config: OptimizerConfig, total_steps: int) -> int:
+    """Steps of warm-up: as configured, or a tenth of a run that is shorter than that."""
+    return total_steps // 10 if config.warmup_steps > total_steps else config.warmup_steps
 
-    Args:
-      name: one of `SCHEDULES`.
-      peak: learning rate at the end of the warm-up.
-      total_steps: optimizer steps of the whole run.
-      warmup_steps: steps before the peak.
-      decay_steps: step at which the decay ends; 0 means `total_steps`.
-      final_fraction: rate after the decay, as a fraction of `peak`.
-      decay_fraction: share of `decay_steps` that wsd spends decaying.
-      prefix: where the fields live, for error messages.
+
+def make_schedule(config: OptimizerConfig, total_steps: int) -> Schedule:
+    """The configured schedule: step (int or integer array, traced or not) → float32 rate.
 
     Raises:
-      ConfigError: an unknown name, or numbers that do not fit each other.
+      ConfigError: the warm-up is longer than the decay.
     """
-    check_choice(f"{prefix}.schedule", name, SCHEDULES)
-    end = decay_steps or total_steps
-    check(total_steps > 0, f"total_steps={total_steps} must be positive")
-    check(peak >= 0, f"{prefix}.learning_rate={peak} must not be negative")
-    check(warmup_steps >= 0, f"{prefix}.warmup_steps={warmup_steps} must not be negative")
-    check(decay_steps >= 0, f"{prefix}.decay_steps={decay_steps} must not be negative")
-    check(
-        warmup_steps <= total_steps,
-        f"{prefix}.warmup_steps={warmup_steps} must be at most the {total_steps} steps of the run",
-    )
+    name, peak, final_fraction = config.schedule, config.learning_rate, config.final_fraction
+    warmup_steps, end = warmup_of(config, total_steps), config.decay_steps or total_steps
     check(
         name in ("constant", "inverse_sqrt") or warmup_steps <= end,
-        f"{prefix}.warmup_steps={warmup_steps} must be at most decay_steps={end}",
-    )
-    check(
-        0 <= final_fraction <= 1,
-        f"{prefix}.final_fraction={final_fraction} must be between 0 and 1",
-    )
-    check(
-        0 <= decay_fraction <= 1,
-        f"{prefix}.decay_fraction={decay_fraction} must be between 0 and 1",
+        f"config.optimizer.warmup_steps={warmup_steps} must be at most decay_steps={end}",
     )
     # The stable part of wsd is a warm-up that is over: its decay starts where the others start
     # theirs, only later.
-    start = max(warmup_steps, round(end * (1 - decay_fraction))) if name == "wsd" else warmup_steps
+    start = warmup_steps
+    if name == "wsd":
+        start = max(warmup_steps, round(end * (1 - config.decay_fraction)))
 
     def schedule(step: Any) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)

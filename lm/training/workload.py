@@ -14,8 +14,7 @@ from lm.objectives import ObjectiveConfig
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import batch_ways
 from lm.parallel.pipeline import check_layers
-from lm.training.config import TrainConfig
-from lm.training.optimizer import OptimizerConfig
+from lm.training.config import OptimizerConfig, TrainConfig
 
 HOST = "pinned_host"  # the kind of memory of `train.offload_optimizer`
 

@@ -400,8 +400,8 @@ def test_a_learning_rate_far_too_high_never_reaches_the_parameters(place):
 
 def test_discarded_checkpoints_are_not_resumed_from(place):
     directory = tiny_jobs.run(place, "discarded", train__steps=8, checkpoint__every=2)
+    assert tiny_jobs.checkpoint_steps(directory) == [6, 8]
     with Checkpointer(directory / "checkpoints") as checkpointer:
-        assert checkpointer.steps() == [6, 8]
         checkpointer.discard_after(6)
     assert tiny_jobs.checkpoint_steps(directory) == [6]
     tiny_jobs.run(place, "discarded", train__steps=8, checkpoint__every=2)
@@ -502,7 +502,7 @@ def test_rates_are_the_tokens_and_the_time_of_the_device(
         train=TrainConfig(**cadences, steps_per_dispatch=stride),
     )  # fmt: skip
     loop = Loop(
-        SimpleNamespace(workload=workload, step=machine.call, put=lambda batch, *_, **named: batch),
+        SimpleNamespace(workload=workload, step=machine.call, put=lambda batch, **_: batch),
         machine,
         machine.pause,
         SimpleNamespace(save=machine.pause, wait=lambda: None),

@@ -107,7 +107,7 @@ def test_killed_run_keeps_every_record(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_full_disk_is_reported_once_and_training_goes_on(tmp_path, caplog):
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(tmp_path)
     writer._file = pathlib.Path("/dev/full").open("w")  # noqa: SIM115
     for step in range(3):
         writer.write(step, {"loss": 1.0})
@@ -190,7 +190,7 @@ def test_time_left_and_mfu_and_a_bar_fit_in_every_terminal(monkeypatch, width):
 
 
 def test_loss_is_plotted(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for step in range(1, 200):
             loss = math.nan if step == 50 else 2 + 2 / step
             writer.write(step, {"loss": loss, "tokens": 100 * step})
@@ -203,7 +203,7 @@ def test_loss_is_plotted(tmp_path):
 
 def test_runs_are_compared(tmp_path):
     for name, loss in (("$a_1$", 2.0), ("_b", 3.0)):
-        with MetricsWriter(tmp_path / "runs" / name, tensorboard=False) as writer:
+        with MetricsWriter(tmp_path / "runs" / name) as writer:
             for step in (1, 2, 3):
                 values = {"loss": loss / step, "tokens": 10 * step, "tokens_per_second": 100 * step}
                 writer.write(step, values)
@@ -240,7 +240,7 @@ def test_a_comparison_is_drawn_as_it_is_labelled(tmp_path, monkeypatch):
 
 
 def test_nothing_to_plot_is_an_error(tmp_path):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": math.nan})
     with pytest.raises(ConfigError, match="no finite loss to plot"):
         plot_losses(tmp_path)
