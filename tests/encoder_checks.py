@@ -12,7 +12,7 @@ import numpy as np
 
 from lm.models import bind, skeleton
 from lm.models.hooks import no_tap, reading
-from lm.models.huggingface.layout import to_tensors
+from lm.models.huggingface import to_tensors
 from lm.models.huggingface.read import open_checkpoint
 
 IGNORED = -100  # a label that does not count

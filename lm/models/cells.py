@@ -73,8 +73,8 @@ KINDS = {
 # ---- The loop over time ----------------------------------------------------------------------
 
 
-class Loop(NamedTuple):
-    """What the loop is compiled for."""
+class Scan(NamedTuple):
+    """What the loop over time is compiled for."""
 
     cell: str
     dtype: jnp.dtype
@@ -82,14 +82,14 @@ class Loop(NamedTuple):
     watched: bool = False  # whether a tap wants the gates
 
 
-class Bounds(NamedTuple):
+class Boundaries(NamedTuple):
     """Which tokens change the state, and before which it starts anew; None: all, and none."""
 
     live_TB1: jax.Array | None = None
     restart_TB1: jax.Array | None = None
 
 
-class Memory(NamedTuple):
+class Annotations(NamedTuple):
     """What additive attention reads: the encoder's output, and its keys, made once."""
 
     query_DD: jax.Array
@@ -109,11 +109,11 @@ class Passed(NamedTuple):
     pattern: jax.Array | None
 
 
-def _loop(loop: Loop, weights, projected_TBGD, start: State, rest) -> Passed:
-    kind, restarts, (bounds, starts, memory) = KINDS[loop.cell], None, rest
+def _loop(loop: Scan, weights, projected_TBGD, start: State, rest) -> Passed:
+    kind, restarts, (boundaries, starts, annotations) = KINDS[loop.cell], None, rest
     # Whole on every device: a loop that moves parts of them at every token would only move them.
     weights = {n: constrain(w.astype(loop.dtype), None, None, None) for n, w in weights.items()}
-    if bounds.restart_TB1 is not None:
+    if boundaries.restart_TB1 is not None:
         restarts = starts or jax.tree.map(lambda s: jnp.zeros((), s.dtype), start)
     scanned_starts = restarts if starts else None
 
@@ -123,8 +123,8 @@ def _loop(loop: Loop, weights, projected_TBGD, start: State, rest) -> Passed:
             fresh = fresh or restarts
             state = tuple(jnp.where(restart, f, s) for f, s in zip(fresh, state))
         read, context, pattern = state[0].astype(loop.dtype), None, None
-        if memory is not None:
-            context, pattern = _look_back(read, memory, mask)
+        if annotations is not None:
+            context, pattern = _look_back(read, annotations, mask)
             p = p + _spread(kind, contract("bd,dge->bge", context, weights["context"], jnp.float32))
         u = contract("bd,dge->bge", read, weights["state"], jnp.float32)
         after, gates = kind.step(p, u, state)
@@ -133,24 +133,23 @@ def _loop(loop: Loop, weights, projected_TBGD, start: State, rest) -> Passed:
         gates = gates if loop.watched else ()
         return after, Passed(after, read, gates, context, pattern)
 
-    mask_TBS = None if memory is None else memory.mask_TBS
-    now = (projected_TBGD, bounds.live_TB1, bounds.restart_TB1, scanned_starts, mask_TBS)
+    mask_TBS = None if annotations is None else annotations.mask_TBS
+    now = (projected_TBGD, boundaries.live_TB1, boundaries.restart_TB1, scanned_starts, mask_TBS)
     return jax.lax.scan(step, start, now, reverse=loop.backwards)[1]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def through_time(loop: Loop, weights, projected_TBGD, start: State, rest) -> Passed:
+def through_time(loop: Scan, weights, projected_TBGD, start: State, rest) -> Passed:
     """Runs the cells along the first axis.
 
     The gradient of the weights in the loop is one product for all tokens, after the loop, where
     plain autodiff would add to it at every token.
 
     Args:
-      loop: static.
       weights: `state` [D, U, D] and, with attention, `context` [D, I, D], float32.
       projected_TBGD: what input and bias bring to the gates, float32.
       start: the state before the first token, each [B, D].
-      rest: `Bounds`, the states [T, B, D] to restart from (None: zeros), and `Memory` or None.
+      rest: `Boundaries`, the states [T, B, D] to restart from (None: zeros), and `Annotations`.
     """
     return _loop(loop, weights, projected_TBGD, start, rest)
 
@@ -181,27 +180,27 @@ def _spread(kind: Kind, x: jax.Array) -> jax.Array:
     return jnp.pad(x, widths) if kind.biases > kind.inputs else x
 
 
-def _look_back(hidden_BD: jax.Array, memory: Memory, mask_BS: jax.Array | None):
+def _look_back(hidden_BD: jax.Array, annotations: Annotations, mask_BS: jax.Array | None):
     """Bahdanau et al. 2015, §3.1: weights softmax(v·tanh(h·W + keys)), and the mean they give."""
 
     @cheap  # what tanh makes is as large as the encoder's output, for every target token
     def scores(query_BD, keys_BSD, score_D):
         return jnp.tanh(query_BD[:, None] + keys_BSD.astype(jnp.float32)) @ score_D
 
-    query_BD = contract("bd,de->be", hidden_BD, memory.query_DD, jnp.float32)
-    scores_BS = scores(query_BD, memory.keys_BSD, memory.score_D)
+    query_BD = contract("bd,de->be", hidden_BD, annotations.query_DD, jnp.float32)
+    scores_BS = scores(query_BD, annotations.keys_BSD, annotations.score_D)
     mask_BS = jnp.ones((1, 1), bool) if mask_BS is None else mask_BS
     pattern_BS = masked_softmax(scores_BS, mask_BS, hidden_BD.dtype)
-    return contract("bs,bsd->bd", pattern_BS, memory.values_BSD), pattern_BS
+    return contract("bs,bsd->bd", pattern_BS, annotations.values_BSD), pattern_BS
 
 
-def bounds(segments_BT: jax.Array | None, backwards: bool = False) -> Bounds:
+def boundaries(segments_BT: jax.Array | None, backwards: bool = False) -> Boundaries:
     """Where the state changes and restarts, read in either direction, along segment ids.
 
     Padding (segment 0) changes nothing: the segment goes on behind it.
     """
     if segments_BT is None:
-        return Bounds()
+        return Boundaries()
     order = segments_BT[:, ::-1] if backwards else segments_BT
     live = order != 0
     latest = jax.lax.cummax(jnp.where(live, jnp.arange(order.shape[1]), -1), 1)
@@ -210,18 +209,16 @@ def bounds(segments_BT: jax.Array | None, backwards: bool = False) -> Bounds:
     restart = live & ((before < 0) | (order != previous))
     if backwards:
         live, restart = live[:, ::-1], restart[:, ::-1]
-    return Bounds(live.T[..., None], restart.T[..., None])
+    return Boundaries(live.T[..., None], restart.T[..., None])
 
 
 # ---- A layer ---------------------------------------------------------------------------------
 
 
 class Cells(nnx.Module):
-    """One layer of cells that reads in one direction.
+    """One layer of `hidden` cells that reads in one direction.
 
     Args:
-      config: the model's.
-      hidden: how many cells.
       attends: whether they also read what attention found.
       started_by: size of the vector they make their first state of; 0: it is given to them.
     """
@@ -246,35 +243,31 @@ class Cells(nnx.Module):
         self,
         x_TBD: jax.Array,
         start: State,
-        bounds: Bounds,
+        boundaries: Boundaries,
         starts: State | None = None,
-        memory: Memory | None = None,
+        annotations: Annotations | None = None,
         *,
         context_TBD: jax.Array | None = None,
         backwards: bool = False,
         tap: Tap = no_tap,
     ) -> Passed:
-        """Runs the layer (see `through_time`).
+        """Runs the layer on `x_TBD`; see `through_time`.
 
-        Args:
-          x_TBD: its input.
-          start, bounds, starts, memory: see `through_time`.
-          context_TBD: what a lower layer's attention found, instead of `memory`.
-          backwards: whether the last token is read first.
-          tap: see `lm.models.hooks`.
+        `context_TBD` is what a lower layer's attention found, instead of `annotations`; read
+        `backwards`, the last token comes first.
         """
         kind, dtype = KINDS[self.config.cell], compute_dtype(self.config.compute_dtype)
         p = contract("tbd,dge->tbge", x_TBD, self.input[...], jnp.float32)
         weights = {"state": self.state[...]}
         if context_TBD is not None:
             p += contract("tbd,dge->tbge", context_TBD, self.context[...], jnp.float32)
-        elif memory is not None:
+        elif annotations is not None:
             weights["context"] = self.context[...]
         p = add_bias(_spread(kind, p), self.bias[...].reshape(kind.biases, -1))
         p = tapped(tap, "projected", constrain(p, None, "batch", None, None))
         start = tuple(constrain(state, "batch", None) for state in start)
-        loop = Loop(self.config.cell, dtype, backwards, tap is not no_tap)
-        passed = through_time(loop, weights, p, start, (bounds, starts, memory))
+        loop = Scan(self.config.cell, dtype, backwards, tap is not no_tap)
+        passed = through_time(loop, weights, p, start, (boundaries, starts, annotations))
         if tap is not no_tap:
             if passed.gates:
                 tapped(tap, "gates", jnp.stack(passed.gates, 2))
@@ -367,7 +360,7 @@ class Encoder(nnx.Module):
                 passed = cells(
                     x_SBD,
                     zeros(config, x_SBD.shape[1], cells.state.shape[0]),
-                    bounds(segments_BS, backwards),
+                    boundaries(segments_BS, backwards),
                     backwards=backwards,
                     tap=within(tap, f"blocks.{index}.{name}"),
                 )

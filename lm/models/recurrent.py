@@ -27,13 +27,13 @@ from flax import nnx
 
 from lm.config import check
 from lm.models.cells import (
-    Bounds,
+    Annotations,
+    Boundaries,
     Cells,
     Encoder,
-    Memory,
     Noise,
     State,
-    bounds,
+    boundaries,
     drop_between,
     tapped,
     zeros,
@@ -71,16 +71,10 @@ class RecurrentCache:
 
     def repeat(self, times: int) -> RecurrentCache:
         """The cache of a batch in which every row stands `times` times in a row."""
-
-        def rows(x, axis):
-            return jax.tree.map(lambda x: jnp.repeat(x, times, axis), x)
-
-        return RecurrentCache(
-            rows(self.states_LBD, 1),
-            rows(self.keys_BSD, 0),
-            rows(self.values_BSD, 0),
-            rows(self.source_mask_BS, 0),
-        )
+        states_LBD = [jnp.repeat(states_LBD, times, 1) for states_LBD in self.states_LBD]
+        rest = dataclasses.replace(self, states_LBD=())
+        rest = jax.tree.map(lambda x: jnp.repeat(x, times, 0), rest)
+        return dataclasses.replace(rest, states_LBD=tuple(states_LBD))
 
 
 class Embedding(nnx.Module):
@@ -174,7 +168,7 @@ class Recurrent(LanguageModel):
             f"config.model.cell={self.config.cell!r} reads from left to right: objectives with a "
             "prefix or token types need cell='attention'",
         )
-        limits = bounds(text.segments_BT)
+        limits = boundaries(text.segments_BT)
         if source is None:
             noise = None if dropout_key is None else Noise(dropout_key, text.rows_B)
             starts = [zeros(self.config, text.tokens_BT.shape[0], self.config.width)]
@@ -189,9 +183,9 @@ class Recurrent(LanguageModel):
             mask_BTS = visible(text, source, causal=False)
         if mask_BTS is not None and text.segments_BT is not None:
             restarts = self._starts(finals, mask_BTS)
-        starts, memory = self._starts(finals), self._memory(memory_BSD, mask_BTS)
+        starts, annotations = self._starts(finals), self._annotations(memory_BSD, mask_BTS)
         x_BTD, _ = self._decode(
-            text.tokens_BT, limits, starts, restarts, memory, noise=noise, tap=tap
+            text.tokens_BT, limits, starts, restarts, annotations, noise=noise, tap=tap
         )
         return x_BTD, None
 
@@ -222,8 +216,8 @@ class Recurrent(LanguageModel):
             return RecurrentCache(states_LBD)
         ones_BS = jnp.ones_like(source_BS)
         mask_BS = (ones_BS if source_segments_BS is None else source_segments_BS) > 0
-        memory = self._memory(memory_BSD, None)
-        return RecurrentCache(states_LBD, memory.keys_BSD, memory.values_BSD, mask_BS)
+        read = self._annotations(memory_BSD, None)
+        return RecurrentCache(states_LBD, read.keys_BSD, read.values_BSD, mask_BS)
 
     def extend(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: RecurrentCache, tap=no_tap
@@ -240,12 +234,12 @@ class Recurrent(LanguageModel):
           [B, T, D], and the cache after the new tokens.
         """
         starts = list(zip(*cache.states_LBD))
-        memory = None
+        annotations = None
         if cache.keys_BSD is not None:
             mask_BTS = jnp.repeat(cache.source_mask_BS[:, None], tokens_BT.shape[1], 1)
-            memory = self._memory(cache.values_BSD, mask_BTS, cache.keys_BSD)
-        live = Bounds((positions_BT >= 0).T[..., None])
-        x_BTD, finals = self._decode(tokens_BT, live, starts, None, memory, tap=tap)
+            annotations = self._annotations(cache.values_BSD, mask_BTS, cache.keys_BSD)
+        live = Boundaries((positions_BT >= 0).T[..., None])
+        x_BTD, finals = self._decode(tokens_BT, live, starts, None, annotations, tap=tap)
         states_LBD = tuple(map(jnp.stack, zip(*finals)))
         return x_BTD, dataclasses.replace(cache, states_LBD=states_LBD)
 
@@ -291,7 +285,7 @@ class Recurrent(LanguageModel):
         made = [block.first_state(rows) for block in blocks]
         return jax.tree.map(lambda x: x.reshape(*top.shape[:-1], -1), made)
 
-    def _memory(self, values_BSD, mask_BTS, keys_BSD=None) -> Memory | None:
+    def _annotations(self, values_BSD, mask_BTS, keys_BSD=None) -> Annotations | None:
         """What attention reads."""
         if not self.config.cross_attention:
             return None
@@ -299,7 +293,7 @@ class Recurrent(LanguageModel):
         if keys_BSD is None:
             keys_BSD = contract("bsd,de->bse", values_BSD, weights.key[...])
         mask_TBS = None if mask_BTS is None else mask_BTS.swapaxes(0, 1)
-        return Memory(
+        return Annotations(
             constrain(weights.query[...], None, None),
             constrain(weights.score[...], None),
             constrain(keys_BSD, "batch", None, None),
@@ -308,7 +302,7 @@ class Recurrent(LanguageModel):
         )
 
     def _decode(
-        self, tokens_BT, bounds: Bounds, starts, restarts=None, memory=None, *,
+        self, tokens_BT, boundaries: Boundaries, starts, restarts=None, annotations=None, *,
         noise: Noise | None = None, tap: Tap = no_tap,
     ) -> tuple[jax.Array, list[State]]:  # fmt: skip
         """What the head reads [B, T, D], and each layer's last state."""
@@ -318,9 +312,9 @@ class Recurrent(LanguageModel):
             passed = layer(
                 drop_between(x_TBD, config, noise, index),
                 starts[index],
-                bounds,
+                boundaries,
                 restarts[index] if restarts else None,
-                memory if index == 0 else None,
+                annotations if index == 0 else None,
                 context_TBD=context_TBD,
                 tap=within(tap, f"blocks.{index}"),
             )
@@ -329,7 +323,7 @@ class Recurrent(LanguageModel):
             finals.append(tuple(states[-1] for states in passed.states))
             x_TBD = passed.states[0].astype(x_TBD.dtype)
         x_TBD = drop_between(x_TBD, config, noise, config.num_layers)
-        if memory is not None:
+        if annotations is not None:
             x_TBD = self.output(x_TBD, context_TBD)
         return constrain(x_TBD.swapaxes(0, 1), "batch", "length", "embed"), finals
 

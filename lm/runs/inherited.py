@@ -22,7 +22,7 @@ import ml_collections
 from lm import tokenizers
 from lm.config import ConfigError, check, fields_set, to_dict
 from lm.models import ModelConfig
-from lm.models.huggingface.config_roundtrip import essence
+from lm.models.huggingface.config_fields import essence
 from lm.parallel import hosts
 from lm.runs.directory import CONFIG, TOKENIZER, saved_run
 from lm.runs.sources import Source, open_source

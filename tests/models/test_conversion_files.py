@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 import re
 
@@ -14,16 +15,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from lm.config import ConfigError
-from lm.models import ModelConfig, param_specs, skeleton
-from lm.models.huggingface import from_tensors, hub, to_tensors
+from lm.models import ModelConfig
+from lm.models.huggingface import from_tensors, to_tensors
 from lm.models.huggingface.families import FAMILIES, family_for
-from lm.models.huggingface.layout import layout
-from lm.models.huggingface.read import (
-    is_checkpoint,
-    load_parameters,
-    open_checkpoint,
-    read_config,
-)
+from lm.models.huggingface.family import NameMap
+from lm.models.huggingface.read import download, is_checkpoint, is_hub_name, open_checkpoint
 from lm.models.huggingface.write import save_pretrained
 from lm.models.presets import PRESETS, preset
 from lm.parallel.mesh import MeshConfig, make_mesh
@@ -61,10 +57,10 @@ def save(path, params, **options):
 
 
 def test_a_directory_says_what_its_model_is(directory):
-    family, config = read_config(directory)
-    assert is_checkpoint(directory) and family.model_type == "gpt2"
-    assert (config.num_layers, config.width, config.vocab_size) == (3, 32, 261)
     checkpoint = open_checkpoint(directory)
+    config = checkpoint.config
+    assert is_checkpoint(directory) and checkpoint.family.model_type == "gpt2"
+    assert (config.num_layers, config.width, config.vocab_size) == (3, 32, 261)
     assert checkpoint.dtypes == {"float32": sum(t.size for t in tiny.tensors().values())}
 
 
@@ -78,32 +74,27 @@ def test_parameters_are_the_tensors_rearranged(directory):
 
 
 def test_reading_a_file_is_rearranging_it_in_memory(directory):
-    family, config = read_config(directory)
-    specs = param_specs(skeleton(config))
+    checkpoint = open_checkpoint(directory)
     assert_same(
-        {n: np.asarray(p) for n, p in load_parameters(directory, specs).items()},
-        from_tensors(family, config, tiny.tensors()),
+        {n: np.asarray(p) for n, p in checkpoint.parameters().items()},
+        from_tensors(checkpoint.family, checkpoint.config, tiny.tensors()),
     )
 
 
-def test_eight_devices_hold_the_parameters_of_one(directory):
-    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+@pytest.mark.parametrize(
+    "mesh, part",
+    [({"fsdp": 4, "tensor": 2}, (3, 8, 64)), ({"stage": 3}, (1, 32, 128))],
+)
+def test_several_devices_hold_the_parameters_of_one(directory, mesh, part):
+    devices = jax.devices()[: math.prod(mesh.values())]
+    mesh = make_mesh(MeshConfig(data=1, **mesh), devices)
     checkpoint = open_checkpoint(directory)
-    shardings = parameter_shardings(checkpoint.layout.specs, mesh)
+    shardings = parameter_shardings(checkpoint.names.specs, mesh)
     spread, whole = checkpoint.parameters(shardings), checkpoint.parameters()
     for name, array in spread.items():
         assert array.sharding == shardings[name]
         np.testing.assert_array_equal(array, whole[name], name)
-    assert spread["blocks.mlp.up"].addressable_shards[0].data.shape == (3, 8, 64)
-
-
-def test_only_the_rows_that_a_device_holds_are_looked_at(directory):
-    checkpoint = open_checkpoint(directory)
-    mesh = jax.make_mesh((3,), ("stage",), devices=jax.devices()[:3])
-    shardings = parameter_shardings(checkpoint.layout.specs, mesh)
-    parts = checkpoint.parameters(shardings)["blocks.mlp.up"]
-    assert [s.data.shape[0] for s in parts.addressable_shards] == [1, 1, 1]
-    np.testing.assert_array_equal(parts, checkpoint.parameters()["blocks.mlp.up"])
+    assert {s.data.shape for s in spread["blocks.mlp.up"].addressable_shards} == {part}
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
@@ -159,36 +150,38 @@ def test_what_the_reader_names_is_left_out_and_listed(tmp_path):
 # ---- Bad input
 
 
-def with_weights(change):
+def tensor(name, value):
+    """A directory with another tensor of this name; with None, without it."""
+
     def write(path):
-        weights = tiny.tensors()
-        change(weights)
-        return tiny.write_directory(path, weights)
+        weights = {**tiny.tensors(), name: value}
+        return tiny.write_directory(path, {n: t for n, t in weights.items() if t is not None})
 
     return write
 
 
-def with_fields(**fields):
-    return lambda path: tiny.write_directory(path, **fields)
+def fields(**changed):
+    return lambda path: tiny.write_directory(path, **changed)
 
 
-def damaged(change):
-    """A directory whose weights' bytes went through `change`."""
+def damaged(change, name="model.safetensors"):
+    """A directory of which a file's bytes went through `change`; None takes it away."""
 
     def write(path):
-        file = tiny.write_directory(path) / "model.safetensors"
-        file.write_bytes(change(file.read_bytes()))
+        file = tiny.write_directory(path) / name
+        data = change(file.read_bytes())
+        file.unlink() if data is None else file.write_bytes(data)
         return path
 
     return write
 
 
-def with_header(change):
+def header(change):
     def edit(data):
         length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        change(header)
-        text = json.dumps(header).encode()
+        described = json.loads(data[8 : 8 + length])
+        change(described["transformer.wte.weight"])
+        text = json.dumps(described).encode()
         return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
     return damaged(edit)
@@ -196,8 +189,7 @@ def with_header(change):
 
 def without_a_shard(path):
     tiny.write_directory(path)
-    params = open_checkpoint(path).parameters()
-    files = save(path / "new", params, shard_bytes=100_000)
+    files = save(path / "new", open_checkpoint(path).parameters(), shard_bytes=100_000)
     assert len(files) > 1
     files[1].unlink()
     return path / "new"
@@ -208,38 +200,24 @@ def pickled(path):
     return path
 
 
-def empty(path):
-    (tiny.write_directory(path) / "model.safetensors").unlink()
-    return path
-
-
 def of_dtype(dtype):
-    def change(weights):
-        weights[BLOCK + "ln_1.bias"] = weights[BLOCK + "ln_1.bias"].astype(dtype)
-
-    return with_weights(change)
-
-
-def scrambled(path):
-    (tiny.write_directory(path) / "config.json").write_text("{")
-    return path
+    return tensor(BLOCK + "ln_1.bias", np.zeros(32, dtype))
 
 
 WRONG = {
-    "missing": (
-        with_weights(lambda w: [w.pop(BLOCK + n) for n in ("ln_1.bias", "ln_2.bias")]),
-        "transformer.h.1.ln_1.bias, transformer.h.1.ln_2.bias are missing",
-    ),
-    "unknown": (
-        with_weights(lambda w: w.update({"h.7.ln_1.bias": np.ones(32, np.float32)})),
-        "h.7.ln_1.bias is unknown",
-    ),
+    "missing": (tensor(BLOCK + "ln_1.bias", None), "transformer.h.1.ln_1.bias is missing"),
+    "unknown": (tensor("h.7.ln_1.bias", np.ones(32)), "h.7.ln_1.bias is unknown"),
     "shape": (
-        with_weights(lambda w: w.update({BLOCK + "ln_1.bias": np.ones(31, np.float32)})),
+        tensor(BLOCK + "ln_1.bias", np.ones(31, np.float32)),
         "transformer.h.1.ln_1.bias is [31], and the config says [32]",
     ),
-    "another size": (with_fields(n_embd=64), "is [261, 32], and the config says [261, 64]"),
-    "fewer layers": (with_fields(n_layer=2), "transformer.h.2.attn.c_attn.bias"),
+    "another size": (fields(n_embd=64), "is [261, 32], and the config says [261, 64]"),
+    "fewer layers": (fields(n_layer=2), "transformer.h.2.attn.c_attn.bias"),
+    "more layers": (
+        fields(n_layer=4),
+        "ln_1.weight, transformer.h.3.ln_1.bias, transformer.h.3.attn.c_attn.weight (and 9 more) "
+        "are missing",
+    ),
     "int8": (of_dtype(np.int8), "transformer.h.1.ln_1.bias has dtype I8"),
     "fp8": (of_dtype(ml_dtypes.float8_e4m3fn), "has dtype F8_E4M3"),
     "double": (of_dtype(np.float64), "has dtype F64"),
@@ -248,12 +226,9 @@ WRONG = {
     "cut to nothing": (damaged(lambda data: b""), "is truncated"),
     "too long": (damaged(lambda data: data + b"12"), "has 2 bytes at its end"),
     "not json": (damaged(lambda data: data[:8] + b"!" + data[9:]), "its header is damaged"),
-    "no offsets": (
-        with_header(lambda h: h["transformer.wte.weight"].pop("data_offsets")),
-        "has a damaged header",
-    ),
+    "no offsets": (header(lambda entry: entry.pop("data_offsets")), "has a damaged header"),
     "wrong offsets": (
-        with_header(lambda h: h["transformer.wte.weight"]["shape"].append(2)),
+        header(lambda entry: entry["shape"].append(2)),
         "has a damaged header: transformer.wte.weight",
     ),
     "a pointer": (
@@ -262,19 +237,19 @@ WRONG = {
     ),
     "no shard": (without_a_shard, "names model-00002-of-00003.safetensors, which is not there"),
     "pickled": (pickled, "has its weights in pytorch_model.bin"),
-    "no weights": (empty, "has no weights"),
-    "bad config": (scrambled, "config.json is damaged"),
-    "unknown type": (with_fields(model_type="gpt3"), "did you mean 'gpt2'"),
+    "no weights": (damaged(lambda data: None), "has no weights"),
+    "bad config": (damaged(lambda data: b"{", "config.json"), "config.json is damaged"),
+    "unknown type": (fields(model_type="gpt3"), "did you mean 'gpt2'"),
     "unknown class": (
-        with_fields(architectures=["GPT2DoubleHeadsModel"]),
+        fields(architectures=["GPT2DoubleHeadsModel"]),
         "architectures=['GPT2DoubleHeadsModel'] is not one of",
     ),
-    "field": (with_fields(n_layers=3), "n_layers=3, a field that is not known"),
-    "value": (with_fields(scale_attn_weights=False), "scale_attn_weights=False is not supported"),
-    "type": (with_fields(n_layer="3"), "n_layer='3' must be int"),
-    "activation": (with_fields(activation_function="mish"), "activation_function='mish'"),
-    "impossible": (with_fields(n_head=5), "width=32 is not divisible by"),
-    "quantized": (with_fields(quantization_config={"bits": 4}), "quantization_config"),
+    "field": (fields(n_layers=3), "n_layers=3, a field that is not known"),
+    "value": (fields(scale_attn_weights=False), "scale_attn_weights=False is not supported"),
+    "type": (fields(n_layer="3"), "n_layer='3' must be int"),
+    "activation": (fields(activation_function="mish"), "activation_function='mish'"),
+    "impossible": (fields(n_head=5), "n_embd=32 is not divisible by n_head=5"),
+    "quantized": (fields(quantization_config={"bits": 4}), "quantization_config"),
 }
 
 
@@ -299,12 +274,6 @@ def test_numbers_beyond_float16_are_not_made_infinite(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
-def test_parameters_of_another_model_are_refused(directory):
-    specs = param_specs(skeleton(ModelConfig(vocab_size=261, max_length=24)))
-    with pytest.raises(ConfigError, match="has another model"):
-        load_parameters(directory, specs)
-
-
 # ---- Writing
 
 
@@ -317,7 +286,7 @@ def test_written_tensors_are_those_that_were_read(tmp_path, directory):
     assert config["model_type"] == "gpt2" and config["architectures"] == ["GPT2LMHeadModel"]
     assert config["eos_token_id"] == 7 and config["dtype"] == config["torch_dtype"] == "float32"
     assert (tmp_path / "out" / "a.txt").read_bytes() == b"a"
-    assert read_config(tmp_path / "out")[1] == read_config(directory)[1]
+    assert open_checkpoint(tmp_path / "out").config == open_checkpoint(directory).config
     with safe_open(files[0], "numpy") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -346,7 +315,7 @@ def test_parameters_spread_over_devices_are_written_whole(tmp_path, directory):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     save(
         tmp_path / "out",
-        checkpoint.parameters(parameter_shardings(checkpoint.layout.specs, mesh)),
+        checkpoint.parameters(parameter_shardings(checkpoint.names.specs, mesh)),
     )
     assert_same(written(tmp_path / "out"), tiny.tensors())
 
@@ -362,33 +331,13 @@ def test_what_is_there_is_not_overwritten(tmp_path, directory):
 # ---- Families
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
-def test_rules_are_inverse_and_make_every_parameter_once(model_type):
-    family = FAMILIES[model_type]
-    name = next(n for n in PRESETS if says(family, preset(n)))
-    config = small(preset(name))
-    specs = layout(family, config).specs
-    rng = np.random.default_rng(0)
-    params = {n: rng.normal(size=s.shape).astype(np.float32) for n, s in specs.items()}
-    tensors = to_tensors(family, config, params)
-    assert {n: t.shape for n, t in tensors.items()} == layout(family, config).shapes
-    assert_same(from_tensors(family, config, tensors), params)
-
-
-def says(family, config):
-    try:
-        return bool(family.write_config(config))
-    except ConfigError:
-        return False
-
-
 def small(config):
     """A tiny model of the same kind, with unequal sizes."""
     grouped = config.kv_heads < config.num_heads
     narrow = {
         "num_heads": 6,
         "num_kv_heads": (2 if grouped else None),
-        "width": 24 if config.head_dim is None else 20,
+        "width": 48 if config.head_dim is None else 18,
         "head_dim": None if config.head_dim is None else 4,
         "num_layers": 2 * len(config.attention_pattern),
         "mlp_width": 28 if config.mlp_width else None,
@@ -398,6 +347,44 @@ def small(config):
         "window": 4 if config.window else 0,
     }
     return dataclasses.replace(config, **narrow)
+
+
+def says(family, config):
+    try:
+        return bool(family.write_config(config))
+    except ConfigError:
+        return False
+
+
+BIASED = {"qkv_bias": True, "attention_bias": True}
+VARIANTS = [
+    ("llama", "llama2_70b", {"bias": True, **BIASED}),
+    ("qwen2", "qwen2_5_0_5b", {"attention_pattern": ("global", "local"), "window": 3}),
+    ("qwen3", "qwen3_0_6b", BIASED),
+    ("mixtral", "mixtral_8x7b", {"expert_width": 5, "mlp_width": 7}),
+]
+
+
+@pytest.mark.parametrize(
+    "model_type, name, fields",
+    [
+        *(
+            (kind, next(n for n in PRESETS if says(family, preset(n))), {})
+            for kind, family in FAMILIES.items()
+        ),
+        *VARIANTS,
+    ],
+)
+def test_rules_are_inverse_and_make_every_parameter_once(model_type, name, fields):
+    family = FAMILIES[model_type]
+    config = dataclasses.replace(small(preset(name)), **fields)
+    assert family.write_config(config)  # raises if anything would be lost
+    names = NameMap(family, config)
+    rng = np.random.default_rng(0)
+    params = {n: rng.normal(size=s.shape).astype(np.float32) for n, s in names.specs.items()}
+    tensors = to_tensors(family, config, params)
+    assert {n: t.shape for n, t in tensors.items()} == names.shapes
+    assert_same(from_tensors(family, config, tensors), params)
 
 
 def test_a_model_of_no_family_is_told_what_would_have_to_differ():
@@ -414,25 +401,25 @@ def test_a_model_of_no_family_is_told_what_would_have_to_differ():
 def test_names_of_the_hub_are_told_from_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    assert hub.is_name("gpt2") and hub.is_name("meta-llama/Llama-3.2-1B")
-    assert not hub.is_name("runs/gtp2") and not hub.is_name("./gpt2") and not hub.is_name("/a")
-    assert not hub.is_name("a/b/c") and not hub.is_name("../gpt2")
+    assert is_hub_name("gpt2") and is_hub_name("meta-llama/Llama-3.2-1B")
+    assert not is_hub_name("runs/gtp2") and not is_hub_name("./gpt2") and not is_hub_name("/a")
+    assert not is_hub_name("a/b/c") and not is_hub_name("../gpt2")
 
 
 def test_only_what_is_needed_is_downloaded(monkeypatch, directory):
     import huggingface_hub
 
-    def download(name, allow_patterns):
+    def snapshot(name, allow_patterns):
         assert name == "organisation/model" and "*.bin" not in allow_patterns
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(allow_patterns)
         return str(directory)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert hub.fetch("organisation/model") == pathlib.Path(directory)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert download("organisation/model") == pathlib.Path(directory)
 
     def fail(name, allow_patterns):
         raise OSError("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ConfigError, match="no model of that name came from the Hugging Face hub"):
-        hub.fetch("gpt2")
+        download("gpt2")

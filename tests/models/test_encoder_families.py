@@ -18,7 +18,7 @@ import safetensors.numpy
 
 from lm.config import ConfigError
 from lm.models import bind, skeleton
-from lm.models.huggingface.config_roundtrip import essence
+from lm.models.huggingface.config_fields import essence
 from lm.models.huggingface.families import FAMILIES, family_for
 from lm.models.huggingface.read import open_checkpoint
 from lm.models.huggingface.write import save_pretrained

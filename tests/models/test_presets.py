@@ -147,12 +147,6 @@ def test_the_first_transformer_by_hand(width):
     assert size(name) == 37_000 * width + encoder + decoder
 
 
-def test_gpt3_is_what_its_formula_says():
-    layers, width = 96, 12_288
-    blocks = layers * (12 * width**2 + 13 * width)
-    assert size("gpt3_175b") == blocks + (50_257 + 2048 + 2) * width
-
-
 def test_overrides_replace_fields_and_the_rest_follows():
     config = preset("gpt2_small", num_layers=2, width=24, num_heads=3)
     assert (config.num_layers, config.feed_forward, config.head_width) == (2, 96, 8)

@@ -11,7 +11,7 @@ import tiny_models
 
 from lm.config import ConfigError, view
 from lm.models import ModelConfig, bind, count, init, param_specs, skeleton
-from lm.models.cells import KINDS, Cells, bounds, zeros
+from lm.models.cells import KINDS
 from lm.models.hooks import reading, replacing
 from lm.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from lm.parallel.sharding import parameter_shardings
@@ -208,24 +208,15 @@ def test_eight_devices_compute_what_one_does():
 # ---- Packing and padding ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("segments", [[3] * 4 + [1] * 5, [0, 1, 1, 0, 0, 1, 2, 0, 2]])
 @pytest.mark.parametrize("cell", CELLS)
-def test_packed_documents_compute_what_they_compute_alone(cell):
-    model_config, text = config(cell), tokens(1, 9)
+def test_packed_documents_and_padding_anywhere_change_no_state(cell, segments):
+    model_config, text, segments = config(cell), tokens(1, 9), np.array(segments)
     values = params(model_config)
-    packed = logits(model_config, values, text, segments_BT=np.array([[3] * 4 + [1] * 5]))
-    close(packed[:, :4], logits(model_config, values, text[:, :4]))
-    close(packed[:, 4:], logits(model_config, values, text[:, 4:]))
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_padding_anywhere_changes_no_state(cell):
-    model_config, text = config(cell), tokens(1, 9)
-    values, at = params(model_config), [1, 2, 5, 6, 8]
-    segments = np.zeros((1, 9), int)
-    segments[0, at] = [1, 1, 1, 2, 2]
-    padded = logits(model_config, values, text, segments_BT=segments)
-    apart = [logits(model_config, values, text[:, cut]) for cut in (at[:3], at[3:])]
-    close(padded[:, at], jnp.concatenate(apart, 1))
+    packed = logits(model_config, values, text, segments_BT=segments[None])
+    for segment in set(segments) - {0}:
+        mine = segments == segment
+        close(packed[:, mine], logits(model_config, values, text[:, mine]))
 
 
 @pytest.mark.parametrize("cell, kind", kinds("attending", "fixed"))
@@ -239,14 +230,6 @@ def test_packed_pairs_compute_what_they_compute_alone(cell, kind):
     )  # fmt: skip
     close(packed[:, :3], logits(model_config, values, source[:, 1:5], target[:, :3]))
     close(packed[:, 3:7], logits(model_config, values, source[:, 5:7], target[:, 3:7]))
-
-
-def test_bounds_say_where_states_change_and_restart_in_both_directions():
-    segments = jnp.array([[0, 1, 0, 1, 2, 2, 0]])
-    forward, backward = bounds(segments), bounds(segments, backwards=True)
-    assert forward.live_TB1[:, 0, 0].astype(int).tolist() == [0, 1, 0, 1, 1, 1, 0]
-    assert forward.restart_TB1[:, 0, 0].astype(int).tolist() == [0, 1, 0, 0, 1, 0, 0]
-    assert backward.restart_TB1[:, 0, 0].astype(int).tolist() == [0, 0, 0, 1, 0, 1, 0]
 
 
 # ---- Decoding --------------------------------------------------------------------------------
@@ -362,15 +345,6 @@ def test_taps_read_batch_major_values_and_replace_what_comes_next():
     assert not np.allclose(edited[:, 4], plain[:, 4])
 
 
-def test_a_gru_whose_update_gates_are_shut_carries_its_state_unchanged():
-    model_config = config("gru", num_layers=1)
-    values = dict(params(model_config))
-    values["blocks.bias"] = values["blocks.bias"].copy()
-    values["blocks.bias"][:, 12:24] = 50.0
-    hidden = bind(skeleton(model_config), values).hidden(tokens())
-    np.testing.assert_array_equal(hidden, 0)
-
-
 # ---- Dropout ---------------------------------------------------------------------------------
 
 
@@ -417,16 +391,3 @@ def test_what_only_a_transformer_has_is_refused_by_name():
     model = bind(skeleton(config()), params(config()))
     with pytest.raises(ConfigError, match="'lstm' reads from left to right"):
         model(tokens(), prefix_BT=np.ones((2, 9), bool))
-
-
-def test_a_layer_alone_starts_from_the_state_it_is_given():
-    model_config, kind = config("lstm"), KINDS["lstm"]
-    cells = Cells(model_config, 12)
-    values = {n: v[0] for n, v in params(model_config).items() if n.startswith("blocks.")}
-    cells = bind(cells, {name.removeprefix("blocks."): value for name, value in values.items()})
-    x_TBD = np.random.default_rng(0).normal(size=(6, 2, 12)).astype(np.float32)
-    whole = cells(x_TBD, zeros(model_config, 2, 12), bounds(None))
-    middle = tuple(states[2] for states in whole.states)
-    assert len(middle) == kind.states
-    rest = cells(x_TBD[3:], middle, bounds(None))
-    close(rest.states[0], whole.states[0][3:])

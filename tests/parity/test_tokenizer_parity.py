@@ -19,7 +19,7 @@ from tokenizers import normalizers, processors  # noqa: E402
 
 import lm  # noqa: E402
 from lm.models.huggingface.families import FAMILIES  # noqa: E402
-from lm.models.huggingface.layout import layout  # noqa: E402
+from lm.models.huggingface.family import NameMap  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.slow
@@ -150,7 +150,7 @@ def opened(path, case):
     known = transformers.AutoConfig.for_model(model_type).to_dict()
     hf = {name: value for name, value in SIZES.items() if name in known}
     hf |= {"model_type": model_type, "architectures": list(family.architectures[:1])}
-    shapes = layout(family, family.read_config(hf)).shapes
+    shapes = NameMap(family, family.read_config(hf)).shapes
     zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     safetensors.numpy.save_file(zeros, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(hf))

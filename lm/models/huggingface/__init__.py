@@ -1,9 +1,9 @@
 """Hugging Face weights in and out.
 
-`family` says what a family is, one file a family says the rest, and `families` lists them.
-`layout` applies a family's rules; `read` and `write` do so from disk to devices and back.
+`family` says what a family is, `decoders`, `llama`, `bert`, `t5` and `bart` have them, `families`
+lists them. `read` and `write` go from directories to parameters on devices and back.
 """
 
-from lm.models.huggingface.layout import from_tensors, to_tensors
+from lm.models.huggingface.family import from_tensors, to_tensors
 
 __all__ = ["from_tensors", "to_tensors"]

@@ -15,43 +15,17 @@ import numpy as np
 
 from lm.config import check
 from lm.models.config import ModelConfig
-from lm.models.huggingface.family import Family, Rule, demand, same, settings
-from lm.models.huggingface.parts import (
+from lm.models.huggingface.config_fields import (
+    Field,
+    Json,
+    Together,
     activation,
-    activation_name,
-    architecture,
-    attention,
-    biased,
-    labels,
-    norm,
-    num_labels,
-    projection,
-    whole_heads,
-    written,
+    demand,
+    only,
+    with_defaults,
 )
-
-# What config.json leaves out has these values.
-_DEFAULTS = {
-    "vocab_size": 30_522,
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1,
-    "max_position_embeddings": 512,
-    "type_vocab_size": 2,
-    "initializer_range": 0.02,
-    "layer_norm_eps": 1e-12,
-    "position_embedding_type": "absolute",
-    "tie_word_embeddings": True,
-}
-_ROBERTA_DEFAULTS = _DEFAULTS | {"vocab_size": 50_265, "pad_token_id": 1}
-# Other dropout than the residual stream's, and what Google's own files say of the pooler.
-_INERT = (
-    "attention_probs_dropout_prob", "directionality", "pooler_fc_size",
-    "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type",
-)  # fmt: skip
+from lm.models.huggingface.family import Family
+from lm.models.huggingface.name_map import Table
 
 _MASKED = ("ForMaskedLM", "ForPreTraining")
 _CLASSIFIERS = {
@@ -60,161 +34,123 @@ _CLASSIFIERS = {
     "ForTokenClassification": "token",
 }
 _HEADS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
+_FIELDS = {
+    "vocab_size": Field("vocab_size", 30_522),
+    "hidden_size": Field("width", 768),
+    "num_hidden_layers": Field("num_layers", 12),
+    "num_attention_heads": Field("num_heads", 12),
+    "intermediate_size": Field("mlp_width", 3072),
+    "hidden_act": activation("gelu"),
+    "hidden_dropout_prob": Field("dropout", 0.1),
+    "type_vocab_size": Field("token_types", 2),
+    "initializer_range": Field("initializer_std", 0.02),
+    "layer_norm_eps": Field("norm_epsilon", 1e-12),
+    "position_embedding_type": only("absolute"),
+}
 
 
-def _model(values: Mapping[str, Any], hf: Mapping[str, Any], head: str, offset: int) -> ModelConfig:
-    """The encoder with `head`, whose position 0 is row `offset` of the table."""
-    demand(values, "position_embedding_type", "absolute")
-    whole_heads(values, "hidden_size", "num_attention_heads")
-    length = values["max_position_embeddings"] - offset
-    check(
-        length > 0,
-        f"config.json: max_position_embeddings={values['max_position_embeddings']} must be more "
-        f"than the {offset} rows before position 0",
-    )
-    masked = head in _MASKED
-    if masked:
-        demand(values, "tie_word_embeddings", True)
-    classifier = _CLASSIFIERS.get(head, "none")
-    return ModelConfig(
-        architecture="encoder",
-        num_layers=values["num_hidden_layers"],
-        num_heads=values["num_attention_heads"],
-        width=values["hidden_size"],
-        mlp_width=values["intermediate_size"],
-        vocab_size=values["vocab_size"],
-        max_length=length,
-        embedding_norm=True,
-        token_types=values["type_vocab_size"],
-        positions="learned",
-        position_offset=offset,
-        norm="layernorm",
-        norm_position="post",
-        norm_epsilon=values["layer_norm_eps"],
-        activation=activation(values["hidden_act"], "hidden_act"),
-        bias=True,
-        dropout=values["hidden_dropout_prob"],
-        head_transform=masked,
-        head_bias=masked,
-        pooler=head == "Model" or classifier == "sequence",
-        classifier=classifier,
-        num_labels=2 if masked or classifier == "none" else num_labels(hf),
-        initializer="normal",
-        initializer_std=values["initializer_range"],
-    )
+def _head(kind: str) -> Together:
+    """What comes after the encoder, by the name of the class."""
+
+    def read(values: Json) -> dict[str, Any]:
+        head = (values["architectures"] or (f"{kind}Model",))[0].removeprefix(kind)
+        masked, classifier = head in _MASKED, _CLASSIFIERS.get(head, "none")
+        fields = {"pooler": head == "Model" or classifier == "sequence", "classifier": classifier}
+        if masked:
+            demand("tie_word_embeddings", values["tie_word_embeddings"], True)
+            if kind == "Roberta":  # its head has this nonlinearity, whatever the blocks have
+                demand("hidden_act", values["hidden_act"], "gelu")
+            fields |= {"head_transform": True, "head_bias": True}
+        elif classifier != "none":
+            counts = len(values["id2label"] or ()), values["num_labels"], values["_num_labels"], 2
+            fields["num_labels"] = next(filter(None, counts))
+        return fields
+
+    def write(config: ModelConfig) -> dict[str, Any]:
+        head, fields = "Model", {"tie_word_embeddings": config.tie_embeddings}
+        if config.classifier != "none":
+            names = {index: f"LABEL_{index}" for index in range(config.num_labels)}
+            fields["id2label"] = {str(index): name for index, name in names.items()}
+            fields["label2id"] = {name: index for index, name in names.items()}
+            head = {"sequence": _HEADS[2], "token": _HEADS[3]}[config.classifier]
+        if config.head_transform:
+            head = _MASKED[config.classifier == "sequence"]
+        return {"architectures": [kind + head], **fields}
+
+    silent = dict.fromkeys(("architectures", "id2label", "num_labels", "_num_labels"))
+    return Together({**silent, "tie_word_embeddings": True}, read, write)
 
 
-def _read_bert(hf: Mapping[str, Any]) -> ModelConfig:
-    head = architecture(hf, "BertModel").removeprefix("Bert")
-    return _model(settings(hf, _DEFAULTS, _INERT), hf, head, 0)
-
-
-def _read_roberta(hf: Mapping[str, Any]) -> ModelConfig:
-    values = settings(hf, _ROBERTA_DEFAULTS, _INERT)
-    head = architecture(hf, "RobertaModel").removeprefix("Roberta")
-    if head in _MASKED:  # its head has this nonlinearity, whatever the blocks have
-        demand(values, "hidden_act", "gelu")
-    pad = values["pad_token_id"]  # positions are counted from the one after it
+def _read_roberta_positions(values: Json) -> dict[str, Any]:
+    """Positions are counted from the one after padding's: so many rows of the table come before."""
+    rows, pad = values["max_position_embeddings"], values["pad_token_id"]
     check(pad >= 0, f"config.json: pad_token_id={pad} must be at least 0")
-    return _model(values, hf, head, pad + 1)
+    check(
+        rows > pad + 1,
+        f"config.json: max_position_embeddings={rows} must be more than the {pad + 1} rows before "
+        "position 0",
+    )
+    return {"position_offset": pad + 1, "max_length": rows - pad - 1}
 
 
-def _write(config: ModelConfig, kind: str) -> dict[str, Any]:
-    head = "Model"
-    if config.head_transform:
-        head = _MASKED[config.classifier == "sequence"]
-    elif config.classifier != "none":
-        head = {"sequence": _HEADS[2], "token": _HEADS[3]}[config.classifier]
-    fields = {
-        "architectures": [kind + head],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.feed_forward,
-        "hidden_act": activation_name(config.activation),
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout,
+def _write_roberta_positions(config: ModelConfig) -> dict[str, Any]:
+    return {
         "max_position_embeddings": config.max_length + config.position_offset,
-        "type_vocab_size": config.token_types,
-        "initializer_range": config.initializer_std,
-        "layer_norm_eps": config.norm_epsilon,
-        "tie_word_embeddings": config.tie_embeddings,
+        "pad_token_id": config.position_offset - 1,
     }
-    if kind == "Roberta":
-        fields["pad_token_id"] = config.position_offset - 1
-    return fields | (labels(config.num_labels) if config.classifier != "none" else {})
 
 
-def _prefix(config: ModelConfig, name: str) -> str:
-    """What stands before the encoder's tensors: nothing if there is nothing else."""
-    return name if config.head_transform or config.classifier != "none" else ""
-
-
-def _encoder(prefix: str) -> list[Rule]:
+def _encoder(config: ModelConfig, base: str) -> tuple[str, Table]:
+    """What stands before the encoder's tensors (nothing if there is nothing else), and those."""
+    prefix = base if config.head_transform or config.classifier != "none" else ""
     embeddings, layer = f"{prefix}embeddings", f"{prefix}encoder.layer.{{layer}}"
-    within = f"{layer}.attention.self"
-    return [
-        same("embedding.tokens", f"{embeddings}.word_embeddings.weight"),
-        same("embedding.positions", f"{embeddings}.position_embeddings.weight"),
-        same("embedding.types", f"{embeddings}.token_type_embeddings.weight"),
-        *norm("embedding.norm", f"{embeddings}.LayerNorm"),
-        *attention(
-            "blocks.attention",
-            f"{within}.query",
-            f"{within}.key",
-            f"{within}.value",
-            f"{layer}.attention.output.dense",
-        ),
-        *norm("blocks.attention_norm", f"{layer}.attention.output.LayerNorm"),
-        *biased("blocks.mlp.up", f"{layer}.intermediate.dense"),
-        *biased("blocks.mlp.down", f"{layer}.output.dense"),
-        *norm("blocks.mlp_norm", f"{layer}.output.LayerNorm"),
-    ]
+    return prefix, {
+        "embedding.tokens": f"{embeddings}.word_embeddings.weight",
+        "embedding.positions": f"{embeddings}.position_embeddings.weight",
+        "embedding.types": f"{embeddings}.token_type_embeddings.weight",
+        "embedding.norm": f"{embeddings}.LayerNorm",
+        "blocks.attention.query": f"{layer}.attention.self.query",
+        "blocks.attention.key": f"{layer}.attention.self.key",
+        "blocks.attention.value": f"{layer}.attention.self.value",
+        "blocks.attention.output": f"{layer}.attention.output.dense",
+        "blocks.attention_norm": f"{layer}.attention.output.LayerNorm",
+        "blocks.mlp.up": f"{layer}.intermediate.dense",
+        "blocks.mlp.down": f"{layer}.output.dense",
+        "blocks.mlp_norm": f"{layer}.output.LayerNorm",
+    }
 
 
-def _masked_head(head: str, transform: str, after: str) -> list[Rule]:
-    """The masked language model's head, less the token embedding."""
-    return [
-        *projection("head_transform", f"{head}.{transform}"),
-        *norm("head_transform.norm", f"{head}.{after}"),
-        same("head_bias", f"{head}.bias"),
-    ]
-
-
-def _bert_rules(config: ModelConfig) -> list[Rule]:
-    prefix = _prefix(config, "bert.")
-    rules = _encoder(prefix)
-    if config.pooler:
-        rules += projection("pooler", f"{prefix}pooler.dense")
-    if config.head_transform:
-        rules += _masked_head("cls.predictions", "transform.dense", "transform.LayerNorm")
-    if config.classifier != "none":
-        rules += projection(
-            "classifier", "cls.seq_relationship" if config.head_transform else "classifier"
-        )
-    return rules
-
-
-def _roberta_rules(config: ModelConfig) -> list[Rule]:
-    prefix = _prefix(config, "roberta.")
-    rules = _encoder(prefix)
-    of_text = config.classifier == "sequence"
-    if config.pooler:
-        rules += projection("pooler", "classifier.dense" if of_text else f"{prefix}pooler.dense")
-    if config.head_transform:
-        rules += _masked_head("lm_head", "dense", "layer_norm")
-    if config.classifier != "none":
-        rules += projection("classifier", "classifier.out_proj" if of_text else "classifier")
-    return rules
-
-
-def _aliases(config: ModelConfig, prefix: str, head: str) -> dict[str, str]:
+def _masked_head(config: ModelConfig, encoder: Table, head: str, transform: str, norm: str):
+    """The masked language model's head, which ends in the token embedding."""
     if not config.head_transform:
         return {}
     return {
-        f"{head}.decoder.weight": f"{prefix}embeddings.word_embeddings.weight",
-        f"{head}.decoder.bias": f"{head}.bias",
+        "embedding.tokens": f"{encoder['embedding.tokens']} {head}.decoder.weight",
+        "head_transform": f"{head}.{transform}",
+        "head_transform.norm": f"{head}.{norm}",
+        "head_bias": f"{head}.bias {head}.decoder.bias",
+    }
+
+
+def _bert_tensors(config: ModelConfig) -> Table:
+    prefix, encoder = _encoder(config, "bert.")
+    names = ("cls.predictions", "transform.dense", "transform.LayerNorm")
+    return {
+        **encoder,
+        "pooler": f"{prefix}pooler.dense",
+        **_masked_head(config, encoder, *names),
+        "classifier": "cls.seq_relationship" if config.head_transform else "classifier",
+    }
+
+
+def _roberta_tensors(config: ModelConfig) -> Table:
+    prefix, encoder = _encoder(config, "roberta.")
+    of_text = config.classifier == "sequence"
+    return {
+        **encoder,
+        "pooler": "classifier.dense" if of_text else f"{prefix}pooler.dense",
+        **_masked_head(config, encoder, "lm_head", "dense", "layer_norm"),
+        "classifier": "classifier.out_proj" if of_text else "classifier",
     }
 
 
@@ -228,32 +164,53 @@ def _settle(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> ModelConf
     return dataclasses.replace(config, pooler=pooler)
 
 
-_OLD_NAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+def _family(model_type: str, kind: str, heads: tuple[str, ...], together=(), **attributes):
+    return Family(
+        model_type,
+        tuple(kind + head for head in heads),
+        constants={
+            "architecture": "encoder", "embedding_norm": True, "positions": "learned",
+            "norm": "layernorm", "norm_position": "post", "bias": True, "initializer": "normal",
+        },
+        together=(_head(kind), *together),
+        # Other dropout than the residual stream's, and what Google's own files say of the pooler.
+        inert=(
+            "attention_probs_dropout_prob", "directionality", "pooler_fc_size",
+            "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
+            "pooler_type",
+        ),
+        written=lambda config: {"attention_probs_dropout_prob": config.dropout},
+        unsaid=("pooler",),
+        settle=_settle,
+        base_prefix=f"{model_type}.",
+        ignored=(r"embeddings\.position_ids$",),
+        old_tensors=(
+            (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")
+        ),
+        **attributes,
+    )  # fmt: skip
 
-BERT = Family(
-    model_type="bert",
-    architectures=(*(f"Bert{head}" for head in _HEADS), "BertForPreTraining"),
-    read_config=_read_bert,
-    write_config=written(_read_bert, lambda config: _write(config, "Bert"), "pooler"),
-    rules=_bert_rules,
-    base_prefix="bert.",
-    aliases=lambda config: _aliases(config, "bert.", "cls.predictions"),
-    ignored=(r"embeddings\.position_ids$",),
-    settle=_settle,
-    renamed=_OLD_NAMES,
+
+_BERT = _family(
+    "bert",
+    "Bert",
+    (*_HEADS, "ForPreTraining"),
+    fields={**_FIELDS, "max_position_embeddings": Field("max_length", 512)},
+    tensors=_bert_tensors,
+)
+_ROBERTA = _family(
+    "roberta",
+    "Roberta",
+    _HEADS,
+    fields=with_defaults(_FIELDS, vocab_size=50_265),
+    together=(
+        Together(
+            {"max_position_embeddings": 512, "pad_token_id": 1},
+            _read_roberta_positions,
+            _write_roberta_positions,
+        ),
+    ),
+    tensors=_roberta_tensors,
 )
 
-ROBERTA = Family(
-    model_type="roberta",
-    architectures=tuple(f"Roberta{head}" for head in _HEADS),
-    read_config=_read_roberta,
-    write_config=written(_read_roberta, lambda config: _write(config, "Roberta"), "pooler"),
-    rules=_roberta_rules,
-    base_prefix="roberta.",
-    aliases=lambda config: _aliases(config, "roberta.", "lm_head"),
-    ignored=(r"embeddings\.position_ids$",),
-    settle=_settle,
-    renamed=_OLD_NAMES,
-)
-
-FAMILIES = (BERT, ROBERTA)
+FAMILIES = (_BERT, _ROBERTA)

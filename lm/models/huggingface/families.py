@@ -7,14 +7,14 @@ from typing import Any
 
 from lm.config import ConfigError, check_choice, nearest
 from lm.models.config import ModelConfig
-from lm.models.huggingface import bart, bert, bloom, gemma, gpt2, llama, neox, opt, t5
-from lm.models.huggingface.config_roundtrip import NotExact
+from lm.models.huggingface import bart, bert, decoders, llama, t5
+from lm.models.huggingface.config_fields import NotExact
 from lm.models.huggingface.family import Family
 
-_MODULES = (gpt2, llama, gemma, neox, opt, bloom, bert, t5, bart)
-
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for module in _MODULES for family in module.FAMILIES
+    family.model_type: family
+    for module in (decoders, llama, bert, t5, bart)
+    for family in module.FAMILIES
 }
 
 
@@ -36,14 +36,14 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     return family
 
 
-def family_for(config: ModelConfig) -> Family:
-    """The first family that computes what `config` says.
+def family_for(config: ModelConfig, preferred: str | None = None) -> Family:
+    """The first family that computes what `config` says; `preferred`, if that one does.
 
     Raises:
       ConfigError: there is none; it names what the nearest one would do otherwise.
     """
     nearly: dict[str, NotExact] = {}
-    for name, family in FAMILIES.items():
+    for name, family in sorted(FAMILIES.items(), key=lambda item: item[0] != preferred):
         try:
             family.write_config(config)
             return family

@@ -1,129 +1,123 @@
-"""Llama and the models of its make: Mistral, Mixtral, Qwen 2 and 3. Gemma's are built on these."""
+"""Llama and the models of its make: Mistral, Mixtral, Qwen 2 and 3, Gemma 2 and 3 (its text)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
-from lm.config import check, check_choice, view
+from lm.config import check, check_choice
 from lm.models.config import ModelConfig
-from lm.models.huggingface.config_roundtrip import exact
-from lm.models.huggingface.family import (
-    Arrays,
-    Family,
-    Rule,
-    Shapes,
+from lm.models.huggingface.config_fields import (
+    Field,
+    Json,
+    OrNull,
+    Together,
+    activation,
+    activation_name,
     demand,
-    linear,
-    same,
-    settings,
+    only,
+    with_defaults,
 )
-from lm.models.huggingface.parts import activation, activation_name, biased
-from lm.models.huggingface.rope import ROPE_FIELDS, read_rotary, write_rotary
+from lm.models.huggingface.family import Family
+from lm.models.huggingface.rope import ROPE_FIELDS, read_rotary, rope_parameters, write_rotary
 
-Json = Mapping[str, Any]
+# ---- What they share -------------------------------------------------------------------------
 
-# ---- config.json -----------------------------------------------------------------------------
-
-# What config.json leaves out has these values.
-DEFAULTS = {
-    "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    **ROPE_FIELDS,
+_FIELDS = {
+    "vocab_size": Field("vocab_size", 32_000),
+    "hidden_size": Field("width", 4096),
+    "intermediate_size": Field("mlp_width", 11_008),
+    "num_hidden_layers": Field("num_layers", 32),
+    "num_attention_heads": Field("num_heads", 32),
+    "num_key_value_heads": Field("num_kv_heads"),
+    "head_dim": Field("head_dim"),
+    "hidden_act": activation("silu", gated=True),
+    "max_position_embeddings": Field("max_length", 2048),
+    "rms_norm_eps": Field("norm_epsilon", 1e-6),
+    "initializer_range": Field("initializer_std", 0.02),
+    "tie_word_embeddings": Field("tie_embeddings", False),
 }
-_LLAMA = {**DEFAULTS, "attention_bias": False, "mlp_bias": False}
-_MISTRAL = {
-    **DEFAULTS,
-    "intermediate_size": 14_336,
-    "max_position_embeddings": 131_072,
-    "sliding_window": None,
-    "layer_types": None,
+# Biases in all four projections of attention, or in none.
+_BIASES = {"attention_bias": Field("qkv_bias attention_bias", False)}
+
+_LAYER = "model.layers.{layer}"
+_BODY = {
+    "embedding.tokens": "model.embed_tokens.weight",
+    "final_norm": "model.norm",
+    "head": "lm_head.weight",
+    "blocks.attention.query": f"{_LAYER}.self_attn.q_proj",
+    "blocks.attention.key": f"{_LAYER}.self_attn.k_proj",
+    "blocks.attention.value": f"{_LAYER}.self_attn.v_proj",
+    "blocks.attention.output": f"{_LAYER}.self_attn.o_proj",
+    "blocks.attention.query_norm": f"{_LAYER}.self_attn.q_norm",
+    "blocks.attention.key_norm": f"{_LAYER}.self_attn.k_norm",
+    "blocks.attention_norm": f"{_LAYER}.input_layernorm",
+    "blocks.mlp_norm": f"{_LAYER}.post_attention_layernorm",
 }
-_MIXTRAL = {**_MISTRAL, "rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2}
-_QWEN2 = {
-    **DEFAULTS,
-    "vocab_size": 151_936,
-    "intermediate_size": 22_016,
-    "max_position_embeddings": 32_768,
-    "use_sliding_window": False,
-    "sliding_window": None,
-    "max_window_layers": 28,
-    "layer_types": None,
-    "use_mrope": False,
+_MLP = {
+    "blocks.mlp.gate": f"{_LAYER}.mlp.gate_proj",
+    "blocks.mlp.up": f"{_LAYER}.mlp.up_proj",
+    "blocks.mlp.down": f"{_LAYER}.mlp.down_proj",
 }
-_QWEN3 = {**_QWEN2, "attention_bias": False}
-# Dropout of attention alone, which ours is not, and how to compute.
-INERT = ("attention_dropout", "pretraining_tp", "cache_implementation")
-_ROUTER_TRAINING = ("router_aux_loss_coef", "output_router_logits", "router_jitter_noise")
+_EXPERTS = {
+    "blocks.mlp.router": f"{_LAYER}.block_sparse_moe.gate",
+    "blocks.mlp.gate": f"{_LAYER}.block_sparse_moe.experts.{{expert}}.w1",
+    "blocks.mlp.down": f"{_LAYER}.block_sparse_moe.experts.{{expert}}.w2",
+    "blocks.mlp.up": f"{_LAYER}.block_sparse_moe.experts.{{expert}}.w3",
+}
 
 
-def common(values: Json, **own: Any) -> ModelConfig:
-    """The ModelConfig of what all of these families have, and of a family's `own` fields."""
-    fields = {
-        "num_layers": values["num_hidden_layers"],
-        "num_heads": values["num_attention_heads"],
-        "num_kv_heads": values["num_key_value_heads"],
-        "width": values["hidden_size"],
-        "head_dim": values["head_dim"],
-        "mlp_width": values["intermediate_size"],
-        "vocab_size": values["vocab_size"],
-        "max_length": values["max_position_embeddings"],
-        "tie_embeddings": values["tie_word_embeddings"],
-        "activation": activation(values["hidden_act"], "hidden_act", gated=True),
-        "norm": "rmsnorm",
-        "norm_epsilon": values["rms_norm_eps"],
-        "initializer": "normal",
-        "initializer_std": values["initializer_range"],
-        **(own if "rotary_base" in own else {**read_rotary(values), **own}),
-    }
-    demand({"partial_rotary_factor": fields["rotary_fraction"]}, "partial_rotary_factor", 1)
-    return view(ModelConfig, fields, "config.json")
+def _family(
+    model_type: str, architectures: str, constants: Json | None = None, **attributes
+) -> Family:
+    """A family whose tensors are named as Llama's."""
+    attributes["inert"] = (
+        # Dropout of attention alone, which ours is not, and how to compute.
+        "attention_dropout", "pretraining_tp", "cache_implementation",
+        *attributes.get("inert", ()),
+    )  # fmt: skip
+    return Family(
+        model_type,
+        tuple(architectures.split()),
+        constants={"norm": "rmsnorm", "initializer": "normal", **(constants or {})},
+        base_prefix="model.",
+        ignored=(r"rotary_emb\.inv_freq$",),
+        **{"tensors": _BODY | _MLP, **attributes},
+    )
 
 
-def write(config: ModelConfig, **own: Any) -> dict[str, Any]:
-    """config.json of what all of these families have, and a family's `own` fields."""
-    return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.feed_forward,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_width,
-        "hidden_act": activation_name(config.activation),
-        "max_position_embeddings": config.max_length,
-        "rms_norm_eps": config.norm_epsilon,
-        "initializer_range": config.initializer_std,
-        "tie_word_embeddings": config.tie_embeddings,
-        **write_rotary(config),
-        **own,
-    }
+def _rotary(base: float = 10_000.0) -> Together:
+    """Rotations of whole heads; `base` where the file does not say."""
+
+    def read(values: Json) -> dict[str, Any]:
+        fields = read_rotary(values, base)
+        demand("partial_rotary_factor", fields["rotary_fraction"], 1)
+        return fields
+
+    return Together(ROPE_FIELDS, read, write_rotary)
 
 
-def attention_biases(values: Json) -> dict[str, bool]:
-    """Biases in all four projections of attention, or in none."""
-    return {"qkv_bias": values["attention_bias"], "attention_bias": values["attention_bias"]}
+def _check_divided(config: ModelConfig) -> dict[str, Any]:
+    """Refuses what transformers does, though nothing depends on it where there is a head_dim."""
+    check(
+        config.width % config.num_heads == 0,
+        f"config.model.width={config.width} must be a multiple of num_heads={config.num_heads} to "
+        "be written for this Hugging Face family",
+    )
+    return {}
 
 
-def layer_types(num_layers: int, is_local: Callable[[int], bool]) -> list[str]:
+# ---- Windows ---------------------------------------------------------------------------------
+
+
+def _layer_types(num_layers: int, is_local: Callable[[int], bool]) -> list[str]:
     """What layers 0, 1, … are called."""
     layers = range(num_layers)
     return ["sliding_attention" if is_local(layer) else "full_attention" for layer in layers]
 
 
-def windows(values: Json, types: Sequence[str]) -> dict[str, Any]:
+def _windows(values: Json, types: Sequence[str], window: int | None) -> dict[str, Any]:
     """The shortest pattern that, repeated, gives every layer its type; and the window."""
     layers, names = values["num_hidden_layers"], ("full_attention", "sliding_attention")
     check(
@@ -134,7 +128,7 @@ def windows(values: Json, types: Sequence[str]) -> dict[str, Any]:
         check_choice(f"config.json: layer_types[{index}]", kind, names)
     if "sliding_attention" not in types:
         return {}
-    check(values["sliding_window"], "config.json: sliding_attention layers need a sliding_window")
+    check(window, "config.json: sliding_attention layers need a sliding_window")
     period = next(
         period
         for period in range(1, layers + 1)
@@ -143,189 +137,251 @@ def windows(values: Json, types: Sequence[str]) -> dict[str, Any]:
     local = [kind == "sliding_attention" for kind in types[:period]]
     return {
         "attention_pattern": tuple("local" if is_local else "global" for is_local in local),
-        "window": values["sliding_window"],
+        "window": window,
     }
 
 
-def check_divided(config: ModelConfig) -> None:
-    """Refuses what transformers does, though nothing depends on it where there is a head_dim."""
-    check(
-        config.width % config.num_heads == 0,
-        f"config.model.width={config.width} must be a multiple of num_heads={config.num_heads} to "
-        "be written for this Hugging Face family",
+def _one_window(default: int | None) -> Together:
+    """Mistral's, which all layers have or none."""
+
+    def read(values: Json) -> dict[str, Any]:
+        window = values["sliding_window"]
+        types = _layer_types(values["num_hidden_layers"], lambda _: window is not None)
+        demand("layer_types", values["layer_types"], None, types)
+        return _windows(values, types, window)
+
+    return Together(
+        {"sliding_window": OrNull(default), "layer_types": None},
+        read,
+        lambda config: {"sliding_window": config.window or None},
     )
 
 
-def _read_llama(hf: Json) -> ModelConfig:
-    values = settings(hf, _LLAMA, INERT)
-    return common(values, bias=values["mlp_bias"], **attention_biases(values))
-
-
-def _write_llama(config: ModelConfig) -> dict[str, Any]:
-    check_divided(config)
-    return write(config, attention_bias=config.has_bias("qkv"), mlp_bias=config.bias)
-
-
-def _uniform(values: Json) -> dict[str, Any]:
-    """Mistral's window, which all layers have or none."""
-    types = layer_types(values["num_hidden_layers"], lambda _: values["sliding_window"] is not None)
-    demand(values, "layer_types", None, types)
-    return windows(values, types)
-
-
-def _read_mistral(hf: Json) -> ModelConfig:
-    hf = {"num_key_value_heads": 8, "sliding_window": 4096, **hf}
-    values = settings(hf, _MISTRAL, INERT)
-    return common(values, **_uniform(values))
-
-
-def _write_mistral(config: ModelConfig) -> dict[str, Any]:
-    return write(config, sliding_window=config.window or None)
-
-
-def _read_mixtral(hf: Json) -> ModelConfig:
-    values = settings({"num_key_value_heads": 8, **hf}, _MIXTRAL, INERT + _ROUTER_TRAINING)
-    return common(
-        values,
-        num_experts=values["num_local_experts"],
-        experts_per_token=values["num_experts_per_tok"],
-        **_uniform(values),
-        **read_rotary(values, base=1e6),
-    )
-
-
-def _write_mixtral(config: ModelConfig) -> dict[str, Any]:
-    return write(
-        config,
-        intermediate_size=config.expert_feed_forward,
-        sliding_window=config.window or None,
-        num_local_experts=config.num_experts,
-        num_experts_per_tok=config.experts_per_token,
-    )
-
-
-def _qwen_windows(values: Json) -> dict[str, Any]:
-    demand(values, "use_mrope", False)
+def _read_qwen_windows(values: Json) -> dict[str, Any]:
     window = values["sliding_window"] if values["use_sliding_window"] else None
     types = values["layer_types"]
     if types is None:  # older files say where local layers begin, if there are any
         first = values["max_window_layers"] if window else values["num_hidden_layers"]
-        types = layer_types(values["num_hidden_layers"], lambda layer: layer >= first)
-    return windows({**values, "sliding_window": window}, types)
+        types = _layer_types(values["num_hidden_layers"], lambda layer: layer >= first)
+    return _windows(values, types, window)
 
 
-def _write_qwen(config: ModelConfig, **own: Any) -> dict[str, Any]:
-    types = layer_types(config.num_layers, config.is_local)
-    return write(
-        config,
-        use_sliding_window=config.window > 0,
-        sliding_window=config.window or None,
-        max_window_layers=[*types, "sliding_attention"].index("sliding_attention"),
-        layer_types=types,
-        **own,
-    )
+def _write_qwen_windows(config: ModelConfig) -> dict[str, Any]:
+    types = _layer_types(config.num_layers, config.is_local)
+    return {
+        "use_sliding_window": config.window > 0,
+        "sliding_window": config.window or None,
+        "max_window_layers": [*types, "sliding_attention"].index("sliding_attention"),
+        "layer_types": types,
+    }
 
 
-def _read_qwen2(hf: Json) -> ModelConfig:
-    values = settings({"num_key_value_heads": 32, "sliding_window": 4096, **hf}, _QWEN2, INERT)
-    return common(values, qkv_bias=True, **_qwen_windows(values))
+def _read_gemma_windows(values: Json) -> dict[str, Any]:
+    every = values.get("sliding_window_pattern", 2)  # Gemma 2 has no such field
+    types = values["layer_types"]
+    if types is None:  # older files: every so many layers one is global
+        layers = values["num_hidden_layers"]
+        types = _layer_types(layers, lambda layer: (layer + 1) % every != 0)
+    return _windows(values, types, values["sliding_window"])
 
 
-def _read_qwen3(hf: Json) -> ModelConfig:
-    hf = {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128, **hf}
-    values = settings(hf, _QWEN3, INERT)
-    return common(values, qk_norm=True, **attention_biases(values), **_qwen_windows(values))
+def _write_gemma_windows(config: ModelConfig) -> dict[str, Any]:
+    types = _layer_types(config.num_layers, config.is_local)
+    return {"sliding_window": config.window or None, "layer_types": types}
 
 
-def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
-    return _write_qwen(config, attention_bias=config.has_bias("qkv"))
+# ---- Llama, Mistral, Mixtral -----------------------------------------------------------------
 
-
-# ---- Tensors ---------------------------------------------------------------------------------
-
-_LAYER = "model.layers.{layer}."
-
-
-def rules(config: ModelConfig) -> list[Rule]:
-    """Tensors of all of these families, Gemma's among them."""
-    attention = f"{_LAYER}self_attn."
-    head = [] if config.tie_embeddings else [same("head", "lm_head.weight")]
-    found = [
-        same("embedding.tokens", "model.embed_tokens.weight"),
-        same("final_norm.scale", "model.norm.weight"),
-        *head,
-        *biased("blocks.attention.query", f"{attention}q_proj", bias=config.has_bias("qkv")),
-        *biased("blocks.attention.key", f"{attention}k_proj", bias=config.has_bias("qkv")),
-        *biased("blocks.attention.value", f"{attention}v_proj", bias=config.has_bias("qkv")),
-        *biased(
-            "blocks.attention.output", f"{attention}o_proj", 2, bias=config.has_bias("attention")
-        ),
-    ]
-    if config.qk_norm:
-        found.append(same("blocks.attention.query_norm.scale", f"{attention}q_norm.weight"))
-        found.append(same("blocks.attention.key_norm.scale", f"{attention}k_norm.weight"))
-    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    if config.norm_position == "sandwich":
-        norms = {
-            "attention_norm": "input_layernorm",
-            "attention_post_norm": "post_attention_layernorm",
-            "mlp_norm": "pre_feedforward_layernorm",
-            "mlp_post_norm": "post_feedforward_layernorm",
-        }
-    for ours, theirs in norms.items():
-        found.append(same(f"blocks.{ours}.scale", f"{_LAYER}{theirs}.weight"))
-    if config.num_experts:
-        return found + _expert_rules(config)
-    for part in ("gate", "up", "down"):
-        found += biased(f"blocks.mlp.{part}", f"{_LAYER}mlp.{part}_proj", bias=config.bias)
-    return found
-
-
-def _expert_rules(config: ModelConfig) -> list[Rule]:
-    mixture = f"{_LAYER}block_sparse_moe."
-    found = [linear("blocks.mlp.router", f"{mixture}gate.weight")]
-    for ours, theirs in (("gate", "w1"), ("down", "w2"), ("up", "w3")):
-        experts = range(config.num_experts)
-        names = [f"{mixture}experts.{expert}.{theirs}.weight" for expert in experts]
-        found.append(_one_each(f"blocks.mlp.{ours}", names))
-    return found
-
-
-def _one_each(ours: str, theirs: Sequence[str]) -> Rule:
-    """A torch.nn.Linear for every expert there, one array [E, inputs, outputs] here."""
-
-    def load(tensors: Arrays, shapes: Shapes) -> Arrays:
-        return [np.stack([tensor.T for tensor in tensors])]
-
-    def save(arrays: Arrays) -> Arrays:
-        return [np.ascontiguousarray(matrix.T) for matrix in arrays[0]]
-
-    return Rule((ours,), tuple(theirs), load, save)
-
-
-def aliases(config: ModelConfig) -> dict[str, str]:
-    """The output head, where it is the token embedding."""
-    return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_embeddings else {}
-
-
-def llama_like(model_type: str, architectures: str, read_config, write_config) -> Family:
-    """A family whose tensors are named as Llama's."""
-    return Family(
-        model_type=model_type,
-        architectures=tuple(architectures.split()),
-        read_config=read_config,
-        write_config=exact(read_config, write_config),
-        rules=rules,
-        base_prefix="model.",
-        aliases=aliases,
-        ignored=(r"rotary_emb\.inv_freq$",),
-    )
-
-
-FAMILIES = (
-    llama_like("llama", "LlamaForCausalLM LlamaModel", _read_llama, _write_llama),
-    llama_like("mistral", "MistralForCausalLM MistralModel", _read_mistral, _write_mistral),
-    llama_like("mixtral", "MixtralForCausalLM MixtralModel", _read_mixtral, _write_mixtral),
-    llama_like("qwen2", "Qwen2ForCausalLM Qwen2Model", _read_qwen2, _write_qwen),
-    llama_like("qwen3", "Qwen3ForCausalLM Qwen3Model", _read_qwen3, _write_qwen3),
+_LLAMA = _family(
+    "llama",
+    "LlamaForCausalLM LlamaModel",
+    fields={**_FIELDS, **_BIASES, "mlp_bias": Field("bias", False)},
+    together=(_rotary(),),
+    written=_check_divided,
 )
+_MISTRAL_FIELDS = with_defaults(
+    _FIELDS,
+    intermediate_size=14_336,
+    num_key_value_heads=OrNull(8),
+    max_position_embeddings=131_072,
+)
+_MISTRAL = _family(
+    "mistral",
+    "MistralForCausalLM MistralModel",
+    fields=_MISTRAL_FIELDS,
+    together=(_rotary(), _one_window(4096)),
+)
+_MIXTRAL = _family(
+    "mixtral",
+    "MixtralForCausalLM MixtralModel",
+    fields={
+        **with_defaults(_MISTRAL_FIELDS, rms_norm_eps=1e-5),
+        "num_local_experts": Field("num_experts", 8),
+        "num_experts_per_tok": Field("experts_per_token", 2),
+    },
+    together=(_rotary(base=1e6), _one_window(None)),
+    inert=("router_aux_loss_coef", "output_router_logits", "router_jitter_noise"),
+    written=lambda config: {"intermediate_size": config.expert_feed_forward},
+    tensors=_BODY | _EXPERTS,
+)
+
+# ---- Qwen ------------------------------------------------------------------------------------
+
+_QWEN_FIELDS = {
+    **with_defaults(
+        _FIELDS,
+        vocab_size=151_936,
+        intermediate_size=22_016,
+        num_key_value_heads=OrNull(32),
+        max_position_embeddings=32_768,
+    ),
+    "use_mrope": only(False),
+}
+_QWEN_WINDOWS = Together(
+    {
+        "use_sliding_window": False,
+        "sliding_window": OrNull(4096),
+        "max_window_layers": 28,
+        "layer_types": None,
+    },
+    _read_qwen_windows,
+    _write_qwen_windows,
+)
+_QWEN2 = _family(
+    "qwen2",
+    "Qwen2ForCausalLM Qwen2Model",
+    constants={"qkv_bias": True},
+    fields=_QWEN_FIELDS,
+    together=(_rotary(), _QWEN_WINDOWS),
+)
+_QWEN3 = _family(
+    "qwen3",
+    "Qwen3ForCausalLM Qwen3Model",
+    constants={"qk_norm": True},
+    fields={**with_defaults(_QWEN_FIELDS, head_dim=OrNull(128)), **_BIASES},
+    together=(_rotary(), _QWEN_WINDOWS),
+)
+
+# ---- Gemma -----------------------------------------------------------------------------------
+
+
+def _softcap(ours: str, default: float | None) -> Field:
+    def read(name: str, value: float | None) -> float:
+        check(value != 0, f"config.json: {name}=0 would make everything 0; null is none")
+        return value or 0.0
+
+    return Field(ours, OrNull(default), read, lambda cap: cap or None)
+
+
+_GEMMA_CONSTANTS = {
+    "embedding_scale": 0.0, "norm_position": "sandwich", "norm_unit_offset": True
+}  # fmt: skip
+_GEMMA_FIELDS = {
+    **with_defaults(
+        _FIELDS,
+        vocab_size=256_000,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=OrNull(4),
+        head_dim=OrNull(256),
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+    **_BIASES,
+    "hidden_activation": activation("gelu_pytorch_tanh", gated=True),
+    "hidden_act": Field(""),  # is overruled
+    "query_pre_attn_scalar": Field(
+        "attention_scale",
+        256.0,
+        lambda name, scalar: scalar**-0.5,
+        lambda scale: round(scale**-2),  # transformers wants a whole number
+    ),
+    "final_logit_softcapping": _softcap("logits_softcap", 30.0),
+    "attn_logit_softcapping": _softcap("attention_softcap", 50.0),
+    "use_bidirectional_attention": only(None, False),
+}
+_GEMMA_WINDOWS = Together(
+    {"sliding_window": OrNull(4096), "layer_types": None},
+    _read_gemma_windows,
+    _write_gemma_windows,
+)
+_GEMMA_TENSORS = {
+    **_BODY,
+    "blocks.attention_post_norm": f"{_LAYER}.post_attention_layernorm",
+    "blocks.mlp_norm": f"{_LAYER}.pre_feedforward_layernorm",
+    "blocks.mlp_post_norm": f"{_LAYER}.post_feedforward_layernorm",
+    **_MLP,
+}
+
+
+def _gemma2_written(config: ModelConfig) -> dict[str, Any]:
+    return {**_check_divided(config), "hidden_act": activation_name(config.activation)}
+
+
+def _read_gemma3_rotary(values: Json) -> dict[str, Any]:
+    local_base, rope = values["rope_local_base_freq"], values["rope_parameters"]
+    if rope:  # version 5 has parameters for each type of layer
+        kinds = ["full_attention", "sliding_attention"]
+        demand("rope_parameters", sorted(rope), kinds)
+        length = {"max_position_embeddings": values["max_position_embeddings"]}
+        local_rope = {**ROPE_FIELDS, **length, "rope_parameters": rope["sliding_attention"]}
+        local = read_rotary(local_rope, local_base)
+        demand("rope_type", local["rotary_scaling"], "none")
+        local_base = local["rotary_base"]
+        whole = {**rope["full_attention"], **(values["rope_scaling"] or {})}
+        values = {**values, "rope_parameters": whole, "rope_scaling": None}
+    return {**_rotary(1e6).read(values), "rotary_local_base": local_base}
+
+
+def _write_gemma3_rotary(config: ModelConfig) -> dict[str, Any]:
+    local_base = config.rotary_local_base or config.rotary_base
+    return {
+        **write_rotary(config),
+        "rope_parameters": {
+            "full_attention": rope_parameters(config),
+            "sliding_attention": {"rope_type": "default", "rope_theta": local_base},
+        },
+        "rope_local_base_freq": local_base,
+    }
+
+
+_GEMMA2 = _family(
+    "gemma2",
+    "Gemma2ForCausalLM Gemma2Model",
+    constants=_GEMMA_CONSTANTS,
+    fields=_GEMMA_FIELDS,
+    together=(_rotary(), _GEMMA_WINDOWS),
+    written=_gemma2_written,
+    tensors=_GEMMA_TENSORS,
+)
+_GEMMA3 = _family(
+    "gemma3_text",
+    "Gemma3ForCausalLM Gemma3TextModel",
+    constants={**_GEMMA_CONSTANTS, "qk_norm": True},
+    fields={
+        **with_defaults(
+            _GEMMA_FIELDS,
+            vocab_size=262_208,
+            max_position_embeddings=131_072,
+            final_logit_softcapping=OrNull(None),
+        ),
+        "attn_logit_softcapping": only(None),  # a field that transformers does not look at
+    },
+    together=(
+        Together(
+            {**ROPE_FIELDS, "rope_local_base_freq": 10_000.0},
+            _read_gemma3_rotary,
+            _write_gemma3_rotary,
+        ),
+        dataclasses.replace(
+            _GEMMA_WINDOWS, defaults={**_GEMMA_WINDOWS.defaults, "sliding_window_pattern": 6}
+        ),
+    ),
+    inert=("_sliding_window_pattern",),
+    written=_gemma2_written,
+    tensors=_GEMMA_TENSORS,
+)
+
+FAMILIES = (_LLAMA, _MISTRAL, _MIXTRAL, _QWEN2, _QWEN3, _GEMMA2, _GEMMA3)

@@ -1,4 +1,4 @@
-"""A Hugging Face directory to parameters on devices, tensor by tensor."""
+"""A Hugging Face directory, or a model's name on the hub, to parameters on devices."""
 
 from __future__ import annotations
 
@@ -17,15 +17,21 @@ from lm.config import ConfigError, check, check_choice, view
 from lm.files import read_json
 from lm.models import count
 from lm.models.config import ModelConfig
-from lm.models.huggingface import tensors
+from lm.models.huggingface import safetensors
 from lm.models.huggingface.families import family_of
-from lm.models.huggingface.family import Family, Rule, copy_into
-from lm.models.huggingface.layout import Layout, layout
-from lm.models.huggingface.tensors import DTYPES, Stored
-from lm.parallel.sharding import ParamSpec
+from lm.models.huggingface.family import Family, NameMap
+from lm.models.huggingface.name_map import Rule, copy_into
+from lm.models.huggingface.safetensors import DTYPES, Stored
 
 CONFIG = "config.json"
 PARAMETER_DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
+# What a conversion reads, and not the same weights again in the formats of others.
+WANTED = (
+    CONFIG, "generation_config.json", "model.safetensors", "model.safetensors.index.json",
+    "model-*-of-*.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "tokenizer.model",
+    "spiece.model", "vocab.json", "merges.txt", "vocab.txt",
+)  # fmt: skip
 # Fields of config.json that count layers or experts, and that are dimensions of tensors.
 _EXPERTS, _MOST_LAYERS = "num_local_experts", 10_000
 _LAYERS = rf"^n_layer$|(?<!window)_layers$|^{_EXPERTS}$"
@@ -34,20 +40,63 @@ _SLACK = 1 << 24  # parameters that may be missing before their names are not lo
 _SHOWN = 3  # how many of several wrong tensors an error names
 
 
+def is_hub_name(text: str) -> bool:
+    """Whether `text` could name a model on the hub (`gpt2`, `organisation/model`), and no path."""
+    parts = text.split("/")
+    named = len(parts) <= 2 and all(re.fullmatch(r"\w[\w.-]*", part) for part in parts)
+    # A slash after a directory that is here means a path.
+    return named and not (len(parts) == 2 and pathlib.Path(parts[0]).is_dir())
+
+
+def download(name: str, field: str = "config.init_from") -> pathlib.Path:
+    """The directory with the hub's model called `name`, downloaded unless it was before.
+
+    Raises:
+      ConfigError: `huggingface_hub` is not installed, or no such model can be had.
+    """
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ConfigError(
+            f"{field}={name!r} is no directory; to download a model of that name from the Hugging "
+            "Face hub, install huggingface_hub: pip install 'lm[hub]'"
+        ) from None
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=list(WANTED)))
+    except Exception as error:  # no network, no such model, no permission: each its own class
+        reason = (str(error).strip().splitlines() or [repr(error)])[0]
+        raise ConfigError(
+            f"{field}={name!r} is no directory, and no model of that name came from the Hugging "
+            f"Face hub: {reason}"
+        ) from None
+
+
+def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
+    """Whether `directory` looks like a Hugging Face model: a config.json with a `model_type`."""
+    try:
+        config = read_json(pathlib.Path(directory) / CONFIG)
+    except ConfigError:
+        return False
+    return "model_type" in config and "model" not in config
+
+
+# ---- All but the numbers ---------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A Hugging Face directory, found to be whole: all that is to be known before reading numbers.
 
     Attributes:
       directory: where it is.
-      layout: its family, config and tensors.
+      names: its family and config, and which of its tensors are which of our parameters.
       stored: every tensor of the family, under the family's name for it.
       copies: tensors that should equal another: their name → both places.
       ignored: names of tensors that hold no parameters, or that the reader asked to leave out.
     """
 
     directory: pathlib.Path
-    layout: Layout
+    names: NameMap
     stored: dict[str, Stored]
     copies: dict[str, tuple[Stored, Stored]]
     ignored: tuple[str, ...]
@@ -55,12 +104,12 @@ class Checkpoint:
     @property
     def family(self) -> Family:
         """The family it is of."""
-        return self.layout.family
+        return self.names.family
 
     @property
     def config(self) -> ModelConfig:
         """What the model is."""
-        return self.layout.config
+        return self.names.config
 
     @property
     def dtypes(self) -> dict[str, int]:
@@ -90,38 +139,209 @@ class Checkpoint:
         """
         check_choice("dtype", dtype, PARAMETER_DTYPES)
         made: dict[str, jax.Array] = {}
-        with tensors.readable(str(self.directory)):
+        with safetensors.readable(str(self.directory)):
             for name, (stored, other) in self.copies.items():
                 check(
                     np.array_equal(stored.read(), other.read(), equal_nan=True),
                     f"{self.directory}: {name} should be a copy of the tensor it is tied to, and "
                     "has other numbers",
                 )
-            for rule in self.layout.rules:
+            for rule in self.names.rules:
                 made |= self._load(rule, shardings, PARAMETER_DTYPES[dtype])
-        return {name: made[name] for name in self.layout.specs}
+        return {name: made[name] for name in self.names.specs}
 
     def _load(self, rule: Rule, shardings, dtype: np.dtype) -> dict[str, jax.Array]:
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        parts = {
-            name: _Parts(
-                self.layout.specs[name].shape,
-                first if shardings is None else shardings[name],
-                dtype,
-            )
-            for name in rule.ours
-        }
-        for layer in range(self.layout.times(rule)):
+        buffers = {}
+        for name in rule.ours:
+            sharding = first if shardings is None else shardings[name]
+            buffers[name] = _Buffers(self.names.specs[name].shape, sharding, dtype)
+        for layer in range(self.names.times(rule)):
             index = layer if rule.layered else None
-            if not any(part.wants(index) for part in parts.values()):
+            if not any(buffer.wants(index) for buffer in buffers.values()):
                 continue
-            arrays = self.layout.load(rule, layer, lambda name: self.stored[name].read())
+            arrays = self.names.load(rule, layer, lambda name: self.stored[name].read())
             for name, array in arrays.items():
-                parts[name].put(array, index, name)
-        return {name: parts.pop(name).placed() for name in rule.ours}
+                buffers[name].put(array, index, name)
+        return {name: buffers.pop(name).placed() for name in rule.ours}
 
 
-class _Parts:
+def open_checkpoint(
+    directory: str | os.PathLike[str], ignore: str | Sequence[str] = ()
+) -> Checkpoint:
+    """Looks at everything in a Hugging Face directory but the numbers.
+
+    Args:
+      directory: config.json and model.safetensors, or shards with their index.
+      ignore: a regular expression (`re.search`) or several, of tensors to leave out though the
+        family does not know them, such as a head of another task's, and of such fields of
+        config.json.
+
+    Raises:
+      ConfigError: no such directory; an unknown `model_type`, or a field of config.json that cannot
+        be honoured; files that are missing, truncated or damaged; tensors that are unknown,
+        missing, or of another shape or dtype than config.json says. What is wrong is named.
+    """
+    path = pathlib.Path(directory).expanduser()
+    ignore = (ignore,) if isinstance(ignore, str) else ignore
+    with safetensors.readable(str(path)):
+        found = safetensors.find(path)
+        names = _read_config(path, ignore, found)
+    there = sum(math.prod(stored.shape) for stored in found.values())
+    check(
+        count(names.specs) <= 4 * there + _SLACK,
+        f"{path}: its {CONFIG} describes {count(names.specs):,} parameters, and its tensors hold "
+        f"{there:,} numbers",
+    )
+    return _matched(path, names, _renamed(found, names.family), ignore)
+
+
+def _read_config(
+    directory: pathlib.Path, ignore: Sequence[str], found: Mapping[str, Stored]
+) -> NameMap:
+    """The family and the model that config.json and the tensors' names describe."""
+    hf = read_json(directory / CONFIG)
+    hf = {name: value for name, value in hf.items() if not _matches(ignore, name)}
+    try:
+        _check_sizes(hf, found)
+        family = family_of(hf)
+        config = family.read_config(hf)
+        config = family.settle(config, _Tensors(_renamed(found, family), family.base_prefix))
+        view(type(config), config, "its model")
+    except ConfigError as error:
+        raise ConfigError(f"{directory}: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"{directory / CONFIG} has a value of no use: {error!r}") from None
+    return NameMap(family, config)
+
+
+def _check_sizes(hf: Mapping[str, Any], found: Mapping[str, Stored]) -> None:
+    """Refuses sizes that no model with these tensors has, before anything is built of them."""
+    numbers = sum(math.prod(stored.shape) for stored in found.values())
+    whole = {name: value for name, value in hf.items() if type(value) is int}
+    for name, value in whole.items():
+        check(abs(value) < 1 << 31, f"config.json: {name}={value} is more than 32 bits hold")
+        if re.search(_LAYERS, name):
+            each = 1 if name == _EXPERTS else max(whole.get(_EXPERTS, 1), 1)
+            most = min(_MOST_LAYERS, len(found) // each)
+            check(
+                value <= max(most, 1),
+                f"config.json: {name}={value} is more than its {len(found)} tensors can be of",
+            )
+        elif re.search(_WIDTHS, name):
+            check(
+                value <= max(numbers, 1),
+                f"config.json: {name}={value} is more than the {numbers} numbers in its tensors",
+            )
+
+
+class _Tensors(Mapping[str, np.ndarray]):
+    """What is in the files, read when it is asked for, with or without the family's prefix."""
+
+    def __init__(self, found: Mapping[str, Stored], prefix: str):
+        self._found, self._prefix = found, prefix
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        form = next((form for form in _forms(name, self._prefix) if form in self._found), name)
+        return self._found[form].read()
+
+    def __contains__(self, name: object) -> bool:
+        return any(form in self._found for form in _forms(str(name), self._prefix))
+
+    def __iter__(self):
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+
+def _forms(name: str, prefix: str) -> tuple[str, str, str]:
+    """A tensor's name as it is, with the family's prefix, and without."""
+    return name, prefix + name, name.removeprefix(prefix)
+
+
+def _renamed(found: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
+    """The tensors under the names that the family has for them now."""
+    result = {}
+    for name, stored in found.items():
+        new = name
+        for pattern, replacement in family.old_tensors:
+            new = re.sub(pattern, replacement, new)
+        result[name if new in found else new] = stored  # under both: the old one is unknown
+    return result
+
+
+def _matched(
+    path: pathlib.Path, names: NameMap, found: dict[str, Stored], ignore: Sequence[str]
+) -> Checkpoint:
+    """The checkpoint with these tensors in its files."""
+    family, shapes = names.family, names.shapes
+    there: dict[str, Stored] = {}
+    ignored, unknown = [], []
+    for name, stored in found.items():
+        forms = _forms(name, family.base_prefix)
+        known = next((form for form in forms if form in shapes or form in names.copies), None)
+        if known is not None:
+            there[known] = stored
+        elif any(_matches((*family.ignored, *ignore), form) for form in forms):
+            ignored.append(name)
+        else:
+            unknown.append(name)
+    copies = {}
+    for copy, original in names.copies.items():
+        if copy in there:
+            stored = there.pop(copy)
+            if original in there:
+                copies[copy] = (stored, there[original])
+            else:
+                there[original] = stored
+    kind = f"{path}: its weights are not those of the {family.model_type!r} of its config.json"
+    missing = [name for name in shapes if name not in there]
+    check(not unknown, f"{kind}: {_some(unknown)} unknown; config.ignore may leave such out")
+    check(not missing, f"{kind}: {_some(missing)} missing")
+    wrong = [name for name, shape in shapes.items() if there[name].shape != shape]
+    for name in wrong:
+        raise ConfigError(
+            f"{kind}: {name} is {list(there[name].shape)}, and the config says "
+            f"{list(shapes[name])}" + (f" ({len(wrong) - 1} more)" if len(wrong) > 1 else "")
+        )
+    for name, stored in {**there, **{n: pair[0] for n, pair in copies.items()}}.items():
+        check(
+            stored.dtype in DTYPES,
+            f"{path}: {name} has dtype {stored.dtype}, not one of {', '.join(DTYPES)}: quantized "
+            "or double-precision weights must be converted first",
+        )
+        shape = shapes[names.copies.get(name, name)]
+        check(
+            stored.shape == shape,
+            f"{kind}: {name} is {list(stored.shape)}, not {list(shape)} as what it copies",
+        )
+    return Checkpoint(path, names, there, copies, tuple(ignored))
+
+
+def _matches(patterns: Sequence[str], name: str) -> bool:
+    for pattern in patterns:
+        try:
+            if re.search(pattern, name):
+                return True
+        except re.error as error:
+            raise ConfigError(
+                f"config.ignore={pattern!r} is not a regular expression: {error}"
+            ) from None
+    return False
+
+
+def _some(names: list[str]) -> str:
+    """`a, b and c (and 7 more) are`."""
+    shown = ", ".join(names[:_SHOWN])
+    more = f" (and {len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
+    return f"{shown}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+# ---- The numbers -----------------------------------------------------------------------------
+
+
+class _Buffers:
     """A parameter on its way to this process's devices: a buffer for each part of it they hold."""
 
     def __init__(self, shape: tuple[int, ...], sharding: jax.sharding.Sharding, dtype: np.dtype):
@@ -151,7 +371,7 @@ class _Parts:
                 target = buffer[layer - start]
             part = array[tuple(slice(*b) for b in bounds)]
             if self.dtype == np.float16:  # the one dtype that not every number fits
-                part = tensors.converted(part, self.dtype, name)
+                part = safetensors.converted(part, self.dtype, name)
             copy_into(target, part)
 
     def placed(self) -> jax.Array:
@@ -167,230 +387,3 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     raw = np.empty(size + line, np.uint8)
     start = -raw.ctypes.data % line
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def is_checkpoint(directory: str | os.PathLike[str]) -> bool:
-    """Whether `directory` looks like a Hugging Face model: a config.json with a `model_type`."""
-    try:
-        config = read_json(pathlib.Path(directory) / CONFIG)
-    except ConfigError:
-        return False
-    return "model_type" in config and "model" not in config
-
-
-class _Tensors(Mapping[str, np.ndarray]):
-    """What is in the files, read when it is asked for, with or without the family's prefix."""
-
-    def __init__(self, found: Mapping[str, Stored], prefix: str):
-        self._found, self._prefix = found, prefix
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        form = next((form for form in _forms(name, self._prefix) if form in self._found), name)
-        return self._found[form].read()
-
-    def __contains__(self, name: object) -> bool:
-        return any(form in self._found for form in _forms(str(name), self._prefix))
-
-    def __iter__(self):
-        return iter(self._found)
-
-    def __len__(self) -> int:
-        return len(self._found)
-
-
-def _forms(name: str, prefix: str) -> tuple[str, str, str]:
-    """A tensor's name as it is, with the family's prefix, and without."""
-    return name, prefix + name, name.removeprefix(prefix)
-
-
-def read_config(
-    directory: str | os.PathLike[str], ignore: str | Sequence[str] = ()
-) -> tuple[Family, ModelConfig]:
-    """The family and the model of a Hugging Face directory; see `open_checkpoint`."""
-    checkpoint = open_checkpoint(directory, ignore)
-    return checkpoint.family, checkpoint.config
-
-
-def _read_config(
-    directory: pathlib.Path, ignore: Sequence[str], found: Mapping[str, Stored]
-) -> tuple[Family, ModelConfig]:
-    """The family and the model that config.json and the tensors' names describe."""
-    hf = read_json(directory / CONFIG)
-    hf = {name: value for name, value in hf.items() if not _matches(ignore, name)}
-    try:
-        _check_sizes(hf, found)
-        family = family_of(hf)
-        config = family.read_config(hf)
-        config = family.settle(config, _Tensors(_renamed(found, family), family.base_prefix))
-        view(type(config), config, "its model")
-    except ConfigError as error:
-        raise ConfigError(f"{directory}: {error}") from None
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ConfigError(f"{directory / CONFIG} has a value of no use: {error!r}") from None
-    return family, config
-
-
-def _check_sizes(hf: Mapping[str, Any], found: Mapping[str, Stored]) -> None:
-    """Refuses sizes that no model with these tensors has, before anything is built of them."""
-    numbers = sum(math.prod(stored.shape) for stored in found.values())
-    experts = hf.get(_EXPERTS)
-    each = experts if _whole(experts) else 1
-    for name, value in hf.items():
-        if not _whole(value):
-            continue
-        check(abs(value) < 1 << 31, f"config.json: {name}={value} is more than 32 bits hold")
-        if re.search(_LAYERS, name):
-            most = min(_MOST_LAYERS, len(found) // max(each if name != _EXPERTS else 1, 1))
-            check(
-                value <= max(most, 1),
-                f"config.json: {name}={value} is more than its {len(found)} tensors can be of",
-            )
-        elif re.search(_WIDTHS, name):
-            check(
-                value <= max(numbers, 1),
-                f"config.json: {name}={value} is more than the {numbers} numbers in its tensors",
-            )
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def open_checkpoint(
-    directory: str | os.PathLike[str], ignore: str | Sequence[str] = ()
-) -> Checkpoint:
-    """Looks at everything in a Hugging Face directory but the numbers.
-
-    Args:
-      directory: config.json and model.safetensors, or shards with their index.
-      ignore: a regular expression (`re.search`) or several, of tensors to leave out though the
-        family does not know them, such as a head of another task's, and of such fields of
-        config.json.
-
-    Raises:
-      ConfigError: no such directory; an unknown `model_type`, or a field of config.json that cannot
-        be honoured; files that are missing, truncated or damaged; tensors that are unknown,
-        missing, or of another shape or dtype than config.json says. What is wrong is named.
-    """
-    path = pathlib.Path(directory).expanduser()
-    ignore = (ignore,) if isinstance(ignore, str) else ignore
-    with tensors.readable(str(path)):
-        found = tensors.find(path)
-        family, config = _read_config(path, ignore, found)
-    plan = layout(family, config)
-    there = sum(math.prod(stored.shape) for stored in found.values())
-    check(
-        count(plan.specs) <= 4 * there + _SLACK,
-        f"{path}: its {CONFIG} describes {count(plan.specs):,} parameters, and its tensors hold "
-        f"{there:,} numbers",
-    )
-    return _matched(path, plan, _renamed(found, family), ignore)
-
-
-def _renamed(found: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
-    """The tensors under the names that the family has for them now."""
-    result = {}
-    for name, stored in found.items():
-        new = name
-        for pattern, replacement in family.renamed:
-            new = re.sub(pattern, replacement, new)
-        result[name if new in found else new] = stored  # under both: the old one is unknown
-    return result
-
-
-def _matched(
-    path: pathlib.Path, plan: Layout, found: dict[str, Stored], ignore: Sequence[str]
-) -> Checkpoint:
-    """The checkpoint with these tensors in its files."""
-    prefix, aliases = plan.family.base_prefix, plan.family.aliases(plan.config)
-    known = {*plan.shapes, *aliases}
-    there: dict[str, Stored] = {}
-    ignored, unknown = [], []
-    for name, stored in found.items():
-        forms = _forms(name, prefix)
-        canonical = next((form for form in forms if form in known), None)
-        if canonical is not None:
-            there[canonical] = stored
-        elif any(_matches((*plan.family.ignored, *ignore), form) for form in forms):
-            ignored.append(name)
-        else:
-            unknown.append(name)
-    copies = {}
-    for alias, original in aliases.items():
-        if alias in there:
-            stored = there.pop(alias)
-            if original in there:
-                copies[alias] = (stored, there[original])
-            else:
-                there[original] = stored
-    kind = f"{path}: its weights are not those of the {plan.family.model_type!r} of its config.json"
-    missing = [name for name in plan.shapes if name not in there]
-    check(not unknown, f"{kind}: {_some(unknown)} unknown; config.ignore may leave such out")
-    check(not missing, f"{kind}: {_some(missing)} missing")
-    wrong = [n for n, shape in plan.shapes.items() if there[n].shape != shape]
-    for name in wrong:
-        raise ConfigError(
-            f"{kind}: {name} is {list(there[name].shape)}, and the config says "
-            f"{list(plan.shapes[name])}" + (f" ({len(wrong) - 1} more)" if len(wrong) > 1 else "")
-        )
-    for name, stored in {**there, **{n: pair[0] for n, pair in copies.items()}}.items():
-        check(
-            stored.dtype in DTYPES,
-            f"{path}: {name} has dtype {stored.dtype}, not one of {', '.join(DTYPES)}: quantized "
-            "or double-precision weights must be converted first",
-        )
-        shape = plan.shapes[aliases.get(name, name)]
-        check(
-            stored.shape == shape,
-            f"{kind}: {name} is {list(stored.shape)}, not {list(shape)} as what it copies",
-        )
-    return Checkpoint(path, plan, there, copies, tuple(ignored))
-
-
-def load_parameters(
-    directory: str | os.PathLike[str],
-    specs: Mapping[str, ParamSpec],
-    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
-    dtype: str = "float32",
-    ignore: str | Sequence[str] = (),
-) -> dict[str, jax.Array]:
-    """The parameters of a Hugging Face directory, for a model that has `specs`.
-
-    Args:
-      directory, ignore: as of `open_checkpoint`.
-      specs: what the model declares.
-      shardings, dtype: as of `Checkpoint.parameters`.
-
-    Raises:
-      ConfigError: as those two do; or the directory has another model than `specs`.
-    """
-    checkpoint = open_checkpoint(directory, ignore)
-    theirs = checkpoint.layout.specs
-    for name in (*specs, *theirs):
-        here, there = specs.get(name), theirs.get(name)
-        check(
-            here is not None and there is not None and here.shape == there.shape,
-            f"{directory} has another model: {name} is "
-            f"{list(there.shape) if there else 'missing'} there and "
-            f"{list(here.shape) if here else 'missing'} here",
-        )
-    return checkpoint.parameters(shardings, dtype)
-
-
-def _matches(patterns: Sequence[str], name: str) -> bool:
-    for pattern in patterns:
-        try:
-            if re.search(pattern, name):
-                return True
-        except re.error as error:
-            raise ConfigError(
-                f"config.ignore={pattern!r} is not a regular expression: {error}"
-            ) from None
-    return False
-
-
-def _some(names: list[str]) -> str:
-    """`a, b and c (and 7 more) are`."""
-    shown = ", ".join(names[:_SHOWN])
-    more = f" (and {len(names) - _SHOWN} more)" if len(names) > _SHOWN else ""
-    return f"{shown}{more} {'is' if len(names) == 1 else 'are'}"

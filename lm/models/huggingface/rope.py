@@ -8,9 +8,7 @@ from typing import Any
 
 from lm.config import check
 from lm.models.config import ModelConfig
-from lm.models.huggingface.family import demand
-
-Json = Mapping[str, Any]
+from lm.models.huggingface.config_fields import Json, demand
 
 # Every field that tells of rotations, silent.
 ROPE_FIELDS = {
@@ -57,7 +55,7 @@ def read_rotary(values: Json, base: float = 10_000.0, fraction: float = 1.0) -> 
     flat = isinstance(rope, Mapping) and not any(isinstance(v, Mapping) for v in rope.values())
     check(flat, f"config.json: rope_parameters={rope!r} must be one dictionary for all layers")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    demand({"rope_type": kind}, "rope_type", *_SCALINGS)
+    demand("rope_type", kind, *_SCALINGS)
     names = _SCALINGS[kind]
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", _ORIGINAL, *names.values()}
     for key, value in rope.items():
@@ -105,7 +103,7 @@ def _check_yarn(rope: Json) -> None:
         f"config.json: attention_factor={found} of yarn is not supported, only 0.1·ln(factor) + 1 "
         f"= {gain(1)}",
     )
-    demand({"truncate": True, **rope}, "truncate", True)
+    demand("truncate", rope.get("truncate", True), True)
 
 
 def rope_parameters(config: ModelConfig) -> dict[str, Any]:

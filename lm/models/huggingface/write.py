@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
 from lm.config import ConfigError, check, check_choice
 from lm.models.config import ModelConfig
-from lm.models.huggingface import tensors
-from lm.models.huggingface.family import Family
-from lm.models.huggingface.layout import layout
+from lm.models.huggingface import safetensors
+from lm.models.huggingface.family import Family, NameMap
 from lm.models.huggingface.read import CONFIG, PARAMETER_DTYPES
 
 SHARD_BYTES = 5 * 10**9
@@ -57,28 +57,26 @@ def save_pretrained(
     directory = pathlib.Path(directory).expanduser().absolute()
     check_choice("dtype", dtype, PARAMETER_DTYPES)
     check_new(directory)
-    plan = layout(family, config)
-    text = _config_json(family, config, dtype, fields or {})
-
-    stream = plan.stream(params)
+    names = NameMap(family, config)
+    content = {
+        "architectures": [family.architectures[0]],
+        "model_type": family.model_type,
+        **family.write_config(config),
+        **(fields or {}),
+        # transformers 5 calls it dtype; before, it was torch_dtype, which all still read.
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+    stream = names.stream(params)
     if jax.process_index() != 0:
         for _ in stream:  # every process takes part in gathering
             pass
         return []
-    scratch = directory.with_name(f".{directory.name}.writing")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir(parents=True)
-        written = tensors.write(scratch, plan.shapes, dtype, stream, shard_bytes)
-        for name, data in {**(files or {}), CONFIG: text}.items():
+    with new_directory(directory) as scratch:
+        written = safetensors.write(scratch, names.shapes, dtype, stream, shard_bytes)
+        for name, data in (files or {}).items():
             (scratch / name).write_bytes(data)
-        if directory.exists():
-            directory.rmdir()
-        scratch.rename(directory)
-    except OSError as error:
-        raise ConfigError(f"{directory} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        (scratch / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return [directory / file.name for file in written]
 
 
@@ -96,14 +94,29 @@ def check_new(directory: pathlib.Path) -> None:
     )
 
 
-def _config_json(family: Family, config: ModelConfig, dtype: str, fields) -> bytes:
-    content = {
-        "architectures": [family.architectures[0]],
-        "model_type": family.model_type,
-        **family.write_config(config),
-        **fields,
-        # transformers 5 calls it dtype; before, it was torch_dtype, which all still read.
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
-    return (json.dumps(content, indent=2) + "\n").encode()
+@contextlib.contextmanager
+def new_directory(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """What to write into instead of `directory`: it has that name once the block has ended well.
+
+    After an error nothing is left. Of several processes the first one makes and renames it.
+
+    Raises:
+      ConfigError: it cannot be written.
+    """
+    first = jax.process_index() == 0
+    scratch = directory.with_name(f".{directory.name}.writing")
+    try:
+        if first:
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
+        yield scratch
+        if first:
+            if directory.exists():
+                directory.rmdir()
+            scratch.rename(directory)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"--workdir={directory} cannot be written: {reason}") from None
+    finally:
+        if first:
+            shutil.rmtree(scratch, ignore_errors=True)

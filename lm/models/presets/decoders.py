@@ -10,7 +10,7 @@ _GPT = {
     "initializer": "gpt2",
 }
 
-_gpt1 = family(
+PRESETS = family(
     "Radford et al. 2018, §4.1; openai-community/openai-gpt",
     {
         **_GPT,
@@ -24,7 +24,7 @@ _gpt1 = family(
     gpt1=(12, 12, 768),
 )
 
-_gpt2 = family(
+PRESETS |= family(
     "Radford et al. 2019, table 2; openai-community/gpt2",
     {**_GPT, "vocab_size": 50_257, "max_length": 1024, "dropout": 0.1},
     "num_layers num_heads width",
@@ -37,7 +37,7 @@ _gpt2 = family(
 # Every layer attends to the whole context: the paper alternates such layers with banded sparse
 # ones, whose band it does not give. Two entries of its table contradict themselves: XL has 24 heads
 # of 128 in a width of 2,048 (16 make the 1.3B it states), and 13B a width of 5,140 for 40 of 128.
-_gpt3 = family(
+PRESETS |= family(
     "Brown et al. 2020, table 2.1",
     {**_GPT, "vocab_size": 50_257, "max_length": 2048},
     "num_layers num_heads width",
@@ -52,7 +52,7 @@ _gpt3 = family(
 )
 
 # Without 350M, the one size with embeddings narrower than its blocks, and post-norm.
-_opt = family(
+PRESETS |= family(
     "Zhang et al. 2022, table 1; facebook/opt-125m",
     {
         **_GPT,
@@ -74,7 +74,7 @@ _opt = family(
     opt_175b=(96, 96, 12_288),
 )
 
-_bloom = family(
+PRESETS |= family(
     "Le Scao et al. 2022, table 3; bigscience/bloom",
     {
         **_GPT,
@@ -104,7 +104,7 @@ _NEOX = {
     "initializer": "normal",
 }
 
-_pythia = family(
+PRESETS |= family(
     "Biderman et al. 2023, table 1; EleutherAI/pythia-160m",
     {**_NEOX, "activation": "gelu"},
     "num_layers num_heads width",
@@ -121,7 +121,7 @@ _pythia = family(
     pythia_12b=(36, 40, 5120, {"vocab_size": 50_688}),
 )
 
-_neox = family(
+PRESETS |= family(
     "Black et al. 2022, §2; EleutherAI/gpt-neox-20b",
     {**_NEOX, "activation": "gelu_tanh", "vocab_size": 50_432},
     "num_layers num_heads width",
@@ -130,7 +130,7 @@ _neox = family(
 
 # Attention and MLP in parallel behind one LayerNorm without bias, one key/value head, SwiGLU, and
 # tied embeddings of unit spread behind a head scaled by width^-½.
-_palm = family(
+PRESETS |= family(
     "Chowdhery et al. 2022, table 1 and §2",
     {
         "vocab_size": 256_000,
@@ -150,5 +150,3 @@ _palm = family(
     palm_62b=(64, 32, 8192, 32_768),
     palm_540b=(118, 48, 18_432, 73_728),
 )
-
-PRESETS = {**_gpt1, **_gpt2, **_gpt3, **_opt, **_bloom, **_pythia, **_neox, **_palm}

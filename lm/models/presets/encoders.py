@@ -21,7 +21,7 @@ _TRANSFORMER = {
     "initializer": "xavier",
 }
 
-_transformer = family(
+PRESETS = family(
     "Vaswani et al. 2017, table 3",
     _TRANSFORMER,
     "num_heads width dropout initializer_std",  # tensor2tensor: embeddings start at width^-½
@@ -48,7 +48,7 @@ _BERT = {
 }
 _MASKED = {"head_transform": True, "head_bias": True}
 
-_bert = family(
+PRESETS |= family(
     "Devlin et al. 2019, §3, uncased: the encoder with its pooler",
     {**_BERT, "pooler": True},
     "num_layers num_heads width",
@@ -56,7 +56,7 @@ _bert = family(
     bert_large=(24, 16, 1024),
 )
 
-_bert_mlm = family(
+PRESETS |= family(
     "Devlin et al. 2019, §3, uncased: with the masked language model's head and no pooler",
     {**_BERT, **_MASKED},
     "num_layers num_heads width",
@@ -64,7 +64,7 @@ _bert_mlm = family(
     bert_large_mlm=(24, 16, 1024),
 )
 
-_roberta = family(
+PRESETS |= family(
     "Liu et al. 2019, table 9, with the masked language model's head",
     {
         **_BERT,
@@ -96,7 +96,7 @@ _T5 = {
     "initializer": "t5",
 }
 
-_t5 = family(
+PRESETS |= family(
     "Raffel et al. 2020, §3.7",
     {**_T5, "activation": "relu", "output_scale": 0.0, "dropout": 0.1},
     "num_layers num_heads width head_dim mlp_width",
@@ -107,7 +107,7 @@ _t5 = family(
     t5_11b=(24, 128, 1024, 128, 65_536),
 )
 
-_t5_v1_1 = family(
+PRESETS |= family(
     "google-research/text-to-text-transfer-transformer, released_checkpoints.md, T5 v1.1",
     {**_T5, "activation": "geglu", "tie_embeddings": False},  # and no dropout in pre-training
     "num_layers num_heads width head_dim mlp_width",
@@ -120,7 +120,7 @@ _t5_v1_1 = family(
 
 # ---- BART (Lewis et al. 2020) ----------------------------------------------------------------
 
-_bart = family(
+PRESETS |= family(
     "Lewis et al. 2020, §2.1; fairseq examples/bart",
     {
         "architecture": "encoder_decoder",
@@ -140,5 +140,3 @@ _bart = family(
     bart_base=(6, 12, 768),
     bart_large=(12, 16, 1024),
 )
-
-PRESETS = {**_transformer, **_bert, **_bert_mlm, **_roberta, **_t5, **_t5_v1_1, **_bart}

@@ -13,7 +13,7 @@ _SIZES = "num_layers num_heads num_kv_heads width mlp_width"
 
 # ---- Llama -----------------------------------------------------------------------------------
 
-_llama1 = family(
+PRESETS = family(
     "Touvron et al. 2023a, table 2; huggyllama/llama-7b",
     {**_LLAMA, "vocab_size": 32_000, "max_length": 2048, "norm_epsilon": 1e-6},
     _SIZES,
@@ -23,7 +23,7 @@ _llama1 = family(
     llama_65b=(80, 64, 64, 8192, 22_016),
 )
 
-_llama2 = family(
+PRESETS |= family(
     "Touvron et al. 2023b, table 1; meta-llama/Llama-2-7b-hf",
     {**_LLAMA, "vocab_size": 32_000, "max_length": 4096},
     _SIZES,
@@ -43,7 +43,7 @@ _LLAMA3_1 = {
     "rotary_factor": 8.0,
 }
 
-_llama3 = family(
+PRESETS |= family(
     "Grattafiori et al. 2024, table 3; meta-llama/Meta-Llama-3-8B",
     _LLAMA3,
     _SIZES,
@@ -51,7 +51,7 @@ _llama3 = family(
     llama3_70b=(80, 64, 8, 8192, 28_672),
 )
 
-_llama3_1 = family(
+PRESETS |= family(
     "Grattafiori et al. 2024, table 3; meta-llama/Llama-3.1-8B",
     _LLAMA3_1,
     _SIZES,
@@ -60,7 +60,7 @@ _llama3_1 = family(
     llama3_1_405b=(126, 128, 8, 16_384, 53_248),
 )
 
-_llama3_2 = family(
+PRESETS |= family(
     "meta-llama/Llama-3.2-1B, Llama-3.2-3B",
     {**_LLAMA3_1, "rotary_factor": 32.0, "tie_embeddings": True},
     _SIZES,
@@ -70,21 +70,21 @@ _llama3_2 = family(
 
 # ---- Mistral, and mixtures of experts --------------------------------------------------------
 
-_mistral = family(
+PRESETS |= family(
     "Jiang et al. 2023, table 1; mistralai/Mistral-7B-v0.1",
     {**_LLAMA, "vocab_size": 32_000, "max_length": 32_768},
     _SIZES,
     mistral_7b=(32, 32, 8, 4096, 14_336, {"attention_pattern": ("local",), "window": 4096}),
 )
 
-_mistral_v0_3 = family(
+PRESETS |= family(
     "mistralai/Mistral-7B-v0.3: a larger vocabulary, no window",
     {**_LLAMA, "vocab_size": 32_768, "max_length": 32_768, "rotary_base": 1e6},
     _SIZES,
     mistral_7b_v0_3=(32, 32, 8, 4096, 14_336),
 )
 
-_mixtral = family(
+PRESETS |= family(
     "Jiang et al. 2024, table 1; mistralai/Mixtral-8x7B-v0.1",
     {
         **_LLAMA,
@@ -98,7 +98,7 @@ _mixtral = family(
     mixtral_8x22b=(56, 48, 8, 6144, 16_384, 65_536),
 )
 
-_deepseek = family(
+PRESETS |= family(
     "Dai et al. 2024, §5.1.2; deepseek-ai/deepseek-moe-16b-base",
     {
         **_LLAMA,
@@ -121,7 +121,7 @@ _deepseek = family(
 
 _QWEN = {**_LLAMA, "rotary_base": 1e6, "norm_epsilon": 1e-6}
 
-_qwen2_5_small = family(
+PRESETS |= family(
     "Qwen Team 2024, table 1; Qwen/Qwen2.5-0.5B",
     {
         **_QWEN,
@@ -136,7 +136,7 @@ _qwen2_5_small = family(
     qwen2_5_3b=(36, 16, 2, 2048, 11_008),
 )
 
-_qwen2_5_large = family(
+PRESETS |= family(
     "Qwen Team 2024, table 1; Qwen/Qwen2.5-7B",
     {**_QWEN, "qkv_bias": True, "vocab_size": 152_064, "max_length": 131_072},
     f"{_SIZES} norm_epsilon",
@@ -146,7 +146,7 @@ _qwen2_5_large = family(
     qwen2_5_72b=(80, 64, 8, 8192, 29_568, 1e-5),
 )
 
-_qwen3 = family(
+PRESETS |= family(
     "Yang et al. 2025, table 1; Qwen/Qwen3-0.6B",
     {**_QWEN, "qk_norm": True, "head_dim": 128, "vocab_size": 151_936, "max_length": 40_960},
     f"{_SIZES} tie_embeddings",
@@ -170,7 +170,7 @@ _GEMMA = {
     "activation": "geglu",
 }
 
-_gemma2 = family(
+PRESETS |= family(
     "Gemma Team 2024, table 1; google/gemma-2-2b",
     {
         **_GEMMA,
@@ -195,7 +195,7 @@ _GEMMA3 = {
     "rotary_local_base": 10_000.0,
 }
 
-_gemma3_small = family(
+PRESETS |= family(
     "Gemma Team 2025, table 1; google/gemma-3-1b-pt, gemma-3-270m",
     {**_GEMMA3, "vocab_size": 262_144, "max_length": 32_768, "window": 512, "head_dim": 256},
     _SIZES,
@@ -203,7 +203,7 @@ _gemma3_small = family(
     gemma3_1b=(26, 4, 1, 1152, 6912),
 )
 
-_gemma3_large = family(
+PRESETS |= family(
     "Gemma Team 2025, table 1; google/gemma-3-4b-pt, the language model alone",
     {
         **_GEMMA3,
@@ -218,10 +218,3 @@ _gemma3_large = family(
     gemma3_12b=(48, 16, 8, 3840, 15_360, 256, 256**-0.5),
     gemma3_27b=(62, 32, 16, 5376, 21_504, 128, 168**-0.5),  # of width / heads
 )
-
-PRESETS = {
-    **_llama1, **_llama2, **_llama3, **_llama3_1, **_llama3_2,
-    **_mistral, **_mistral_v0_3, **_mixtral, **_deepseek,
-    **_qwen2_5_small, **_qwen2_5_large, **_qwen3,
-    **_gemma2, **_gemma3_small, **_gemma3_large,
-}  # fmt: skip

@@ -1,0 +1,118 @@
+"""A Hugging Face directory written as a run directory, and a run as a Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+
+from lm.config import ConfigError
+from lm.inference import Framing
+from lm.models import ModelConfig
+from lm.models.huggingface.families import family_for
+from lm.models.huggingface.family import Family, NameMap
+from lm.models.huggingface.write import new_directory, save_pretrained
+from lm.parallel.sharding import parameter_shardings
+from lm.runs.directory import CHECKPOINTS, CONFIG, TOKENIZER
+from lm.runs.sources import GENERATION, Source
+from lm.tokenizers import Tokenizer
+from lm.tokenizers.export import framed, huggingface_files
+from lm.training.checkpoints import CheckpointConfig, Checkpointer
+
+
+class Converted(NamedTuple):
+    """What was written: a model of this family, from where (a step, or dtypes), and a tokenizer."""
+
+    family: Family
+    origin: str
+    tokenizer: str
+
+
+def write_run(
+    source: Source, directory: pathlib.Path, mesh: jax.sharding.Mesh, dtype: str
+) -> Converted:
+    """Writes the Hugging Face model `source` as a run directory with one checkpoint, of step 0.
+
+    All processes call this, as `write_huggingface`. Nothing appears under the name of `directory`
+    before it is complete.
+
+    Raises:
+      ConfigError: see `Checkpoint.parameters`; the directory cannot be written.
+    """
+    checkpoint, tokenizer = source.checkpoint, source.tokenizer
+    params = checkpoint.parameters(parameter_shardings(checkpoint.names.specs, mesh), dtype)
+    with new_directory(directory) as scratch:
+        if jax.process_index() == 0:
+            text = json.dumps(source.config, indent=2) + "\n"
+            (scratch / CONFIG).write_text(text, encoding="utf-8")
+            if tokenizer is not None:
+                tokenizer.save(scratch / TOKENIZER)
+        _together()
+        saving = CheckpointConfig(async_save=False)
+        with Checkpointer(scratch / CHECKPOINTS, saving) as checkpointer:
+            checkpointer.save(0, {"params": params}, wait=True)
+    _together()
+    words = _words(tokenizer) if tokenizer else "none: no text"
+    return Converted(checkpoint.family, " and ".join(checkpoint.dtypes), words)
+
+
+def write_huggingface(
+    source: Source,
+    directory: pathlib.Path,
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+    step: int | str,
+    shard_bytes: int,
+) -> Converted:
+    """Writes checkpoint `step` of the run `source` as a Hugging Face directory.
+
+    Raises:
+      ConfigError: no family computes what the model does; see `save_pretrained`.
+    """
+    model, tokenizer = source.model, source.tokenizer
+    origin = source.config.get("huggingface", {})
+    family = family_for(model, origin.get("model_type"))
+    files, fields, words = {}, dict(origin.get("fields", {})), "none"
+    if origin.get("generation"):
+        files[GENERATION] = (json.dumps(origin["generation"], indent=2) + "\n").encode()
+    if tokenizer is not None:
+        words = _words(tokenizer)
+        if not origin:
+            fields = _token_ids(tokenizer, family, model)
+        try:
+            files |= huggingface_files(tokenizer)
+            if not origin:
+                where = f"{source.directory / CONFIG}: framing"
+                framing = Framing.of_run(source.config, model, tokenizer, where)
+                data = files["tokenizer.json"]
+                files["tokenizer.json"] = framed(data, framing.before, framing.after)
+        except ConfigError as error:
+            words = f"not written: {error}"
+    shardings = parameter_shardings(NameMap(family, model).specs, mesh)
+    step, params = source.parameters(step, shardings, lazily=True)
+    save_pretrained(directory, family, model, params, dtype, files, fields, shard_bytes)
+    _together()
+    return Converted(family, f"step {step:,}", words)
+
+
+def _token_ids(tokenizer: Tokenizer, family: Family, model: ModelConfig) -> dict[str, Any]:
+    """The roles of ids, for config.json. Padding stays where positions are counted from it."""
+    fields = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    if model.architecture == "encoder_decoder":
+        fields["decoder_start_token_id"] = tokenizer.bos_id
+    if tokenizer.pad_id is not None and "pad_token_id" not in family.write_config(model):
+        fields["pad_token_id"] = tokenizer.pad_id
+    return fields
+
+
+def _words(tokenizer: Tokenizer) -> str:
+    return f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens"
+
+
+def _together() -> None:
+    """Waits until every process has come this far."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("convert")
