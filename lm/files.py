@@ -10,8 +10,9 @@ import math
 import os
 import pathlib
 import socket
+import uuid
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from lm.config import ConfigError, check
 
@@ -144,6 +145,24 @@ def holder(path: str | os.PathLike[str]) -> str:
             return found.holder
     except OSError:  # not ours to open, so not ours to judge
         return ""
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write bytes to; it takes the place of `path`, on disk, when the block ends well.
+
+    Writers of the same path do not disturb each other: the last to finish wins.
+    """
+    path = pathlib.Path(path)
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        with scratch.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def write_durably(path: pathlib.Path, text: str) -> None:

@@ -33,10 +33,6 @@ ROOMS = (
     "__main__",
 )
 
-# What is not so yet. Whoever mends one takes it out: a test fails as long as it stands here.
-UPWARD: set[str] = set()  # files that import from a later room
-CIRCLES = set()  # rooms with files that import each other
-
 FILES = {
     ".".join(path.relative_to(CLONE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.glob("**/*.py"))
@@ -117,13 +113,12 @@ def test_a_file_imports_from_its_own_room_or_from_those_before_it():
         for name in names
         if ROOMS.index(_room(name)) > ROOMS.index(_room(module))
     }
-    assert upward.keys() == UPWARD, upward
+    assert not upward
 
 
 def test_no_two_files_import_each_other():
     # Imports inside functions, and for type checkers alone, count as well.
-    circles = _circles()
-    assert {_room(circle[0]) for circle in circles} == CIRCLES, circles
+    assert not _circles()
 
 
 def test_no_file_holds_two_ideas():

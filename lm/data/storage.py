@@ -13,11 +13,11 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, TypeVar
 
 from lm.config import ConfigError, nearest
+from lm.files import replacing
 
 COMPRESSION = (".gz", ".zst", ".bz2", ".xz")
 RECORDS = (".json", ".jsonl", ".ndjson")
@@ -53,16 +53,8 @@ def create(path: str) -> Iterator[BinaryIO]:
         with store.open(name, "wb") as file:  # a store shows an object once it is complete
             yield file
         return
-    temporary = f"{path}.{uuid.uuid4().hex[:12]}"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
+    with replacing(path) as file:
+        yield file
 
 
 def read_bytes(path: str) -> bytes:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lm.config import ConfigError, check
-from lm.files import read_json
+from lm.files import read_json, replacing
 from lm.parallel import hosts
 from lm.tokenizers import Tokenizer
 from lm.training.checkpoints import check_free, saved_paths
@@ -200,9 +200,8 @@ class Claim:
                 scratch.rename(own)
             except OSError:  # another process was first
                 shutil.rmtree(scratch)
-        scratch = directory / f".config.{os.getpid()}"
-        scratch.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-        scratch.rename(directory / CONFIG)
+        with replacing(directory / CONFIG) as file:
+            file.write(json.dumps(wanted, indent=2).encode() + b"\n")
 
 
 def _unwritable(directory: pathlib.Path, error: OSError) -> ConfigError:

@@ -13,9 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import re
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from lm.config import ConfigError, check
-from lm.files import parse_object
+from lm.files import parse_object, replacing
 
 MASKS = ("[MASK]", "<mask>", "<|mask|>")
 SENTINEL = "<extra_id_{}>"  # T5's name for number 0, 1, ...
@@ -298,15 +296,8 @@ class Tokenizer(abc.ABC):
         try:
             directory.mkdir(parents=True, exist_ok=True)
             for name, data in self.files().items():
-                handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.")
-                try:
-                    with os.fdopen(handle, "wb") as out:
-                        out.write(data)
-                    os.chmod(temporary, 0o644)
-                    os.replace(temporary, directory / name)
-                except BaseException:
-                    os.unlink(temporary)
-                    raise
+                with replacing(directory / name) as file:
+                    file.write(data)
         except OSError as error:
             raise ConfigError(
                 f"cannot write a tokenizer into {directory}: {error.strerror}"

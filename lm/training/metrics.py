@@ -29,6 +29,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm.config import ConfigError
+from lm.files import replacing
 from lm.parallel import hosts
 
 FILE = "metrics.jsonl"
@@ -158,12 +159,8 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 def _keep_until(path: pathlib.Path, step: int) -> None:
     """Drops later records and unfinished lines; the file is replaced in one step or not at all."""
     kept = [line for record, line in _records(path) if record["step"] <= step]
-    scratch = path.with_suffix(".partial")
-    with scratch.open("wb") as file:
+    with replacing(path) as file:
         file.writelines(line + b"\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
 
 
 def _number(value: Any) -> int | float:

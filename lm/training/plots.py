@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lm.config import check
+from lm.files import replacing
 from lm.training.metrics import read_metrics
 
 _TRAIN, _EVAL, _INK, _FAINT = "#4c78a8", "#e45756", "#333333", "#dddddd"
@@ -112,9 +113,8 @@ def _drawn(every: list[_Curves], title: str, against: str = "step"):
 
 
 def _saved(figure: Any, path: pathlib.Path) -> pathlib.Path:
-    scratch = path.with_name(f".{path.name}.partial")
-    figure.savefig(scratch, format="png")
-    scratch.replace(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png")
     return path
 
 

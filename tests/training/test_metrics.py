@@ -198,7 +198,7 @@ def test_loss_is_plotted(tmp_path):
                 writer.write(step, {"eval_loss": 2.1 + 2 / step})
     assert plot_losses(tmp_path) == tmp_path / "loss.png"
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(tmp_path.glob(".*.partial"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_runs_are_compared(tmp_path):

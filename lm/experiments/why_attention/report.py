@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
+
+from lm.files import replacing
 
 _INK, _SOFT, _FAINT = "#2b2d33", "#6d7078", "#e4e4e8"
 _COLOURS = {
@@ -190,10 +191,8 @@ def plot(results: dict[str, Any], file: str | os.PathLike[str]) -> None:
     _title(copy, "One vector is a bottleneck", "whole texts copied without a mistake")
     _title(translation, "Attention is the cure", "whole sentences translated without a mistake")
     _title(pattern, "What it looks at", "LSTM with attention: each written token's weights")
-    path = pathlib.Path(file)
-    scratch = path.with_name(f".{path.name}.partial")
-    figure.savefig(scratch, format="png")
-    scratch.replace(path)
+    with replacing(file) as picture:
+        figure.savefig(picture, format="png")
 
 
 def _title(axes: Any, title: str, subtitle: str) -> None:
