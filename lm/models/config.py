@@ -143,9 +143,57 @@ class ModelConfig:
     def validate(self, prefix: str = "config.model") -> None:
         """Raises ConfigError on the first impossible field, or pair of fields."""
         self._validate_heads(prefix)
-        self._validate_attention(prefix)
-        self._validate_experts(prefix)
-        self._validate_whole(prefix)
+        local, alibi = "local" in self.attention_pattern, self.positions == "alibi"
+        check(len(self.attention_pattern) > 0, f"{prefix}.attention_pattern=() must not be empty")
+        check(
+            local == (self.window > 0),
+            f"{prefix}.window={self.window} must be "
+            + ("positive where attention_pattern has local layers" if local else "0 without local ")
+            + ("" if local else "layers in attention_pattern"),
+        )
+        check(
+            self.relative_buckets % 2 == 0 and self.relative_distance > self.relative_buckets // 2,
+            f"{prefix}.relative_buckets={self.relative_buckets} must be even, and less than twice "
+            f"relative_distance={self.relative_distance}",
+        )
+        mixture = self.num_experts > 0
+        check(
+            not mixture or self.experts_per_token <= self.num_experts,
+            f"{prefix}.experts_per_token={self.experts_per_token} is more than num_experts="
+            f"{self.num_experts}",
+        )
+        check(
+            not mixture or self.gated,
+            f"{prefix}.activation={self.activation!r} must be gated for experts: use swiglu",
+        )
+        check(
+            self.dense_layers < self.num_layers if mixture else self.dense_layers == 0,
+            f"{prefix}.dense_layers={self.dense_layers} must leave layers with experts, of which "
+            f"there are {self.num_layers if mixture else 0}",
+        )
+        self._needs(prefix, "attention_pattern", local, architecture="decoder")
+        self._needs(prefix, "positions", alibi, architecture="decoder")
+        self._needs(prefix, "num_experts", mixture, architecture="decoder")
+        self._needs(prefix, "shared_norm", self.shared_norm, parallel=True)
+        self._needs(prefix, "parallel", self.parallel, norm_position="pre", architecture="decoder")
+        self._needs(prefix, "pooler", self.pooler, architecture="encoder")
+        self._needs(prefix, "classifier", self.classifier != "none", architecture="encoder")
+        self._needs(prefix, "architecture", self.architecture == "encoder", cell="attention")
+        self._needs(prefix, "quantization", self.quantization != "none", cell="attention")
+        check(
+            self.cross_attention or self.cell != "attention",
+            f"{prefix}.cross_attention=False is for recurrent models; cell is 'attention'",
+        )
+
+    def _needs(self, prefix: str, field: str, used: bool, **needed) -> None:
+        """That where a field is used, others are what it needs."""
+        found = {name: getattr(self, name) for name in needed}
+        check(
+            not used or found == needed,
+            f"{prefix}.{field}={getattr(self, field)!r} needs "
+            + " and ".join(f"{name}={value!r}" for name, value in needed.items())
+            + f", not {' and '.join(map(repr, found.values()))}",
+        )
 
     def _validate_heads(self, prefix: str) -> None:
         if self.head_dim is None and self.width % self.num_heads:
@@ -169,83 +217,6 @@ class ModelConfig:
             else f"{prefix}.rotary_fraction={self.rotary_fraction} rotates {self.rotary_dim} of "
             f"{self.head_width} dimensions: the number must be even",
         )
-
-    def _validate_attention(self, prefix: str) -> None:
-        local = "local" in self.attention_pattern
-        check(len(self.attention_pattern) > 0, f"{prefix}.attention_pattern=() must not be empty")
-        check(
-            local == (self.window > 0),
-            f"{prefix}.window={self.window} must be "
-            + ("positive where attention_pattern has local layers" if local else "0 without local ")
-            + ("" if local else "layers in attention_pattern"),
-        )
-        check(
-            not local or self.architecture == "decoder",
-            f"{prefix}.attention_pattern has local layers, which architecture="
-            f"{self.architecture!r} cannot: only a decoder",
-        )
-        check(
-            self.relative_buckets % 2 == 0 and self.relative_distance > self.relative_buckets // 2,
-            f"{prefix}.relative_buckets={self.relative_buckets} must be even, and less than twice "
-            f"relative_distance={self.relative_distance}",
-        )
-        check(
-            self.positions != "alibi" or self.architecture == "decoder",
-            f"{prefix}.positions='alibi' is for a decoder, not {self.architecture!r}",
-        )
-
-    def _validate_experts(self, prefix: str) -> None:
-        check(
-            self.num_experts == 0 or self.experts_per_token <= self.num_experts,
-            f"{prefix}.experts_per_token={self.experts_per_token} is more than num_experts="
-            f"{self.num_experts}",
-        )
-        check(
-            self.num_experts == 0 or self.gated,
-            f"{prefix}.activation={self.activation!r} must be gated for experts: use swiglu",
-        )
-        check(
-            self.dense_layers < self.num_layers if self.num_experts else self.dense_layers == 0,
-            f"{prefix}.dense_layers={self.dense_layers} must leave layers with experts, of which "
-            f"there are {self.num_layers if self.num_experts else 0}",
-        )
-        check(
-            self.num_experts == 0 or self.architecture == "decoder",
-            f"{prefix}.num_experts={self.num_experts} needs architecture='decoder', not "
-            f"{self.architecture!r}",
-        )
-
-    def _validate_whole(self, prefix: str) -> None:
-        check(
-            not self.shared_norm or self.parallel,
-            f"{prefix}.shared_norm=True needs parallel=True",
-        )
-        check(
-            not self.parallel or (self.norm_position == "pre" and self.architecture == "decoder"),
-            f"{prefix}.parallel=True needs norm_position='pre' and architecture='decoder', not "
-            f"{self.norm_position!r} and {self.architecture!r}",
-        )
-        encoder_only = self.architecture == "encoder"
-        check(
-            encoder_only or not (self.pooler or self.classifier != "none"),
-            f"{prefix}.pooler and classifier need architecture='encoder', not "
-            f"{self.architecture!r}",
-        )
-        if self.cell != "attention":
-            check(
-                not encoder_only,
-                f"{prefix}.architecture='encoder' needs cell='attention', not {self.cell!r}",
-            )
-            check(
-                self.quantization == "none",
-                f"{prefix}.quantization={self.quantization!r} needs cell='attention', not "
-                f"{self.cell!r}",
-            )
-        else:
-            check(
-                self.cross_attention,
-                f"{prefix}.cross_attention=False is for recurrent models; cell is 'attention'",
-            )
 
     @property
     def kv_heads(self) -> int:

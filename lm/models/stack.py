@@ -36,12 +36,8 @@ class Block(nnx.Module):
     Each is added to the residual stream. Pre-norm normalises what a sublayer reads (Radford et al.
     2019), post-norm the stream it leaves behind (Vaswani et al. 2017), sandwich what it reads and
     what it writes (Gemma 2 report, §2). In a parallel block attention and MLP read the same stream
-    (Chowdhery et al. 2022, §2).
-
-    Args:
-      config: the model's.
-      crosses: whether it attends to an encoder.
-      mixture: whether experts take the MLP's place.
+    (Chowdhery et al. 2022, §2). A block that `crosses` attends to an encoder; in a `mixture` experts
+    take the MLP's place.
     """
 
     def __init__(self, config: ModelConfig, crosses: bool = False, mixture: bool = False):
@@ -75,9 +71,7 @@ class Block(nnx.Module):
         """The residual stream after this block, the layer's cache, and what its router did.
 
         Args:
-          x_BTD: the residual stream.
-          context: of this layer.
-          cache: this layer's keys and values.
+          x_BTD, context, cache: the residual stream, and this layer's context, keys and values.
           source: keys and values of the encoder's output; made of `context.memory_BSD` if None.
           key: turns dropout on.
           tap: see `lm.models.hooks`.
@@ -148,11 +142,7 @@ class Block(nnx.Module):
 class Stack(nnx.Module):
     """Blocks one after the other, what their attention shares, and the norm after the last.
 
-    Args:
-      config: the model's.
-      num_layers: how many blocks.
-      encodes: whether each token sees those after it too.
-      crosses: whether blocks attend to an encoder.
+    Where it `encodes`, each token sees those after it too.
     """
 
     def __init__(

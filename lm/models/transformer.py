@@ -175,17 +175,12 @@ class Transformer(LanguageModel, Stack):
     ) -> tuple[jax.Array, RouterStats | None]:
         """The last residual stream [B, T, D], and what the routers did, where there are experts.
 
-        Args:
-          text: what the head reads.
-          source: what an encoder-decoder's encoder reads.
-          dropout_key: turns dropout on.
-          tap: see `lm.models.hooks`.
+        Of the text that the head reads, and of an encoder-decoder's source.
         """
-        memory_BSD = None
+        memory = ()
         if source is not None:
             dropout_key, source_key = layers.split_key(dropout_key, 2)
-            memory_BSD = self._encode(source, source_key, tap)
-        memory = (memory_BSD, source)
+            memory = (self._encode(source, source_key, tap), source)
         return self._through(self, self.embedding, text, memory, dropout_key, tap)
 
     def encode(
@@ -251,8 +246,8 @@ class Transformer(LanguageModel, Stack):
         """Prefill or decode: the residual stream of new tokens that see the cache and themselves.
 
         Args:
-          tokens_BT: the new tokens of every row; padding may stand anywhere.
-          positions_BT: their positions, -1 for padding.
+          tokens_BT, positions_BT: the new tokens of every row, and where they stand; -1 is padding,
+            which may be anywhere.
           cache: holds the tokens before; must have T free slots.
           tap: see `lm.models.hooks`.
 

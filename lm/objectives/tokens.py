@@ -35,7 +35,6 @@ def token_loss(
     Args:
       model: bound.
       batch: of arrays [B, T], or [B, S] on an encoder-decoder's source side.
-      config: the regularisers.
       dropout_key: turns dropout on.
       max_targets: no row has more targets than this; where it is fewer than the row's places,
         logits are made at that many places alone. 0: any number.
@@ -101,7 +100,6 @@ def router_loss(
 
     Args:
       stats: of all layers, along a leading axis or of one.
-      config: has the coefficients.
       weight: summed weight of the batch's targets, float32.
 
     Returns:

@@ -15,7 +15,6 @@ from lm.models import bind, param_specs
 from lm.models.hooks import no_tap, reading, replacing
 from lm.models.moe import experts
 from lm.models.moe.experts import Experts
-from lm.models.params import stack
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.sharding import parameter_shardings
 
@@ -233,35 +232,6 @@ def test_parameters_split_without_a_mesh_in_context_give_the_same():
     shardings = parameter_shardings(param_specs(Experts(cfg)), mesh)
     x = jax.device_put(inputs(), NamedSharding(mesh, PartitionSpec("data")))
     close(alone, compiled_outcome(cfg, jax.device_put(values, shardings), x, padding()))
-
-
-def test_scanned_recomputed_layers_on_a_mesh_compute_what_unrolled_ones_do_alone():
-    cfg = config()
-    layers = stack(Experts(cfg), 2)
-    values = params(layers)
-
-    def body(x, layer):
-        out, stats = layer(x, no_tap, padding())
-        return x + out, stats
-
-    def scanned(values, x):
-        policy = jax.checkpoint_policies.save_only_these_names("product")
-        x, stats = jax.lax.scan(jax.checkpoint(body, policy=policy), x, bind(layers, values))
-        return scalar(x, stats)
-
-    def unrolled(values, x):
-        total = []
-        for index in range(2):
-            layer = bind(Experts(cfg), {name: value[index] for name, value in values.items()})
-            x, stats = body(x, layer)
-            total.append(stats)
-        return scalar(x, jax.tree.map(lambda *each: jnp.stack(each), *total))
-
-    expected = tiny_models.compiled(jax.value_and_grad(unrolled))(values, inputs())
-    mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
-    with jax.set_mesh(mesh):
-        values = jax.device_put(values, parameter_shardings(param_specs(layers), mesh))
-        close(tiny_models.compiled(jax.value_and_grad(scanned))(values, inputs()), expected, 1e-4)
 
 
 def test_bfloat16_routes_as_float32_does():

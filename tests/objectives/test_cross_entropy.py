@@ -1,6 +1,4 @@
-"""The chunked loss is the plain one, and sums do not know how a batch was cut."""
-
-import functools
+"""The chunked loss is the plain one."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +7,6 @@ import pytest
 import tiny_models
 
 from lm.config import ConfigError
-from lm.models import Transformer, bind
-from lm.objectives import ObjectiveConfig, token_loss
 from lm.objectives.cross_entropy import CHUNK_ELEMENTS, chunk_length, linear_cross_entropy
 
 B, T, D, V = 2, 12, 8, 30
@@ -111,84 +107,3 @@ def test_chosen_chunks_divide_the_length_and_stay_within_the_limit():
 def test_a_chunk_that_does_not_divide_the_length_is_refused_with_one_that_does():
     with pytest.raises(ConfigError, match=r"config.objective.chunk=5 .* 12: use 4"):
         linear_cross_entropy(*problem(), chunk=5)
-
-
-# ---- Whole models ----------------------------------------------------------------------------
-
-
-@functools.partial(tiny_models.compiled, static_argnums=0)
-def loss_and_gradient(config, values, batch):
-    """((summed loss, metrics), gradient) of a batch."""
-    return jax.value_and_grad(
-        lambda p: token_loss(bind(Transformer(config), p), batch, ObjectiveConfig(z_loss=1e-3)),
-        has_aux=True,
-    )(values)
-
-
-def padded(documents, length=12):
-    """One document a row."""
-    batch = {name: np.zeros((len(documents), length), np.int32) for name in ("inputs", "targets")}
-    segments, weights = np.zeros_like(batch["inputs"]), np.zeros_like(batch["inputs"], np.float32)
-    for row, document in enumerate(documents):
-        n = len(document) - 1
-        batch["inputs"][row, :n], batch["targets"][row, :n] = document[:-1], document[1:]
-        segments[row, :n], weights[row, :n] = 1, 1
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), segments.shape)
-    return {**batch, "segment_ids": segments, "weights": weights, "positions": positions}
-
-
-def packed(documents, length=12):
-    """All documents in one row."""
-    fields = {name: [] for name in ("inputs", "targets", "segment_ids", "positions")}
-    for number, document in enumerate(documents, 1):
-        n = len(document) - 1
-        fields["inputs"] += document[:-1]
-        fields["targets"] += document[1:]
-        fields["segment_ids"] += [number] * n
-        fields["positions"] += range(n)
-    used = len(fields["inputs"])
-    batch = {
-        name: np.array([value + [0] * (length - used)], np.int32) for name, value in fields.items()
-    }
-    weights = np.array([[1.0] * used + [0.0] * (length - used)], np.float32)
-    return {**batch, "weights": weights}
-
-
-DOCUMENTS = [[5, 9, 2, 31], [7, 7, 1, 0, 22, 13, 4]]
-
-
-def assert_close(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), a, b)
-
-
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary", "none"])
-def test_loss_and_gradient_of_packed_documents_are_sums_over_the_documents(positions):
-    config = tiny_models.config(positions=positions)
-    values = tiny_models.params(config)
-    one = loss_and_gradient(config, values, packed(DOCUMENTS))
-    apart = [loss_and_gradient(config, values, packed([document])) for document in DOCUMENTS]
-    assert_close(one, jax.tree.map(jnp.add, *apart))
-    assert one[0][1]["weight"] == sum(len(document) - 1 for document in DOCUMENTS)
-
-
-def test_accumulating_rows_of_unequal_length_gives_the_full_batch():
-    config = tiny_models.config()
-    values = tiny_models.params(config)
-    documents = [[1, 2, 3], *DOCUMENTS, list(range(10, 21))]
-    whole = loss_and_gradient(config, values, padded(documents))
-    parts = [loss_and_gradient(config, values, padded(documents[i : i + 1])) for i in range(4)]
-    assert_close(whole, functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts))
-    # The mean of the parts' means, the usual mistake, is something else.
-    (_, metrics), _ = whole
-    means = [part[0][1]["nats"] / part[0][1]["weight"] for part in parts]
-    assert abs(np.mean(means) - metrics["nats"] / metrics["weight"]) > 1e-3
-
-
-def test_what_stands_in_padding_does_not_matter():
-    config = tiny_models.config()
-    values = tiny_models.params(config)
-    batch = packed(DOCUMENTS)
-    junk = {name: value.copy() for name, value in batch.items()}
-    junk["inputs"][0, 9:], junk["targets"][0, 9:] = 3, 38
-    a, b = (loss_and_gradient(config, values, each) for each in (batch, junk))
-    assert_close(a, b)

@@ -1,5 +1,9 @@
-"""One loss for every objective: what a batch says is predicted, from what it says is seen."""
+"""One loss for every objective: what a batch says is predicted, from what it says is seen.
 
+Sums over tokens, so that they do not know how a batch was cut.
+"""
+
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +15,11 @@ import tiny_models
 from lm.config import ConfigError, view
 from lm.data.config import OBJECTIVES as DATA_OBJECTIVES
 from lm.models import ModelConfig, bind, skeleton
+from lm.models.hooks import no_tap
+from lm.models.moe.experts import Experts
+from lm.models.params import init, param_specs
 from lm.objectives import OBJECTIVES, ObjectiveConfig, check_objective, token_loss
+from lm.objectives.tokens import router_loss
 
 PAIRS = [([5, 9, 2], [0, 31, 7]), ([7, 7, 1, 0, 22], [0, 13, 4, 8])]  # source, decoder inputs
 TARGETS = [[31, 7, 1], [13, 4, 8, 1]]
@@ -53,6 +61,51 @@ def pairs_batch(which, source_length=10, length=9):
         "targets": targets,
         "weights": (segments > 0).astype(np.float32),
     }
+
+
+DOCUMENTS = [[5, 9, 2, 31], [7, 7, 1, 0, 22, 13, 4]]
+
+
+def documents_batch(rows, length=12):
+    """Of rows of documents: the next token's prediction in each."""
+    inputs = [row([d[:-1] for d in documents], length) for documents in rows]
+    targets = [row([d[1:] for d in documents], length)[0] for documents in rows]
+    names = ("inputs", "segment_ids", "positions")
+    batch = {name: np.concatenate(parts) for name, parts in zip(names, zip(*inputs))}
+    weights = (batch["segment_ids"] > 0).astype(np.float32)
+    return {**batch, "targets": np.concatenate(targets), "weights": weights}
+
+
+@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary", "none"])
+def test_loss_and_gradient_of_packed_documents_are_sums_over_the_documents(positions):
+    config = tiny_models.config(positions=positions)
+    values = tiny_models.params(config)
+    one = loss_and_gradient(config, values, documents_batch([DOCUMENTS]))
+    apart = [loss_and_gradient(config, values, documents_batch([[d]])) for d in DOCUMENTS]
+    assert_close(one, jax.tree.map(jnp.add, *apart))
+    assert one[0][1]["weight"] == sum(len(document) - 1 for document in DOCUMENTS)
+
+
+def test_accumulating_rows_of_unequal_length_gives_the_full_batch():
+    config = tiny_models.config()
+    values = tiny_models.params(config)
+    rows = [[document] for document in ([1, 2, 3], *DOCUMENTS, list(range(10, 21)))]
+    whole = loss_and_gradient(config, values, documents_batch(rows))
+    parts = [loss_and_gradient(config, values, documents_batch([row])) for row in rows]
+    assert_close(whole, functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts))
+    # The mean of the parts' means, the usual mistake, is something else.
+    (_, metrics), _ = whole
+    means = [part[0][1]["nats"] / part[0][1]["weight"] for part in parts]
+    assert abs(np.mean(means) - metrics["nats"] / metrics["weight"]) > 1e-3
+
+
+def test_what_stands_in_padding_does_not_matter():
+    config = tiny_models.config()
+    values = tiny_models.params(config)
+    batch = documents_batch([DOCUMENTS])
+    junk = {name: value.copy() for name, value in batch.items()}
+    junk["inputs"][0, 9:], junk["targets"][0, 9:] = 3, 38
+    assert_close(*(loss_and_gradient(config, values, each) for each in (batch, junk)))
 
 
 @pytest.mark.parametrize("positions", ["relative", "sinusoidal", "learned", "rotary"])
@@ -105,17 +158,6 @@ def test_a_prefix_is_seen_by_all_of_its_document_and_by_no_other():
     np.testing.assert_array_equal(logits(changed, prefix)[0, :4], base[0, :4])
 
 
-def test_an_encoder_sees_both_ways_and_a_decoder_does_not():
-    tokens = tiny_models.tokens(1)
-    changed = tokens.copy()
-    changed[0, -1] = (tokens[0, -1] + 1) % 40
-    for architecture, sees in (("encoder", True), ("decoder", False)):
-        config = tiny_models.config(architecture=architecture)
-        values = tiny_models.params(config)
-        before, after = (tiny_models.logits(config, values, t)[0, 0] for t in (tokens, changed))
-        assert np.allclose(before, after) != sees
-
-
 def test_the_router_losses_are_added_in_proportion_to_their_coefficients():
     config = tiny_models.config(num_experts=4, activation="swiglu", dense_layers=1)
     values = tiny_models.params(config)
@@ -159,3 +201,76 @@ def test_every_objective_of_the_data_has_a_loss_and_models_it_fits():
 def test_impossible_settings_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         view(ObjectiveConfig, fields, "config.objective")
+
+
+# ---- Routers -----------------------------------------------------------------------------------
+
+EXPERTS = tiny_models.config(num_experts=4, width=8, expert_width=8, activation="swiglu")
+ROUTING = ObjectiveConfig()
+
+
+def traced_stats(params, x_BTD, valid_BT):
+    return bind(Experts(EXPERTS), params)(x_BTD, no_tap, valid_BT)[1]
+
+
+stats = tiny_models.compiled(traced_stats)
+
+
+def routing_problem():
+    params = init(param_specs(Experts(EXPERTS)), jax.random.key(0))
+    params["router"] *= 100  # far from balanced
+    x_BTD = np.random.default_rng(0).normal(size=(4, 6, 8)).astype(np.float32)
+    return params, x_BTD, np.random.default_rng(1).random((4, 6)) < 0.7
+
+
+def test_the_loss_follows_the_papers():
+    params, x, valid = routing_problem()
+    logits = (x @ np.asarray(params["router"]))[valid]
+    probability = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    chosen = np.argsort(-logits, -1)[:, :2]
+    frequency = np.bincount(chosen.ravel(), minlength=4) / chosen.size
+    balance = 4 * (frequency * probability.mean(0)).sum()
+    z = (np.log(np.exp(logits).sum(-1)) ** 2).mean()
+    loss, metrics = router_loss(stats(params, x, valid), ROUTING, jnp.float32(10))
+    np.testing.assert_allclose(loss / 10, 0.01 * balance + 0.001 * z, rtol=1e-5)
+    means = {name: value / 10 for name, value in metrics.items()}
+    expected = {
+        "load_balancing": balance,
+        "router_z": z,
+        "dropped": 0,
+        "max_load": 4 * frequency.max(),
+    }
+    assert means == {name: pytest.approx(value, rel=1e-5) for name, value in expected.items()}
+
+
+def test_the_parts_of_a_batch_add_up_to_it_and_layers_count_by_their_tokens():
+    params, x, valid = routing_problem()
+    parts = [stats(params, x[rows], valid[rows]) for rows in (slice(0, 2), slice(2, 4))]
+    whole = stats(params, x, valid)
+    added = jax.tree.map(jnp.add, *parts)
+    for name in ("tokens", "balance", "z", "dropped", "max_load"):
+        np.testing.assert_allclose(getattr(added, name), getattr(whole, name), rtol=1e-5)
+    layers = jax.tree.map(lambda *each: jnp.stack(each), *parts)
+    balance = sum(part.balance for part in parts) / whole.tokens
+    metrics = router_loss(layers, ROUTING, 1.0)[1]
+    np.testing.assert_allclose(metrics["load_balancing"], balance, rtol=1e-6)
+    nothing = router_loss(stats(params, x, np.zeros_like(valid)), ROUTING, jnp.float32(0))
+    assert all(value == 0 for value in jax.tree.leaves(nothing))
+
+
+def test_following_the_loss_balances_the_experts():
+    params, x, _ = routing_problem()
+    x += 1  # what all tokens share sends all to the same experts
+    config = dataclasses.replace(ROUTING, load_balancing=1.0, router_z=0.0)
+
+    @tiny_models.compiled
+    @jax.value_and_grad
+    def loss(router):
+        return router_loss(traced_stats({**params, "router": router}, x, None), config, 1.0)[0]
+
+    router = params["router"]
+    before, _ = loss(router)
+    for _ in range(200):
+        router = router - 5 * loss(router)[1]
+    assert before > 1.5
+    assert loss(router)[0] < 1.1

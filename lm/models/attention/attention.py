@@ -113,8 +113,7 @@ class Attention(nnx.Module):
         """What attention adds to the residual stream, and the cache with this call's keys in it.
 
         Args:
-          x_BTD: the normalised residual stream.
-          context: of this layer.
+          x_BTD, context: the normalised residual stream, and this layer's context.
           cache: None, or this layer's keys and values, each [B, S, K, C].
           dropout_key: turns dropout on.
           tap: see `lm.models.hooks`.
@@ -142,12 +141,7 @@ class Attention(nnx.Module):
     ) -> jax.Array:
         """Cross-attention (Vaswani et al. 2017, §3.2.3): what it adds to the residual stream.
 
-        Args:
-          x_BTD: the normalised residual stream.
-          pair: from `remember`.
-          context: the layer's `across`.
-          dropout_key: turns dropout on.
-          tap: see `lm.models.hooks`.
+        `pair` is from `remember`, and the context is `across` to the encoder.
         """
         kind = self.config.quantization
         query_BTHC = contract("btd,dhc->bthc", x_BTD, self.query[...], quantization=kind)

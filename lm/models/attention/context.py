@@ -71,9 +71,7 @@ class Context(NamedTuple):
         """Of queries that see keys as `config` says; `fields` are taken as they are.
 
         Args:
-          config: the model's.
           queries, keys: their slots, segments and prefix; and where queries stand in documents.
-          causal: whether later keys are hidden.
           bias, bias_BHTS: added to scores; the latter is made of the former unless given.
           cached: whether keys of a negative slot are empty places of a cache.
         """
