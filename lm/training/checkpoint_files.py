@@ -43,6 +43,12 @@ class Damaged(ConfigError):
     """What a checkpoint holds is not what was saved: a few words that say where."""
 
 
+def save_tree(path: pathlib.Path, tree: Any) -> ocp.AsyncResponse[None]:
+    """Starts to write `tree` to `path`; the response's `result()` waits for all processes."""
+    with _orbax_context():
+        return ocp.save_async(_plain(path.parent) / path.name, tree)
+
+
 def load_tree(path: pathlib.Path, abstract: Any, partial: bool) -> Any:
     """The tree at `path` shaped like `abstract`; `partial` leaves out what it does not name.
 
@@ -50,14 +56,14 @@ def load_tree(path: pathlib.Path, abstract: Any, partial: bool) -> Any:
       Damaged: it cannot be decoded, or an array is not the one that was saved.
       ConfigError: it cannot be read, or does not fit `abstract`.
     """
-    there = check_fits(path, abstract, partial)
+    there = _check_fits(path, abstract, partial)
 
     def as_saved(name, leaf):  # to be converted only once its checksum was compared
         dtype = there[array_name(name)].dtype
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)
 
     target = jax.tree.map_with_path(as_saved, abstract)
-    context = orbax_context()
+    context = _orbax_context()
     context.pytree.loading.partial_load = partial
     if hosts.count() > 1 and own_devices_only(abstract):
         here = jax.process_index()
@@ -78,7 +84,7 @@ def load_tree(path: pathlib.Path, abstract: Any, partial: bool) -> Any:
     return jax.tree.map(as_wanted, tree, abstract)
 
 
-def check_fits(path: pathlib.Path, abstract: Any, partial: bool) -> dict[str, Any]:
+def _check_fits(path: pathlib.Path, abstract: Any, partial: bool) -> dict[str, Any]:
     """Descriptions of the arrays at `path`, by name.
 
     Orbax reads missing arrays as nothing and casts silently; both would be a wrong resume.
@@ -114,7 +120,7 @@ def check_fits(path: pathlib.Path, abstract: Any, partial: bool) -> dict[str, An
 
 def _read(path: pathlib.Path, read: Callable[[pathlib.Path], T]) -> T:
     try:
-        return read(plain(path.parent) / path.name)
+        return read(_plain(path.parent) / path.name)
     except ConfigError:
         raise
     except Exception as error:
@@ -130,7 +136,7 @@ def own_devices_only(abstract: Any) -> bool:
     return all(sharding.is_fully_addressable for sharding in placed)
 
 
-def orbax_context() -> ocp.Context:
+def _orbax_context() -> ocp.Context:
     """How Orbax writes here: few files, and no work twice."""
     context = ocp.Context()
     # Made in the background, a directory that cannot be created would leave Orbax's other threads,
@@ -144,7 +150,7 @@ def orbax_context() -> ocp.Context:
     return context
 
 
-def plain(directory: pathlib.Path) -> pathlib.Path:
+def _plain(directory: pathlib.Path) -> pathlib.Path:
     """`directory` under a name that Orbax and TensorStore take for what it is.
 
     They expand wildcards, take a backslash for a slash, need UTF-8, and know URLs. Where the path

@@ -32,22 +32,19 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
 from lm import files
 from lm.config import ConfigError, Count, Positive, check
 from lm.parallel import hosts
 from lm.training.checkpoint_files import (
     Damaged,
-    check_fits,
     checksums,
     damage,
     load_tree,
-    orbax_context,
     own_devices_only,
-    plain,
     read_manifest,
     reason,
+    save_tree,
     write_manifest,
 )
 
@@ -147,8 +144,7 @@ class Checkpointer:
         with self._explained(step):
             self._sweep()
             sums = checksums(state) if self._config.checksums else None
-            with orbax_context():
-                writing = ocp.save_async(plain(self._directory) / scratch.name, state)
+            writing = save_tree(scratch, state)
 
         def finish() -> None:
             with self._explained(step):
@@ -303,7 +299,6 @@ def restore_parameters(
     def read(path: pathlib.Path) -> Mapping[str, jax.Array]:
         if not lazily:
             return load_tree(path, {"params": dict(abstract)}, partial=True)["params"]
-        check_fits(path, {"params": dict(abstract)}, partial=True)
         params = _Lazy(path, abstract)
         for name in params:
             params[name]

@@ -28,15 +28,20 @@ DEEP = "[" * 200_000
 HUGE = 10**9
 
 
-def changed(**fields) -> Callable[[pathlib.Path], None]:
-    """Other fields of config.json; of the section `model` where there is one."""
+def edited(name: str, edit: Callable[[dict], object]) -> Callable[[pathlib.Path], None]:
+    """What `edit` makes of a file of JSON."""
 
     def change(path: pathlib.Path) -> None:
-        config = json.loads((path / "config.json").read_text())
-        config.get("model", config).update(fields)
-        (path / "config.json").write_text(json.dumps(config))
+        content = json.loads((path / name).read_text())
+        edit(content)
+        (path / name).write_text(json.dumps(content))
 
     return change
+
+
+def changed(**fields) -> Callable[[pathlib.Path], None]:
+    """Other fields of config.json; of the section `model` where there is one."""
+    return edited("config.json", lambda config: config.get("model", config).update(fields))
 
 
 def family(name: str, **fields) -> Callable[[pathlib.Path], None]:
@@ -111,24 +116,17 @@ def pipe(name: str) -> Callable[[pathlib.Path], None]:
 def tokenizer(**fields) -> Callable[[pathlib.Path], None]:
     """Other fields of tokenizer.json."""
 
-    def change(path: pathlib.Path) -> None:
-        described = json.loads((path / "tokenizer.json").read_text())
+    def edit(described: dict) -> None:
         for name, value in fields.items():
             part = described["model"] if name in ("vocab", "merges") else described
             part[name] = value
-        (path / "tokenizer.json").write_text(json.dumps(described))
 
-    return change
+    return edited("tokenizer.json", edit)
 
 
 def description(**fields) -> Callable[[pathlib.Path], None]:
     """Other fields of a saved tokenizer's description."""
-
-    def change(path: pathlib.Path) -> None:
-        file = path / "tokenizer" / "lm_tokenizer.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
-
-    return change
+    return edited("tokenizer/lm_tokenizer.json", lambda described: described.update(fields))
 
 
 def manifest(files: str) -> Callable[[pathlib.Path], None]:
@@ -151,7 +149,7 @@ FOREIGN: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "negative layers": (changed(n_layer=-HUGE), "num_layers"),
     "width": (changed(n_embd=10**6 + 3, n_head=1), "n_embd"),
     "width and heads": (changed(n_embd=2**31 - 1, n_head=2**31 - 2), "n_"),
-    "no heads": (changed(n_head=0), "num_heads"),
+    "no heads": (changed(n_head=0), "n_head=0"),
     "vocabulary": (changed(vocab_size=2**31 - 1), "vocab_size"),
     "positions": (changed(n_positions=2**31 - 1), "parameters"),
     "beyond 64 bits": (changed(n_positions=10**40), "32 bits"),
@@ -159,7 +157,7 @@ FOREIGN: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "experts": (family("mixtral", **LLAMA, num_local_experts=HUGE), "its 40 tensors"),
     "local layers": (family("gemma2", **LLAMA | {"num_hidden_layers": HUGE}), "num_hidden_layers"),
     "no scale": (family("gemma2", **LLAMA, query_pre_attn_scalar=0), "ZeroDivisionError"),
-    "heads of llama": (family("llama", **LLAMA | {"num_attention_heads": 0}), "num_heads"),
+    "heads of llama": (family("llama", **LLAMA | {"num_attention_heads": 0}), "num_attention_heads=0"),
     "rope of text": (
         family("llama", **LLAMA, rope_scaling={"type": "yarn", "factor": "4"}),
         "config.json",
