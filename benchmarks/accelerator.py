@@ -178,12 +178,11 @@ def batch_plans(run, config, length, set_up_for):
     plans = []
     for remat in ("none", "full"):
         here = dataclasses.replace(config, remat=remat)
-        training, layout = set_up_for(here)
-        state = training.abstract["optimizer"]
+        training, _ = set_up_for(here)
 
-        def fits(rows, here=here, training=training, layout=layout, state=state):
-            sizes = dict(block_size=length, batch_size=rows, optimizer_state=state)
-            return expected_memory(here, training.specs, layout, **sizes).total < 0.85 * limit
+        def fits(rows, workload=training.workload):
+            held = expected_memory(dataclasses.replace(workload, batch_size=rows))
+            return sum(held.values()) < 0.85 * limit
 
         rows = max((n for n in (1, 2, 4, 8, 16, 32) if n * length <= 2**16 and fits(n)), default=1)
         # Below 8,192 tokens products are too small to be fast: recompute instead.

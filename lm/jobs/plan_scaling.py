@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from typing import Any, Literal
 
@@ -10,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lm.config import Path, Size, check
-from lm.models import costs
 from lm.models.config import REMAT
 from lm.models.presets import PRESETS, preset
-from lm.parallel.mesh import describe, make_mesh
+from lm.parallel.mesh import describe
 from lm.planning.programs import train_program
 from lm.planning.report import decimal, plain_table, seconds
-from lm.planning.search import Candidate, candidates
-from lm.planning.topology import Topology, open_topology
+from lm.planning.search import candidates
+from lm.planning.sketch import BESIDE, strategy_of
+from lm.planning.topology import open_topology
 from lm.training.config import TrainConfig
 from lm.training.optimizer import OptimizerConfig
 from lm.training.report import binary, si
@@ -85,10 +86,12 @@ def weak_scaling(
         rows, block, remat = (
             values[index % len(values)] for values in (config.rows, config.block_size, config.remat)
         )
-        figures = [
-            _figures(name, chips, rows, block, remat, optimizer, train, chips in config.compiled)
-            for chips in SLICES
-        ]
+        model = preset(name, remat=remat)
+        model = dataclasses.replace(model, max_length=max(model.max_length, block))
+        figures = []
+        for chips in SLICES:
+            workload = Workload(model, block, rows * chips, optimizer=optimizer, train=train)
+            figures.append(_figures(workload, chips, chips in config.compiled))
         title = f"{name}: {rows} × {block:,} tokens a chip and step, remat {remat}, TPU v5p"
         table = _table(figures, bool(config.compiled))
         console.rule(title, align="left")
@@ -104,46 +107,39 @@ def weak_scaling(
     return result
 
 
-def _figures(name, chips, rows, block, remat, optimizer, train, compile_too) -> dict[str, Any]:
+def _figures(workload: Workload, chips: int, compile_too: bool) -> dict[str, Any]:
     topology = open_topology(f"v5p:{SLICES[chips]}")
-    model = preset(name, remat=remat)
-    model = dataclasses.replace(model, max_length=max(model.max_length, block))
-    workload = Workload(model, block, rows * chips, optimizer=optimizer, train=train)
     best = candidates(workload, topology, 3, 1)[0]
-    paper = best.paper
-    flops = costs.training_flops_per_token(model, block) * rows * block
+    found, flops = best.sketch.estimate, workload.flops_per_token * workload.tokens / chips
+    beside = math.fsum(c.seconds for c in found.collectives if strategy_of(c) in BESIDE)
+    busy = found.compiler_seconds
+    hidden = max(busy, beside) + found.network_seconds - beside
     figure = dict(
         chips=chips,
         topology=topology.name,
-        mesh=describe(make_mesh(best.mesh, topology.devices)),
-        memory=paper.memory,
-        fits=paper.memory <= topology.chip.memory,
-        flops=paper.flops,
-        bytes=paper.bytes,
-        received=sum(paper.received.values()),
-        seconds=paper.seconds,
-        mfu=flops / paper.seconds / topology.chip.sixteen_bit,
-        efficiency=paper.busy / paper.seconds,
-        hidden_efficiency=paper.busy / paper.hidden_seconds,
+        mesh=describe(best.workload.layout.mesh),
+        memory=best.sketch.memory,
+        fits=best.sketch.memory <= topology.chip.memory,
+        flops=found.flops,
+        bytes=found.bytes,
+        received=sum(best.sketch.received.values()),
+        seconds=found.seconds,
+        mfu=found.mfu(flops),
+        efficiency=busy / found.seconds,
+        hidden_efficiency=busy / hidden,
     )
     if compile_too and figure["fits"]:
-        figure |= _compiled(workload, best, topology, flops)
+        program = train_program(best.workload, topology)
+        figure |= {"compiled_memory": program.memory.total, "compiled_fits": program.fits}
+        if found := program.estimate:
+            figure |= dict(
+                compiled_flops=found.flops,
+                compiled_bytes=found.bytes,
+                compiled_received=found.communicated,
+                compiled_seconds=found.seconds,
+                compiled_mfu=found.mfu(flops),
+            )
     return figure
-
-
-def _compiled(workload: Workload, best: Candidate, topology: Topology, flops) -> dict[str, Any]:
-    program = train_program(workload, best.layout(topology), topology)
-    found = program.estimate
-    facts = {"compiled_memory": program.memory.total, "compiled_fits": program.fits}
-    if found is not None:
-        facts |= dict(
-            compiled_flops=found.flops,
-            compiled_bytes=found.bytes,
-            compiled_received=found.communicated,
-            compiled_seconds=found.seconds,
-            compiled_mfu=flops / found.seconds / topology.chip.sixteen_bit,
-        )
-    return facts
 
 
 def _table(figures: list[dict[str, Any]], compiled: bool) -> Table:

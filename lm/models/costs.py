@@ -133,7 +133,7 @@ def _attention(config: ModelConfig, keys: float, window_keys: float, source_keys
     return 4 * config.num_heads * config.head_width * seen
 
 
-def _mean_keys(length: int, window: int) -> float:
+def mean_keys(length: int, window: int) -> float:
     """Keys that a token of a causal sequence sees on average, the last `window` alone."""
     reach = min(length, window)
     return (reach * (reach + 1) / 2 + (length - reach) * reach) / length
@@ -155,8 +155,8 @@ def _sequence_flops(
     both = config.architecture == "encoder_decoder"
     source_length = (length if source_length is None else source_length) if both else 0
     causal = config.architecture != "encoder"
-    keys = _mean_keys(length, length) if causal else float(length)
-    window_keys = _mean_keys(length, config.window or length)
+    keys = mean_keys(length, length) if causal else float(length)
+    window_keys = mean_keys(length, config.window or length)
     attention = _attention(config, keys, window_keys, source_length)
     target = length * (2 * weights.token + attention) + 2 * logits * weights.head
     return source_length * _source_flops(config, weights, source_length), target + 2 * weights.row

@@ -35,6 +35,7 @@ class Collective:
     whole: bool = True  # whether a group is all of those axes, and not a part of one
     asynchronous: bool = False  # whether the compiler lets it run beside something else
     links: int = 0  # to neighbours, that a device sends over at once; 0: the compiler does not say
+    seconds: float = 0.0  # of all trips, if the network has nothing else to do
     group: tuple[int, ...] = ()  # one group, or for a permutation one (sender, receiver)
     source: str = ""  # its name in the traced program
     # What it stands for: of a permutation, the collective that the compiler cut into turns, to
@@ -237,7 +238,7 @@ def axes_of_pairs(pairs: np.ndarray, mesh_shape: Mapping[str, int]) -> tuple[str
 def summed(every: list[Collective]) -> list[Collective]:
     """Collectives of one kind along the same axes as one each, the largest first.
 
-    Their `trips` are added up, and `bytes` is the mean of one.
+    Their `trips` and `seconds` are added up, and `bytes` is the mean of one.
     """
 
     def key(c: Collective):
@@ -248,7 +249,8 @@ def summed(every: list[Collective]) -> list[Collective]:
         same = list(same)
         trips = sum(c.trips for c in same)
         mean = sum(c.trips * c.bytes for c in same) / trips if trips else 0.0
-        merged.append(dataclasses.replace(same[0], trips=trips, bytes=mean))
+        seconds = sum(c.seconds for c in same)
+        merged.append(dataclasses.replace(same[0], trips=trips, bytes=mean, seconds=seconds))
     return sorted(merged, key=lambda c: -c.total)
 
 

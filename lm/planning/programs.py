@@ -1,4 +1,4 @@
-"""The programs that a plan compiles: the training step that runs, prefill, and a step of decoding.
+"""Programs that a plan compiles, and what they hold; the training step that runs is one.
 
 Nothing is allocated: arguments are shapes with shardings, on devices that need not exist.
 """
@@ -9,23 +9,16 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from lm.config import check
-from lm.inference.prepare import abstract_params, bound, cache_shardings, for_decoding
-from lm.models import ModelConfig, param_specs, skeleton
-from lm.models.matmul import compute_dtype
-from lm.parallel.layout import Layout
-from lm.parallel.mesh import BATCH_AXES, MeshConfig, batch_sharding, batch_ways, make_mesh
+from lm.models import costs
+from lm.parallel.mesh import batch_sharding
 from lm.parallel.platform import compiling_for
-from lm.parallel.sharding import WHOLE_RULES, parameter_shardings
-from lm.planning import hlo
-from lm.planning.hlo_runs import stacks
+from lm.planning.collectives import summed
 from lm.planning.roofline import Estimate, estimate
 from lm.planning.topology import Topology
 from lm.training.setup import set_up
@@ -61,16 +54,18 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A compiled program, or one that the compiler refused for its memory."""
+    """A compiled program, or one that the compiler refused for its memory. Of one device."""
 
     name: str
+    model_flops: float  # as every MFU of this project counts them (`lm.models.costs`)
+    tokens: float
     memory: Memory
-    estimate: Estimate | None  # None: refused
-    compiler_flops: float  # by the compiler's analysis, which counts loop bodies once
+    compile_seconds: float
     # `memory_analysis().temp_size_in_bytes`, which others report: a TPU's counts some room for each
     # of the arrays that lie there one after the other. What is refused is `memory.total`.
     compiler_temporaries: float
-    compile_seconds: float
+    estimate: Estimate | None = None  # None: refused
+    compiler_flops: float = 0.0  # by the compiler's analysis, which counts loop bodies once
     text: str = dataclasses.field(repr=False, default="")
 
     @property
@@ -78,30 +73,60 @@ class Program:
         """Whether it was compiled and has room."""
         return self.estimate is not None and self.memory.fits
 
+    def figures(self) -> dict[str, Any]:
+        """It in numbers, for plan.json. Times are in seconds."""
+        figures = {
+            "memory": dataclasses.asdict(self.memory) | {"total": self.memory.total},
+            "compiler_temporaries": self.compiler_temporaries,
+            "fits": self.fits,
+        }
+        found = self.estimate
+        if found is None:
+            return figures
+        names = ("flops", "bytes", "communicated", "ideal", "roofline", "seconds", "exposed")
+        return figures | {name: getattr(found, name) for name in names} | {
+            "terms": {
+                "compute": found.compute_seconds,
+                "memory": found.memory_seconds,
+                "network": found.network_seconds,
+                "compiler": found.compiler_seconds,
+            },
+            "collectives": [
+                {"kind": c.kind, "axes": c.along, "times": c.trips, "bytes": c.bytes,
+                 "received": c.total}
+                for c in summed(found.collectives)
+            ],
+            "model_flops": self.model_flops,
+            "mfu": found.mfu(self.model_flops),
+            "tokens_per_second": self.tokens / found.seconds,
+        }  # fmt: skip
 
-def train_program(workload: Workload, layout: Layout, topology: Topology) -> Program:
+
+def train_program(workload: Workload, topology: Topology) -> Program:
     """The training step of `lm.jobs.train`, compiled for the topology's devices.
+
+    Args:
+      workload: with a layout over these devices.
 
     Raises:
       ConfigError: model and batch do not divide over the devices.
     """
-    workload = dataclasses.replace(workload, layout=layout)
     check_layout(workload)
+    layout = workload.layout
     with layout.active(), compiling_for(topology.platform):
         training = set_up(workload)
         abstract, mesh = training.abstract, layout.mesh
-        batch = _batch(workload, mesh)
-        given = (_bytes(abstract["params"]), _bytes(abstract["optimizer"]))
-        rest = _bytes((batch, abstract["step"], abstract["loss_mean"]))
-        return _compile(
-            "training step",
+        tokens = workload.tokens / mesh.size
+        return compile_program(
             training.step,
-            (abstract, batch),
-            given,
-            rest,
+            (abstract, _batch(workload, mesh)),
+            (abstract["params"], abstract["optimizer"]),
             topology,
             mesh,
             _seen(workload),
+            name="training step",
+            model_flops=workload.flops_per_token * tokens,
+            tokens=tokens,
         )
 
 
@@ -110,12 +135,8 @@ def _seen(workload: Workload) -> float:
     model, length = workload.model, workload.block_size
     if model.architecture == "encoder":
         return 1.0
-    reach = [
-        min(model.window or length, length) if model.is_local(i) else length
-        for i in range(model.num_layers)
-    ]
-    pairs = [r * (r + 1) / 2 + (length - r) * r for r in reach]
-    return sum(pairs) / len(pairs) / length**2
+    windows = [model.window if model.is_local(i) else 0 for i in range(model.num_layers)]
+    return sum(costs.mean_keys(length, w or length) for w in windows) / len(windows) / length
 
 
 def _batch(workload: Workload, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -135,66 +156,6 @@ def _batch(workload: Workload, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     return batch
 
 
-def decode_programs(
-    config: ModelConfig,
-    mesh_config: MeshConfig,
-    topology: Topology,
-    batch_size: int,
-    prompt_length: int,
-    cache_length: int,
-) -> list[Program]:
-    """Prefill of a prompt, and one token more of every row: both compiled, logits included.
-
-    Parameters are in the compute dtype, split over `tensor` and `expert`; rows of the cache are
-    split as a batch's, its heads over `tensor`.
-
-    Raises:
-      ConfigError: the mesh does not fit the devices, or the batch the mesh.
-    """
-    mesh = make_mesh(mesh_config, topology.devices)
-    check(
-        batch_size % batch_ways(mesh) == 0,
-        f"config.decode.batch_size={batch_size} must be a multiple of the {batch_ways(mesh)} "
-        "devices that share it",
-    )
-    with jax.set_mesh(mesh), compiling_for(topology.platform):
-        dtype = compute_dtype(config.compute_dtype).name  # the platform's, not this machine's
-        model = for_decoding(skeleton(dataclasses.replace(config, compute_dtype=dtype)))
-        shardings = parameter_shardings(param_specs(model), mesh, WHOLE_RULES)
-        params = abstract_params(model, shardings)
-        cache = _cache(model, mesh, batch_size, cache_length)
-        programs = []
-        for name, length in (("prefill", prompt_length), ("decoding step", 1)):
-            tokens = jax.ShapeDtypeStruct(
-                (batch_size, length),
-                jnp.int32,
-                sharding=NamedSharding(mesh, PartitionSpec(BATCH_AXES)),
-            )
-
-            def extend(cache, params, tokens_BT, positions_BT):
-                bound_model = bound(model, params)
-                x_BTD, cache = bound_model.extend(tokens_BT, positions_BT, cache)
-                return cache, bound_model.unembed(x_BTD[:, -1:])[:, 0]
-
-            kept = jax.tree.map(lambda leaf: leaf.sharding, cache)
-            jitted = jax.jit(extend, donate_argnums=0, out_shardings=(kept, None))
-            arguments = (cache, params, tokens, tokens)
-            given = (_bytes(params), 0.0)
-            rest = _bytes((cache, tokens, tokens))
-            programs.append(_compile(name, jitted, arguments, given, rest, topology, mesh, 0.5))
-        return programs
-
-
-def _cache(model, mesh: Mesh, batch_size: int, length: int) -> Any:
-    """An abstract cache, its rows and its heads split."""
-    empty = jax.eval_shape(lambda: model.new_cache(batch_size, length))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        empty,
-        cache_shardings(empty, mesh),
-    )
-
-
 def _bytes(tree: Any) -> float:
     """Bytes on one device of sharded abstract arrays, without those in its host's memory."""
     return float(
@@ -206,10 +167,21 @@ def _bytes(tree: Any) -> float:
     )
 
 
-def _compile(name, jitted, arguments, given, rest, topology, mesh, share) -> Program:
+def compile_program(
+    jitted, arguments, given, topology: Topology, mesh: Mesh, attention_share: float, **named
+) -> Program:
+    """The program of `jitted`, called with `arguments`, over the topology's devices.
+
+    Args:
+      jitted: what is compiled.
+      arguments: abstract, sharded over `mesh`.
+      given: of them the parameters, and the optimizer's state or ().
+      topology, mesh: as for `lm.planning.roofline.estimate`, as is `attention_share`.
+      named: the first fields of the `Program`.
+    """
     start = time.perf_counter()
-    parameters, optimizer = given
-    limit = topology.chip.memory
+    parameters, optimizer = map(_bytes, given)
+    rest, limit = _bytes(arguments) - parameters - optimizer, topology.chip.memory
     lowered = jitted.lower(*arguments)
     try:
         compiled = lowered.compile()
@@ -218,26 +190,30 @@ def _compile(name, jitted, arguments, given, rest, topology, mesh, share) -> Pro
         if wanted is None:
             raise
         memory = Memory(parameters, optimizer, rest, 0.0, 0.0, wanted, 0.0, limit)
-        return Program(name, memory, None, 0.0, wanted, time.perf_counter() - start)
-    text = compiled.as_text()
-    kept = stacks(hlo.parse(text)) if optimizer else 0.0
-    stats = compiled.memory_analysis()
+        seconds = time.perf_counter() - start
+        return Program(**named, memory=memory, compile_seconds=seconds, compiler_temporaries=wanted)
+    text, stats = compiled.as_text(), compiled.memory_analysis()
+    found = estimate(text, topology, mesh, attention_share)
     temporaries = _temporaries(stats)
     memory = Memory(
         parameters=parameters,
         optimizer=optimizer,
         arguments=max(rest, stats.argument_size_in_bytes - parameters - optimizer),
         outputs=max(0, stats.output_size_in_bytes - stats.alias_size_in_bytes),
-        kept=min(kept, temporaries),
+        kept=min(found.stacked, temporaries) if optimizer else 0.0,
         temporaries=temporaries,
         code=stats.generated_code_size_in_bytes,
         limit=limit,
     )
-    analysis: Mapping[str, float] = compiled.cost_analysis() or {}
-    seconds = time.perf_counter() - start
-    found = estimate(text, topology, mesh, share)
-    flops, reported = analysis.get("flops", 0.0), stats.temp_size_in_bytes
-    return Program(name, memory, found, flops, reported, seconds, text)
+    return Program(
+        **named,
+        memory=memory,
+        compile_seconds=time.perf_counter() - start,
+        compiler_temporaries=stats.temp_size_in_bytes,
+        estimate=found,
+        compiler_flops=(compiled.cost_analysis() or {}).get("flops", 0.0),
+        text=text,
+    )
 
 
 def _temporaries(stats) -> float:

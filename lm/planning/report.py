@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lm.planning.analytic import strategy_of
+from lm.parallel.layout import Layout
+from lm.parallel.mesh import describe
+from lm.parallel.platform import compiling_for
 from lm.planning.collectives import summed
 from lm.planning.programs import Memory, Program
 from lm.planning.roofline import Estimate
 from lm.planning.search import Advice
+from lm.planning.sketch import strategy_of
 from lm.planning.topology import Topology
-from lm.training.report import binary, facts_table, si
+from lm.training.memory import whole_state
+from lm.training.report import binary, facts_table, model_line, si
+from lm.training.workload import Workload
 
 LABEL = "compiled, not measured"
 STRATEGIES = {
@@ -41,6 +47,12 @@ def decimal(size: float) -> str:
     return f"{si(size)}B"
 
 
+def layout_words(layout: Layout) -> str:
+    """`data=4 × stage=2 × 3 rounds`."""
+    rounds = layout.mesh.shape["stage"] > 1 and layout.rounds > 1
+    return describe(layout.mesh) + (f" × {layout.rounds} rounds" if rounds else "")
+
+
 def plain_table(*columns: str, title: str = "") -> Table:
     """A borderless table whose first column is text and whose others are figures."""
     table = Table(
@@ -57,27 +69,71 @@ def plain_table(*columns: str, title: str = "") -> Table:
     return table
 
 
-def header(console: Console, topology: Topology, model: str, workload: str, mesh: str) -> None:
-    """What is planned, and for what."""
-    chip = topology.chip
-    facts = facts_table()
-    facts.add_row("model", model)
-    facts.add_row("workload", workload)
+def header(
+    console: Console, topology: Topology, workload: Workload, preset: str, mesh: str
+) -> None:
+    """What is planned, and for what; `preset` is the model's name or "", `mesh` in words."""
+    chip, parts = topology.chip, workload.train.accumulation
+    with compiling_for(topology.platform):
+        model = model_line(workload.model)
     slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
-    facts.add_row("topology", f"{slices}{topology.name}: {len(topology.devices):,} devices")
+    table = facts_table()
+    table.add_row("model", f"{preset}: {model}" if preset else model)
+    table.add_row(
+        "workload",
+        f"{workload.batch_size:,} × {workload.block_size:,} tokens a step"
+        + (f" in {parts} parts" if parts > 1 else "")
+        + f", {workload.optimizer.name}, remat {workload.model.remat}",
+    )
+    table.add_row("topology", f"{slices}{topology.name}: {len(topology.devices):,} devices")
     if topology.platform == "cpu":
-        facts.add_row("device", "a fake one: times below are of no machine in particular")
-    facts.add_row(
+        table.add_row("device", "a fake one: times below are of no machine in particular")
+    table.add_row(
         "each",
         f"{chip.sixteen_bit / 1e12:,.0f} TFLOPs/s in bfloat16, {binary(chip.memory)} of HBM at "
         f"{chip.bandwidth / 1e9:,.0f} GB/s, {2 * chip.dimensions} links at "
         f"{chip.link / 1e9:,.0f} GB/s each way",
     )
-    facts.add_row("mesh", mesh)
-    console.print(facts)
+    table.add_row("mesh", mesh)
+    console.print(table)
 
 
-def memory_table(memory: Memory, compiled: bool) -> Table:
+def show(
+    console: Console,
+    title: str,
+    program: Program,
+    least_bytes: float,
+    least_received: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    """Prints all there is to say of a program.
+
+    Args:
+      console: where to.
+      title: what it is.
+      program: the program.
+      least_bytes: to and from HBM, that it needs at least.
+      least_received: bytes from other devices, likewise, by strategy.
+    """
+    console.rule(f"{title}: {LABEL}", align="left")
+    console.print(_memory_table(program.memory, program.estimate is not None))
+    if program.estimate is None:
+        return
+    for table in (
+        _work_table(program, least_bytes, least_received),
+        _collectives_table(program.estimate),
+        _time_table(program, program.estimate),
+    ):
+        console.print()
+        console.print(table)
+    console.print(
+        f"compiled in {program.compile_seconds:.0f} s; the compiler's own analysis counts loop "
+        f"bodies once, {si(program.compiler_flops)}FLOPs, and some memory twice, "
+        f"{si(program.compiler_temporaries)}B of temporaries",
+        style="dim",
+    )
+
+
+def _memory_table(memory: Memory, compiled: bool) -> Table:
     """Bytes on a device, by kind."""
     table = plain_table("memory of a device", "bytes", "of HBM")
 
@@ -103,9 +159,7 @@ def memory_table(memory: Memory, compiled: bool) -> Table:
     return table
 
 
-def work_table(
-    program: Program, model_flops: float, least_bytes: float, least: Mapping[str, float]
-) -> Table:
+def _work_table(program: Program, least_bytes: float, least: Mapping[str, float]) -> Table:
     """FLOPs, bytes moved and bytes received, beside what is needed at least."""
     found = program.estimate
     table = plain_table("work of a device", "compiled", "at least", "ratio")
@@ -115,7 +169,7 @@ def work_table(
         least_text = f"{si(least)}{unit}" if least else ""
         table.add_row(name, f"{si(value)}{unit}", least_text, ratio)
 
-    row("FLOPs", found.flops, model_flops, "FLOPs")
+    row("FLOPs", found.flops, program.model_flops, "FLOPs")
     row("to and from HBM", found.bytes, least_bytes, "B")
     row("from other devices", found.communicated, sum(least.values()), "B")
     served: dict[str, float] = {}
@@ -130,18 +184,13 @@ def work_table(
     return table
 
 
-def collectives_table(found: Estimate) -> Table:
+def _collectives_table(found: Estimate) -> Table:
     """Every kind of collective along every set of axes."""
     table = plain_table(
         "collective", "axes", "devices", "times", "bytes of one", "received", "time"
     )
     table.columns[1].justify = "left"
-    times: dict[tuple, float] = {}
-    for collective, spent in zip(found.collectives, found.collective_seconds):
-        key = (collective.kind, collective.along, collective.size, collective.part)
-        times[key] = times.get(key, 0.0) + spent
     for collective in summed(found.collectives):
-        key = (collective.kind, collective.along, collective.size, collective.part)
         part = f", as {collective.part}" if collective.part else ""
         table.add_row(
             collective.kind + part,
@@ -150,21 +199,20 @@ def collectives_table(found: Estimate) -> Table:
             f"{collective.trips:,.0f}",
             decimal(collective.bytes),
             decimal(collective.total),
-            seconds(times[key]),
+            seconds(collective.seconds),
         )
     if not found.collectives:
         table.add_row("none")
     return table
 
 
-def time_table(found: Estimate, model_flops: float, tokens: float) -> Table:
+def _time_table(program: Program, found: Estimate) -> Table:
     """The terms, and the estimates with their MFU."""
     table = plain_table(f"time ({LABEL})", "", "MFU")
-    peak = found.chip.sixteen_bit
 
     def row(name: str, value: float, style: str = "", mfu: bool = True) -> None:
-        share = f"{model_flops / value / peak:.1%}" if mfu and value else ""
-        table.add_row(name, seconds(value), share, style=style)
+        reached = program.model_flops / value / found.chip.sixteen_bit if mfu and value else 0.0
+        table.add_row(name, seconds(value), f"{reached:.1%}" if reached else "", style=style)
 
     row("matrix units: FLOPs at the peak", found.compute_seconds, mfu=False)
     row("HBM: bytes at its speed", found.memory_seconds, mfu=False)
@@ -174,47 +222,14 @@ def time_table(found: Estimate, model_flops: float, tokens: float) -> Table:
     row("roofline: each operation's longest, and what is not hidden", found.roofline)
     if found.compiler_seconds != found.operation_seconds:
         row("estimate: the compiler's cycles, and what is not hidden", found.seconds, "bold")
-    table.add_row("tokens a second and device", f"{tokens / found.seconds:,.0f}")
+    table.add_row("tokens a second and device", f"{program.tokens / found.seconds:,.0f}")
     if not found.all_known:
         table.add_row(Text("a loop's length is not known: it counts once", "yellow"))
     return table
 
 
-def outcome(row: dict) -> str:
-    """A compiled mesh in a few words."""
-    if not row["mfu"]:
-        return row["note"]
-    return f"{binary(row['memory'])}, {seconds(row['seconds'])} a step"
-
-
-def ranking_table(rows: Sequence[dict]) -> Table:
-    """The meshes that were compiled, best first."""
-    table = plain_table("mesh", "zero", "memory", "of HBM", "step", "MFU", "tokens/s/device", "")
-    table.columns[-1].justify = "left"
-    for row in rows:
-        fine = row["fits"]
-        table.add_row(
-            row["mesh"],
-            str(row["zero"]),
-            binary(row["memory"]) if row["memory"] else "",
-            f"{row['memory'] / row['limit']:.0%}" if row["memory"] else "",
-            seconds(row["seconds"]) if row["mfu"] else "",
-            f"{row['mfu']:.1%}" if row["mfu"] else "",
-            f"{row['tokens_per_second']:,.0f}" if row["tokens_per_second"] else "",
-            row["note"],
-            style="" if fine else "dim",
-        )
-    return table
-
-
-def advice_table(found: Sequence[Advice], limit: float, state: float) -> Table:
-    """What to change, and what it is expected to bring.
-
-    Args:
-      found: the changes.
-      limit: bytes of a device.
-      state: bytes of all parameters and optimizer state, once.
-    """
+def advice_table(found: Sequence[Advice], limit: float, workload: Workload) -> Table:
+    """What to change, and what it is expected to bring, on devices of `limit` bytes."""
     table = plain_table("to make it fit (on paper)", "memory", "of HBM", "")
     for change in found:
         table.add_row(
@@ -225,6 +240,6 @@ def advice_table(found: Sequence[Advice], limit: float, state: float) -> Table:
         )
     if not any(change.fits for change in found):
         table.add_row("nothing in this config does: use more or larger devices", style="bold red")
-        least = math.ceil(state / limit)
+        least = math.ceil(whole_state(workload) / limit)
         table.add_row(f"parameters and optimizer state alone would fill {least} of these devices")
     return table

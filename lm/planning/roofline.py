@@ -25,12 +25,12 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from lm.parallel.chips import Chip
 from lm.planning import hlo, hlo_costs
 from lm.planning.collectives import Collective, collectives
-from lm.planning.hlo_runs import Run, runs
+from lm.planning.hlo_runs import Run, runs, stacks
 from lm.planning.topology import Topology
 
 HOP_SECONDS = 1e-6
@@ -50,13 +50,13 @@ class Network:
     slices: np.ndarray  # [devices]
 
     @classmethod
-    def of(cls, topology: Topology, mesh: Mesh) -> Network:
-        """The network that connects the devices of `mesh`."""
+    def of(cls, topology: Topology, mesh: Mesh | AbstractMesh) -> Network:
+        """The network that connects the devices of `mesh`, of an abstract one in their order."""
+        if isinstance(mesh, AbstractMesh):
+            return cls(topology, topology.coordinates, topology.slice_of)
         index = {device.id: i for i, device in enumerate(topology.devices)}
         order = [index[device.id] for device in mesh.devices.flat]
-        slices = [getattr(topology.devices[i], "slice_index", None) or 0 for i in order]
-        places = [topology.coordinates(i) for i in order]
-        return cls(topology, np.array(places), np.array(slices))
+        return cls(topology, topology.coordinates[order], topology.slice_of[order])
 
     def spans(self, group: Sequence[int]) -> tuple[int, bool]:
         """Dimensions of the torus that a group extends along, and whether over all of each."""
@@ -139,10 +139,10 @@ class Estimate:
 
     operations: Sequence[Operation]
     collectives: Sequence[Collective]
-    collective_seconds: Sequence[float]  # of all trips of each
-    exposed: float  # of them, what nothing hides
+    exposed: float  # of their time, what nothing hides
     chip: Chip
-    all_known: bool  # False where a loop's length was not known and counted as one
+    all_known: bool = True  # False where a loop's length was not known and counted as one
+    stacked: float = 0.0  # bytes that loops of the forward pass stack up for the backward pass
 
     def _sum(self, name: str) -> float:
         return math.fsum(op.trips * getattr(op, name) for op in self.operations)
@@ -175,7 +175,7 @@ class Estimate:
     @functools.cached_property
     def network_seconds(self) -> float:
         """All collectives, one after the other."""
-        return math.fsum(self.collective_seconds)
+        return math.fsum(c.seconds for c in self.collectives)
 
     @functools.cached_property
     def operation_seconds(self) -> float:
@@ -202,6 +202,10 @@ class Estimate:
         """By the rule."""
         return self.compiler_seconds + self.exposed
 
+    def mfu(self, model_flops: float) -> float:
+        """The share of the chip's peak that a program of so many model FLOPs reaches."""
+        return model_flops / self.seconds / self.chip.sixteen_bit
+
 
 def estimate(text: str, topology: Topology, mesh: Mesh, attention_share: float = 1.0) -> Estimate:
     """The estimate for a program compiled for the devices of `mesh`.
@@ -216,7 +220,7 @@ def estimate(text: str, topology: Topology, mesh: Mesh, attention_share: float =
     module = hlo.parse(text)
     every = runs(module)
     network, chip = Network.of(topology, mesh), topology.chip
-    operations, found, seconds = [], [], []
+    operations, found = [], []
     clock = _Clock()
     for run in every:
         if run.ends:
@@ -228,12 +232,12 @@ def estimate(text: str, topology: Topology, mesh: Mesh, attention_share: float =
             operation = dataclasses.replace(operation, roofline=0.0, estimate=0.0)
         operations.append(operation)
         for collective in collectives(module, [run], mesh.shape):
-            found.append(collective)
-            seconds.append(network.seconds(collective) * collective.trips)
-            spoken += seconds[-1]
+            seconds = network.seconds(collective) * collective.trips
+            found.append(dataclasses.replace(collective, seconds=seconds))
+            spoken += seconds
         clock.run(busy, spoken, run.begun)
     known = all(run.known for run in every)
-    return Estimate(operations, found, seconds, clock.waited, chip, known)
+    return Estimate(operations, found, clock.waited, chip, known, stacks(module))
 
 
 class _Clock:

@@ -7,31 +7,37 @@ import itertools
 import math
 from collections.abc import Iterator
 
+from jax.sharding import AbstractMesh
+
 from lm.config import ConfigError
 from lm.models import ModelConfig
 from lm.models.config import REMAT
 from lm.parallel.layout import Layout, lay_out
-from lm.parallel.mesh import AXES, BATCH_AXES, MeshConfig, make_mesh, mesh_sizes
-from lm.planning.analytic import Paper, on_paper
+from lm.parallel.mesh import AXES, BATCH_AXES, MeshConfig, mesh_sizes
 from lm.planning.programs import Program
+from lm.planning.sketch import Sketch, sketch
 from lm.planning.topology import Topology
 from lm.training.workload import Workload
 
 LEAST_TOKENS = 1024  # of a sequence on one device: shorter pieces wait for each other
-REFINED = 24  # of the best on paper, how many are placed in the torus before choosing
+REFINED = 24  # of the best sketches, how many are placed in the torus before choosing
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A mesh, and what it costs on paper."""
+    """A workload over a mesh, and what that costs by its sketch."""
 
     mesh: MeshConfig
-    zero: int
-    paper: Paper
+    workload: Workload
+    sketch: Sketch
 
-    def layout(self, topology: Topology) -> Layout:
-        """It, over the topology's devices."""
-        return lay_out("", self.mesh, self.zero, topology.devices)
+
+def over(workload: Workload, mesh: MeshConfig, zero: int, devices: int) -> Workload:
+    """A workload over so many devices, wherever they are: enough for a `sketch`."""
+    sizes = mesh_sizes(mesh, devices)
+    abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    layout = Layout(abstract, zero, mesh.microbatches, mesh.rounds, mesh.reduce_dtype)
+    return dataclasses.replace(workload, layout=layout)
 
 
 def divisors(number: int) -> list[int]:
@@ -45,80 +51,78 @@ def meshes(workload: Workload, devices: int) -> Iterator[MeshConfig]:
     `tensor` divides heads, key/value heads or a multiple of them, and the MLP; `stage` the layers;
     `context` leaves each device `LEAST_TOKENS` tokens of a row or more; `expert` the experts.
     """
-    model, rows = workload.model, workload.batch_size // workload.train.accumulation
+    model, block = workload.model, workload.block_size
     attention = model.cell == "attention"
-    for tensor in divisors(devices):
-        widths = (model.num_heads, model.expert_feed_forward if model.num_experts else 0)
-        uneven = any(width % tensor for width in (*widths, model.feed_forward))
+    layers = model.num_layers - model.dense_layers
+    widths = (model.num_heads, model.feed_forward)
+    widths += (model.expert_feed_forward,) if model.num_experts else ()
+
+    def possible(tensor: int, stage: int, context: int, expert: int) -> bool:
+        uneven = any(width % tensor for width in widths)
         grouped = model.kv_heads % tensor and tensor % model.kv_heads
-        if tensor > 1 and (uneven or grouped or not attention):
+        pipelined = attention and model.architecture == "decoder" and layers % stage == 0
+        short = block % (2 * context) or block < LEAST_TOKENS * context
+        return (
+            (tensor == 1 or (attention and not uneven and not grouped))
+            and (stage == 1 or pipelined)
+            and (context == 1 or not short)
+            and (expert == 1 or (model.num_experts > 0 and model.num_experts % expert == 0))
+        )
+
+    for tensor, stage, context, expert in itertools.product(divisors(devices), repeat=4):
+        left, rest = divmod(devices, tensor * stage * context * expert)
+        if rest or not possible(tensor, stage, context, expert):
             continue
-        for stage in divisors(devices // tensor):
-            layers = model.num_layers - model.dense_layers
-            pipelined = attention and model.architecture == "decoder" and layers % stage == 0
-            if stage > 1 and not pipelined:
-                continue
-            for context in divisors(devices // tensor // stage):
-                block = workload.block_size
-                if context > 1 and (block % (2 * context) or block < LEAST_TOKENS * context):
-                    continue
-                left = devices // tensor // stage // context
-                experts = divisors(math.gcd(left, model.num_experts)) if model.num_experts else [1]
-                for expert, data in itertools.product(experts, divisors(left)):
-                    if left // expert % data:
-                        continue
-                    sizes = dict(
-                        data=data,
-                        fsdp=left // expert // data,
-                        tensor=tensor,
-                        context=context,
-                        expert=expert,
-                        stage=stage,
-                    )
-                    if rows % math.prod(sizes[axis] for axis in BATCH_AXES) == 0:
-                        yield MeshConfig(**sizes)
+        for data in divisors(left):
+            mesh = MeshConfig(data, left // data, tensor, context, expert, stage)
+            ways = math.prod(getattr(mesh, axis) for axis in BATCH_AXES)
+            if workload.microbatch % ways == 0:
+                yield mesh
 
 
 def candidates(workload: Workload, topology: Topology, zero: int, count: int) -> list[Candidate]:
-    """The most promising meshes, best on paper first, of which `count` are different in kind.
+    """The most promising meshes, best by their sketches first, of which `count` differ in kind.
 
-    What does not fit on paper comes last, however fast. Of every set of axes that are used the best
-    comes before the second best of any, so that a mistake on paper is not compiled `count` times.
+    What does not fit comes last, however fast. Of every set of axes that are used the best comes
+    before the second best of any, so that a mistake of sketches is not compiled `count` times.
 
     Raises:
       ConfigError: no mesh divides the model and the batch.
     """
+    devices = len(topology.devices)
+
+    def drawn(mesh: MeshConfig, workload: Workload) -> Candidate:
+        return Candidate(mesh, workload, sketch(workload, topology))
+
     every = []
-    for mesh in meshes(workload, len(topology.devices)):
+    for mesh in meshes(workload, devices):
         try:
-            every.append(Candidate(mesh, zero, on_paper(workload, mesh, zero, topology)))
+            every.append(drawn(mesh, over(workload, mesh, zero, devices)))
         except ConfigError:  # rows that no number of micro-batches divides
             continue
     if not every:
         raise ConfigError(
-            f"config.search.meshes={count}: no mesh of {len(topology.devices)} devices divides a "
+            f"config.search.meshes={count}: no mesh of {devices} devices divides a "
             f"batch of {workload.batch_size} rows and the model: give config.data.rows_per_device"
         )
 
-    def order(candidate: Candidate):
-        paper = candidate.paper
-        too_large = paper.memory > topology.chip.memory
-        return too_large, paper.memory if too_large else paper.seconds
+    def order(candidate: Candidate) -> tuple[bool, float]:
+        found = candidate.sketch
+        too_large = found.memory > topology.chip.memory
+        return too_large, found.memory if too_large else found.estimate.seconds
 
     best = sorted(every, key=order)
     seen: dict[tuple[str, ...], int] = {}
 
-    def kind_first(candidate: Candidate):
+    def kind_first(candidate: Candidate) -> tuple[bool, int]:
         axes = tuple(axis for axis in AXES if getattr(candidate.mesh, axis) > 1)
         seen[axes] = seen.get(axes, -1) + 1
-        return candidate.paper.memory > topology.chip.memory, seen[axes]
+        return order(candidate)[0], seen[axes]
 
-    ranked = sorted(best, key=kind_first)[: max(REFINED, count)]
     placed = []
-    for candidate in ranked:
-        grid = make_mesh(candidate.mesh, topology.devices)
-        paper = on_paper(workload, candidate.mesh, zero, topology, grid)
-        placed.append(dataclasses.replace(candidate, paper=paper))
+    for mesh in [c.mesh for c in sorted(best, key=kind_first)][: max(REFINED, count)]:
+        layout = lay_out("", mesh, zero, topology.devices)
+        placed.append(drawn(mesh, dataclasses.replace(workload, layout=layout)))
     return sorted(placed, key=order)[:count]
 
 
@@ -142,104 +146,79 @@ class Advice:
 
     change: str
     memory: float  # bytes a device, after it
-    seconds: float  # a step, after it, by the same measure as `Paper.seconds`
+    seconds: float  # a step, after it, by its sketch
     fits: bool
 
-    @property
-    def kind(self) -> str:
-        """Which part of the config it changes: `mesh`, `model.remat`."""
-        if self.change.endswith("config.zero=3"):
-            return "zero"
-        field = self.change.split("=")[0].removeprefix("config.")
-        return "mesh" if field.startswith("mesh.") else field
 
-
-def advice(
-    workload: Workload, mesh: MeshConfig, zero: int, topology: Topology, program: Program
-) -> list[Advice]:
+def advice(workload: Workload, topology: Topology, program: Program) -> list[Advice]:
     """What would make a program fit, the fastest that does first, then what brings it closer.
 
     Of changes of one kind (the mesh, remat, accumulation, …) the best one.
 
-    Memory is that on paper, scaled so that the program as it is has what its compilation showed.
+    Memory is that of sketches, scaled so that the program as it is has what its compilation showed.
     """
-    now = on_paper(workload, mesh, zero, topology)
-    scale = program.memory.total / now.memory
-    found = []
-    for change, other, other_mesh, other_zero in _changes(workload, mesh, zero, topology):
+    devices, layout = len(topology.devices), workload.layout
+    given = MeshConfig(**layout.mesh.shape, microbatches=layout.microbatches, rounds=layout.rounds)
+    now = sketch(over(workload, given, layout.zero, devices), topology)
+    found: dict[str, list[Advice]] = {}
+    for kind, change, changed in _changes(workload, given, devices):
         try:
-            paper = on_paper(other, other_mesh, other_zero, topology)
+            after = sketch(changed, topology)
         except ConfigError:
             continue
-        if paper.memory < 0.98 * now.memory:
-            memory = scale * paper.memory
+        if after.memory < 0.98 * now.memory:
+            memory = after.memory * program.memory.total / now.memory
             fits = memory <= topology.chip.memory
-            found.append(Advice(change, memory, paper.seconds, fits))
-    found.sort(key=lambda a: (not a.fits, a.seconds if a.fits else a.memory))
-    best: dict[str, Advice] = {}
-    for one in found:
-        best.setdefault(one.kind, one)
-    return list(best.values())
+            one = Advice(change, memory, after.estimate.seconds, fits)
+            found.setdefault(kind, []).append(one)
+
+    def order(one: Advice) -> tuple[bool, float]:
+        return not one.fits, one.seconds if one.fits else one.memory
+
+    return sorted((min(same, key=order) for same in found.values()), key=order)
 
 
-def _changes(workload: Workload, mesh: MeshConfig, zero: int, topology: Topology):
-    """(in words, workload, mesh, zero) of each change worth a thought."""
-    model, train = workload.model, workload.train
+def _changes(
+    workload: Workload, mesh: MeshConfig, devices: int
+) -> Iterator[tuple[str, str, Workload]]:
+    """(kind, in words, the workload) of each change worth a thought."""
+    model, train, zero = workload.model, workload.train, workload.layout.zero
+    rows = workload.batch_size // math.prod(getattr(mesh, axis) for axis in BATCH_AXES)
+
+    def of(section: str, **fields) -> tuple[str, str, Workload]:
+        ((field, value),) = fields.items()
+        changed = dataclasses.replace(getattr(workload, section), **fields)
+        name = f"config.{section}.{field}"
+        workload_then = dataclasses.replace(workload, **{section: changed})
+        return name, f"{name}={value}", over(workload_then, mesh, zero, devices)
+
     if zero < 3:
-        yield "config.zero=3", workload, mesh, 3
+        yield "zero", "config.zero=3", over(workload, mesh, 3, devices)
     for remat in REMAT[REMAT.index(model.remat) + 1 :]:  # from what keeps most
-        changed = dataclasses.replace(model, remat=remat)
-        yield (
-            f"config.model.remat={remat}",
-            dataclasses.replace(workload, model=changed),
-            mesh,
-            zero,
-        )
-    sizes = mesh_sizes(mesh, len(topology.devices))
-    rows = workload.batch_size // math.prod(sizes[axis] for axis in BATCH_AXES)
+        yield of("model", remat=remat)
     for times in (2, 4, 8):
         if rows % (train.accumulation * times) == 0:
-            changed = dataclasses.replace(train, accumulation=train.accumulation * times)
-            yield (
-                f"config.train.accumulation={changed.accumulation}",
-                dataclasses.replace(workload, train=changed),
-                mesh,
-                zero,
-            )
+            yield of("train", accumulation=train.accumulation * times)
     if workload.optimizer.name == "adamw" and workload.optimizer.momentum_dtype == "float32":
-        changed = dataclasses.replace(workload.optimizer, momentum_dtype="bfloat16")
-        yield (
-            "config.optimizer.momentum_dtype=bfloat16",
-            dataclasses.replace(workload, optimizer=changed),
-            mesh,
-            zero,
-        )
-    possible = set(meshes(workload, len(topology.devices)))
-    for axis in ("fsdp", "tensor", "context", "stage"):
-        for giver in ("data", "fsdp", "tensor"):
-            for ways in (2, 4, 8):
-                if giver == axis or sizes[giver] % ways:
-                    continue
-                moved = {**sizes, giver: sizes[giver] // ways, axis: sizes[axis] * ways}
-                other = MeshConfig(
-                    **moved, microbatches=mesh.microbatches if moved["stage"] > 1 else 0
-                )
-                if other in possible:
-                    split = 3 if axis == "fsdp" else zero
-                    words = _mesh_words(other) + (" config.zero=3" if split != zero else "")
-                    yield words, workload, other, split
+        yield of("optimizer", momentum_dtype="bfloat16")
+    possible = set(meshes(workload, devices))
+    for axis, giver, ways in itertools.product(
+        ("fsdp", "tensor", "context", "stage"), ("data", "fsdp", "tensor"), (2, 4, 8)
+    ):
+        if giver == axis or getattr(mesh, giver) % ways:
+            continue
+        moved = {giver: getattr(mesh, giver) // ways, axis: getattr(mesh, axis) * ways}
+        plain = {axis: getattr(mesh, axis) for axis in AXES} | moved
+        if MeshConfig(**plain) in possible:
+            micro = mesh.microbatches if plain["stage"] > 1 else 0
+            other = MeshConfig(**plain, microbatches=micro)
+            split = 3 if axis == "fsdp" else zero
+            used = [a for a in AXES if plain[a] != 1 or a == "data"]
+            words = " ".join(f"config.mesh.{a}={plain[a]}" for a in used)
+            words += " config.zero=3" if split != zero else ""
+            kind = "zero" if split != zero else "mesh"
+            yield kind, words, over(workload, other, split, devices)
     if workload.batch_size % 2 == 0 and rows > 1:
-        yield (
-            f"config.data.batch_size={workload.batch_size // 2}",
-            dataclasses.replace(workload, batch_size=workload.batch_size // 2),
-            mesh,
-            zero,
-        )
-
-
-def _mesh_words(mesh: MeshConfig) -> str:
-    return " ".join(f"config.mesh.{axis}={getattr(mesh, axis)}" for axis in _used(mesh))
-
-
-def _used(mesh: MeshConfig) -> list[str]:
-    return [axis for axis in AXES if getattr(mesh, axis) != 1 or axis == "data"]
+        half = dataclasses.replace(workload, batch_size=workload.batch_size // 2)
+        words = f"config.data.batch_size={half.batch_size}"
+        yield "data.batch_size", words, over(half, mesh, zero, devices)

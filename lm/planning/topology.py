@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -16,6 +17,7 @@ import re
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from lm.config import ConfigError, check, nearest
 from lm.parallel.chips import CHIPS, Chip
@@ -61,11 +63,17 @@ class Topology:
         size = self.shape[dimension]
         return size % 4 == 0 if self.chip.dimensions == 3 else size == 16
 
-    def coordinates(self, index: int) -> tuple[int, ...]:
-        """Where in the torus the device `devices[index]` is."""
+    @functools.cached_property
+    def coordinates(self) -> np.ndarray:
+        """Where in the torus each device is [devices, dimensions]."""
         if self.platform == "cpu":
-            return (index,)
-        return tuple(self.devices[index].coords)[: len(self.shape)]
+            return np.arange(len(self.devices))[:, None]
+        return np.array([device.coords for device in self.devices])[:, : len(self.shape)]
+
+    @functools.cached_property
+    def slice_of(self) -> np.ndarray:
+        """Which slice each device belongs to [devices]."""
+        return np.array([getattr(device, "slice_index", None) or 0 for device in self.devices])
 
 
 def parse(name: str) -> tuple[Chip, tuple[int, ...]]:

@@ -1,302 +1,171 @@
-"""What training holds on a device, before anything is compiled: parameters, and memory in all."""
+"""What a training step holds on a device, before anything is compiled."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType
 
 from lm.models import ModelConfig, bind, param_specs, skeleton
-from lm.models.attention.context import Context, score_bias
 from lm.models.matmul import compute_dtype
-from lm.models.remat import rematerialized
-from lm.models.stack import Block
-from lm.models.text import Text
 from lm.objectives.cross_entropy import chunk_length
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import batch_ways
+from lm.parallel.platform import platform
 from lm.parallel.sharding import ParamSpec, parameter_shardings, zero_rules
-
-# ---- Parameters ------------------------------------------------------------------------------
-
-
-class ParameterRow(NamedTuple):
-    """One line of the parameter table."""
-
-    name: str
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    mesh_axes: tuple[tuple[str, ...], ...]  # the mesh axes that split each dimension
-    count: int
-    bytes: int  # on all devices together, each value counted once
+from lm.training.optimizer import OptimizerConfig, make_optimizer
+from lm.training.workload import Workload
 
 
-def parameter_table(
-    specs: Mapping[str, ParamSpec], mesh: Mesh | None = None, dtype: Any = "float32"
-) -> list[ParameterRow]:
-    """A `ParameterRow` for each parameter, in the model's order; without a mesh none is split."""
-    itemsize = jnp.dtype(dtype).itemsize
-    shardings = parameter_shardings(specs, mesh) if mesh is not None else {}
-    rows = []
-    for name, spec in specs.items():
-        entries = (*shardings[name].spec,) if shardings else ()
-        entries = (*entries, *(None,) * len(spec.shape))[: len(spec.shape)]
-        split = tuple((e,) if isinstance(e, str) else tuple(e or ()) for e in entries)
-        rows.append(
-            ParameterRow(name, spec.shape, spec.axes, split, spec.size, spec.size * itemsize)
-        )
-    return rows
-
-
-# ---- Memory ----------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes that training is expected to hold on one device."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(dataclasses.astuple(self))
-
-
-def expected_memory(
-    config: ModelConfig,
-    specs: Mapping[str, ParamSpec],
-    layout: Layout,
-    *,
-    block_size: int,
-    batch_size: int,
-    optimizer_state: Any = None,
-    accumulation: int = 1,
-    chunk: int = 0,
-    source_length: int | None = None,
-    max_targets: int = 0,
-) -> Memory:
-    """The memory of a training step on one device, from shapes alone.
+def expected_memory(workload: Workload) -> dict[str, int]:
+    """Bytes that a step of a workload that has a layout holds on one device, from shapes alone.
 
     parameters   float32, as sharded
     gradients    as sharded; twice with accumulation (the sum, and what is added to it)
-    optimizer    its state's arrays, each sharded as the state says, or as the parameter it is of
-    activations  rows × what the backward pass of all layers keeps for a row (`kept_by_row`), and
-                 where a policy recomputes, of one block without it
+    optimizer    its state's arrays, each sharded as the parameter it is of; not those that wait in
+                 the host's memory
+    activations  what the backward pass of all layers keeps of a micro-batch (`kept`); where a
+                 policy recomputes, of one layer without it; under tensor parallelism what the two
+                 products of a layer that gather their tokens read, and the gradients of that
     logits       one chunk of float32 logits and their gradient, and the head's gradient
 
     A plan, not a promise: XLA reuses and fuses, mostly to less, and the CPU, which computes the
-    elementwise part of bfloat16 in float32, keeps more of it than this.
-
-    Args:
-      config: with vocab_size and max_length set.
-      specs: the model's parameters.
-      layout: of the devices.
-      block_size: tokens a sequence.
-      batch_size: sequences whose gradient is taken at once, over all devices.
-      optimizer_state: abstract state, e.g. `jax.eval_shape(optimizer.init, abstract_params)`.
-      accumulation: how many such batches make a step.
-      chunk: objective.chunk.
-      source_length: tokens of an encoder-decoder's source; `block_size` unless given.
-      max_targets: of how many tokens of a row logits are made; 0: of all.
+    elementwise part of bfloat16 in float32, keeps more of it than this. The one estimate there is:
+    what a compiled program holds is in its `memory_analysis` (`lm.planning.programs`).
     """
-    source_length = block_size if source_length is None else source_length
-    mesh = layout.mesh
-    parameters, gradients = (
-        sum(4 * math.prod(shardings[name].shard_shape(spec.shape)) for name, spec in specs.items())
-        for shardings in (_shardings(specs, layout, what) for what in ("parameters", "gradients"))
-    )
-    # A pipeline's stage keeps its share of the layers, for the rows of all stages.
-    rows_here = -(-batch_size // batch_ways(mesh))
-    ways = mesh.shape["context"]
-    # Traced as the devices that share a sequence compute it: a ring keeps no scores of all pairs.
-    with jax.set_mesh(_sharing_a_sequence(mesh)):
-        activations = kept_by_row(local_config(config, mesh), block_size, source_length)
-        if config.remat != "none":
-            whole = local_config(dataclasses.replace(config, remat="none"), mesh)
-            blocks = _blocks(whole, block_size, source_length)
-            activations += max(kept_by_block(whole, *block) for _, *block in blocks)
-    block_here = -(-block_size // ways)
-    vocab_here = _split(config.vocab_size, mesh)
-    if 0 < max_targets < block_size:
-        chunk = chunk_length(rows_here, max_targets, vocab_here)
-    chunk = chunk or chunk_length(rows_here, block_here, vocab_here)
-    return Memory(
-        parameters=parameters,
-        gradients=gradients * (2 if accumulation > 1 else 1),
-        optimizer=_state_bytes(optimizer_state, specs, _shardings(specs, layout, "optimizer")),
-        activations=-(-rows_here * activations // ways),
-        logits=4 * vocab_here * (2 * rows_here * chunk + config.width),
-    )
+    model, layout = workload.model, workload.layout
+    mesh, accumulation = layout.mesh, workload.train.accumulation
+    specs, state = arrays(model, workload.optimizer, workload.train.steps)
+    shardings = parameter_shardings(specs, mesh, zero_rules(layout.zero, "optimizer"))
+    optimizer = 0
+    for name, leaf in state:
+        of_parameter = name in specs and leaf.shape == specs[name].shape
+        if not (of_parameter and workload.train.offload_optimizer):
+            shape = shardings[name].shard_shape(leaf.shape) if of_parameter else leaf.shape
+            optimizer += math.prod(shape) * leaf.dtype.itemsize
+    activations = kept(workload)[0]
+    if model.remat != "none":
+        one = dict(num_layers=1, num_encoder_layers=None, dense_layers=0, remat="none")
+        layer = dataclasses.replace(model, **one)
+        activations += kept(dataclasses.replace(workload, model=layer))[0]
+    rows = -(-workload.microbatch // batch_ways(mesh))
+    block, vocab = workload.block_size, _split(model.vocab_size, mesh)
+    tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+    stream = rows * block * model.width * compute_dtype(model.compute_dtype).itemsize // context
+    activations += 4 * (stream - stream // tensor)
+    chunk = workload.objective.chunk
+    if 0 < workload.max_targets < block:
+        chunk = chunk_length(rows, workload.max_targets, vocab)
+    chunk = chunk or chunk_length(rows, -(-block // context), vocab)
+    return {
+        "parameters": held(specs, layout, "parameters"),
+        "gradients": held(specs, layout, "gradients") * (2 if accumulation > 1 else 1),
+        "optimizer": optimizer,
+        "activations": activations,
+        "logits": 4 * vocab * (2 * rows * chunk + model.width),
+    }
 
 
-def _sharing_a_sequence(mesh: Mesh) -> Mesh:
-    """A mesh of `context` alone."""
-    ways = mesh.shape["context"]
-    return Mesh(mesh.devices.flat[:ways], ("context",), axis_types=(AxisType.Auto,))
+@functools.lru_cache(maxsize=8)
+def arrays(
+    model: ModelConfig, optimizer: OptimizerConfig, steps: int
+) -> tuple[dict[str, ParamSpec], list[tuple[str | None, jax.ShapeDtypeStruct]]]:
+    """A model's parameters, and of the optimizer's state each array with what it is named after."""
+    specs = param_specs(skeleton(model))
+    shapes = {n: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for n, spec in specs.items()}
+    state = jax.eval_shape(make_optimizer(optimizer, steps, specs).init, shapes)
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    names = ([key.key for key in path if hasattr(key, "key")] for path, _ in leaves)
+    return specs, [(name[-1] if name else None, leaf) for name, (_, leaf) in zip(names, leaves)]
 
 
-def _shardings(specs: Mapping[str, ParamSpec], layout: Layout, what: str):
-    return parameter_shardings(specs, layout.mesh, zero_rules(layout.zero, what))
+def whole_state(workload: Workload) -> int:
+    """Bytes of all parameters and of the optimizer's state, once."""
+    specs, state = arrays(workload.model, workload.optimizer, workload.train.steps)
+    optimizer = sum(leaf.size * leaf.dtype.itemsize for _, leaf in state)
+    return 4 * sum(spec.size for spec in specs.values()) + optimizer
+
+
+def held(specs: dict[str, ParamSpec], layout: Layout, what: str) -> int:
+    """Bytes of all `parameters`, `gradients` or `optimizer` moments, in float32, on one device."""
+    shardings = parameter_shardings(specs, layout.mesh, zero_rules(layout.zero, what))
+    return sum(4 * math.prod(shardings[n].shard_shape(s.shape)) for n, s in specs.items())
+
+
+def kept(workload: Workload) -> tuple[int, int]:
+    """Bytes that the backward pass of all layers keeps of a micro-batch, for one device.
+
+    A pipeline's stage keeps its share of the layers, for the rows of all stages.
+
+    Returns:
+      On the device, and in its host's memory.
+    """
+    mesh, model = workload.layout.mesh, workload.model
+    texts = [workload.block_size]
+    if model.architecture == "encoder_decoder":
+        texts.insert(0, workload.source_length or workload.block_size)
+    rows = -(-workload.microbatch // batch_ways(mesh))
+    tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+    found = _kept(_local(model, mesh), rows, tuple(texts), tensor, context, platform())
+    return found[0] // context, found[1] // context
+
+
+@functools.lru_cache(maxsize=256)
+def _kept(
+    config: ModelConfig,
+    rows: int,
+    lengths: tuple[int, ...],
+    tensor: int,
+    context: int,
+    platform: str,  # what is traced depends on it
+) -> tuple[int, int]:
+    """`kept` by the `context` devices that share these rows, of a device's share of a model.
+
+    Counted, not estimated: the model is differentiated on abstract values, and what its backward
+    pass closes over is added up, without parameters. The residual stream lies split over `tensor`.
+    """
+    # Layers that are not scanned would each keep their slice of the parameters.
+    model = skeleton(dataclasses.replace(config, scan_layers=True))
+    shapes = {n: jax.ShapeDtypeStruct(s.shape, jnp.float32) for n, s in param_specs(model).items()}
+    texts = [jax.ShapeDtypeStruct((rows, length), jnp.int32) for length in lengths]
+
+    def backward(params, texts):
+        key = jax.random.key(0) if config.dropout else None
+        return jax.vjp(lambda p: bind(model, p).hidden(*texts, dropout_key=key), params)[1]
+
+    # As the devices that share a sequence compute it: a ring keeps no scores of all pairs.
+    mesh = AbstractMesh((context,), ("context",), axis_types=(AxisType.Auto,))
+    without = jax.sharding.use_abstract_mesh(AbstractMesh((), ()))  # whatever mesh is set around it
+    with without, jax.sharding.use_abstract_mesh(mesh):
+        jaxpr = jax.make_jaxpr(backward)(shapes, texts).jaxpr
+    given = set(map(id, jaxpr.invars))
+    values = {id(value): value.aval for value in jaxpr.outvars if id(value) not in given}
+    sums = {True: 0, False: 0}  # by whether they wait in the host's memory
+    for value in values.values():
+        stream = value.shape[-1:] == (config.width,) and value.ndim > 2
+        size = value.size * value.dtype.itemsize // (tensor if stream else 1)
+        sums[value.memory_space == jax.memory.Space.Host] += size
+    return sums[False], sums[True]
 
 
 def _split(size: int, mesh) -> int:
     """A dimension's share of the `tensor` axis, which is left out where it does not divide."""
-    ways = mesh.shape.get("tensor", 1)
+    ways = mesh.shape["tensor"]
     return size if size % ways else size // ways
 
 
-def local_config(config: ModelConfig, mesh) -> ModelConfig:
-    """The model whose whole block has the shapes that one device of `mesh` holds of a block."""
+def _local(config: ModelConfig, mesh) -> ModelConfig:
+    """The model whose layers have the shapes that one device of `mesh` holds of a layer."""
+    heads = _split(config.num_heads, mesh)
     return dataclasses.replace(
         config,
-        num_heads=_split(config.num_heads, mesh),
+        num_heads=heads,
         # A key/value head that is not split is still read by the query heads of one device only.
-        num_kv_heads=math.gcd(_split(config.kv_heads, mesh), _split(config.num_heads, mesh)),
+        num_kv_heads=math.gcd(_split(config.kv_heads, mesh), heads),
         head_dim=config.head_width,
         mlp_width=_split(config.feed_forward, mesh),
     )
-
-
-def kept_by_row(config: ModelConfig, length: int, source_length: int) -> int:
-    """Bytes that the backward pass of all layers keeps for one row.
-
-    Args:
-      config: the model's.
-      length: tokens of the row; of an encoder-decoder, of its target.
-      source_length: of its source.
-    """
-    if config.cell != "attention":
-        return _kept_by_recurrent(config, length, source_length)
-    blocks = _blocks(config, length, source_length)
-    kept = sum(count * kept_by_block(config, *block) for count, *block in blocks)
-    if config.architecture == "encoder_decoder":  # the encoder's output, once for all layers
-        kept += source_length * config.width * compute_dtype(config.compute_dtype).itemsize
-    return kept
-
-
-def _blocks(config: ModelConfig, length: int, source_length: int):
-    """(how many, and what `kept_by_block` needs) of each kind of block."""
-    mixture = config.num_experts > 0
-    if config.architecture == "encoder_decoder":
-        return [
-            (config.encoder_layers, source_length, 0, False),
-            (config.num_layers, length, source_length, False),
-        ]
-    dense = [(config.dense_layers, length, 0, False)] if config.dense_layers else []
-    return [*dense, (config.num_layers - config.dense_layers, length, 0, mixture)]
-
-
-def kept_by_block(
-    config: ModelConfig, length: int, source_length: int = 0, mixture: bool = False
-) -> int:
-    """Bytes that the backward pass of one block keeps for one row of `length` tokens.
-
-    Counted, not estimated: the block is differentiated on abstract values, and what its backward
-    pass closes over is added up, without parameters, mask, rotary angles, position biases and the
-    encoder's output, which all rows or layers share.
-
-    Args:
-      config: the model's.
-      length: tokens a row.
-      source_length: where the block also attends to an encoder, tokens of its output.
-      mixture: whether experts take the MLP's place.
-    """
-    crosses = source_length > 0
-    block = Block(config, crosses, mixture)
-    params = _abstract_parameters(block)
-    dtype = compute_dtype(config.compute_dtype)
-    x_BTD = jax.ShapeDtypeStruct((1, length, config.width), dtype)
-    context = _abstract_context(config, length, source_length, dtype)
-    key = jax.random.key(0) if config.dropout else None
-
-    def backward(x_BTD, params, context):
-        known = {"window": 0, "slot": 0}  # as a layer's are: not traced
-        across = context.across and context.across._replace(causal=False, **known)
-        context = context._replace(causal=True, across=across, **known)
-        body = rematerialized(lambda b, x: b(x, context, key=key)[0], config)
-        return jax.vjp(lambda p, x: body(bind(block, p), x), params, x_BTD)[1]
-
-    return _closed_over(backward, x_BTD, params, context)
-
-
-def _abstract_context(
-    config: ModelConfig, length: int, source_length: int, dtype: jnp.dtype
-) -> Context:
-    abstract = jax.ShapeDtypeStruct
-    half = abstract((1, length, 1, config.rotary_dim // 2), jnp.float32)
-    bias = score_bias(
-        config, abstract((config.relative_buckets, config.num_heads), jnp.float32), causal=True
-    )
-    pairs = abstract((1, config.num_heads, length, length), jnp.float32)
-    text, source = (
-        jax.eval_shape(Text.of, abstract((1, n), jnp.int32)) for n in (length, source_length)
-    )
-    crossing = {
-        "memory_BSD": abstract((1, source_length, config.width), dtype),
-        "across": Context(abstract((1, length, source_length), bool), text, source),
-    }
-    return Context(
-        abstract((1, length, length), bool),
-        text=text,
-        key_text=text,
-        rotary=(half, half) if config.positions == "rotary" else None,
-        bias_BHTS=pairs if bias else None,
-        bias=bias,
-        **(crossing if source_length else {}),
-    )
-
-
-def _kept_by_recurrent(config: ModelConfig, length: int, source_length: int) -> int:
-    """`kept_by_row` of a recurrent model, differentiated whole."""
-    model = skeleton(config)
-    texts = [jax.ShapeDtypeStruct((1, length), jnp.int32)]
-    if config.architecture == "encoder_decoder":
-        texts.insert(0, jax.ShapeDtypeStruct((1, source_length), jnp.int32))
-    key = jax.random.key(0) if config.dropout else None
-
-    def backward(texts, params):
-        return jax.vjp(lambda p: bind(model, p).hidden(*texts, dropout_key=key), params)[1]
-
-    return _closed_over(backward, texts, _abstract_parameters(model))
-
-
-def _abstract_parameters(model) -> dict[str, jax.ShapeDtypeStruct]:
-    specs = param_specs(model)
-    return {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
-
-
-def _closed_over(backward, x, *shared) -> int:
-    """Bytes that `backward(x, *shared)`, a backward pass, has kept, without `shared` itself.
-
-    Nor does what waits in the host's memory count.
-    """
-    jaxpr = jax.make_jaxpr(backward)(x, *shared).jaxpr
-    without = set(map(id, jaxpr.invars[len(jax.tree.leaves(x)) :]))
-    kept = {id(value): value.aval for value in jaxpr.outvars if id(value) not in without}
-    return sum(
-        aval.size * aval.dtype.itemsize
-        for aval in kept.values()
-        if aval.memory_space != jax.memory.Space.Host
-    )
-
-
-def _state_bytes(state: Any, specs: Mapping[str, ParamSpec], shardings) -> int:
-    total = 0
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        name = next((key.key for key in reversed(path) if hasattr(key, "key")), None)
-        sharding = getattr(leaf, "sharding", None)
-        if sharding is None and name in specs and specs[name].shape == leaf.shape:
-            sharding = shardings[name]
-        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
-        total += math.prod(shape) * leaf.dtype.itemsize
-    return total

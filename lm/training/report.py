@@ -22,10 +22,11 @@ from lm.parallel.chips import peak_flops
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import describe
 from lm.parallel.platform import device_memory
-from lm.parallel.sharding import ParamSpec
+from lm.parallel.reduce import axes_of
+from lm.parallel.sharding import ParamSpec, parameter_shardings
 from lm.tokenizers import Tokenizer
 from lm.tokenizers.export import huggingface_files
-from lm.training.memory import Memory, expected_memory, parameter_table
+from lm.training.memory import expected_memory
 from lm.training.schedules import make_schedule, warmup_of
 from lm.training.setup import Training
 from lm.training.workload import Workload
@@ -40,18 +41,6 @@ def describe_run(console: Console, training: Training) -> None:
     steps = workload.train.steps
     dtype = compute_dtype(model.compute_dtype)
     peak = peak_flops(mesh.devices.flat[0], dtype)
-    memory = expected_memory(
-        model,
-        specs,
-        layout,
-        block_size=workload.block_size,
-        batch_size=workload.microbatch,
-        optimizer_state=training.abstract["optimizer"],
-        accumulation=workload.train.accumulation,
-        chunk=workload.objective.chunk,
-        source_length=workload.source_length or None,
-        max_targets=workload.max_targets,
-    )
     seconds = workload.flops_per_token * workload.tokens / (peak.flops * mesh.size)
 
     asked, warmup = workload.optimizer.warmup_steps, warmup_of(workload.optimizer, steps)
@@ -79,7 +68,7 @@ def describe_run(console: Console, training: Training) -> None:
         f"{si(peak.flops * mesh.size)}FLOPs a second in {dtype.name} ({peak.source}): "
         f"at best {_seconds(seconds)} a step",
     )
-    facts.add_row("memory", _memory(memory, mesh))
+    facts.add_row("memory", _memory(expected_memory(workload), mesh))
     console.print(facts)
 
 
@@ -196,7 +185,7 @@ def parameters_table(
     Name, shape (768/fsdp: split over that axis of `mesh`), logical axes where there is room,
     count, and bytes in float32.
     """
-    rows = parameter_table(specs, mesh)
+    shardings = parameter_shardings(specs, mesh) if mesh is not None else {}
     wide = width >= WIDE
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold cyan", show_edge=False)
     table.add_column("parameter", no_wrap=True)
@@ -205,30 +194,26 @@ def parameters_table(
         table.add_column("axes", style="dim", no_wrap=True)
     table.add_column("count", justify="right", no_wrap=True, min_width=len(f"{count(specs):,}"))
     table.add_column("bytes", justify="right", no_wrap=True, min_width=len("1023.9 MiB") - 1)
-    for row in rows:
+    for name, spec in specs.items():
+        entries = [axes_of(entry) for entry in shardings[name].spec] if shardings else []
+        entries += [()] * (len(spec.shape) - len(entries))
         shape = Text(" × " if wide else "×").join(
             Text.assemble(str(size), ("/" + "·".join(axes), "yellow") if axes else "")
-            for size, axes in zip(row.shape, row.mesh_axes)
+            for size, axes in zip(spec.shape, entries)
         )
-        axes = [" ".join(axis or "–" for axis in row.axes)] if wide else []
-        table.add_row(row.name, shape, *axes, f"{row.count:,}", binary(row.bytes))
-    total = (f"{count(specs):,}", binary(sum(row.bytes for row in rows)))
+        axes = [" ".join(axis or "–" for axis in spec.axes)] if wide else []
+        table.add_row(name, shape, *axes, f"{spec.size:,}", binary(4 * spec.size))
+    total = (f"{count(specs):,}", binary(4 * count(specs)))
     table.add_row("total", *[""] * (1 + wide), *total, style="bold")
     return table
 
 
-def _memory(memory: Memory, mesh) -> Text:
-    parts = [
-        f"{binary(memory.parameters)} parameters",
-        f"{binary(memory.gradients)} gradients",
-        f"{binary(memory.optimizer)} optimizer",
-        f"{binary(memory.activations)} activations",
-        f"{binary(memory.logits)} logits",
-    ]
-    each = " on each device" if mesh.size > 1 else ""
-    text = Text(f"about {binary(memory.total)}{each}: {' + '.join(parts)}")
+def _memory(memory: Mapping[str, int], mesh) -> Text:
+    total, each = sum(memory.values()), " on each device" if mesh.size > 1 else ""
+    parts = " + ".join(f"{binary(size)} {kind}" for kind, size in memory.items())
+    text = Text(f"about {binary(total)}{each}: {parts}")
     limit = device_memory()
-    if limit and memory.total > limit:
+    if limit and total > limit:
         text.append(
             f"\nmore than the {binary(limit)} available: lower data.batch_size, or raise "
             "train.accumulation, model.remat or mesh.fsdp",

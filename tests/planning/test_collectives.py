@@ -85,22 +85,20 @@ SMALL = 2048  # bytes; below are losses, norms and counts
 BLOCK_MATRICES = 6  # query, key, value, output, up, down
 
 
-def compiled(workload, mesh, zero, topology):
-    return train_program(workload, lay_out("", mesh, zero, topology.devices), topology)
-
-
 @functools.cache
 def said(strategy, topology="cpu:8", model=MODEL, **mesh):
     """The collectives of a training step, without those of single numbers."""
     config, zero = resolve(strategy, MeshConfig(**mesh), -1)
+    topology = open_topology(topology)
     workload = Workload(
         model,
         model.max_length,
         16,
         optimizer=OptimizerConfig(name="sgd", weight_decay=0.0),
         train=TrainConfig(compiler="tuned"),
+        layout=lay_out("", config, zero, topology.devices),
     )
-    program = compiled(workload, config, zero, open_topology(topology))
+    program = train_program(workload, topology)
     return [c for c in program.estimate.collectives if c.bytes > SMALL]
 
 

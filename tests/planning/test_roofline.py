@@ -9,11 +9,12 @@ from lm.models import ModelConfig
 from lm.parallel import compiler
 from lm.parallel.mesh import AXES, MeshConfig, make_mesh
 from lm.planning import hlo
-from lm.planning.analytic import on_paper
 from lm.planning.collectives import Collective, collectives
 from lm.planning.collectives import made as made_of
 from lm.planning.hlo_runs import runs
 from lm.planning.roofline import Network, estimate
+from lm.planning.search import over
+from lm.planning.sketch import sketch
 from lm.planning.topology import Topology, parse
 from lm.training.config import TrainConfig
 from lm.training.workload import Workload
@@ -170,6 +171,34 @@ def test_a_collective_in_pieces_between_products_is_one():
     assert found.exposed == 0 and found.seconds == pytest.approx(3 * 10**8 / CHIP.clock)
 
 
+# ---- The network ------------------------------------------------------------------------------
+
+
+def test_a_collective_over_more_of_the_torus_uses_more_links():
+    size, chip = 1e9, CHIP
+    line, plane, all_of_it = (
+        NETWORK.seconds(Collective("all-gather", size, n, (), group=tuple(range(n))))
+        for n in (4, 16, 64)
+    )
+    ring = 2 * chip.link  # both ways round
+    assert line == pytest.approx(size * 3 / 4 / ring, rel=0.01)
+    assert plane == pytest.approx(size * 15 / 16 / (2 * ring), rel=0.01)
+    assert all_of_it == pytest.approx(size * 63 / 64 / (3 * ring), rel=0.01)
+    half = NETWORK.seconds(Collective("all-gather", size, 2, (), group=(0, 1)))
+    assert half == pytest.approx(size / 2 / chip.link, rel=0.01)  # a line has one way
+    twice = NETWORK.seconds(Collective("all-reduce", size, 4, (), group=(0, 1, 2, 3)))
+    assert twice == pytest.approx(2 * line, rel=0.01)
+
+
+def test_a_permutation_takes_the_shorter_way_round():
+    near, far, around = (
+        NETWORK.seconds(Collective("collective-permute", 1e9, 4, (), group=pair))
+        for pair in ((0, 1), (0, 2), (0, 3))
+    )
+    assert near == pytest.approx(1e9 / CHIP.link, rel=0.01) == around
+    assert far == pytest.approx(2 * near)
+
+
 # ---- What the compiler makes -----------------------------------------------------------------
 
 
@@ -198,33 +227,32 @@ def test_without_them_a_gather_over_three_dimensions_is_an_all_reduce():
     assert (line.kind, line.links) == ("all-gather", 2) and not line.asynchronous
 
 
-def test_options_are_for_chips_that_know_them():
-    assert compiler.options("cpu") is None and compiler.options("NVIDIA H100") is None
-    assert compiler.options("TPU v5 lite") is None
-    wanted = compiler.options("TPU v5")
-    assert wanted["xla_tpu_enable_sparse_core_collective_offload_3d_all_gather"] == "true"
-    assert wanted == compiler.options("TPU v6 lite")
-
-
-def test_on_paper_what_is_beside_compute_costs_little_of_it():
+def test_what_a_sketch_has_beside_compute_costs_little_of_it():
     model = ModelConfig(
         num_layers=8, num_heads=16, width=2048, mlp_width=8192, vocab_size=32000, max_length=4096,
         positions="rotary", norm="rmsnorm", compute_dtype="bfloat16", scan_layers=True,
     )  # fmt: skip
     workload = Workload(model, 4096, 64, train=TrainConfig(compiler="tuned"))
-    paper = on_paper(workload, MeshConfig(data=1, fsdp=64), 3, TOPOLOGY, GRID)
-    zero = paper.network_seconds["zero"]
-    assert 0 < paper.beside_seconds < zero
-    assert paper.hidden_seconds <= paper.seconds < paper.busy + zero
-    grid = Grid(fsdp=16, tensor=4)
-    split = on_paper(workload, MeshConfig(data=1, fsdp=16, tensor=4), 3, TOPOLOGY, grid)
-    waited = split.seconds - max(split.busy, split.beside_seconds)
-    assert waited >= split.network_seconds["tensor"]
+
+    def split(**sizes):
+        """(Estimate, seconds of the collectives along an axis)."""
+        mesh = MeshConfig(data=1, **sizes)
+        found = sketch(over(workload, mesh, 3, 64), TOPOLOGY).estimate
+        return found, {
+            axis: sum(c.seconds for c in found.collectives if axis in c.axes) for axis in sizes
+        }
+
+    found, seconds = split(fsdp=64)
+    assert 0 < found.exposed < 0.2 * seconds["fsdp"]
+    assert found.seconds == found.operation_seconds + found.exposed
+    found, seconds = split(fsdp=16, tensor=4)
+    assert found.exposed >= seconds["tensor"]
 
 
 def test_options_are_for_chips_with_sparse_cores_alone():
     asked = compiler.options("TPU v5p")
-    assert asked and asked == compiler.options("TPU v6 lite")
+    assert asked["xla_tpu_enable_sparse_core_collective_offload_3d_all_gather"] == "true"
+    assert asked == compiler.options("TPU v5") == compiler.options("TPU v6 lite")
     assert all(compiler.options(kind) is None for kind in ("TPU v4", "TPU v5 lite", "cpu", "H200"))
 
 
