@@ -104,9 +104,10 @@ def test_a_corpus_may_move_but_not_change(again, place, tmp_path, capsys):
         again(data__path=str(tmp_path / "other.txt"))
 
 
-def test_an_even_batch_stays_as_the_run_began_on_fewer_devices(place, capsys):
+def test_an_even_batch_is_shared_evenly_and_stays_as_the_run_began_on_fewer_devices(place, capsys):
     fields = {**SHORT, "data__batch_size": 3, "data__even_batch": True}
     directory = tiny_jobs.run(place, "even", 4, **{**fields, "train__steps": 2})
+    assert json.loads((directory / "config.json").read_text())["data"]["batch_size"] == 4
     tiny_jobs.run(place, "even", 2, **fields)
     assert "config.data.batch_size=3 is 4 here, as the run began" in capsys.readouterr().out
     assert tiny_jobs.checkpoint_steps(directory)[-1] == 4

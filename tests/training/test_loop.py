@@ -32,14 +32,10 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-def assert_close_runs(one, other, rtol=1e-5, atol=2e-5):
-    steps, values = np.transpose(tiny_jobs.losses(one))
-    other_steps, other_values = np.transpose(tiny_jobs.losses(other))
-    np.testing.assert_array_equal(steps, other_steps)
-    np.testing.assert_allclose(values, other_values, rtol=rtol)
+def assert_close_parameters(one, other):
     a, b = tiny_jobs.parameters(one), tiny_jobs.parameters(other)
     for name in a:
-        np.testing.assert_allclose(a[name], b[name], atol=atol, err_msg=name)
+        np.testing.assert_allclose(a[name], b[name], atol=2e-5, err_msg=name)
 
 
 # ---- What must not change the result ---------------------------------------------------------
@@ -70,7 +66,9 @@ def test_the_first_three_steps_give_the_recorded_loss(place):
 def test_accumulated_is_full_batch_with_documents_of_unequal_length(place, plain, accumulation):
     name = f"accumulation_{accumulation}"
     directory = tiny_jobs.run(place, name, **TEN, **PLAIN, train__accumulation=accumulation)
-    assert_close_runs(directory, plain)
+    losses, expected = (np.array(tiny_jobs.losses(run)) for run in (directory, plain))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    assert_close_parameters(directory, plain)
 
 
 def test_several_steps_a_dispatch_are_the_same_steps(place, plain):
@@ -81,24 +79,7 @@ def test_several_steps_a_dispatch_are_the_same_steps(place, plain):
     # Rows hold unequal numbers of targets, so the mean over five steps is nearly, not exactly, the
     # mean of their means; the parameters are what must agree.
     assert per_five[0][1] == pytest.approx(np.mean([v for _, v in every_step[:5]]), abs=0.02)
-    a, b = tiny_jobs.parameters(plain), tiny_jobs.parameters(directory)
-    for name in a:
-        np.testing.assert_allclose(a[name], b[name], atol=2e-5, err_msg=name)
-
-
-@pytest.mark.parametrize("mesh", [{"data": 8}, {"fsdp": 8, "data": 1}, {"tensor": 2, "data": 4}])
-def test_eight_devices_give_the_loss_curve_of_one(place, plain, mesh):
-    fields = {f"mesh__{axis}": size for axis, size in mesh.items()}
-    name = "_".join(f"{axis}{size}" for axis, size in mesh.items())
-    directory = tiny_jobs.run(place, name, num_devices=8, **TEN, **PLAIN, **fields)
-    assert_close_runs(directory, plain)
-
-
-def test_an_even_batch_is_raised_until_the_devices_share_it(place):
-    few = {"data__batch_size": 3, "train__steps": 2, "train__log_every": 2, "checkpoint__every": 0}
-    directory = tiny_jobs.run(place, "even", num_devices=4, data__even_batch=True, **few)
-    saved = json.loads((directory / "config.json").read_text())
-    assert saved["data"]["batch_size"] == 4
+    assert_close_parameters(directory, plain)
 
 
 def test_padding_changes_no_statistic_of_routers_and_is_no_token(place):
@@ -170,12 +151,6 @@ def test_fine_tuning_starts_from_the_given_parameters(place, plain):
     a, b = tiny_jobs.parameters(plain), tiny_jobs.parameters(directory)
     for name in a:
         np.testing.assert_array_equal(a[name], b[name])
-
-
-def test_init_from_a_model_of_another_width_is_refused_and_nothing_written(place, plain):
-    with pytest.raises(ConfigError, match=r"has model\.width=16, and this config says 32"):
-        tiny_jobs.run(place, "misfit", init_from=str(plain), model__width=32)
-    assert not (place / "misfit").exists()
 
 
 def test_the_compiler_gets_options_of_ours_where_they_are_asked_for_alone(place, monkeypatch):
@@ -390,14 +365,6 @@ def test_too_many_spikes_stop_the_run_whatever_the_action(place, monkeypatch):
         tiny_jobs.run(place, "hopeless", train__max_spikes=3)
 
 
-def test_a_learning_rate_far_too_high_never_reaches_the_parameters(place):
-    """The loss overflows by itself; every saved parameter is still a number."""
-    fields = {"optimizer__learning_rate": 1e30, "optimizer__clip_norm": 0.0}
-    with pytest.raises(TrainingStopped, match=r"optimizer\.learning_rate"):
-        tiny_jobs.run(place, "wild", **fields, train__max_spikes=5, checkpoint__every=2)
-    assert all(np.isfinite(v).all() for v in tiny_jobs.parameters(place / "wild").values())
-
-
 def test_discarded_checkpoints_are_not_resumed_from(place):
     directory = tiny_jobs.run(place, "discarded", train__steps=8, checkpoint__every=2)
     assert tiny_jobs.checkpoint_steps(directory) == [6, 8]
@@ -413,12 +380,6 @@ def test_a_run_too_short_to_log_a_loss_ends_well(place):
     directory = tiny_jobs.run(place, "short", **fields)
     assert tiny_jobs.checkpoint_steps(directory) == [2]
     assert not (directory / "loss.png").exists()
-
-
-def test_data_that_ends_before_the_steps_do_is_an_error_before_training(place):
-    with pytest.raises(ConfigError, match=r"config\.train\.steps=24 is more than the \d+ batches"):
-        tiny_jobs.run(place, "epochs", data__epochs=1)
-    assert not (place / "epochs").exists()
 
 
 # ---- The rates that are logged ---------------------------------------------------------------
