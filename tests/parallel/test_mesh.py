@@ -1,4 +1,4 @@
-"""What a host reads is what its devices hold."""
+"""A mesh uses all devices, and what a host reads is what its devices hold."""
 
 import itertools
 
@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh
 
-from lm.parallel.mesh import AXES, BATCH_AXES, assemble, batch_sharding, local_rows
+from lm.config import ConfigError, view
+from lm.parallel.mesh import (
+    AXES,
+    BATCH_AXES,
+    MeshConfig,
+    assemble,
+    batch_sharding,
+    describe,
+    local_rows,
+    make_mesh,
+)
 
 SHAPES = [
     shape
@@ -85,3 +95,27 @@ def test_a_host_needs_no_other_rows_than_its_own(monkeypatch):
     assert len(seen) == 4
     for placed, wanted in seen.values():
         np.testing.assert_array_equal(placed, wanted)
+
+
+def test_a_mesh_uses_all_devices_and_minus_one_means_the_rest():
+    mesh = make_mesh(MeshConfig(data=-1, tensor=2))
+    assert mesh.shape["data"] == 4 and mesh.size == 8
+    assert describe(mesh) == "data=4 × tensor=2"
+    assert describe(make_mesh(MeshConfig(), jax.devices()[:1])) == "one device"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3}, r"config.mesh \(data=3\) needs 3 devices, and there are 8"),
+        ({"data": 2}, r"config.mesh \(data=2\) needs 2 devices, and there are 8"),
+        ({"fsdp": 16}, r"fsdp=16\) needs a multiple of 16 devices, and there are 8"),
+        ({"tensor": 0}, r"config.mesh.tensor=0 must be positive"),
+        ({"data": -1, "fsdp": -1}, r"only one axis may be -1, not data and fsdp"),
+        ({"rounds": 2}, r"config.mesh.*rounds=2.*for a pipeline, and config.mesh.stage is 1"),
+        ({"stage": 4, "microbatches": 6}, r"microbatches=6 must be a multiple of stage=4"),
+    ],
+)
+def test_impossible_mesh_sizes_are_refused(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(view(MeshConfig, sizes, "config.mesh"))
