@@ -58,11 +58,7 @@ class Command(NamedTuple):
 
 
 def read(words: Sequence[str], jobs: Mapping[str, str]) -> Command:
-    """What the words after the program's name ask for.
-
-    Args:
-      words: `sys.argv[1:]`, without those that ask for help.
-      jobs: the dotted name of each job's dataclass.
+    """What the words after the program's name ask for; `jobs` are their dataclasses' dotted names.
 
     Raises:
       ConfigError: a flag, a file or a field that does not exist.

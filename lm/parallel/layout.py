@@ -86,12 +86,8 @@ def resolve(strategy: str, mesh: MeshConfig, zero: int) -> tuple[MeshConfig, int
     """The mesh and ZeRO stage of a run: the strategy's, where the config says nothing else.
 
     A mesh axis that the config sets stays as it is, so `zero3` with `mesh.data=2` is two copies of
-    a model each split over half of the devices.
-
-    Args:
-      strategy: a name of `STRATEGIES`, or "" for `mesh` and `zero` as they are.
-      mesh: of the config.
-      zero: of the config; -1: the strategy's, 3 without one.
+    a model each split over half of the devices. Strategy "" leaves both as they are, and `zero` -1
+    is the strategy's, 3 without one.
 
     Raises:
       ConfigError: no such strategy or ZeRO stage, or two axes would take all that remains.

@@ -157,12 +157,8 @@ def assemble(
 ) -> dict[str, jax.Array]:
     """Global arrays on their devices, from this host's rows of each.
 
-    The transfers are started, not waited for.
-
-    Args:
-      batch: name → array [..., rows of this host, tokens], with `leading` dimensions before rows.
-      sharding: of the global arrays.
-      rows: from `local_rows`; the global rows that the batch's stand for, in order.
+    The transfers are started, not waited for. `batch` holds arrays [..., rows of this host, tokens]
+    with `leading` dimensions before the rows; `rows`, from `local_rows`, says which they are.
     """
     if len(rows) == batch_size and sharding.is_fully_addressable:
         return jax.device_put(dict(batch), sharding)

@@ -41,14 +41,11 @@ def bubble_fraction(stages: int, microbatches: int, rounds: int = 1) -> float:
 
 
 def choose_microbatches(asked: int, stages: int, rows: int, ways: int = 1) -> int:
-    """How many micro-batches a batch is cut into: a multiple of the stages.
+    """How many micro-batches a batch of `rows`, a multiple of the stages, is cut into.
 
-    Args:
-      asked: `config.mesh.microbatches`; 0: four a stage, or as many below as the rows divide into.
-      stages: of the pipeline.
-      rows: of the batch, a multiple of the stages.
-      ways: over how many devices of a stage the rows of a micro-batch are split; every one of them
-        gets the same number where the choice is free.
+    As many as `asked`, which is `config.mesh.microbatches`. If that is 0, four a stage, or as many
+    below as the rows divide into such that the `ways` devices over which a stage splits the rows of
+    a micro-batch get the same number.
 
     Raises:
       ConfigError: the rows do not divide into as many as were asked for.

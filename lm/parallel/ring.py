@@ -36,12 +36,9 @@ def around(
     """Shows every device of the mesh axis `axis` the block of each; for use inside `shard_map`.
 
     A block is sent on before it is worked with, and sums follow it a turn behind, so that neither
-    waits for the other: a turn takes as long as the longer of work and transfer.
-
-    Args:
-      step: (state, block) to the next state, and what to add to the block's sums.
-      state: stays on its device.
-      block: this device's, the first it sees.
+    waits for the other: a turn takes as long as the longer of work and transfer. `step` takes
+    (state, block) to the next state, which stays on its device, and to what is added to the block's
+    sums. The first block that a device sees is its own.
 
     Returns:
       The state after all blocks, and for this device's block the sums over all devices.
@@ -83,11 +80,8 @@ def zigzag_divides(length: int) -> bool:
 def to_zigzag(x: jax.Array, axis: int = 1) -> jax.Array:
     """`x` with its tokens in zig-zag order: device i of c gets chunks i and 2c - 1 - i of 2c.
 
-    Each half of a device's share goes to one other device; no device sees the whole sequence.
-
-    Args:
-      x: [B, …], rows split over the batch axes and `axis` over `context`, in natural order.
-      axis: the tokens'.
+    Each half of a device's share goes to one other device; no device sees the whole sequence. x is
+    [B, …], in natural order: rows split over the batch axes, tokens along `axis` over `context`.
 
     Raises:
       ConfigError: 2c does not divide the number of tokens.

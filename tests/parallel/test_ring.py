@@ -221,8 +221,8 @@ def test_lengths_that_do_not_divide_are_said_so():
             ring_attention(ModelConfig(), x, x, x, Context(None, text, text))
 
 
-def compiled(context, length, grad=True):
-    """The compiled ring of a sequence of `length` over `context` devices."""
+def compiled(context, length):
+    """The compiled gradient of a ring of a sequence of `length` over `context` devices."""
     shape = jax.ShapeDtypeStruct((1, length, 4, 16), jnp.float32)
     sharding = jax.NamedSharding(
         mesh_of(context=context), jax.sharding.PartitionSpec(None, "context")
@@ -238,7 +238,7 @@ def compiled(context, length, grad=True):
         return jax.grad(lambda *a: jnp.sum(attention(*a) ** 2), (0, 1, 2))(query, key, value)
 
     with jax.set_mesh(sharding.mesh):
-        return jax.jit(gradients if grad else attention).lower(shape, shape, shape).compile()
+        return jax.jit(gradients).lower(shape, shape, shape).compile()
 
 
 @pytest.mark.slow
