@@ -23,7 +23,7 @@ many a second through a Transformer of the same size.
 """
 
 from lm.config import defaults
-from lm.jobs.why_attention import WhyAttentionJob
+from lm.experiments.why_attention.config import WhyAttentionJob
 
 
 def get_config():

@@ -13,7 +13,7 @@ from lm.config import check
 from lm.files import replacing
 from lm.training.metrics import read_metrics
 
-_TRAIN, _EVAL, _INK, _FAINT = "#4c78a8", "#e45756", "#333333", "#dddddd"
+_TRAIN, _EVAL, INK, FAINT = "#4c78a8", "#e45756", "#333333", "#dddddd"
 
 
 class _Curves(NamedTuple):
@@ -56,7 +56,7 @@ def plot_losses(
             fontweight="bold",
         )
     _count_tokens(axes, records)
-    return _saved(figure, workdir / "loss.png" if file is None else pathlib.Path(file))
+    return save(figure, workdir / "loss.png" if file is None else pathlib.Path(file))
 
 
 def plot_runs(
@@ -89,17 +89,12 @@ def plot_runs(
         every.append(_Curves(train, held_out, (colour, colour), labels))
     held = any(curves.held_out[0] for curves in every)
     title = "Training loss" + (", and evaluation loss as points" if held else "")
-    return _saved(_drawn(every, title, against)[0], path)
+    return save(_drawn(every, title, against)[0], path)
 
 
 def _drawn(every: list[_Curves], title: str, against: str = "step"):
     """A figure of these curves, and its axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Not through pyplot: no global figure, and whatever backend a notebook uses stays its own.
-    figure = Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_of(figsize=(7.2, 4.2), dpi=160, layout="constrained")
     axes = figure.add_subplot()
     for (steps, losses), held_out, (colour, eval_colour), (label, eval_label) in every:
         if steps:
@@ -112,10 +107,30 @@ def _drawn(every: list[_Curves], title: str, against: str = "step"):
     return figure, axes
 
 
-def _saved(figure: Any, path: pathlib.Path) -> pathlib.Path:
+def figure_of(**style: Any) -> Any:
+    """A figure apart from pyplot: none is global, and a notebook's backend stays its own."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(**style)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Any, path: pathlib.Path) -> pathlib.Path:
+    """Writes a PNG, which appears whole or not at all."""
     with replacing(path) as file:
         figure.savefig(file, format="png")
     return path
+
+
+def bare(axes: Any) -> None:
+    """As little ink as the eye needs: a grid across, and the bottom of the frame."""
+    axes.grid(axis="y", color=FAINT, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color("#999999")
+    axes.tick_params(colors=INK, labelsize=9, length=0)
 
 
 def _dress(axes: Any, title: str, against: str, drawn: list[tuple[list[int], list[float]]]) -> None:
@@ -126,16 +141,12 @@ def _dress(axes: Any, title: str, against: str, drawn: list[tuple[list[int], lis
     margin = 0.06 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
     axes.set_xlim(min(0, *steps), max(steps) * 1.02 or 1)
-    title = axes.set_title(title, color=_INK, fontsize=11)
-    axes.set_xlabel(against, color=_INK)
-    axes.set_ylabel("loss (nats per token)", color=_INK)
-    axes.grid(axis="y", color=_FAINT, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color("#999999")
-    axes.tick_params(colors=_INK, labelsize=9, length=0)
+    title = axes.set_title(title, color=INK, fontsize=11)
+    axes.set_xlabel(against, color=INK)
+    axes.set_ylabel("loss (nats per token)", color=INK)
+    bare(axes)
     axes.xaxis.set_major_formatter(lambda value, _: _count(value))
-    legend = axes.legend(frameon=False, labelcolor=_INK, fontsize=10, loc="upper right")
+    legend = axes.legend(frameon=False, labelcolor=INK, fontsize=10, loc="upper right")
     for text in (title, *legend.get_texts()):
         text.set_parse_math(False)  # a directory may be called "$x$"
 
@@ -146,9 +157,9 @@ def _count_tokens(axes: Any, records: list[dict[str, Any]]) -> None:
     if not per_step:
         return
     top = axes.secondary_xaxis("top", functions=(lambda s: s * per_step, lambda t: t / per_step))
-    top.set_xlabel("tokens", color=_INK, fontsize=9)
+    top.set_xlabel("tokens", color=INK, fontsize=9)
     top.xaxis.set_major_formatter(lambda value, _: _count(value))
-    top.tick_params(colors=_INK, labelsize=9, length=0)
+    top.tick_params(colors=INK, labelsize=9, length=0)
     top.spines["top"].set_visible(False)
 
 

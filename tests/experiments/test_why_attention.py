@@ -12,9 +12,10 @@ import pytest
 import tiny_models
 
 from lm.config import ConfigError, view
+from lm.experiments.why_attention.config import TRANSLATORS, WhyAttentionJob
+from lm.experiments.why_attention.measure import accuracy, measure_bottleneck, reach
 from lm.experiments.why_attention.tasks import TEST, Task, copying, repeated, translation
 from lm.jobs import why_attention
-from lm.jobs.why_attention import WhyAttentionJob
 from lm.models import ModelConfig, bind, init, param_specs, skeleton
 from lm.tokenizers import TokenizerConfig
 
@@ -95,7 +96,7 @@ def test_translations_to_test_on_are_not_among_those_to_train_on():
 def test_a_network_that_forgets_everything_feels_its_loss_at_the_last_token_alone():
     config = tiny(cell="rnn")
     batch = repeated(0, TEST, 3, 4, symbols=10)
-    run = tiny_models.compiled(lambda values: why_attention.reach(config, values, batch))
+    run = tiny_models.compiled(lambda values: reach(config, values, batch))
     values = start(config)
     shares, _ = run(values)
     np.testing.assert_allclose(shares.sum(), 1, rtol=1e-5)
@@ -128,12 +129,12 @@ def test_the_share_of_whole_texts_is_that_of_greedy_decoding():
     own = dataclasses.replace(
         task, test={float(i): [pair] for i, pair in enumerate(zip(sources, texts))}
     )
-    exact = np.array(why_attention.accuracy(config, values, own)["exact"])
+    exact = np.array(accuracy(config, values, own)["exact"])
     np.testing.assert_array_equal(exact[ended], 1)
     wrong = [np.append(text[:-1], (text[-1] + 1) % 10) for text in texts if len(text)]
     assert wrong
     other = dataclasses.replace(task, test={0.0: list(zip(sources, wrong))})
-    assert why_attention.accuracy(config, values, other)["exact"] == [0.0]
+    assert accuracy(config, values, other)["exact"] == [0.0]
 
 
 # ---- The job ---------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def test_one_command_writes_the_report_the_picture_and_the_numbers(tmp_path):
 def test_the_config_compares_models_of_about_the_same_size():
     job = view(WhyAttentionJob, get_config())
     sizes = []
-    for section in why_attention.TRANSLATORS.values():
+    for section in TRANSLATORS:
         sized = {"vocab_size": 512, "max_length": 64}
         config = dataclasses.replace(getattr(job.bottleneck, section), **sized)
         specs = param_specs(skeleton(config))
@@ -207,4 +208,4 @@ def test_rows_too_short_for_a_sentence_are_refused_before_training(tmp_path):
     config = tiny_job()
     config.bottleneck.row_length = 7
     with pytest.raises(ConfigError, match=r"row_length=7 is too short for the longest text"):
-        why_attention.measure_bottleneck(view(WhyAttentionJob, config), print)
+        measure_bottleneck(view(WhyAttentionJob, config), print)

@@ -1,7 +1,9 @@
 """Every kind of model decodes from its cache what full forward passes would."""
 
 import dataclasses
+import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import ENCODER_DECODERS, FAMILIES
@@ -13,6 +15,7 @@ from lm.inference.decode import NOTHING
 from lm.inference.prepare import in_compute_dtype
 from lm.inference.prompts import padded, padded_after
 from lm.models import bind, skeleton
+from lm.models.config import POSITIONS
 
 VOCABULARY, START, NEW = 61, (7,), 9
 PROMPTS = [[5, 6, 7], [9], [3, 1, 4, 1, 5, 9, 2, 6, 5]]
@@ -20,9 +23,10 @@ QUICK = ("neox", "gemma", "experts", "t5", "bart", "lstm", "bahdanau")
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=NEW)
 
 
-def model_of(name, **fields):
-    """The family's skeleton, and parameters in general position."""
-    model, _ = tiny_model(**{"vocab_size": VOCABULARY, **FAMILIES[name], **fields})
+def model_of(family, **fields):
+    """The skeleton of a family, by its name or fields, and parameters in general position."""
+    family = FAMILIES[family] if isinstance(family, str) else family
+    model, _ = tiny_model(**{"vocab_size": VOCABULARY, **family, **fields})
     return model, general_params(model)
 
 
@@ -39,19 +43,30 @@ def full_forward(model, params, prompts, texts):
 
 
 def cases():
-    """Every family, its layers unrolled and scanned; in the quick suite, some in one way."""
+    """Every family, its layers unrolled and scanned; in the quick suite, some in one way.
+
+    And every combination of positions, shared heads and norms, of which every third one is enough
+    to meet every pair, and quick.
+    """
     for index, (name, fields) in enumerate(FAMILIES.items()):
         for scan in (False, True):
             if not (scan and "cell" in fields):  # recurrent layers are never scanned
                 quick = name in QUICK and (scan == (index % 2 > 0) or "cell" in fields)
                 marks = () if quick else pytest.mark.slow
                 case = f"{name}-{'scanned' if scan else 'unrolled'}"
-                yield pytest.param(name, scan, id=case, marks=marks)
+                yield pytest.param(fields, scan, id=case, marks=marks)
+    kinds = itertools.product(POSITIONS, (None, 2, 1), ("pre", "post"), (True, False))
+    for i, (positions, heads, norm, scan) in enumerate(kinds):
+        fields = {"num_heads": 4, "num_kv_heads": heads, "norm_position": norm}
+        fields |= {"positions": positions, "norm": "layernorm", "bias": True}
+        marks = () if (i + i // 4) % 4 == i // 12 else pytest.mark.slow
+        name = f"{positions}-{heads}-{norm}-{'scanned' if scan else 'unrolled'}"
+        yield pytest.param(fields, scan, id=name, marks=marks)
 
 
-@pytest.mark.parametrize("name, scan", list(cases()))
-def test_cached_decoding_equals_the_full_forward_pass(name, scan):
-    model, params = model_of(name, scan_layers=scan, capacity_factor=0.0)
+@pytest.mark.parametrize("family, scan", list(cases()))
+def test_cached_decoding_equals_the_full_forward_pass(family, scan):
+    model, params = model_of(family, scan_layers=scan, capacity_factor=0.0)
     texts = np.random.default_rng(0).integers(0, VOCABULARY, (3, 13)).tolist()
     expected_BTV = full_forward(model, params, PROMPTS, texts)
 
@@ -66,7 +81,7 @@ def test_cached_decoding_equals_the_full_forward_pass(name, scan):
 
     lengths = (3, 7, 1)  # of what is read at first, behind padding
     tokens_BT, positions_BT = padded([row[:n] for row, n in zip(texts, lengths)], 32)
-    source = padded_after(PROMPTS, 32) if name in ENCODER_DECODERS else ()
+    source = padded_after(PROMPTS, 32) if "architecture" in family else ()
     logits_BTV, cache = compiled(start)(params, tokens_BT, positions_BT, source=source)
     for row, n in enumerate(lengths):
         np.testing.assert_allclose(logits_BTV[row, -n:], expected_BTV[row, :n], atol=1e-5)
@@ -76,6 +91,18 @@ def test_cached_decoding_equals_the_full_forward_pass(name, scan):
         logits_B1V, cache = step(params, next_B1, np.array(at)[:, None], cache)
         for row, t in enumerate(at):
             np.testing.assert_allclose(logits_B1V[row, 0], expected_BTV[row, t], atol=1e-5)
+
+
+def test_a_row_that_has_ended_leaves_no_trace():
+    # A token at position -1, as generation feeds for rows that have ended, changes no later logits.
+    model, params = tiny_model(positions="learned")
+    bound = bind(model, params)
+    cache = model.new_cache(1, 4)
+    for token, position in [(5, 0), (9, -1), (6, 1)]:
+        x_BTD, cache = bound.extend(jnp.array([[token]]), jnp.array([[position]]), cache)
+    np.testing.assert_allclose(
+        bound.unembed(x_BTD)[:, 0], bound(jnp.array([[5, 6]]))[:, -1], atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,7 +125,8 @@ def test_greedy_generation_takes_the_likeliest_token_of_full_forward_passes(name
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("gemma", "experts", "bart", "lstm")]
+    "name",
+    ["gemma", *(pytest.param(n, marks=pytest.mark.slow) for n in ("experts", "bart", "lstm"))],
 )
 def test_a_prompt_alone_and_scanned_layers_give_the_same_tokens(name, monkeypatch):
     model, params = model_of(name)

@@ -34,29 +34,6 @@ def rows(generation):
     return [[t for t in row if t != NOTHING] for row in drawn_BN.tolist()]
 
 
-def naive(tiny, ids, new):
-    """Greedy decoding by a full forward pass over all tokens for every new one."""
-    bound, ids = jax.jit(bind(*tiny)), list(ids)
-    for _ in range(new):
-        row = jnp.array([ids + [0] * (32 - len(ids))])
-        ids.append(int(bound(row)[0, len(ids) - 1].argmax()))
-    return ids[-new:]
-
-
-def test_greedy_equals_a_plain_loop_over_full_forward_passes(tiny, generator):
-    drawn = rows(generator.generate(PROMPTS, SamplingConfig(temperature=0, max_new_tokens=11)))
-    assert drawn == [naive(tiny, ids, 11) for ids in PROMPTS]
-
-
-def test_many_layers_are_scanned_and_draw_the_same(tiny, generator, monkeypatch):
-    monkeypatch.setattr("lm.inference.prepare.UNROLLED_LAYERS", 1)
-    scanned = Generator(*tiny, FREE)
-    assert scanned.model.config.scan_layers and not generator.model.config.scan_layers
-    sampling = SamplingConfig(temperature=0, max_new_tokens=11)
-    expected = rows(generator.generate(PROMPTS, sampling))
-    assert rows(scanned.generate(PROMPTS, sampling)) == expected
-
-
 @pytest.mark.parametrize("chunk", [3, 40])
 def test_the_chunk_size_does_not_change_the_tokens(generator, chunk):
     sampling = SamplingConfig(max_new_tokens=12, num_samples=2)

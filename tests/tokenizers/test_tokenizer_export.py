@@ -28,6 +28,7 @@ def test_the_rust_library_gives_the_same_ids(kind):
             assert engine.decode(ids) == text
     for name, id in tokenizer.special_ids.items():
         assert engine.token_to_id(name) == id
+    assert engine.encode("<|endoftext|>").ids == [tokenizer.eos_id]
     named = json.loads(files["tokenizer_config.json"])
     assert tokenizer.special_ids[named["eos_token"]] == tokenizer.eos_id
 
@@ -41,8 +42,13 @@ def test_what_is_written_opens_here_with_the_same_ids(kind, tmp_path):
     again = load(tmp_path)
     assert again.vocab_size == tokenizer.vocab_size and again.eos_id == tokenizer.eos_id
     assert again.special_ids == tokenizer.special_ids
+    assert again.kind == "huggingface"
+    kept = tokenizer.lossless and "sentencepiece" not in kind  # outside, "▁" is a space
+    assert again.lossless == kept
     for text in TEXTS:
         assert again.encode(text) == tokenizer.encode(text)
+    again.save(tmp_path / "saved")
+    assert load(tmp_path / "saved").files() == again.files()
 
 
 def test_a_kind_without_an_equivalent_is_refused():

@@ -27,21 +27,14 @@ def assert_same(a, b):
     ]
 
 
-def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
+def test_saved_loaded_and_pickled_is_the_same(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     assert_same(load(tmp_path), tokenizer)
+    assert_same(train(TokenizerConfig(path=str(tmp_path)), iter(())), tokenizer)
+    assert_same(pickle.loads(pickle.dumps(tokenizer)), tokenizer)
     load(tmp_path).save(tmp_path / "again")
     for file in tmp_path.glob("*.*"):
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
-
-
-def test_pickled_is_the_same(tokenizer):
-    assert_same(pickle.loads(pickle.dumps(tokenizer)), tokenizer)
-
-
-def test_a_path_is_read_instead_of_training(tokenizer, tmp_path):
-    tokenizer.save(tmp_path)
-    assert_same(train(TokenizerConfig(path=str(tmp_path)), iter(())), tokenizer)
 
 
 def test_fields_set_beside_a_path_are_followed(tokenizer, tmp_path):
@@ -86,27 +79,6 @@ def test_fields_that_a_tokenizer_cannot_follow_are_refused(fields, words, tmp_pa
     (tmp_path / DESCRIPTION).unlink()  # and so it is where others wrote the files
     with pytest.raises(ConfigError, match=r"config\.tokenizer\.path="):
         train(TokenizerConfig(path=str(tmp_path), **fields), [])
-
-
-def test_bpe_opens_in_hugging_faces_library_with_the_same_ids(tmp_path):
-    ours = trained("bpe")
-    ours.save(tmp_path)
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    for text in (*PROBES, *corpus()[:20]):
-        assert theirs.encode(text).ids == ours.encode(text)
-        assert theirs.decode(ours.encode(text)) == text
-    assert theirs.encode("<|endoftext|>").ids == [ours.eos_id]
-
-
-def test_a_hugging_face_directory_opens(tmp_path):
-    ours = trained("bpe")
-    (tmp_path / "tokenizer.json").write_bytes(ours.model_files()["tokenizer.json"])
-    plain = load(tmp_path)
-    assert plain.kind == "huggingface" and plain.lossless
-    assert plain.eos_id == ours.eos_id
-    assert plain.encode(corpus()[0]) == ours.encode(corpus()[0])
-    plain.save(tmp_path / "saved")
-    assert_same(load(tmp_path / "saved"), plain)
 
 
 def test_roles_come_from_the_files_beside_tokenizer_json(tmp_path):

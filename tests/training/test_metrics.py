@@ -227,7 +227,7 @@ def test_a_comparison_is_drawn_as_it_is_labelled(tmp_path, monkeypatch):
     records = [{"step": s, "loss": 1 / s, "tokens": 10 * s} for s in (1, 2)]
     evaluated = [*records, {"step": 2, "eval_loss": 0.7}]
     drawn = []
-    monkeypatch.setattr(plots, "_saved", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
     plots.plot_runs({"$a$": records, "_b": evaluated}, tmp_path / "x.png", "tokens")
     [axes] = drawn[0].axes
     assert axes.get_title() == "Training loss, and evaluation loss as points"

@@ -38,24 +38,14 @@ def repeated(seed: int, number: int, batch_size: int, length: int, symbols: int)
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Pairs of texts.
-
-    Attributes:
-      name: what it is called.
-      vocab_size: ids are below.
-      length: places that the longest text takes on either side.
-      draw: number of a batch → its training pairs, without end.
-      test: length → held-out pairs whose sources have it, or about it.
-      show: id → text.
-      begin, end: ids.
-    """
+    """Pairs of texts, as ids."""
 
     name: str
     vocab_size: int
-    length: int
-    draw: Callable[[int], Iterator[Pair]]
-    test: dict[float, list[Pair]]
-    show: Callable[[int], str]
+    length: int  # places that the longest text takes on either side
+    draw: Callable[[int], Iterator[Pair]]  # number of a batch → its training pairs, without end
+    test: dict[float, list[Pair]]  # length → held-out pairs whose sources have it, or about it
+    show: Callable[[int], str]  # id → text
     begin: int = BEGIN
     end: int = END
 
@@ -120,8 +110,9 @@ def translation(
     words into parts of `test_pairs` each.
     """
     known: dict[str, str] = {}
-    for source, target in _sentences(seed, words):
-        known[source] = target
+    for source, target in (language.pair(seed, index) for index in itertools.count()):
+        if len(source.split()) <= words:
+            known[source] = target
         if len(known) == many + PARTS * test_pairs:
             break
     texts = list(known.items())
@@ -157,10 +148,3 @@ def translation(
         tokenizer.bos_id,
         tokenizer.eos_id,
     )
-
-
-def _sentences(seed: int, words: int) -> Iterator[tuple[str, str]]:
-    for index in itertools.count():
-        source, target = language.pair(seed, index)
-        if len(source.split()) <= words:
-            yield source, target
