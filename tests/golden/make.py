@@ -14,8 +14,8 @@ import numpy as np
 HERE = pathlib.Path(__file__).parent
 sys.path += [str(HERE.parent), str(HERE.parent / "parity")]
 
-import decoder_checks  # noqa: E402
 import decoder_oracles  # noqa: E402
+import family_checks  # noqa: E402
 
 # Two layers are enough for a pattern; compiling them is most of what a test does.
 _LAYERS = {
@@ -28,7 +28,7 @@ _LAYERS = {
 def main() -> None:
     """Writes every folder anew."""
     for name in decoder_oracles.FAMILIES:
-        batch = decoder_checks.random_batch(**decoder_checks.GOLDEN)
+        batch = family_checks.text_batch(rows=2, length=10)
         model = decoder_oracles.build(name, **_LAYERS.get(name, {"num_hidden_layers": 2}))
         with tempfile.TemporaryDirectory() as scratch:
             outputs, gradient = decoder_oracles.computed(model, batch, pathlib.Path(scratch))
@@ -36,7 +36,13 @@ def main() -> None:
         model.half().save_pretrained(directory)
         (directory / "generation_config.json").unlink()
         norms = [np.linalg.norm(gradient[tensor]) for tensor in sorted(gradient)]
-        np.savez_compressed(directory / "computed.npz", **outputs, gradient_norms=norms)
+        count = len(outputs) - 2
+        computed = {
+            "logits": outputs["logits"],
+            "hidden": np.stack([outputs[f"hidden.{i}"] for i in range(count)]),
+            "gradient_norms": norms,
+        }
+        np.savez_compressed(directory / "computed.npz", **computed)
         size = sum(file.stat().st_size for file in directory.iterdir())
         print(f"{name}: {size / 1000:.1f} kB")
 

@@ -2,8 +2,7 @@
 
 import pathlib
 
-import decoder_checks
-import encoder_checks
+import family_checks
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -25,23 +24,24 @@ DECODERS = (
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_family_computes_what_transformers_does(name):
-    batch = decoder_checks.random_batch(**decoder_checks.GOLDEN)
-    family, config, params = encoder_checks.load(GOLDEN / name)
+    batch = family_checks.text_batch(rows=2, length=10)
+    outputs, gradient = family_checks.computed(*family_checks.load(GOLDEN / name), batch)
     with np.load(GOLDEN / name / "computed.npz") as expected:
-        outputs, gradient = decoder_checks.computed(family, config, params, batch)
-        for output in ("logits", "hidden"):
-            error = decoder_checks.worst(outputs[output], expected[output], batch.mask)
-            assert error < decoder_checks.OUTPUTS, output
-        norms = [np.linalg.norm(gradient[tensor]) for tensor in sorted(gradient)]
-        expected_norms = expected["gradient_norms"]
+        streams = {f"hidden.{i}": stream for i, stream in enumerate(expected["hidden"])}
+        expected_norms, logits = expected["gradient_norms"], expected["logits"]
+    del outputs["loss"]
+    errors = family_checks.worst(outputs, {**streams, "logits": logits}, batch)
+    assert max(errors.values()) < family_checks.OUTPUTS, errors
+    tensors = safetensors.numpy.load_file(GOLDEN / name / "model.safetensors")
+    norms = [np.linalg.norm(gradient[tensor]) for tensor in sorted(tensors)]
     # Of some biases the gradient is zero but for rounding.
-    tolerance = decoder_checks.GRADIENTS * expected_norms + 1e-6 * expected_norms.max()
+    tolerance = family_checks.GRADIENTS * expected_norms + 1e-6 * expected_norms.max()
     assert (np.abs(norms - expected_norms) < tolerance).all()
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_tensors_come_back_bit_for_bit(name):
-    family, config, params = encoder_checks.load(GOLDEN / name)
+    family, config, params = family_checks.load(GOLDEN / name)
     tensors = safetensors.numpy.load_file(GOLDEN / name / "model.safetensors")
     back = to_tensors(family, config, params)
     assert family.write_config(config)  # raises if anything would be lost

@@ -2,6 +2,7 @@
 
 import zlib
 
+import family_checks
 import safetensors.numpy
 import torch
 import transformers
@@ -187,25 +188,29 @@ def build(name: str, **changes):
 def run(model, batch, **arguments):
     """What the model gives for a batch."""
     if model.config.model_type != "bloom":  # which takes positions from the mask alone
-        arguments["position_ids"] = torch.tensor(batch.positions).long()
-    tokens, mask = torch.tensor(batch.tokens).long(), torch.tensor(batch.mask)
+        arguments["position_ids"] = torch.tensor(batch["positions"]).long()
+    tokens, mask = torch.tensor(batch["inputs"]).long(), torch.tensor(batch["mask"])
     return model(tokens, attention_mask=mask, use_cache=False, **arguments)
 
 
+def random_batch(name: str) -> dict:
+    """Tokens, the rows padded in different ways."""
+    return family_checks.text_batch()
+
+
 def computed(model, batch, scratch) -> tuple[dict, dict]:
-    """As `decoder_checks.computed`.
+    """As `family_checks.computed`.
 
     A gradient has the name of its tensor in a file, which is another than the model's own where
     transformers fuses tensors as it reads them; so it is written to the directory `scratch`.
     """
     out = run(model, batch, output_hidden_states=True)
-    outputs = {"logits": out.logits, "hidden": torch.stack(out.hidden_states)}
-    tokens, weights = torch.tensor(batch.tokens).long(), batch.mask[:, :-1] * batch.mask[:, 1:]
-    nats = torch.nn.functional.cross_entropy(
-        out.logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
-    )
+    outputs = {f"hidden.{i}": hidden for i, hidden in enumerate(out.hidden_states)}
+    labels = torch.tensor(batch["labels"]).long()
+    loss = torch.nn.functional.cross_entropy(out.logits.transpose(1, 2), labels)
+    outputs |= {"logits": out.logits, "loss": loss}
     model.zero_grad()
-    (torch.sum(nats * torch.tensor(weights)) / weights.sum()).backward()
+    loss.backward()
     parameters = list(model.parameters())
     values = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():

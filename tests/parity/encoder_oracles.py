@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from encoder_checks import IGNORED
+from family_checks import IGNORED
 
 VOCAB = 97
 
@@ -121,8 +121,9 @@ CASES = {
 }
 
 
-def build(case: Case, seed: int = 0):
-    """The random model: every parameter is in general position."""
+def build(case: Case | str, seed: int = 0):
+    """The random model of a case, or of its name: every parameter is in general position."""
+    case = CASES[case] if isinstance(case, str) else case
     config = getattr(transformers, f"{case.kind}Config")(**case.config)
     model = getattr(transformers, case.model)(config)
     generator = torch.Generator().manual_seed(seed)
@@ -135,8 +136,9 @@ def build(case: Case, seed: int = 0):
     return model.eval()
 
 
-def random_batch(case: Case, seed: int = 0, rows: int = 3, length: int = 13) -> dict:
-    """Tokens, padding and labels for `outputs`, as numpy arrays."""
+def random_batch(case: Case | str, seed: int = 0, rows: int = 3, length: int = 13) -> dict:
+    """Tokens, padding and labels, as numpy arrays."""
+    case = CASES[case] if isinstance(case, str) else case
     random = np.random.default_rng(seed)
     vocab = case.config["vocab_size"]
     pad = 0 if "T5" in case.kind or case.kind == "Bert" else 1
@@ -172,8 +174,8 @@ def random_batch(case: Case, seed: int = 0, rows: int = 3, length: int = 13) -> 
     return batch
 
 
-def computed(model, batch) -> tuple[dict, dict]:
-    """As `encoder_checks.computed`, by transformers; a tied tensor's gradient comes once."""
+def computed(model, batch, scratch=None) -> tuple[dict, dict]:
+    """As `family_checks.computed`; a tied tensor's gradient comes once."""
     given = {name: torch.tensor(value) for name, value in batch.items()}
     named = {"output_hidden_states": True}
     if "source" in given:
