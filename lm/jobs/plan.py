@@ -15,19 +15,17 @@ import ml_collections
 from rich.console import Console
 
 from lm.config import Bounds, Size, SizeOrZero, check, to_dict, view
-from lm.jobs.plan_scaling import ScalingConfig, weak_scaling
 from lm.models import ModelConfig
 from lm.models.presets import Overrides, preset
 from lm.objectives import ObjectiveConfig, check_objective
 from lm.parallel.layout import lay_out, resolve
-from lm.parallel.mesh import MeshConfig, describe
+from lm.parallel.mesh import MeshConfig
 from lm.planning import report
 from lm.planning.decoding import DecodePlan, decoding
-from lm.planning.programs import Program, train_program
+from lm.planning.programs import train_program
 from lm.planning.ranking import SearchConfig, ranked
-from lm.planning.search import advice
-from lm.planning.sketch import sketch
 from lm.planning.topology import Topology, open_topology
+from lm.planning.weak_scaling import ScalingConfig, weak_scaling
 from lm.training.config import TrainConfig
 from lm.training.optimizer import OptimizerConfig
 from lm.training.workload import Workload
@@ -108,7 +106,7 @@ def _plan(job: PlanJob, console: Console) -> dict[str, Any]:
         words = f"{report.layout_words(layout)}, zero {zero}"
         report.header(console, topology, workload, job.preset, words)
         program = train_program(workload, topology)
-    result["training"] = _training(workload, topology, program, console)
+    result["training"] = report.show_training(console, workload, topology, program)
     if job.decode.enabled:
         result["decoding"] = decoding(
             job.decode, workload.model, workload.block_size, topology, console
@@ -141,20 +139,3 @@ def _workload(job: PlanJob, topology: Topology) -> Workload:
     return Workload(
         model, block, rows, source, job.data.packed, job.objective, job.optimizer, job.train
     )
-
-
-def _training(
-    workload: Workload, topology: Topology, program: Program, console: Console
-) -> dict[str, Any]:
-    """Prints all there is to say of a training step, and returns it in numbers."""
-    layout, least = workload.layout, sketch(workload, topology)
-    mesh = describe(layout.mesh)
-    title = f"{program.name}, {mesh}, zero {layout.zero}"
-    report.show(console, title, program, least.estimate.bytes, least.received)
-    if not program.fits:
-        console.print()
-        changes = advice(workload, topology, program)
-        console.print(report.advice_table(changes, topology.chip.memory, workload))
-    names = {name: getattr(least.estimate, name) for name in ("flops", "bytes")}
-    least = names | {"received": least.received, "memory": least.memory}
-    return program.figures() | {"mesh": mesh, "zero": layout.zero, "least": least}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,8 +17,8 @@ from lm.parallel.platform import compiling_for
 from lm.planning.collectives import summed
 from lm.planning.programs import Memory, Program
 from lm.planning.roofline import Estimate
-from lm.planning.search import Advice
-from lm.planning.sketch import strategy_of
+from lm.planning.search import Advice, advice
+from lm.planning.sketch import sketch, strategy_of
 from lm.planning.topology import Topology
 from lm.training.memory import whole_state
 from lm.training.report import binary, facts_table, model_line, si
@@ -45,6 +46,22 @@ def seconds(value: float) -> str:
 def decimal(size: float) -> str:
     """Bytes in decimal units, as traffic is counted: `3.2 GB`."""
     return f"{si(size)}B"
+
+
+def show_training(
+    console: Console, workload: Workload, topology: Topology, program: Program
+) -> dict[str, Any]:
+    """Prints all there is to say of a training step, and returns it in numbers."""
+    layout, least = workload.layout, sketch(workload, topology)
+    mesh = describe(layout.mesh)
+    title = f"{program.name}, {mesh}, zero {layout.zero}"
+    show(console, title, program, least.estimate.bytes, least.received)
+    if not program.fits:
+        console.print()
+        console.print(_advice_table(advice(workload, topology, program), topology, workload))
+    figures = {name: getattr(least.estimate, name) for name in ("flops", "bytes")}
+    figures |= {"received": least.received, "memory": least.memory}
+    return program.figures() | {"mesh": mesh, "zero": layout.zero, "least": figures}
 
 
 def layout_words(layout: Layout) -> str:
@@ -228,8 +245,9 @@ def _time_table(program: Program, found: Estimate) -> Table:
     return table
 
 
-def advice_table(found: Sequence[Advice], limit: float, workload: Workload) -> Table:
-    """What to change, and what it is expected to bring, on devices of `limit` bytes."""
+def _advice_table(found: Sequence[Advice], topology: Topology, workload: Workload) -> Table:
+    """What to change, and what it is expected to bring."""
+    limit = topology.chip.memory
     table = plain_table("to make it fit (on paper)", "memory", "of HBM", "")
     for change in found:
         table.add_row(

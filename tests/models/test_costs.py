@@ -26,6 +26,7 @@ FAMILIES = {
     "parallel": {**GATED, "num_kv_heads": 1, "parallel": True, "shared_norm": True},
     "sandwich": {**GATED, "norm_position": "sandwich", "logits_softcap": 9.0},
     "local": {**GATED, "attention_pattern": ("local", "global"), "window": 5},
+    "a window wider than the text": {**GATED, "attention_pattern": ("local",), "window": 50},
     "experts": {**MIXTURE, "capacity_factor": 1.0},
     "encoder": {**ENCODER, "norm_position": "post"},
     "masked": {**ENCODER, "head_transform": True, "head_bias": True},
@@ -158,9 +159,8 @@ def test_flops_of_reading_a_source_are_those_of_every_product():
     assert costs.prefill_flops_per_token(config, 7) == pytest.approx(counted)
 
 
-@pytest.mark.parametrize("fields", [SMALL, {**LONG, "activation": "swiglu"}])
-def test_nearly_all_that_xla_counts_is_products(fields):
-    config, model = model_of(fields)
+def test_nearly_all_that_xla_counts_is_products():
+    config, model = model_of({**LONG, "activation": "swiglu"})
     T = config.max_length
     counted = xla_flops(forward(model), abstract(model), ids(T)) / T
     expected = costs.forward_flops_per_token(config, T) + hidden_keys(config, T)
@@ -187,26 +187,6 @@ def test_training_flops_of_gpt2_small_by_hand():
     head = 50_257 * 768
     prefill = 2 * (matrices - head) + attention + 2 * head / 1024
     assert costs.prefill_flops_per_token(config, 1024) == pytest.approx(prefill, rel=1e-12)
-
-
-def test_tying_the_head_saves_parameters_and_no_flops():
-    tied, untied = (ModelConfig(vocab_size=99, tie_embeddings=tie) for tie in (True, False))
-    assert costs.forward_flops_per_token(tied, 8) == costs.forward_flops_per_token(untied, 8)
-    assert costs.parameters(untied).total - costs.parameters(tied).total == 99 * tied.width
-
-
-def test_a_window_counts_the_keys_it_shows():
-    sizes = {"num_layers": 6, "num_heads": 2, "width": 8, "vocab_size": 9}
-    pattern = {"attention_pattern": ("local", "local", "global"), "window": 5}
-    config, dense = ModelConfig(**sizes, **pattern), ModelConfig(**sizes)
-    for length in (3, 5, 17):
-        seen = [min(t, 5) for t in range(1, length + 1)]
-        hidden = sum(t - s for t, s in zip(range(1, length + 1), seen)) / length
-        saved = costs.forward_flops_per_token(dense, length)
-        saved -= costs.forward_flops_per_token(config, length)
-        assert saved == pytest.approx(4 * 4 * 8 * hidden)
-    at_17 = costs.decode_flops_per_token(dense, 17) - costs.decode_flops_per_token(config, 17)
-    assert at_17 == 4 * 4 * 8 * (17 - 5)
 
 
 def test_palm_540b_costs_what_its_paper_says():
@@ -242,19 +222,6 @@ def test_active_parameters_are_the_published_ones():
     )
     assert (round(mixtral.total / 1e9), round(mixtral.active / 1e9)) == (47, 13)
     assert (round(deepseek.total / 1e9, 1), round(deepseek.active / 1e9, 1)) == (16.4, 2.8)
-
-
-def test_only_the_experts_a_token_visits_multiply_it():
-    sizes = {"num_layers": 3, "num_heads": 2, "width": 8, "vocab_size": 9, "mlp_width": 16}
-    fields = {**sizes, "activation": "swiglu", "expert_width": 6, "dense_layers": 1}
-    config = ModelConfig(**fields, num_experts=5, experts_per_token=2, shared_experts=1)
-    dense = costs.forward_flops_per_token(ModelConfig(**sizes, activation="swiglu"), 4)
-    expert, router = 3 * 8 * 6, 8 * 5
-    change = 2 * 2 * (3 * expert + router - 3 * 8 * 16)
-    assert costs.forward_flops_per_token(config, 4) == dense + change
-    more = ModelConfig(**fields, num_experts=7, experts_per_token=2, shared_experts=1)
-    difference = costs.parameters(more).active - costs.parameters(config).active
-    assert difference == 2 * 2 * 8  # the routers'
 
 
 # ---- Cache -----------------------------------------------------------------------------------

@@ -239,7 +239,7 @@ def test_advice_is_ordered_by_what_fits_and_how_fast(planned):
 def test_mistakes_take_one_line(fields, said, tmp_path, monkeypatch):
     program = "lm.jobs.plan.train_program"
     if "decode.enabled" in fields:  # its check comes after the training step
-        monkeypatch.setattr("lm.jobs.plan._training", lambda *a: {})
+        monkeypatch.setattr("lm.planning.report.show_training", lambda *a: {})
         monkeypatch.setattr(program, lambda *a: None)
     with pytest.raises(ConfigError, match=said) as error:
         plan.run(config(**fields), str(tmp_path))

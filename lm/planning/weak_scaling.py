@@ -34,17 +34,18 @@ INTRODUCTION = """\
 # Weak scaling on paper
 
 Every chip gets the same work; the table says what becomes of it as chips are added. Nothing
-here was measured: the figures are the plan's analytic model (`lm/planning/analytic.py`), for
-slices of TPU v5p, of the fastest mesh it finds that fits, by ZeRO 3. Made by
+here was measured: the figures are a plan's sketch of a step (`lm/planning/sketch.py`), for slices
+of TPU v5p, of the fastest mesh it finds that fits, by ZeRO 3. Made by
 
     python main.py --config=configs/plan_scaling.py
 
 All columns are of one chip and one step. *FLOPs* includes what the remat policy recomputes, the
-MFU does not. *Memory*, *HBM* and *network* are the least that must be held or moved. Products
-reach 90 % of the peak, which is about what the compiler estimates for products of this size;
-links carry 100 GB/s each way, and every hop takes a microsecond. *Efficiency* is the share of
-the step in which a chip does not wait for others: for collectives as the compiler makes them,
-some of what ZeRO and data parallelism say beside compute; *if hidden*, where all of that is.
+MFU does not. *Memory* is what a run expects at its start (`lm/training/memory.py`); *HBM* and
+*network* are the least that must be moved. Products reach 90 % of the peak, which is about what
+the compiler estimates for products of this size; links carry 100 GB/s each way, and every hop
+takes a microsecond. *Efficiency* is the share of the step in which a chip does not wait for
+others: for collectives as the compiler makes them, some of what ZeRO and data parallelism say
+beside compute; *if hidden*, where all of that is.
 *Compiled* are the bytes received, the step and the MFU of the same mesh's compiled program, by
 the rule of `lm/planning/roofline.py`, where it was compiled (`--config.scaling.compiled`).
 
