@@ -65,7 +65,14 @@ class _Gather:
         return batch
 
 
-class _RowNumbers(grain.MapDataset):
+class _Numbers(grain.MapDataset):
+    """Row numbers, of which a subclass says which is where."""
+
+    def __getitem__(self, index):
+        return self.slice(index) if isinstance(index, slice) else self._number(index)
+
+
+class _RowNumbers(_Numbers):
     """The numbers that `_Gather` understands, for `count` rows from `first`, in every epoch.
 
     Not a Grain source, because those forget which epoch an index lies in.
@@ -78,14 +85,12 @@ class _RowNumbers(grain.MapDataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
+    def _number(self, index: int) -> int:
         epoch, row = divmod(index, self.count)
         return epoch * self.total + self.first + row
 
 
-class _Limit(grain.MapDataset):
+class _Limit(_Numbers):
     """The first `count` elements, then empty rows up to a multiple of the batch size."""
 
     def __init__(self, parent: grain.MapDataset, count: int, batch_size: int):
@@ -96,13 +101,11 @@ class _Limit(grain.MapDataset):
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
+    def _number(self, index: int) -> int:
         return self._parent[index] if index < self.count else _EMPTY_ROW
 
 
-class _Chosen(grain.MapDataset):
+class _Chosen(_Numbers):
     """Of every `batch_size` elements, those at `rows`."""
 
     def __init__(self, parent: grain.MapDataset, rows: np.ndarray, batch_size: int):
@@ -112,9 +115,7 @@ class _Chosen(grain.MapDataset):
     def __len__(self) -> int:
         return len(self._parent) // self.batch_size * len(self.rows)
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
+    def _number(self, index: int) -> int:
         batch, row = divmod(index, len(self.rows))
         return self._parent[batch * self.batch_size + self.rows[row]]
 

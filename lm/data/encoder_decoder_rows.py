@@ -15,7 +15,7 @@ from lm.config import check
 from lm.data import counter_rng
 from lm.data.cache import TokenizedCorpus
 from lm.data.config import CorruptionConfig, DataConfig
-from lm.data.packing import Pieces, Placement, RowItems, Rows, cut_documents
+from lm.data.packing import Pieces, Placement, RowItems, Rows, cut_documents, spread
 
 _NOISE, _KEPT, _ROTATION = 1, 2, 3  # purposes of random numbers
 
@@ -200,7 +200,7 @@ class HiddenSpans(EncoderDecoderRows):
         kept[first] -= rest
         kept = np.insert(kept, first + spans, rest)
         gone = np.insert(gone, first + spans, 0)
-        number = Placement(np.arange(len(spans)), spans + 1).within
+        _, number = spread(spans + 1)
         is_last = number == np.repeat(spans, spans + 1)
         marks = np.where(is_last, self.corpus.eos_id, self._sentinels[number * ~is_last])
 
@@ -228,8 +228,7 @@ def _partitions(
     token is empty.
     """
     results = []
-    piece = np.repeat(np.arange(len(lengths)), lengths)
-    within = np.arange(len(piece)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    piece, within = spread(lengths)
     for sizes, purpose in ((lengths - hidden, _KEPT), (hidden, _NOISE)):
         chosen = within < np.repeat(sizes, lengths)  # one number per token to be divided
         owner, place = piece[chosen], within[chosen]

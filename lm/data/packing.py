@@ -222,9 +222,9 @@ class Concatenated(Rows):
         low = np.searchsorted(offsets, starts, side="right")
         high = np.searchsorted(offsets, starts + lengths, side="left")
         counts = high - low + 1
-        which = np.repeat(np.arange(len(rows)), counts)
+        which, within = spread(counts)
         begin = np.cumsum(counts) - counts
-        cut = np.arange(len(which)) - np.repeat(begin, counts) + np.repeat(low, counts) - 1
+        cut = within + np.repeat(low, counts) - 1
         piece_starts = offsets[cut]
         piece_starts[begin] = starts
         piece_ends = np.empty_like(piece_starts)
@@ -252,9 +252,8 @@ class RowItems:
         """The items of `rows`, in order: index into `rows` and number of the item."""
         low = self._bounds[rows]
         counts = self._bounds[rows + 1] - low
-        which = np.repeat(np.arange(len(rows)), counts)
-        index = np.arange(len(which)) + np.repeat(low - (np.cumsum(counts) - counts), counts)
-        return which, self._order[index]
+        which, within = spread(counts)
+        return which, self._order[within + np.repeat(low, counts)]
 
 
 class Packed(Rows):
@@ -283,9 +282,15 @@ class Packed(Rows):
 def cut_documents(starts: np.ndarray, ends: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Starts and lengths of the pieces of all documents: whole blocks, then what is left."""
     counts = -(-(ends - starts) // size)
-    index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    pieces = np.repeat(starts, counts) + index * size
-    return pieces, np.minimum(np.repeat(ends, counts) - pieces, size)
+    which, number = spread(counts)
+    pieces = starts[which] + number * size
+    return pieces, np.minimum(ends[which] - pieces, size)
+
+
+def spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each of sum(counts) things in order, whose it is, and which of its owner's, from 0."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def best_fit_decreasing(lengths: np.ndarray, size: int) -> np.ndarray:
