@@ -190,21 +190,19 @@ def _put(values: dict[str, Any], section: type, field: str, texts: Sequence[str]
     Raises:
       ConfigError: there is no such field, or it is a section.
     """
-    at, kind = values, section
+    leaves = _leaves(section)
+    if field not in leaves:
+        meant = _meant(field, section)
+        close = f" (did you mean config.{meant}?)" if meant else ""
+        inside = any(leaf.startswith(f"{field}.") for leaf in leaves)
+        check(inside, f"config.{field} is not a known field{close}")
+        raise ConfigError(
+            f"config.{field} is a section: set its fields, as in --config.{field}.NAME=VALUE"
+        )
     *outer, last = field.split(".")
     for name in outer:
-        kind = hints(kind).get(name)
-        if not dataclasses.is_dataclass(kind):
-            raise ConfigError(_unknown(field, section))
-        at = at.setdefault(name, {})
-    if last not in hints(kind) or last not in {f.name for f in dataclasses.fields(kind)}:
-        raise ConfigError(_unknown(field, section))
-    hint = hints(kind)[last]
-    check(
-        not dataclasses.is_dataclass(hint),
-        f"config.{field} is a section: set its fields, as in --config.{field}.NAME=VALUE",
-    )
-    at[last] = coerce(from_texts(texts, hint), hint, f"config.{field}")
+        values = values.setdefault(name, {})
+    values[last] = coerce(from_texts(texts, leaves[field]), leaves[field], f"config.{field}")
 
 
 def _leaves(section: type, prefix: str = "") -> dict[str, Any]:
@@ -228,12 +226,6 @@ def _meant(field: str, section: type) -> str:
     beside = [path for path in known if path.rpartition(".")[0] == field.rpartition(".")[0]]
     close = difflib.get_close_matches(field, beside, n=1, cutoff=0.7)
     return (close or difflib.get_close_matches(field, known, n=1, cutoff=0.6) or [""])[0]
-
-
-def _unknown(field: str, section: type) -> str:
-    meant = _meant(field, section)
-    hint = f" (did you mean config.{meant}?)" if meant else ""
-    return f"config.{field} is not a known field{hint}"
 
 
 # What other codebases call our fields.
