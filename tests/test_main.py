@@ -228,7 +228,8 @@ def test_no_filter_is_none_and_zero_and_a_long_text_slides_on(here):
 def test_a_mask_token_asked_of_a_tokenizer_without_one_is_added(here):
     code, output, errors = main(*arguments(here, [
         "--workdir=HERE/masked", "tokenizer.path=RUN/tokenizer", "tokenizer.mask_token=True",
-        "objective.name=masked", "model.architecture=encoder", "train.steps=2", "checkpoint.every=0",
+        "objective.name=masked", "model.architecture=encoder", "train.steps=2",
+        "checkpoint.every=0",
     ]))  # fmt: skip
     assert (code, errors) == (0, "")
     assert "tokenizer: byte, 258 tokens" in output

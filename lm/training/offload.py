@@ -32,10 +32,7 @@ Specs = Mapping[str, ParamSpec]
 def streamed_update(config: OptimizerConfig, total_steps: int, specs: Specs) -> Update:
     """The update of `make_optimizer(config, total_steps, specs)`, its state coming from the host.
 
-    Args:
-      config: of an optimizer that `lm.training.workload.check_offload` accepts.
-      total_steps: of the learning-rate schedule.
-      specs: the parameters' declarations.
+    Of an optimizer that `lm.training.workload.check_offload` accepts.
     """
     clip = config.clip_norm
     unclipped = dataclasses.replace(config, clip_norm=0.0)  # the norm is that of all parts together

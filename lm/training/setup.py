@@ -15,7 +15,7 @@ from lm.parallel.mesh import assemble, batch_sharding, replicated
 from lm.parallel.sharding import ParamSpec, parameter_shardings, zero_rules
 from lm.training.offload import streamed_update
 from lm.training.optimizer import Optimizer, make_optimizer
-from lm.training.step import Batch, State, initial_state, make_train_step
+from lm.training.step import Batch, State, initial_state, make_train_step, whole_update
 from lm.training.workload import HOST, Workload
 
 
@@ -73,20 +73,12 @@ def set_up(workload: Workload) -> Training:
     model = skeleton(workload.model)
     specs = param_specs(model)
     optimizer = make_optimizer(workload.optimizer, train.steps, specs)
-    memory = update = None
+    memory, update = None, whole_update(optimizer)
     if train.offload_optimizer:
         memory, update = HOST, streamed_update(workload.optimizer, train.steps, specs)
     abstract = abstract_state(specs, optimizer, layout.mesh, layout.zero, memory)
-    step = make_train_step(
-        model,
-        workload.objective,
-        optimizer,
-        train,
-        workload.seed,
-        workload.max_targets,
-        parameter_shardings(specs, layout.mesh, zero_rules(layout.zero, "gradients")),
-        update,
-    )
+    gradients = parameter_shardings(specs, layout.mesh, zero_rules(layout.zero, "gradients"))
+    step = make_train_step(workload, model, optimizer, update, gradients)
     options = None
     if train.compiler == "tuned":
         device = next(iter(layout.mesh.local_devices), layout.mesh.devices.flat[0])

@@ -15,12 +15,13 @@ import optax
 from jax.sharding import NamedSharding
 
 from lm.models import Model, bind
-from lm.objectives import ObjectiveConfig, token_loss
-from lm.training.config import TrainConfig
+from lm.objectives import token_loss
 from lm.training.optimizer import Optimizer, global_norm
+from lm.training.workload import Workload
 
 State = dict[str, Any]
 Batch = Mapping[str, jax.Array]
+Shardings = dict[str, NamedSharding]  # by parameter
 # (summed gradients, what divides them, the norm of that mean, the optimizer's state, parameters,
 # whether to skip this step, learning rate) → the next parameters and state: as they were where the
 # step is skipped.
@@ -40,11 +41,7 @@ def initial_state(params: Mapping[str, jax.Array], optimizer: Optimizer) -> Stat
 
 
 def gradients(
-    loss_fn: Callable,
-    params,
-    batch: Batch,
-    accumulation: int,
-    shardings: Mapping[str, NamedSharding] | None = None,
+    loss_fn: Callable, params, batch: Batch, accumulation: int, shardings: Shardings
 ) -> tuple[Any, Any]:
     """Gradient of the summed loss over `batch`, and its summed metrics.
 
@@ -54,18 +51,13 @@ def gradients(
     Args:
       loss_fn: (params, batch, rows [B]) → (summed loss, summed metrics); `rows` are the numbers of
         the batch's rows in the whole.
-      params: to differentiate by.
-      batch: arrays [B, …].
-      accumulation: micro-batches.
-      shardings: of the gradients; as XLA likes them unless given.
+      shardings: of the gradients.
     """
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
     def summed(batch, rows_B):
         grads, metrics = grad_fn(params, batch, rows_B)
-        if shardings is not None:
-            grads = jax.lax.with_sharding_constraint(grads, dict(shardings))
-        return grads, metrics
+        return jax.lax.with_sharding_constraint(grads, shardings), metrics
 
     rows_B = jnp.arange(jax.tree.leaves(batch)[0].shape[0], dtype=jnp.int32)
     if accumulation == 1:
@@ -97,14 +89,7 @@ def whole_update(optimizer: Optimizer) -> Update:
 
 
 def make_train_step(
-    skeleton: Model,
-    objective: ObjectiveConfig,
-    optimizer: Optimizer,
-    config: TrainConfig,
-    seed: int,
-    max_targets: int = 0,
-    shardings: Mapping[str, NamedSharding] | None = None,
-    update: Update | None = None,
+    workload: Workload, model: Model, optimizer: Optimizer, update: Update, shardings: Shardings
 ) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
     """A function (state, batches [N, B, T]) → (state after N steps, metrics [N]).
 
@@ -116,24 +101,18 @@ def make_train_step(
     Metrics: those of `lm.objectives.token_loss` (sums), `grad_norm`, `skipped`, `learning_rate`.
 
     Args:
-      skeleton: the model.
-      objective: the loss.
-      optimizer: gradients to updates.
-      config: accumulation, and what counts as a spike.
-      seed: of dropout.
-      max_targets: at most so many targets in a row; 0: any number.
-      shardings: of the gradients, by parameter ; as XLA likes them unless given.
-      update: from gradients to the next state; `whole_update(optimizer)` unless given.
+      update: from gradients to the next state.
+      shardings: of the gradients.
     """
-    update = update or whole_update(optimizer)
+    objective, config, most = workload.objective, workload.train, workload.max_targets
 
     def one_step(state: State, batch: Batch):
         key = None
-        if skeleton.config.dropout:  # made here, since a plan's devices cannot make one
-            key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        if model.config.dropout:  # made here, since a plan's devices cannot make one
+            key = jax.random.fold_in(jax.random.key(workload.seed), state["step"])
 
         def loss_fn(params, batch, rows_B):
-            return token_loss(bind(skeleton, params), batch, objective, key, max_targets, rows_B)
+            return token_loss(bind(model, params), batch, objective, key, most, rows_B)
 
         summed, metrics = gradients(loss_fn, state["params"], batch, config.accumulation, shardings)
         weight = jnp.maximum(metrics["weight"], 1.0)

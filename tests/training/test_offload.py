@@ -10,16 +10,16 @@ import pytest
 import tiny_models
 
 from lm.config import ConfigError
-from lm.models import init, param_specs, skeleton
-from lm.objectives import ObjectiveConfig
+from lm.models import init
+from lm.parallel.layout import lay_out
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.parallel.sharding import ParamSpec
 from lm.training.checkpoints import CheckpointConfig, Checkpointer
 from lm.training.config import TrainConfig
 from lm.training.offload import streamed_update
 from lm.training.optimizer import OptimizerConfig, global_norm, make_optimizer
-from lm.training.setup import abstract_state
-from lm.training.step import initial_state, make_train_step, whole_update
+from lm.training.setup import abstract_state, set_up
+from lm.training.step import initial_state, whole_update
 from lm.training.workload import HOST, Workload, check_offload
 
 STEPS = 3
@@ -35,20 +35,16 @@ SPECS = {
 }
 
 
-def created(specs, optimizer, abstract):
-    """The state before the first step, where `abstract` says."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(lambda key: initial_state(init(specs, key), optimizer), out_shardings=shardings)(
-        jax.random.key(0)
-    )
-
-
 def state_on(mesh, config, memory=None, zero=3):
     """A state of `SPECS`, what it is abstractly, and its optimizer."""
     optimizer = make_optimizer(config, STEPS, SPECS)
     with jax.set_mesh(mesh):
         abstract = abstract_state(SPECS, optimizer, mesh, zero, memory)
-        return created(SPECS, optimizer, abstract), abstract, optimizer
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        first = jax.jit(
+            lambda key: initial_state(init(SPECS, key), optimizer), out_shardings=shardings
+        )
+        return first(jax.random.key(0)), abstract, optimizer
 
 
 def after(state, abstract, update, mesh, skip=()):
@@ -136,26 +132,18 @@ def test_a_checkpoint_restores_into_either_memory(tmp_path, saved, restored):
 
 @pytest.mark.slow
 def test_training_steps_in_one_dispatch_are_those_without():
-    model = skeleton(tiny_models.config(num_layers=1))
-    specs = param_specs(model)
-    optimizer = make_optimizer(ADAMW, STEPS, specs)
     tokens_NBT = np.random.default_rng(0).integers(0, 40, (STEPS, 4, 9), np.int32)
     batches = {"inputs": tokens_NBT[..., :-1], "targets": tokens_NBT[..., 1:]}
     batches["weights"] = np.ones((STEPS, 4, 8), np.float32)
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    layout = lay_out("", MeshConfig(), -1, jax.devices()[:1])
 
-    def trained(memory, update):
-        with jax.set_mesh(mesh):
-            abstract = abstract_state(specs, optimizer, mesh, 3, memory)
-            step = make_train_step(
-                model, ObjectiveConfig(), optimizer, TrainConfig(), 0, update=update
-            )
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-            step = tiny_models.compiled(step, donate_argnums=0, out_shardings=(shardings, None))
-            return step(created(specs, optimizer, abstract), batches)
+    def trained(offload):
+        model, train = tiny_models.config(num_layers=1), TrainConfig(STEPS, 1, offload)
+        training = set_up(Workload(model, 8, 4, optimizer=ADAMW, train=train, layout=layout))
+        with layout.active():
+            return training.step(training.create_state(), batches)
 
-    streamed = trained(HOST, streamed_update(ADAMW, STEPS, specs))
-    assert_same(streamed, trained(None, None), atol=1e-6)
+    assert_same(trained(True), trained(False), atol=1e-6)
 
 
 def test_what_cannot_be_offloaded_is_said():
