@@ -29,7 +29,6 @@ from orbax.checkpoint import v1 as ocp
 
 from lm.config import ConfigError, check
 from lm.files import write_durably
-from lm.parallel import hosts
 
 MANIFEST = "manifest.json"
 T = TypeVar("T")
@@ -65,7 +64,7 @@ def load_tree(path: pathlib.Path, abstract: Any, partial: bool) -> Any:
     target = jax.tree.map_with_path(as_saved, abstract)
     context = _orbax_context()
     context.pytree.loading.partial_load = partial
-    if hosts.count() > 1 and own_devices_only(abstract):
+    if jax.process_count() > 1 and own_devices_only(abstract):
         here = jax.process_index()
         context.multiprocessing.primary_host = here
         context.multiprocessing.active_processes = {here}
@@ -125,7 +124,7 @@ def _read(path: pathlib.Path, read: Callable[[pathlib.Path], T]) -> T:
         raise
     except Exception as error:
         known = isinstance(error, OSError | MemoryError | jax.errors.JaxRuntimeError)
-        if known or hosts.count() > 1:  # the others may have read their part of it
+        if known or jax.process_count() > 1:  # the others may have read their part of it
             raise ConfigError(f"{path} could not be read: {reason(error)}") from error
         raise Damaged(f"cannot be decoded: {reason(error)}") from error
 

@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+from jax.experimental import multihost_utils
 
 from lm import files
 from lm.config import ConfigError, Count, Positive, check
@@ -101,6 +102,8 @@ class Checkpointer:
 
     def _claim(self) -> str:
         """Takes the directory for this run; why that cannot be, or ''."""
+        if jax.process_index() > 0:
+            return ""
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             lock = self._held.enter_context(files.lock(self._directory / LOCK, wait=False))
@@ -149,7 +152,7 @@ class Checkpointer:
         def finish() -> None:
             with self._explained(step):
                 writing.result()  # of all processes
-                if hosts.index() == 0:
+                if jax.process_index() == 0:
                     files.write_durably(scratch / EXTRA, extra_json)
                     write_manifest(scratch, step, metrics, sums)
                     self._delete([path] if path.exists() else [])
@@ -196,7 +199,7 @@ class Checkpointer:
     def discard_after(self, step: int) -> None:
         """Deletes the checkpoints newer than `step`: a run rolled back there has left them."""
         self.wait()
-        if hosts.index() == 0:
+        if jax.process_index() == 0:
             self._delete([p for p in saved_paths(self._directory) if int(p.name) > step])
             self._sweep()
 
@@ -207,7 +210,8 @@ class Checkpointer:
           ConfigError: that save failed.
         """
         self._settle()
-        hosts.barrier()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoint saved")
 
     def close(self) -> None:
         """Waits for the save in flight and ends the writing thread; raises what `wait` raises."""
@@ -248,7 +252,7 @@ class Checkpointer:
 
     def _sweep(self) -> None:
         """Deletes what killed saves and deletions left. No save may be in flight."""
-        if hosts.index() == 0:
+        if jax.process_index() == 0:
             for path in [*self._directory.glob("*.saving*"), *self._directory.glob("*.deleting")]:
                 if path.is_dir():
                     shutil.rmtree(path, ignore_errors=True)

@@ -157,7 +157,7 @@ FOREIGN: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "experts": (family("mixtral", **LLAMA, num_local_experts=HUGE), "its 40 tensors"),
     "local layers": (family("gemma2", **LLAMA | {"num_hidden_layers": HUGE}), "num_hidden_layers"),
     "no scale": (family("gemma2", **LLAMA, query_pre_attn_scalar=0), "ZeroDivisionError"),
-    "heads of llama": (family("llama", **LLAMA | {"num_attention_heads": 0}), "num_attention_heads=0"),
+    "heads of llama": (family("llama", **LLAMA | {"num_attention_heads": 0}), "_heads=0"),
     "rope of text": (
         family("llama", **LLAMA, rope_scaling={"type": "yarn", "factor": "4"}),
         "config.json",
