@@ -15,8 +15,10 @@ from lm.config import ConfigError, view
 from lm.experiments.why_attention.config import TRANSLATORS, WhyAttentionJob
 from lm.experiments.why_attention.measure import accuracy, measure_bottleneck, reach
 from lm.experiments.why_attention.tasks import TEST, Task, copying, repeated, translation
+from lm.inference import Framing, Generator, SamplingConfig
+from lm.inference.decode import NOTHING
 from lm.jobs import why_attention
-from lm.models import ModelConfig, bind, init, param_specs, skeleton
+from lm.models import ModelConfig, init, param_specs, skeleton
 from lm.tokenizers import TokenizerConfig
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "why_attention.py"
@@ -107,25 +109,17 @@ def test_a_network_that_forgets_everything_feels_its_loss_at_the_last_token_alon
 
 def test_the_share_of_whole_texts_is_that_of_greedy_decoding():
     config = tiny(cell="gru", architecture="encoder_decoder")
-    model, values, task = skeleton(config), start(config), copying(0, 10, 6, 4)
+    values, task = start(config), copying(0, 10, 6, 4)
     sources = [source for pairs in task.test.values() for source, _ in pairs]
-
-    @tiny_models.compiled
-    def greedy(values, batch):
-        bound = bind(model, values)
-        cache = bound.new_cache(len(sources), 7, batch["source"], batch["source_segment_ids"])
-        token, written = batch["inputs"][:, :1], []
-        for position in range(6):
-            x, cache = bound.extend(token, jnp.full_like(token, position), cache)
-            token = bound.unembed(x).argmax(-1)
-            written.append(token)
-        return jnp.concatenate(written, 1)
-
-    written = np.asarray(greedy(values, task.batch([[(s, s)] for s in sources])))
+    framing = Framing(decoder_start=(task.begin,), end_of_text=(task.end,))
+    greedy = SamplingConfig(temperature=0, max_new_tokens=6)
+    generation = Generator(skeleton(config), values, framing).generate(
+        [[*source, task.end] for source in sources], greedy
+    )
+    written = np.concatenate(list(generation), 1)
     # Up to a token that the model takes for the end, what it writes is right by definition.
-    texts = [text[: np.argmax(np.append(text == task.end, True))] for text in written]
-    ended = np.array([len(text) < 6 for text in texts])
-    texts = [text if over else text[:6] for text, over in zip(texts, ended)]
+    texts = [text[~np.isin(text, (task.end, NOTHING))] for text in written]
+    ended = np.array(generation.ended)
     own = dataclasses.replace(
         task, test={float(i): [pair] for i, pair in enumerate(zip(sources, texts))}
     )

@@ -20,7 +20,13 @@ from trained_tokenizers import corpus
 from lm.config import ConfigError
 from lm.tokenizers import load
 
-TEXTS = (*corpus()[:10], "The cat sat.", "  two  spaces", "<mask> [MASK] <extra_id_0> </s>", "")
+TEXTS = (
+    *corpus()[:10],
+    "The cat sat.",
+    "  two  spaces",
+    "<mask> [MASK] <extra_id_0> </s> <pad>",
+    "",
+)
 
 
 def special(name):
@@ -57,8 +63,9 @@ def word_piece():
 
 
 def unigram():
-    """T5's: a space in front, sentinels last and counted down."""
+    """T5's: normalised, a space in front, sentinels last and counted down."""
     rust = Tokenizer(models.Unigram())
+    rust.normalizer = normalizers.NFKC()
     rust.pre_tokenizer = pre_tokenizers.Metaspace()
     rust.decoder = decoders.Metaspace()
     trainer = trainers.UnigramTrainer(
@@ -114,7 +121,7 @@ def check_same(tokenizer, rust, exact=True):
             assert tokenizer.decode(ids) == rust.decode(ids)
         if exact:
             assert tokenizer.decode(ids) == text
-        assert not {tokenizer.mask_id, *tokenizer.sentinel_ids} & set(ids)
+        assert not set(tokenizer.special_names) - {tokenizer.unk_id} & set(ids)
 
 
 def roles(tokenizer):
@@ -300,6 +307,8 @@ def test_t5_counts_its_sentinels_down_and_starts_with_padding(tmp_path):
     assert tokenizer.sentinel_ids == tuple(range(size - 1, size - 101, -1))
     assert tokenizer.sentinel_ids[0] == rust.token_to_id("<extra_id_0>")
     assert roles(tokenizer) == ["<pad>", "</s>", "<pad>", "<unk>", None]
+    assert not tokenizer.lossless and tokenizer.lossy_because
+    assert rust.encode("the cat</s>").ids[-1] == tokenizer.eos_id, "the library finds names"
     check_same(tokenizer, rust, exact=False)
     tokenizer.save(tmp_path / "saved")
     assert load(tmp_path / "saved").sentinel_ids == tokenizer.sentinel_ids
@@ -354,7 +363,15 @@ def test_llamas_sentence_pieces_have_their_roles(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     tokenizer = load(tmp_path)
     assert roles(tokenizer) == ["<s>", "</s>", None, "<unk>", None]
+    assert tokenizer.kind == "sentencepiece_bpe" and not tokenizer.lossless
     assert tokenizer.sentinel_ids == ()
+    library = sentencepiece.SentencePieceProcessor(model_proto=data)
+    for text in ("the cat sat", "Mia 🙂 ran.", ""):
+        ids = tokenizer.encode(text)
+        assert ids == library.encode(text)
+        assert tokenizer.decode(ids) == library.decode(ids)
+    tokenizer.save(tmp_path / "saved")
+    assert load(tmp_path / "saved").files() == tokenizer.files()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])

@@ -85,6 +85,7 @@ def with_added_tokens(kind):
 def test_added_tokens_are_text_like_any_other(kind, text):
     tokenizer = with_added_tokens(kind)
     ids = tokenizer.encode(text)
+    assert tokenizer.lossless or kind not in ("byte", "bpe")
     if tokenizer.lossless:
         assert tokenizer.decode(ids) == text
     stream = tokenizer.decode_stream()
@@ -92,10 +93,6 @@ def test_added_tokens_are_text_like_any_other(kind, text):
     for name in ADDED:
         id = tokenizer.rust.token_to_id(name)
         assert tokenizer.token_bytes(id) == name.encode() or not tokenizer.lossless
-
-
-def test_byte_level_added_tokens_keep_every_text():
-    assert with_added_tokens("bpe").lossless and with_added_tokens("byte").lossless
 
 
 def test_an_added_token_that_swallows_what_is_around_it_is_a_loss(tmp_path):
@@ -130,6 +127,7 @@ def test_a_batch_equals_its_texts_one_by_one(tokenizer):
     batch = tokenizer.encode_batch(texts)
     assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts]
     assert all(ids.dtype == np.int32 for ids in batch)
+    assert all(tokenizer.decode(ids) == tokenizer.decode(ids.tolist()) for ids in batch)
     assert tokenizer.encode_batch([]) == []
 
 
@@ -163,8 +161,3 @@ def test_specials_add_nothing_to_the_text(tokenizer):
     assert tokenizer.token_bytes(tokenizer.eos_id) == b""
     assert tokenizer.byte_lengths().shape == (tokenizer.vocab_size,)
     assert tokenizer.vocab_size > max(tokenizer.special_ids.values())
-
-
-def test_decoding_takes_arrays(tokenizer):
-    ids = tokenizer.encode_batch(["the cat"])[0]
-    assert tokenizer.decode(ids) == tokenizer.decode(ids.tolist())

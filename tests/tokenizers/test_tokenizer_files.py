@@ -1,13 +1,12 @@
 """Saving, reloading, and opening what others wrote."""
 
-import io
+import contextlib
 import json
 import pickle
 
 import pytest
-import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers
 from trained_tokenizers import corpus, trained
 
 from lm.config import ConfigError
@@ -104,75 +103,12 @@ def test_roles_come_from_the_files_beside_tokenizer_json(tmp_path):
     assert kept["chat_template"] == "{{x}}"
 
 
-def unigram_json(directory):
-    """As T5's: normalised, a space in front, specials inside the lattice."""
-    rust = tokenizers.Tokenizer(models.Unigram())
-    rust.normalizer = normalizers.NFKC()
-    rust.pre_tokenizer = pre_tokenizers.Metaspace()
-    rust.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=200,
-        special_tokens=["<pad>", "</s>", "<unk>"],
-        unk_token="<unk>",
-        show_progress=False,
-    )
-    rust.train_from_iterator(corpus(), trainer)
-    rust.save(str(directory / "tokenizer.json"))
-    return rust
-
-
-def test_a_unigram_lattice_does_not_contain_the_names_of_specials(tmp_path):
-    rust = unigram_json(tmp_path)
-    tokenizer = load(tmp_path)
-    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id) == (0, 1, 2)
-    assert rust.encode("the cat</s>").ids[-1] == 1
-    assert 1 not in tokenizer.encode("the cat</s>") and 0 not in tokenizer.encode("<pad>")
-    assert not tokenizer.lossless and tokenizer.lossy_because
-
-
-def test_other_decoders_give_the_librarys_text(tmp_path):
-    rust = unigram_json(tmp_path)
-    tokenizer = load(tmp_path)
-    wordpiece = trained("wordpiece")
-    library = tokenizers.Tokenizer.from_str(wordpiece.model_files()["tokenizer.json"].decode())
-    for text in corpus()[:50]:
-        assert tokenizer.encode(text) == rust.encode(text).ids
-        assert tokenizer.decode(tokenizer.encode(text)) == rust.decode(rust.encode(text).ids)
-        ids = wordpiece.encode(text)
-        assert library.encode(text).ids == ids
-        assert wordpiece.decode(ids) == library.decode(ids)
-
-
 def test_a_vocabulary_without_end_of_text_gets_one_after_its_last_id(tmp_path):
     rust = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "cat": 1}, unk_token="[UNK]"))
     rust.pre_tokenizer = pre_tokenizers.Whitespace()
     rust.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load(tmp_path)
     assert (tokenizer.eos_id, tokenizer.vocab_size, tokenizer.unk_id) == (2, 3, 0)
-    tokenizer.save(tmp_path / "saved")
-    assert_same(load(tmp_path / "saved"), tokenizer)
-
-
-def test_a_sentencepiece_model_of_others_opens(tmp_path):
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(  # the library's defaults: NFKC, a space in front
-        sentence_iterator=iter(corpus()),
-        model_writer=model,
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        minloglevel=3,
-        hard_vocab_limit=False,
-    )
-    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    tokenizer = load(tmp_path)
-    library = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    assert tokenizer.kind == "sentencepiece_bpe" and not tokenizer.lossless
-    assert (tokenizer.bos_id, tokenizer.eos_id) == (library.bos_id(), library.eos_id())
-    for text in ("the cat sat", "Mia 🙂 ran.", ""):
-        ids = tokenizer.encode(text)
-        assert ids == library.encode(text)
-        assert tokenizer.decode(ids) == library.decode(ids)
     tokenizer.save(tmp_path / "saved")
     assert_same(load(tmp_path / "saved"), tokenizer)
 
@@ -205,18 +141,10 @@ def test_damaged_files_are_named_not_traced(tokenizer, tmp_path):
         assert "\n" not in str(caught.value)
         tokenizer.save(directory)
         (directory / name).unlink()
-        with pytest.raises(ConfigError, match="missing") if name != DESCRIPTION else never():
+        refused = pytest.raises(ConfigError, match="missing")
+        # Without its description a directory may still open as someone else's.
+        with refused if name != DESCRIPTION else contextlib.suppress(ConfigError):
             load(directory)
-
-
-class never:
-    """A directory without its description may still open as someone else's."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        return kind is not None and issubclass(kind, ConfigError)
 
 
 def test_a_changed_file_is_noticed(tmp_path):

@@ -11,7 +11,7 @@ import regex
 from tiktoken_ext import openai_public
 from trained_tokenizers import corpus, trained
 
-from lm.config import ConfigError, defaults, view
+from lm.config import ConfigError
 from lm.tokenizers import TokenizerConfig, train
 from lm.tokenizers.config import PATTERNS, TRAINED_KINDS
 
@@ -115,6 +115,9 @@ def test_bpe_is_lossless_under_any_pattern(name):
         ({"pattern": "gpt3"}, r"pattern='gpt3' .*did you mean 'gpt2'\?"),
         ({"pattern": "(a"}, r"pattern='\(a' is not a regular expression"),
         ({"special_tokens": ("<a>", "<a>")}, "must be distinct"),
+        ({"special_tokens": ("[MASK]",), "mask_token": True}, "must be distinct"),
+        ({"special_tokens": ("<extra_id_1>",), "num_sentinels": 2}, "must be distinct"),
+        ({"num_sentinels": -1}, "num_sentinels=-1 must be at least 0"),
         ({"special_tokens": ("<|endoftext|>",)}, "must be distinct"),
         ({"min_frequency": 0}, "min_frequency=0 must be at least 1"),
         ({"character_coverage": 1.5}, "character_coverage=1.5 must be in"),
@@ -157,9 +160,3 @@ def test_text_of_awkward_characters_alone_trains_or_is_refused(kind):
     except ConfigError:
         return
     assert tokenizer.lossless == (tokenizer.decode(tokenizer.encode("▁ \0é")) == "▁ \0é")
-
-
-def test_the_section_survives_a_config_file():
-    config = defaults(TokenizerConfig)
-    config.special_tokens = ("<|user|>",)
-    assert view(TokenizerConfig, config).specials == ("<|endoftext|>", "<|user|>")
