@@ -36,8 +36,9 @@ class Block(nnx.Module):
     Each is added to the residual stream. Pre-norm normalises what a sublayer reads (Radford et al.
     2019), post-norm the stream it leaves behind (Vaswani et al. 2017), sandwich what it reads and
     what it writes (Gemma 2 report, §2). In a parallel block attention and MLP read the same stream
-    (Chowdhery et al. 2022, §2). A block that `crosses` attends to an encoder; in a `mixture` experts
-    take the MLP's place.
+    (Chowdhery et al. 2022, §2).
+
+    A block that `crosses` attends to an encoder; in a `mixture`, experts take the MLP's place.
     """
 
     def __init__(self, config: ModelConfig, crosses: bool = False, mixture: bool = False):
