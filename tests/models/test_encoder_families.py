@@ -1,6 +1,6 @@
 """BERT, RoBERTa, T5 and BART from Hugging Face directories: golden files, names, refusals.
 
-The golden files are what transformers saved and computed: `tests/golden/make_encoders.py`.
+The golden files are what transformers saved and computed: `tests/golden/make.py`.
 """
 
 import dataclasses
