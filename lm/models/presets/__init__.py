@@ -17,7 +17,7 @@ from typing import Any
 from lm.config import check, hints, nearest, view
 from lm.models.config import ModelConfig
 from lm.models.presets import decoders, encoders, llama
-from lm.models.presets.family import Preset
+from lm.models.presets.table import Preset
 
 PRESETS: dict[str, Preset] = {**encoders.PRESETS, **decoders.PRESETS, **llama.PRESETS}
 

@@ -1,6 +1,6 @@
 """Decoders before and beside Llama: GPT-1 to GPT-3, OPT, BLOOM, Pythia and GPT-NeoX, PaLM."""
 
-from lm.models.presets.family import family
+from lm.models.presets.table import table
 
 _GPT = {
     "positions": "learned",
@@ -10,7 +10,7 @@ _GPT = {
     "initializer": "gpt2",
 }
 
-PRESETS = family(
+PRESETS = table(
     "Radford et al. 2018, §4.1; openai-community/openai-gpt",
     {
         **_GPT,
@@ -24,7 +24,7 @@ PRESETS = family(
     gpt1=(12, 12, 768),
 )
 
-PRESETS |= family(
+PRESETS |= table(
     "Radford et al. 2019, table 2; openai-community/gpt2",
     {**_GPT, "vocab_size": 50_257, "max_length": 1024, "dropout": 0.1},
     "num_layers num_heads width",
@@ -37,7 +37,7 @@ PRESETS |= family(
 # Every layer attends to the whole context: the paper alternates such layers with banded sparse
 # ones, whose band it does not give. Two entries of its table contradict themselves: XL has 24 heads
 # of 128 in a width of 2,048 (16 make the 1.3B it states), and 13B a width of 5,140 for 40 of 128.
-PRESETS |= family(
+PRESETS |= table(
     "Brown et al. 2020, table 2.1",
     {**_GPT, "vocab_size": 50_257, "max_length": 2048},
     "num_layers num_heads width",
@@ -52,7 +52,7 @@ PRESETS |= family(
 )
 
 # Without 350M, the one size with embeddings narrower than its blocks, and post-norm.
-PRESETS |= family(
+PRESETS |= table(
     "Zhang et al. 2022, table 1; facebook/opt-125m",
     {
         **_GPT,
@@ -74,7 +74,7 @@ PRESETS |= family(
     opt_175b=(96, 96, 12_288),
 )
 
-PRESETS |= family(
+PRESETS |= table(
     "Le Scao et al. 2022, table 3; bigscience/bloom",
     {
         **_GPT,
@@ -104,7 +104,7 @@ _NEOX = {
     "initializer": "normal",
 }
 
-PRESETS |= family(
+PRESETS |= table(
     "Biderman et al. 2023, table 1; EleutherAI/pythia-160m",
     {**_NEOX, "activation": "gelu"},
     "num_layers num_heads width",
@@ -121,7 +121,7 @@ PRESETS |= family(
     pythia_12b=(36, 40, 5120, {"vocab_size": 50_688}),
 )
 
-PRESETS |= family(
+PRESETS |= table(
     "Black et al. 2022, §2; EleutherAI/gpt-neox-20b",
     {**_NEOX, "activation": "gelu_tanh", "vocab_size": 50_432},
     "num_layers num_heads width",
@@ -130,7 +130,7 @@ PRESETS |= family(
 
 # Attention and MLP in parallel behind one LayerNorm without bias, one key/value head, SwiGLU, and
 # tied embeddings of unit spread behind a head scaled by width^-½.
-PRESETS |= family(
+PRESETS |= table(
     "Chowdhery et al. 2022, table 1 and §2",
     {
         "vocab_size": 256_000,

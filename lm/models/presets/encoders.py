@@ -1,6 +1,6 @@
 """Models with an encoder: the first Transformer, BERT, RoBERTa, T5 and BART."""
 
-from lm.models.presets.family import family
+from lm.models.presets.table import table
 
 # ---- The Transformer (Vaswani et al. 2017) ---------------------------------------------------
 # Encoder-decoder, post-norm, sinusoids, ReLU, embeddings shared three ways and scaled by √width.
@@ -21,7 +21,7 @@ _TRANSFORMER = {
     "initializer": "xavier",
 }
 
-PRESETS = family(
+PRESETS = table(
     "Vaswani et al. 2017, table 3",
     _TRANSFORMER,
     "num_heads width dropout initializer_std",  # tensor2tensor: embeddings start at width^-½
@@ -48,7 +48,7 @@ _BERT = {
 }
 _MASKED = {"head_transform": True, "head_bias": True}
 
-PRESETS |= family(
+PRESETS |= table(
     "Devlin et al. 2019, §3, uncased: the encoder with its pooler",
     {**_BERT, "pooler": True},
     "num_layers num_heads width",
@@ -56,7 +56,7 @@ PRESETS |= family(
     bert_large=(24, 16, 1024),
 )
 
-PRESETS |= family(
+PRESETS |= table(
     "Devlin et al. 2019, §3, uncased: with the masked language model's head and no pooler",
     {**_BERT, **_MASKED},
     "num_layers num_heads width",
@@ -64,7 +64,7 @@ PRESETS |= family(
     bert_large_mlm=(24, 16, 1024),
 )
 
-PRESETS |= family(
+PRESETS |= table(
     "Liu et al. 2019, table 9, with the masked language model's head",
     {
         **_BERT,
@@ -96,7 +96,7 @@ _T5 = {
     "initializer": "t5",
 }
 
-PRESETS |= family(
+PRESETS |= table(
     "Raffel et al. 2020, §3.7",
     {**_T5, "activation": "relu", "output_scale": 0.0, "dropout": 0.1},
     "num_layers num_heads width head_dim mlp_width",
@@ -107,7 +107,7 @@ PRESETS |= family(
     t5_11b=(24, 128, 1024, 128, 65_536),
 )
 
-PRESETS |= family(
+PRESETS |= table(
     "google-research/text-to-text-transfer-transformer, released_checkpoints.md, T5 v1.1",
     {**_T5, "activation": "geglu", "tie_embeddings": False},  # and no dropout in pre-training
     "num_layers num_heads width head_dim mlp_width",
@@ -120,7 +120,7 @@ PRESETS |= family(
 
 # ---- BART (Lewis et al. 2020) ----------------------------------------------------------------
 
-PRESETS |= family(
+PRESETS |= table(
     "Lewis et al. 2020, §2.1; fairseq examples/bart",
     {
         "architecture": "encoder_decoder",

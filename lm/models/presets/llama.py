@@ -1,6 +1,6 @@
 """Llama and the models of its make: Mistral, Mixtral, DeepSeekMoE, Qwen and Gemma."""
 
-from lm.models.presets.family import family
+from lm.models.presets.table import table
 
 _LLAMA = {
     "tie_embeddings": False,
@@ -13,7 +13,7 @@ _SIZES = "num_layers num_heads num_kv_heads width mlp_width"
 
 # ---- Llama -----------------------------------------------------------------------------------
 
-PRESETS = family(
+PRESETS = table(
     "Touvron et al. 2023a, table 2; huggyllama/llama-7b",
     {**_LLAMA, "vocab_size": 32_000, "max_length": 2048, "norm_epsilon": 1e-6},
     _SIZES,
@@ -23,7 +23,7 @@ PRESETS = family(
     llama_65b=(80, 64, 64, 8192, 22_016),
 )
 
-PRESETS |= family(
+PRESETS |= table(
     "Touvron et al. 2023b, table 1; meta-llama/Llama-2-7b-hf",
     {**_LLAMA, "vocab_size": 32_000, "max_length": 4096},
     _SIZES,
@@ -43,7 +43,7 @@ _LLAMA3_1 = {
     "rotary_factor": 8.0,
 }
 
-PRESETS |= family(
+PRESETS |= table(
     "Grattafiori et al. 2024, table 3; meta-llama/Meta-Llama-3-8B",
     _LLAMA3,
     _SIZES,
@@ -51,7 +51,7 @@ PRESETS |= family(
     llama3_70b=(80, 64, 8, 8192, 28_672),
 )
 
-PRESETS |= family(
+PRESETS |= table(
     "Grattafiori et al. 2024, table 3; meta-llama/Llama-3.1-8B",
     _LLAMA3_1,
     _SIZES,
@@ -60,7 +60,7 @@ PRESETS |= family(
     llama3_1_405b=(126, 128, 8, 16_384, 53_248),
 )
 
-PRESETS |= family(
+PRESETS |= table(
     "meta-llama/Llama-3.2-1B, Llama-3.2-3B",
     {**_LLAMA3_1, "rotary_factor": 32.0, "tie_embeddings": True},
     _SIZES,
@@ -70,21 +70,21 @@ PRESETS |= family(
 
 # ---- Mistral, and mixtures of experts --------------------------------------------------------
 
-PRESETS |= family(
+PRESETS |= table(
     "Jiang et al. 2023, table 1; mistralai/Mistral-7B-v0.1",
     {**_LLAMA, "vocab_size": 32_000, "max_length": 32_768},
     _SIZES,
     mistral_7b=(32, 32, 8, 4096, 14_336, {"attention_pattern": ("local",), "window": 4096}),
 )
 
-PRESETS |= family(
+PRESETS |= table(
     "mistralai/Mistral-7B-v0.3: a larger vocabulary, no window",
     {**_LLAMA, "vocab_size": 32_768, "max_length": 32_768, "rotary_base": 1e6},
     _SIZES,
     mistral_7b_v0_3=(32, 32, 8, 4096, 14_336),
 )
 
-PRESETS |= family(
+PRESETS |= table(
     "Jiang et al. 2024, table 1; mistralai/Mixtral-8x7B-v0.1",
     {
         **_LLAMA,
@@ -98,7 +98,7 @@ PRESETS |= family(
     mixtral_8x22b=(56, 48, 8, 6144, 16_384, 65_536),
 )
 
-PRESETS |= family(
+PRESETS |= table(
     "Dai et al. 2024, §5.1.2; deepseek-ai/deepseek-moe-16b-base",
     {
         **_LLAMA,
@@ -121,7 +121,7 @@ PRESETS |= family(
 
 _QWEN = {**_LLAMA, "rotary_base": 1e6, "norm_epsilon": 1e-6}
 
-PRESETS |= family(
+PRESETS |= table(
     "Qwen Team 2024, table 1; Qwen/Qwen2.5-0.5B",
     {
         **_QWEN,
@@ -136,7 +136,7 @@ PRESETS |= family(
     qwen2_5_3b=(36, 16, 2, 2048, 11_008),
 )
 
-PRESETS |= family(
+PRESETS |= table(
     "Qwen Team 2024, table 1; Qwen/Qwen2.5-7B",
     {**_QWEN, "qkv_bias": True, "vocab_size": 152_064, "max_length": 131_072},
     f"{_SIZES} norm_epsilon",
@@ -146,7 +146,7 @@ PRESETS |= family(
     qwen2_5_72b=(80, 64, 8, 8192, 29_568, 1e-5),
 )
 
-PRESETS |= family(
+PRESETS |= table(
     "Yang et al. 2025, table 1; Qwen/Qwen3-0.6B",
     {**_QWEN, "qk_norm": True, "head_dim": 128, "vocab_size": 151_936, "max_length": 40_960},
     f"{_SIZES} tie_embeddings",
@@ -170,7 +170,7 @@ _GEMMA = {
     "activation": "geglu",
 }
 
-PRESETS |= family(
+PRESETS |= table(
     "Gemma Team 2024, table 1; google/gemma-2-2b",
     {
         **_GEMMA,
@@ -195,7 +195,7 @@ _GEMMA3 = {
     "rotary_local_base": 10_000.0,
 }
 
-PRESETS |= family(
+PRESETS |= table(
     "Gemma Team 2025, table 1; google/gemma-3-1b-pt, gemma-3-270m",
     {**_GEMMA3, "vocab_size": 262_144, "max_length": 32_768, "window": 512, "head_dim": 256},
     _SIZES,
@@ -203,7 +203,7 @@ PRESETS |= family(
     gemma3_1b=(26, 4, 1, 1152, 6912),
 )
 
-PRESETS |= family(
+PRESETS |= table(
     "Gemma Team 2025, table 1; google/gemma-3-4b-pt, the language model alone",
     {
         **_GEMMA3,

@@ -13,10 +13,10 @@ class Preset(NamedTuple):
     fields: Mapping[str, Any]
 
 
-def family(
+def table(
     source: str, shared: Mapping[str, Any], columns: str, **sizes: tuple[Any, ...]
 ) -> dict[str, Preset]:
-    """The presets of a family, by name.
+    """The presets of one table, by name.
 
     Args:
       source: the paper's table, or the configuration its authors published.
