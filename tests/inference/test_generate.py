@@ -4,14 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from tiny_run import tiny_model
 
 from lm.config import ConfigError, view
 from lm.inference import Framing, Generator, SamplingConfig
-from lm.inference.decode import NOTHING
-from lm.inference.prepare import in_compute_dtype
+from lm.inference.decode import NOTHING, decode
+from lm.inference.prepare import in_compute_dtype, spread
 from lm.inference.prompts import padded
 from lm.models import bind
+from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.tokenizers import TokenizerConfig, train
 
 FREE = Framing(end_of_text=())  # nothing ends a text
@@ -58,6 +60,21 @@ def test_samples_differ_and_follow_the_seed(generator):
     assert first != second
     assert rows(generator.generate(PROMPTS[:1], sampling, seed=1)) == [first, second]
     assert rows(generator.generate(PROMPTS[:1], sampling, seed=2))[0] != first
+
+
+def test_a_mesh_shares_parameters_and_cache_and_draws_the_same(tiny, generator):
+    model, params = tiny
+    sampling = SamplingConfig(temperature=0, max_new_tokens=11, num_samples=2)
+    expected = rows(generator.generate(PROMPTS, sampling))
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    mesh, params = spread(model, {name: jnp.copy(x) for name, x in params.items()}, mesh)
+    shared = Generator(model, params, FREE)
+    assert rows(shared.generate(PROMPTS, sampling)) == expected
+    [state] = [
+        out[0] for (function, *_), (_, out) in shared._programs.items() if function is decode
+    ]
+    spec = state.cache.keys_LBSKC[0].sharding.spec
+    assert spec == PartitionSpec("fsdp", None, "tensor", None), "six rows, two heads"
 
 
 def test_a_row_stops_at_end_of_text_and_the_others_go_on(tiny, generator):
