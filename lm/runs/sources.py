@@ -19,7 +19,7 @@ from lm.models import ModelConfig, param_specs, skeleton
 from lm.models.huggingface.read import Checkpoint, is_checkpoint, open_checkpoint
 from lm.runs.directory import CHECKPOINTS, CONFIG, TOKENIZER
 from lm.tokenizers import Tokenizer
-from lm.tokenizers.files import framing_of_pieces, has_tokenizer
+from lm.tokenizers.kinds import framing_of_pieces, has_tokenizer
 from lm.training.checkpoints import restore_parameters, saved_paths
 
 GENERATION = "generation_config.json"  # of a Hugging Face directory

@@ -6,8 +6,7 @@ opens it again, or one that others made. Every kind has the interface of `Tokeni
 
 from lm.tokenizers.base import DecodeStream, Tokenizer
 from lm.tokenizers.config import KINDS, TokenizerConfig
-from lm.tokenizers.files import load
+from lm.tokenizers.kinds import load, train
 from lm.tokenizers.tiktoken_ranks import as_tiktoken
-from lm.tokenizers.train import train
 
 __all__ = ["KINDS", "DecodeStream", "Tokenizer", "TokenizerConfig", "as_tiktoken", "load", "train"]

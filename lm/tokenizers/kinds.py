@@ -1,12 +1,13 @@
-"""Tokenizers on disk: directories this package writes, and those others wrote."""
+"""Every kind of tokenizer in one table: trained, opened again, or read from what others wrote."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lm.config import ConfigError, check, nearest
+from lm.config import ConfigError, check, nearest, view
 from lm.files import is_plain, parse_object, read_bytes, read_json
 from lm.tokenizers import vocabularies
 from lm.tokenizers.base import (
@@ -17,6 +18,7 @@ from lm.tokenizers.base import (
     check_named,
     first_line,
     sentinels,
+    well_formed,
 )
 from lm.tokenizers.config import KINDS, TokenizerConfig
 from lm.tokenizers.huggingface import HuggingFaceTokenizer
@@ -38,9 +40,41 @@ CLASSES: dict[str, type[Tokenizer]] = {
 }
 assert tuple(CLASSES) == KINDS
 
-# Vocabularies without a tokenizer.json; see `vocabularies`.
-PUBLISHED = ("vocab.json", "vocab.txt")
-_SOUGHT = ("tokenizer.json", "tokenizer.model", "spiece.model", *PUBLISHED)
+# What others write, in the order of preference.
+_SOUGHT = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+def train(
+    config: TokenizerConfig, texts: Iterable[str], prefix: str = "config.tokenizer"
+) -> Tokenizer:
+    """The tokenizer that `config` describes, trained on the first `train_bytes` of `texts`.
+
+    The same text gives the same tokenizer, with the same fingerprint, on any number of threads.
+    With `config.path` the tokenizer is read from there, and `texts` is not touched.
+
+    Raises:
+      ConfigError: a field that makes no sense, no text, or a vocabulary that does not fit the text.
+    """
+    view(TokenizerConfig, config, prefix)
+    if config.path:
+        return open_path(config.path, config, prefix)
+    sample = [] if config.kind == "byte" else list(_sample(texts, config.train_bytes))
+    check(config.kind == "byte" or bool(sample), f"{prefix}: the corpus has no text to train on")
+    return CLASSES[config.kind].train(config, sample, prefix)
+
+
+def _sample(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """The first `limit` bytes of `texts`; the text that crosses the limit is cut."""
+    for text in texts:
+        text = well_formed(text)
+        size = len(text) if text.isascii() else len(text.encode())
+        if size > limit:
+            text = text.encode()[:limit].decode("utf-8", "ignore")
+        if text:
+            yield text
+        limit -= size
+        if limit <= 0:
+            return
 
 
 def load(directory: str | Path) -> Tokenizer:
