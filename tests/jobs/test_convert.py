@@ -3,13 +3,13 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 import tiny_huggingface as tiny
 import tiny_jobs
 from safetensors.numpy import load_file
 from test_main import main
+from tiny_run import write_tiny_run
 
 import lm
 from lm.command import load_config
@@ -17,11 +17,9 @@ from lm.config import ConfigError, defaults
 from lm.jobs import convert, generate
 from lm.jobs.convert import ConvertJob
 from lm.jobs.generate import GenerateJob
-from lm.models import ModelConfig, bind, init, param_specs, skeleton
+from lm.models import bind, skeleton
 from lm.models.huggingface.read import open_checkpoint
-from lm.tokenizers import TokenizerConfig, train
 from lm.tokenizers.huggingface import byte_values
-from lm.training.checkpoints import CheckpointConfig, Checkpointer
 
 
 def run(source, target, **fields):
@@ -79,17 +77,13 @@ def test_a_run_and_its_source_write_alike(converted, source):
         lm.load(source, step=3)
 
 
-def test_a_mesh_changes_nothing(source, tmp_path):
-    run(source, tmp_path / "run", mesh__data=1, mesh__fsdp=4, mesh__tensor=2)
-    run(tmp_path / "run", tmp_path / "hf", to="hf", mesh__data=1, mesh__fsdp=2, mesh__tensor=4)
-    assert_same(tensors(tmp_path / "hf"), tiny.tensors())
-
-
-def test_bfloat16_is_kept_in_half_the_space(tmp_path):
+def test_bfloat16_is_kept_in_half_the_space_and_a_mesh_changes_nothing(tmp_path):
     weights = {n: t.astype("bfloat16") for n, t in tiny.tensors().items()}
     tiny.write_directory(tmp_path / "a", weights)
-    assert run(tmp_path / "a", tmp_path / "run", dtype="bfloat16")["bytes"] == 2 * 47_296
-    run(tmp_path / "run", tmp_path / "b", to="hf", dtype="bfloat16")
+    half = {"dtype": "bfloat16", "mesh__data": 1}
+    done = run(tmp_path / "a", tmp_path / "run", **half, mesh__fsdp=4, mesh__tensor=2)
+    assert done["bytes"] == 2 * 47_296
+    run(tmp_path / "run", tmp_path / "b", to="hf", **half, mesh__fsdp=2, mesh__tensor=4)
     assert_same(tensors(tmp_path / "b"), weights)
 
 
@@ -153,12 +147,9 @@ def test_a_vocabulary_alone_is_framed_as_its_class_does(case, tmp_path):
 
 
 def test_a_model_trained_here_goes_out_as_the_family_it_is(tmp_path):
-    tokenizer = train(TokenizerConfig(kind="byte"), [])
-    model = ModelConfig(
-        num_layers=2, num_heads=4, num_kv_heads=2, width=16, mlp_width=24, activation="swiglu",
-        vocab_size=tokenizer.vocab_size, max_length=16,
-    )  # fmt: skip
-    write_run(tmp_path / "run", model, tokenizer)
+    (tmp_path / "run").mkdir()
+    gated = {"num_kv_heads": 1, "mlp_width": 24, "activation": "swiglu"}
+    tokenizer = write_tiny_run(tmp_path / "run", num_layers=2, **gated)
     assert run(tmp_path / "run", tmp_path / "hf", to="hf")["family"] == "llama"
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["eos_token_id"] == 256 and config["tie_word_embeddings"] is True
@@ -169,24 +160,6 @@ def test_a_model_trained_here_goes_out_as_the_family_it_is(tmp_path):
     # Read as it was in training: after begin-of-text.
     assert lm.load(tmp_path / "hf").encode("é") == lm.load(tmp_path / "run").encode("é")
     assert lm.load(tmp_path / "hf").encode("é")[0] == tokenizer.bos_id
-
-
-def test_a_model_of_no_family_stays(tmp_path):
-    tokenizer = train(TokenizerConfig(kind="byte"), [])
-    model = ModelConfig(num_layers=1, width=16, vocab_size=tokenizer.vocab_size, max_length=16)
-    write_run(tmp_path / "run", model, tokenizer)
-    with pytest.raises(ConfigError, match=r"activation='geglu', not 'gelu_tanh'"):
-        run(tmp_path / "run", tmp_path / "hf", to="hf")
-    assert not (tmp_path / "hf").exists()
-
-
-def write_run(path, model, tokenizer):
-    params = init(param_specs(skeleton(model)), jax.random.key(0))
-    tokenizer.save(path / "tokenizer")
-    with Checkpointer(path / "checkpoints", CheckpointConfig()) as checkpointer:
-        checkpointer.save(4, {"params": params}, wait=True)
-    config = {"job": "train", "model": vars(model), "tokenizer_fingerprint": tokenizer.fingerprint}
-    (path / "config.json").write_text(json.dumps(config))
 
 
 def test_without_a_tokenizer_there_are_ids_only(tmp_path):
