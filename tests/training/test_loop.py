@@ -14,7 +14,6 @@ from lm.data.batches import BatchIterator
 from lm.jobs import train
 from lm.models import ModelConfig
 from lm.parallel import compiler
-from lm.training.checkpoints import Checkpointer
 from lm.training.config import TrainConfig, TrainingStopped
 from lm.training.evaluate import make_evaluate
 from lm.training.loop import Loop
@@ -170,15 +169,15 @@ def test_a_profile_window_writes_a_trace(place):
 # ---- When a step goes wrong ------------------------------------------------------------------
 
 
-def poison(monkeypatch, batch_numbers, change):
-    """Applies `change` to the training batches of those numbers, wherever they come up."""
+def poison(monkeypatch, changes):
+    """Applies the change of its number to a training batch, wherever it comes up."""
     original = BatchIterator.__next__
 
     def poisoned(self):
         number = self._next
         batch = original(self)
-        if number in batch_numbers:
-            batch = change({name: value.copy() for name, value in batch.items()})
+        if number in changes:
+            batch = changes[number]({name: value.copy() for name, value in batch.items()})
         return batch
 
     monkeypatch.setattr(BatchIterator, "__next__", poisoned)
@@ -186,6 +185,11 @@ def poison(monkeypatch, batch_numbers, change):
 
 def infinite(batch):
     batch["weights"][0, 0] = np.inf
+    return batch
+
+
+def weightless(batch):
+    batch["weights"][:] = 0
     return batch
 
 
@@ -200,22 +204,9 @@ def assert_finite(directory):
     assert all(np.isfinite(value) for _, value in tiny_jobs.losses(directory, "tokens"))
 
 
-def spied_data(monkeypatch):
-    """The numbers of the batches that the training step was given, in order."""
-    numbers = []
-    original = BatchIterator.__next__
-
-    def spy(self):
-        numbers.append(self._next)
-        return original(self)
-
-    monkeypatch.setattr(BatchIterator, "__next__", spy)
-    return numbers
-
-
 @pytest.mark.parametrize("stride", [1, 2])
 def test_skip_leaves_out_the_step_and_names_its_data(place, monkeypatch, capsys, stride):
-    poison(monkeypatch, {10}, infinite)
+    poison(monkeypatch, {10: infinite})
     directory = tiny_jobs.run(place, f"skip_{stride}", train__steps_per_dispatch=stride)
     epoch, row = divmod(10 * 8, rows_per_epoch(directory))
     lines = [line for line in capsys.readouterr().out.splitlines() if "update skipped" in line]
@@ -227,7 +218,7 @@ def test_skip_leaves_out_the_step_and_names_its_data(place, monkeypatch, capsys,
 
 def test_a_skipped_step_changes_nothing(place, monkeypatch):
     fields = {"train__steps": 2, "train__steps_per_dispatch": 1, "checkpoint__every": 1}
-    poison(monkeypatch, {1}, infinite)
+    poison(monkeypatch, {1: infinite})
     directory = tiny_jobs.run(place, "unchanged", **fields)
     before, after = tiny_jobs.parameters(directory, 1), tiny_jobs.parameters(directory, 2)
     for name in before:
@@ -238,17 +229,8 @@ def test_a_skipped_step_changes_nothing(place, monkeypatch):
 def test_after_a_skipped_step_the_logged_rate_is_applied_and_the_decay_ends(
     place, monkeypatch, offload
 ):
-    original = BatchIterator.__next__
-
-    def poisoned(self):
-        batch = original(self)
-        if self._next == 4:
-            return infinite(batch)
-        if self._next == 6:  # no gradient: parameters shrink by the rate times the weight decay
-            batch["weights"] = np.zeros_like(batch["weights"])
-        return batch
-
-    monkeypatch.setattr(BatchIterator, "__next__", poisoned)
+    # Without a gradient parameters shrink by the rate times the weight decay.
+    poison(monkeypatch, {3: infinite, 5: weightless})
     schedule = {"schedule": "linear", "final_fraction": 0.0, "learning_rate": 0.5}
     decay = {"name": "sgd", "b1": 0.0, "weight_decay": 0.5, "decay": "all"}
     directory = tiny_jobs.run(
@@ -269,7 +251,7 @@ def test_after_a_skipped_step_the_logged_rate_is_applied_and_the_decay_ends(
 
 
 def test_a_finite_spike_counts_where_the_config_says_how_high(place, monkeypatch, capsys):
-    poison(monkeypatch, {14}, gibberish)
+    poison(monkeypatch, {14: gibberish})
     calm = tiny_jobs.run(place, "tolerant")
     assert not tiny_jobs.losses(calm, "spikes")
     watchful = tiny_jobs.run(place, "watchful", train__spike_nats=1.0)
@@ -278,7 +260,7 @@ def test_a_finite_spike_counts_where_the_config_says_how_high(place, monkeypatch
 
 
 def test_rollback_goes_on_from_the_checkpoint_with_later_data(place, monkeypatch, capsys):
-    poison(monkeypatch, {12}, infinite)
+    poison(monkeypatch, {12: infinite})
     directory = tiny_jobs.run(place, "rollback", train__on_spike="rollback")
     output = capsys.readouterr().out
     assert "step 13, data epoch 1 row" in output and "rolling back" in output
@@ -294,7 +276,7 @@ def test_rollback_goes_on_from_the_checkpoint_with_later_data(place, monkeypatch
 
 
 def test_killed_after_a_rollback_and_restarted_is_bitwise_the_same(place, monkeypatch):
-    poison(monkeypatch, {4, 12}, infinite)
+    poison(monkeypatch, {4: infinite, 12: infinite})
     fields = {"train__on_spike": "rollback", "checkpoint__every": 2, "train__steps": 16}
     whole = tiny_jobs.run(place, "rolled_whole", **fields)
     original = Loop._roll_back
@@ -319,7 +301,7 @@ def test_killed_after_a_rollback_and_restarted_is_bitwise_the_same(place, monkey
 
 def test_the_data_position_is_right_after_a_rollback_too(place, monkeypatch, capsys):
     """Two bad batches: the second is met with the data ahead of the steps, and named as it is."""
-    poison(monkeypatch, {9, 20}, infinite)
+    poison(monkeypatch, {9: infinite, 20: infinite})
     directory = tiny_jobs.run(place, "ahead", train__on_spike="rollback", data__shuffle=False)
     lines = [line for line in capsys.readouterr().out.splitlines() if "rolling back" in line]
     epochs_and_rows = [tuple(map(int, line.split(":")[0].split()[4::2])) for line in lines]
@@ -339,13 +321,13 @@ def rows_per_epoch(directory):
 
 
 def test_rollback_without_a_checkpoint_stops_and_says_so(place, monkeypatch):
-    poison(monkeypatch, {2}, infinite)
+    poison(monkeypatch, {2: infinite})
     with pytest.raises(TrainingStopped, match="nothing to roll back to yet: lower checkpoint"):
         tiny_jobs.run(place, "too_early", train__on_spike="rollback")
 
 
 def test_stop_ends_the_run_and_leaves_the_last_checkpoint(place, monkeypatch):
-    poison(monkeypatch, {12}, infinite)
+    poison(monkeypatch, {12: infinite})
     with pytest.raises(TrainingStopped) as stopped:
         tiny_jobs.run(place, "stop", train__on_spike="stop")
     message = str(stopped.value)
@@ -360,19 +342,9 @@ def test_stop_ends_the_run_and_leaves_the_last_checkpoint(place, monkeypatch):
 
 
 def test_too_many_spikes_stop_the_run_whatever_the_action(place, monkeypatch):
-    poison(monkeypatch, set(range(6, 100)), infinite)
+    poison(monkeypatch, dict.fromkeys(range(6, 100), infinite))
     with pytest.raises(TrainingStopped, match="more than 3 spikes"):
         tiny_jobs.run(place, "hopeless", train__max_spikes=3)
-
-
-def test_discarded_checkpoints_are_not_resumed_from(place):
-    directory = tiny_jobs.run(place, "discarded", train__steps=8, checkpoint__every=2)
-    assert tiny_jobs.checkpoint_steps(directory) == [6, 8]
-    with Checkpointer(directory / "checkpoints") as checkpointer:
-        checkpointer.discard_after(6)
-    assert tiny_jobs.checkpoint_steps(directory) == [6]
-    tiny_jobs.run(place, "discarded", train__steps=8, checkpoint__every=2)
-    assert [step for step, _ in tiny_jobs.losses(directory)] == [2, 4, 6, 8]
 
 
 def test_a_run_too_short_to_log_a_loss_ends_well(place):

@@ -84,23 +84,6 @@ def test_adamw_is_the_published_algorithm():
         np.testing.assert_allclose(params[name], expected[name], rtol=3e-6, atol=3e-6)
 
 
-def test_adamw_is_torch_adamw():
-    torch = pytest.importorskip("torch")
-    config = OptimizerConfig(learning_rate=1e-2, schedule="constant", decay="all", clip_norm=1.0)
-    params, _ = run(config)
-    mirror = {n: torch.nn.Parameter(torch.tensor(np.array(p))) for n, p in arrays(0).items()}
-    reference = torch.optim.AdamW(
-        mirror.values(), lr=1e-2, betas=(config.b1, config.b2), eps=config.eps, weight_decay=0.1
-    )
-    for n in range(5):
-        for name, gradient in arrays(n + 1).items():
-            mirror[name].grad = torch.tensor(np.array(gradient))
-        torch.nn.utils.clip_grad_norm_(list(mirror.values()), 1.0)
-        reference.step()
-    for name in params:
-        np.testing.assert_allclose(params[name], mirror[name].detach().numpy(), atol=2e-6)
-
-
 def test_the_rate_is_the_callers_and_the_state_that_of_older_checkpoints():
     config = OptimizerConfig(learning_rate=0.5, schedule="linear", final_fraction=0.0)
     made, params = make_optimizer(config, 10, SPECS), arrays(0)
@@ -282,16 +265,10 @@ def test_shapes_of_the_schedules():
     "fields, message",
     [
         ({"name": "adam"}, "config.optimizer.name='adam' .*did you mean 'adamw'"),
-        ({"schedule": "cosin"}, "config.optimizer.schedule='cosin' .*did you mean 'cosine'"),
-        ({"decay": "matrix"}, "config.optimizer.decay='matrix' .*did you mean 'matrices'"),
-        ({"momentum_dtype": "float16"}, "config.optimizer.momentum_dtype='float16'"),
         ({"warmup_steps": -1}, "config.optimizer.warmup_steps=-1 must be at least 0"),
         ({"warmup_steps": 9, "decay_steps": 5}, "warmup_steps=9 must be at most decay_steps=5"),
-        ({"learning_rate": -1e-3}, "config.optimizer.learning_rate=-0.001"),
         ({"weight_decay": float("nan")}, "config.optimizer.weight_decay=nan"),
         ({"b2": 1.0}, "config.optimizer.b2=1.0"),
-        ({"final_fraction": 1.5}, "config.optimizer.final_fraction=1.5"),
-        ({"eps": 0.0}, "config.optimizer.eps=0.0"),
     ],
 )
 def test_mistakes_are_named_in_one_line(fields, message):
