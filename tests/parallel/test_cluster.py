@@ -1,10 +1,8 @@
 """How a process learns what run it is part of. No network is touched."""
 
-import dataclasses
-
 import pytest
 
-from lm.config import ConfigError, defaults, view
+from lm.config import ConfigError, view
 from lm.parallel.cluster import Cluster, HostsConfig, detect
 
 SRUN = {
@@ -149,9 +147,3 @@ def test_a_jobset_names_process_0_by_its_pod():
     elsewhere = found({**JOBSET, "JAX_COORDINATOR_PORT": "99"})
     assert elsewhere.arguments["coordinator_address"].endswith(":99")
     assert elsewhere.kind == "kubernetes"
-
-
-def test_the_section_is_a_config_like_any_other():
-    config = defaults(HostsConfig)
-    config.coordinator = "a:1"
-    assert view(HostsConfig, config) == dataclasses.replace(HostsConfig(), coordinator="a:1")
