@@ -33,17 +33,21 @@ class Vocabulary:
         return b"" if token < self.first else b"x"
 
 
-def corpus_of(lengths, pairs=False, end_of_text=True):
-    """Documents with `lengths` tokens before their end-of-text, every token another one."""
-    pieces, token = [], Vocabulary.first
-    for length in lengths:
+def corpus_of(lengths, pairs=False, end_of_text=True, first=Vocabulary.first, distinct_ends=False):
+    """Documents with `lengths` tokens before their end-of-text, every token another one.
+
+    With `distinct_ends` end-of-texts are made distinct, too: a million and the document's number.
+    """
+    pieces, token = [], first
+    for number, length in enumerate(lengths):
         ids = np.arange(token, token + length)
         token += length
-        pieces.append(np.append(ids, Vocabulary.eos_id) if end_of_text else ids)
+        end = 1_000_000 + number if distinct_ends else Vocabulary.eos_id
+        pieces.append(np.append(ids, end) if end_of_text else ids)
     assert token <= Vocabulary.vocab_size
     offsets = np.cumsum([0] + [len(piece) for piece in pieces])
     return TokenizedCorpus(
-        tokens=np.concatenate(pieces).astype(np.uint32),
+        tokens=np.concatenate([*pieces, []]).astype(np.uint32),
         offsets=offsets.astype(np.int64),
         num_bytes=int(sum(lengths)),
         first_token_bytes=1,
@@ -51,6 +55,6 @@ def corpus_of(lengths, pairs=False, end_of_text=True):
         eos_id=Vocabulary.eos_id,
         end_of_text=end_of_text,
         name="test",
-        key=f"test-{list(lengths)}-{pairs}-{end_of_text}",
+        key=f"test-{list(lengths)}-{pairs}-{end_of_text}-{first}",
         pairs=pairs,
     )

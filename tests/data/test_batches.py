@@ -3,39 +3,23 @@ import dataclasses
 
 import grain
 import numpy as np
+import objective_vocabulary
 import pytest
-from bytes_tokenizer import SeparateBosTokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.config import ConfigError
 from lm.data import evaluation_batches, prefetch_to_device, train_batches
-from lm.data.cache import TokenizedCorpus
 from lm.data.config import DataConfig
 from lm.data.packing import best_fit_decreasing, rows_of
 
-EOS, BOS = SeparateBosTokenizer.eos_id, SeparateBosTokenizer.bos_id
+BOS = objective_vocabulary.Vocabulary.bos_id
 
 
 def corpus_of(lengths, end_of_text=True, first=0):
     """A corpus in which every token occurs once, so that tokens can be counted and located."""
-    pieces, token = [], first
-    for length in lengths:
-        ids = np.arange(token, token + length)
-        token += length
-        # End-of-text is made distinct too, by the document it ends.
-        pieces.append(np.append(ids, 1_000_000 + len(pieces)) if end_of_text else ids)
-    offsets = np.cumsum([0] + [len(piece) for piece in pieces])
-    return TokenizedCorpus(
-        tokens=np.concatenate(pieces).astype(np.uint32) if pieces else np.zeros(0, np.uint32),
-        offsets=offsets.astype(np.int64),
-        num_bytes=int(sum(lengths)),
-        first_token_bytes=1,
-        bos_id=BOS,
-        eos_id=EOS,
-        end_of_text=end_of_text,
-        name="test",
-        key=f"test-{list(lengths)}-{end_of_text}-{first}",
+    return objective_vocabulary.corpus_of(
+        lengths, end_of_text=end_of_text, first=first, distinct_ends=True
     )
 
 

@@ -242,8 +242,6 @@ sys.path.insert(0, sys.argv[1])
 from bytes_tokenizer import ByteTokenizer
 from lm.data import prepare
 from lm.data.config import DataConfig
-from lm.jobs.train import TrainJob
-from lm.tokenizers import TokenizerConfig
 class Stuck(ByteTokenizer):
     def encode_batch(self, texts):
         print("writing", flush=True)
