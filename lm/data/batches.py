@@ -192,7 +192,6 @@ class BatchIterator(_Batches, Iterator[Batch]):
     of padding. Its position can be saved and set.
 
     Args:
-      config: the `data` section.
       corpora: in the order of `config.paths`.
       seed: decides shuffles, window offsets and what is hidden.
       objective: what the batches are for, one of `OBJECTIVES`.

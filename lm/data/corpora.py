@@ -102,7 +102,7 @@ def sources(config: DataConfig, seed: int) -> tuple[list[Source], list[Source]]:
 
 # Digest of code that was only rewritten → of the code that first made the very same items, by which
 # runs and caches know them. Whatever else is changed there gives a corpus of its own.
-_SAME_ITEMS = {"8e08b0e2c92c4b4a2cdff6dcdc0439dc": "8b66d85b2e2eaa55b7afb353f06ea053"}
+_SAME_ITEMS = {"596687b91b889a60dcb3674e6eab782e": "8b66d85b2e2eaa55b7afb353f06ea053"}
 _TRANSLATION_FILES = ("language.py", "language_words.py")
 _GENERATED_BYTES = 512  # of a generated item, roughly
 

@@ -58,15 +58,10 @@ class Rows(abc.ABC):
 
     @abc.abstractmethod
     def pieces(self, rows: np.ndarray, epochs: np.ndarray) -> Pieces:
-        """The pieces of some rows.
+        """The pieces of `rows` [n], each as of the epoch in `epochs` [n].
 
-        Args:
-          rows: [n] row numbers below `num_rows`.
-          epochs: [n] the epoch each is wanted for.
-
-        Returns:
-          Three arrays with an entry per piece, in order: index into `rows`, first position in the
-          corpus, length.
+        Three arrays with an entry per piece, in order: index into `rows`, first position in the
+        corpus, length.
         """
 
     def fill(
@@ -301,12 +296,8 @@ def best_fit_decreasing(lengths: np.ndarray, size: int) -> np.ndarray:
     amount, and all items of one length are placed at once: the cost is a few array operations per
     pair of length and space, not per item.
 
-    Args:
-      lengths: [n] item lengths, 1..size.
-      size: length of a row.
-
-    Returns:
-      [n] the row of each item; rows are numbered by the first item in them.
+    `lengths` [n] are from 1 to `size`, that of a row. Returns the row of each item, [n]; rows are
+    numbered by the first item in them.
     """
     order = np.argsort(-lengths, kind="stable")
     row_of_item = np.empty(len(lengths), np.int64)

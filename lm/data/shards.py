@@ -176,10 +176,7 @@ def read_shards(
 ) -> tuple[np.ndarray | ShardedArray, np.ndarray]:
     """The tokens of a split, memory-mapped, and its offsets [documents + 1], in memory.
 
-    Args:
-      folder: where the files are.
-      split: "train" or "validation".
-      shards: what `write_shard` said of the split in each shard, in order.
+    `shards` is what `write_shard` said of the split in each shard, in order.
 
     Raises:
       OSError, ValueError: a file is missing or is not what was written.

@@ -51,14 +51,10 @@ _PLOTS = (
 
 
 def generate(seed: int, index: int) -> Story:
-    """Story number `index` of the stream `seed`.
-
-    Args:
-      seed: which stream, 0 <= seed.
-      index: which story of it, 0 <= index < 2**64. Story 0 is always `CANONICAL`.
+    """Story number `index` of the stream `seed`; story 0 is always `CANONICAL`.
 
     Raises:
-      ConfigError: a negative seed or an index out of range.
+      ConfigError: not 0 <= seed, or not 0 <= index < 2**64.
     """
     if seed < 0 or not 0 <= index < 1 << 64:
         _refuse(seed, index)

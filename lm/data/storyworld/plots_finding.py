@@ -50,16 +50,13 @@ def lost_thing(t: Teller) -> None:
     if t.chance(0.5):
         t.say(f'"{friend.I} {t.either("will", "can")} help {hero.you}," said {t.n(friend)}.')
     both = t.group(hero, friend)
-    spots = place.spots
-    first = int(t.random() * len(spots))
-    second = (first + 1 + int(t.random() * (len(spots) - 1))) % len(spots)
+    first, second = t.two(place.spots)
     if len(t.sentences) < 13 and t.chance(0.7):
-        t.say(f"{t.s(both)} looked {spots[first]}, but {t.n(thing)} was not there.")
+        t.say(f"{t.s(both)} looked {first}, but {t.n(thing)} was not there.")
     finder = friend if t.chance(0.75) else hero
-    spot = spots[second]
     found = t.say(
-        f"{t.pick(_AT_LAST)}{t.n(finder)} {t.either('found', 'saw')} {t.o(thing)} {spot}.",
-        (thing, "at", spot),
+        f"{t.pick(_AT_LAST)}{t.n(finder)} {t.either('found', 'saw')} {t.o(thing)} {second}.",
+        (thing, "at", second),
         (finder, "saw", thing),
     )
     if finder is friend:
@@ -361,22 +358,12 @@ def key_and_box(t: Teller) -> None:
     t.say(f"{t.when()}{t.s(hero)} went {place.to} with {t.n(friend)}.", (both, "at", place))
     if t.chance(0.5):
         t.say(f"{t.s(both)} {(act := fun(t, place, both))}.", (both, "did", act))
-    spots = place.spots
-    first = int(t.random() * len(spots))
-    second = (first + 1 + int(t.random() * (len(spots) - 1))) % len(spots)
-    t.say(
-        f"{t.n(hero)} found {t.a(key)} {spots[first]}.",
-        (key, "at", spots[first]),
-        (hero, "has", key),
-    )
+    first, second = t.two(place.spots)
+    t.say(f"{t.n(hero)} found {t.a(key)} {first}.", (key, "at", first), (hero, "has", key))
     t.say(f'"What does {t.o(key)} open?" asked {t.n(friend)}.')
     if t.chance(0.6):
         t.say(f"{t.s(both)} looked and looked.")
-    t.say(
-        f"then {t.n(friend)} saw {t.a(box)} {spots[second]}.",
-        (box, "at", spots[second]),
-        (friend, "saw", box),
-    )
+    t.say(f"then {t.n(friend)} saw {t.a(box)} {second}.", (box, "at", second), (friend, "saw", box))
     if t.chance(0.5):
         t.say(
             f"{t.n(friend)} could not open {t.o(box)} because {t.he(box)} was locked.",

@@ -42,11 +42,8 @@ def cat_on_mat(t: Teller) -> Entity | None:
 def opening(t: Teller, hero: Entity, fair: bool = True, home: bool = True) -> None:
     """Sets the scene and introduces the hero.
 
-    Args:
-      t: the story being told.
-      hero: who the story is about.
-      fair: whether a sentence on fair weather may come first.
-      home: whether the hero may be said to live somewhere.
+    `fair` says whether a sentence on fair weather may come first, and `home` whether the hero may
+    be said to live somewhere.
     """
     roll = t.random()
     if roll < 0.065 and hero.animal is None:
@@ -169,12 +166,8 @@ def ending(
 ) -> None:
     """Ends the day: home, bed, friendship. Keeps within 6 to 16 sentences.
 
-    Args:
-      t: the story being told.
-      hero: who the story is about.
-      friend: the second character, if there is one to be friends with.
-      both: the group of the two, if the plot has made one.
-      new: whether the two were no friends before.
+    `friend` is the second character, if there is one to be friends with, and `both` the group of
+    the two, if the plot has made one; `new` says whether they were no friends before.
     """
     if len(t.sentences) >= 16:
         return

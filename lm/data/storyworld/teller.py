@@ -103,6 +103,12 @@ class Teller:
         """One of several wordings, uniformly."""
         return options[int(self.random() * len(options))]
 
+    def two(self, options: Sequence[T]) -> tuple[T, T]:
+        """Two different ones of `options`."""
+        first = int(self.random() * len(options))
+        second = first + 1 + int(self.random() * (len(options) - 1))
+        return options[first], options[second % len(options)]
+
     def chance(self, share: float) -> bool:
         """True with probability `share`."""
         return self.random() < share
