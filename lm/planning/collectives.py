@@ -11,12 +11,13 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from lm.planning import hlo
+from lm.planning.hlo import COLLECTIVES, Instruction
 from lm.planning.hlo_costs import read_of, updated
+from lm.planning.hlo_runs import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,52 +64,48 @@ class Collective:
         return axes if self.whole else f"{axes} ({self.size})"
 
 
-def collectives(module: hlo.Module, runs, mesh_shape: Mapping[str, int]) -> list[Collective]:
-    """Every collective of a program, in order; those between fewer than two devices left out.
+def collectives(runs: Iterable[Run], mesh_shape: Mapping[str, int]) -> list[Collective]:
+    """Every collective of what runs, in order; those between fewer than two devices left out.
 
-    Args:
-      module: the program.
-      runs: from `hlo_runs.runs`.
-      mesh_shape: sizes of the mesh's axes, outermost first.
+    `mesh_shape` is the sizes of the mesh's axes, outermost first.
     """
     found = []
-    for computation, instruction, trips, _, begun, ends in runs:
-        if ends or any(name.startswith("async_collective_fusion") for name in instruction.called):
+    for run in runs:
+        names = (computation.name for computation in run.instruction.called)
+        if run.ends or any(name.startswith("async_collective_fusion") for name in names):
             continue  # counted where it began
-        for inner, one, kind in _inside(module, computation, instruction):
-            collective = _collective(inner, one, kind, mesh_shape)
+        for one, kind in _inside(run.instruction):
+            collective = _collective(one, kind, mesh_shape)
             if collective.size > 1 and collective.bytes:
                 found.append(
                     dataclasses.replace(
                         collective,
-                        trips=trips,
-                        asynchronous=any(begun),
-                        links=_links(instruction),
-                        source=one.source or instruction.source,
-                        part=_part(module, computation, one, kind, collective.size),
+                        trips=run.trips,
+                        asynchronous=any(run.begun),
+                        links=_links(run.instruction),
+                        source=one.source or run.instruction.source,
+                        part=_part(one, kind, collective.size),
                     )
                 )
     return found
 
 
-def _inside(module, computation, instruction):
-    """(computation, instruction, kind) of the collectives that an instruction consists of.
+def _inside(instruction: Instruction) -> Iterator[tuple[Instruction, str]]:
+    """(instruction, kind) of the collectives that an instruction consists of.
 
     A TPU's reduce-scatter is a fusion of an all-reduce and of taking one's own share of it.
     """
     kind = instruction.opcode.removesuffix("-start")
-    if kind in hlo.COLLECTIVES:
-        yield computation, instruction, kind
+    if kind in COLLECTIVES:
+        yield instruction, kind
     elif instruction.opcode == "fusion":
-        inner = module.computations[instruction.called[0]]
-        for one in inner.instructions.values():
-            for where, found, kind in _inside(module, inner, one):
-                if kind == "all-reduce" and _is_cut(inner, one):
-                    kind = "reduce-scatter"
-                yield where, found, kind
+        for one in instruction.called[0].instructions.values():
+            for found, kind in _inside(one):
+                cut = kind == "all-reduce" and _is_cut(one)
+                yield found, "reduce-scatter" if cut else kind
 
 
-def _links(instruction) -> int:
+def _links(instruction: Instruction) -> int:
     """Links that a TPU's collective sends over at once.
 
     Its compiler cuts the array into colours, of which each takes its own way round: one direction
@@ -123,35 +120,31 @@ def _links(instruction) -> int:
     return int(found[1]) if found else 0
 
 
-def _part(module, computation, instruction, kind: str, size: int) -> str:
+def _part(instruction: Instruction, kind: str, size: int) -> str:
+    """`Collective.part` of a collective between `size` devices."""
     if "permute" in kind:
         for mark, of in (("_body_ag", "all-gather"), ("_body_rs", "reduce-scatter")):
-            if "windowed_dot_general" + mark in computation.name:
+            if "windowed_dot_general" + mark in instruction.home.name:
                 return of
-    if kind == "all-reduce" and instruction.name in computation.instructions:
-        whole = sum(a.bytes for o in instruction.operands for a in _arrays(computation, o))
-        shares = [updated(module, computation, name) for name in instruction.operands]
+    if kind == "all-reduce":
+        whole = sum(operand.bytes for operand in instruction.operands)
+        shares = [updated(operand) for operand in instruction.operands]
         if None not in shares and sum(shares) * size <= 1.1 * whole:
             return "all-gather"
-        if 0 < read_of(module, computation, instruction.name) * size <= 1.1 * whole:
+        if 0 < read_of(instruction) * size <= 1.1 * whole:
             return "reduce-scatter"
     return ""
 
 
-def _arrays(computation: hlo.Computation, name: str) -> tuple[hlo.Array, ...]:
-    return computation.instructions[name].arrays
-
-
-def _is_cut(computation: hlo.Computation, instruction: hlo.Instruction) -> bool:
-    users = computation.users.get(instruction.name, [])
+def _is_cut(instruction: Instruction) -> bool:
+    users = instruction.users
     while len(users) == 1 and users[0].opcode in ("bitcast", "copy", "convert", "reshape"):
-        users = computation.users.get(users[0].name, [])
+        users = users[0].users
     return bool(users) and all(user.opcode == "dynamic-slice" for user in users)
 
 
-def _collective(computation, instruction, kind, mesh_shape) -> Collective:
-    operands = (computation.instructions[name] for name in instruction.operands)
-    size_in = sum(array.bytes for operand in operands for array in operand.arrays)
+def _collective(instruction: Instruction, kind: str, mesh_shape) -> Collective:
+    size_in = sum(operand.bytes for operand in instruction.operands)
     if "permute" in kind:
         pairs = np.array(_numbers(instruction.attribute("source_target_pairs"))).reshape(-1, 2)
         axes = axes_of_pairs(pairs, mesh_shape)

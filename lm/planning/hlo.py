@@ -63,26 +63,48 @@ def _itemsize(dtype: str) -> float:
     return int(found[0]) / 8 if found else 1  # pred
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Instruction:
     """One line: `name = arrays opcode(operands), attributes`."""
 
+    home: Computation = dataclasses.field(repr=False)
     name: str
     opcode: str
     arrays: tuple[Array, ...]
-    operands: tuple[str, ...]
     argument: str  # what stands in the parentheses: a constant's value, a parameter's number
     attributes: str
+
+    @functools.cached_property
+    def operands(self) -> tuple[Instruction, ...]:
+        """The instructions that it reads."""
+        return tuple(self.home.instructions[name] for name in _NAME.findall(self.argument))
+
+    @functools.cached_property
+    def called(self) -> tuple[Computation, ...]:
+        """The computations that it runs; of a `while` its body."""
+        found = (self.attribute(key) for key in _CALLS)
+        names = (name for value in found if value for name in _NAME.findall(value))
+        return tuple(self.home.module[name] for name in names)
+
+    @property
+    def users(self) -> list[Instruction]:
+        """The instructions that read it."""
+        return self.home.users.get(self.name, [])
+
+    @property
+    def bytes(self) -> float:
+        """Of all its arrays, in any memory."""
+        return sum(array.bytes for array in self.arrays)
+
+    @property
+    def moved(self) -> float:
+        """Bytes of all its arrays that are in HBM."""
+        return sum(array.moved for array in self.arrays)
 
     def attribute(self, key: str) -> str | None:
         """The value of `key=…`: a word, or what its brackets hold, brackets included."""
         found = re.search(rf"(?:^|, ){key}=", self.attributes)
         return None if found is None else _value(self.attributes, found.end())
-
-    @functools.cached_property
-    def called(self) -> tuple[str, ...]:
-        """Names of the computations that it runs."""
-        return tuple(n for key in _CALLS for n in _NAME.findall(self.attribute(key) or ""))
 
     @functools.cached_property
     def source(self) -> str:
@@ -91,22 +113,14 @@ class Instruction:
         return found[1] if found else ""
 
 
-def _value(text: str, start: int) -> str:
-    depth = 0
-    for index in range(start, len(text)):
-        depth += (text[index] in "([{") - (text[index] in ")]}")
-        if text[index] == "," and depth == 0:
-            return text[start:index]
-    return text[start:]
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Computation:
     """Instructions in order, by name."""
 
     name: str
-    instructions: dict[str, Instruction]
-    root: Instruction
+    module: dict[str, Computation] = dataclasses.field(repr=False)  # all of the program, by name
+    instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
+    root: Instruction | None = None  # what it computes
 
     @functools.cached_property
     def parameters(self) -> dict[int, Instruction]:
@@ -119,44 +133,39 @@ class Computation:
         """The instructions that read each one."""
         users: dict[str, list[Instruction]] = {}
         for instruction in self.instructions.values():
-            for name in dict.fromkeys(instruction.operands):
+            for name in dict.fromkeys(operand.name for operand in instruction.operands):
                 users.setdefault(name, []).append(instruction)
         return users
 
-    def operand(self, instruction: Instruction, index: int) -> Instruction:
-        """The instruction that an operand names."""
-        return self.instructions[instruction.operands[index]]
 
-
-@dataclasses.dataclass(frozen=True)
-class Module:
-    """A compiled program."""
-
-    computations: dict[str, Computation]
-    entry: Computation
-
-
-def parse(text: str) -> Module:
-    """The program that `text` prints.
+def parse(text: str) -> Computation:
+    """The ENTRY computation of the program that `text` prints; the others are in its `module`.
 
     Raises:
       ValueError: it has no ENTRY computation.
     """
-    computations, entry, name, root, body = {}, None, "", None, {}
-    is_entry = False
+    module: dict[str, Computation] = {}
+    entry = computation = None
     for line in _lines(text):
-        if _END.match(line):
-            computations[name] = Computation(name, body, root or list(body.values())[-1])
-            entry = computations[name] if is_entry else entry
-        elif found := _LINE.match(line):
-            instruction = _instruction(found[2], line[found.end() :])
-            body[instruction.name] = instruction
-            root = instruction if found[1] else root
-        elif head := _HEAD.match(line):
-            is_entry, name, root, body = bool(head[1]), head[2], None, {}
+        if head := _HEAD.match(line):
+            computation = module[head[2]] = Computation(head[2], module)
+            entry = computation if head[1] else entry
+        elif computation and (found := _LINE.match(line)):
+            instruction = _instruction(computation, found[2], line[found.end() :])
+            computation.instructions[instruction.name] = instruction
+            computation.root = instruction if found[1] else computation.root
     if entry is None:
         raise ValueError("the text has no ENTRY computation: it is not HLO")
-    return Module(computations, entry)
+    return entry
+
+
+def _value(text: str, start: int) -> str:
+    depth = 0
+    for index in range(start, len(text)):
+        depth += (text[index] in "([{") - (text[index] in ")]}")
+        if text[index] == "," and depth == 0:
+            return text[start:index]
+    return text[start:]
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -173,15 +182,14 @@ def _lines(text: str) -> Iterator[str]:
         yield pending
 
 
-def _instruction(name: str, text: str) -> Instruction:
+def _instruction(home: Computation, name: str, text: str) -> Instruction:
     end = _closing(text, 0) + 1 if text[0] == "(" else text.index(" ")
     arrays = tuple(_array(*leaf.groups()) for leaf in _LEAF.finditer(text[:end]))
     rest = text[end:].lstrip()
     start = rest.index("(")
     stop = _closing(rest, start)
-    argument, attributes = rest[start + 1 : stop], rest[stop + 1 :].removeprefix(", ")
-    operands = tuple(_NAME.findall(argument))
-    return Instruction(name, rest[:start], arrays, operands, argument, attributes)
+    attributes = rest[stop + 1 :].removeprefix(", ")
+    return Instruction(home, name, rest[:start], arrays, rest[start + 1 : stop], attributes)
 
 
 def _closing(text: str, start: int) -> int:

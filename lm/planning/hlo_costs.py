@@ -15,7 +15,7 @@ import re
 
 import numpy as np
 
-from lm.planning.hlo import Computation, Instruction, Module
+from lm.planning.hlo import Instruction
 
 # Neither read nor write: names, tuples and the ends of what a `-start` began.
 FREE = frozenset(
@@ -30,30 +30,22 @@ _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 # ---- FLOPs -----------------------------------------------------------------------------------
 
 
-def products(
-    module: Module, computation: Computation, instruction: Instruction
-) -> list[tuple[Computation, Instruction]]:
+def products(instruction: Instruction) -> list[Instruction]:
     """The dots and convolutions that an instruction consists of."""
     if instruction.opcode in ("dot", "convolution"):
-        return [(computation, instruction)]
+        return [instruction]
     if instruction.opcode != "fusion":
         return []
-    inner = module.computations[instruction.called[0]]
-    return [p for i in inner.instructions.values() for p in products(module, inner, i)]
+    inner = instruction.called[0].instructions.values()
+    return [product for one in inner for product in products(one)]
 
 
-def product_flops(computation: Computation, instruction: Instruction) -> float:
+def product_flops(instruction: Instruction) -> float:
     """FLOPs of a dot or a convolution."""
-    if instruction.opcode == "convolution":
-        return _convolution_flops(computation, instruction)
-    dims = computation.operand(instruction, 0).arrays[0].dims
-    contracted = _integers(instruction.attribute("lhs_contracting_dims") or "")
-    return 2.0 * instruction.arrays[0].size * math.prod(dims[d] for d in contracted)
-
-
-def _convolution_flops(computation: Computation, instruction: Instruction) -> float:
-    left = computation.operand(instruction, 0).arrays[0]
-    kernel = computation.operand(instruction, 1).arrays[0]
+    left, kernel = (operand.arrays[0] for operand in instruction.operands[:2])
+    if instruction.opcode == "dot":
+        contracted = re.findall(r"\d+", instruction.attribute("lhs_contracting_dims") or "")
+        return 2.0 * instruction.arrays[0].size * math.prod(left.dims[int(d)] for d in contracted)
     labels = re.fullmatch(r"(\w+)_(\w+)->(\w+)", instruction.attribute("dim_labels"))
     groups = int(instruction.attribute("batch_group_count") or 1)
     total = 2.0 * left.dims[labels[1].index("b")] / groups
@@ -97,10 +89,6 @@ def _meetings(size, kernel, outputs, stride, pad, dilation, kernel_dilation) -> 
     return count
 
 
-def _integers(text: str) -> list[int]:
-    return [int(number) for number in re.findall(r"-?\d+", text)]
-
-
 def stated(instruction: Instruction, what: str) -> float:
     """What a kernel states of itself, `flops` or `bytes_accessed`; 0 if it does not."""
     if instruction.opcode != "custom-call":
@@ -118,7 +106,7 @@ _ATTENTION = (
 )
 
 
-def attention_flops(computation: Computation, instruction: Instruction) -> float:
+def attention_flops(instruction: Instruction) -> float:
     """FLOPs of a Pallas kernel of attention that does not state them, if all pairs are seen.
 
     Its first two operands of rank four are queries [B, H, T, C] and keys [B, K, S, C]. 0 for any
@@ -128,7 +116,7 @@ def attention_flops(computation: Computation, instruction: Instruction) -> float
         return 0.0
     if stated(instruction, "flops") or not re.search("splash|flash|ring", instruction.name):
         return 0.0
-    arrays = [a for name in instruction.operands for a in computation.instructions[name].arrays]
+    arrays = [array for operand in instruction.operands for array in operand.arrays]
     ranked = [a.dims for a in arrays if len(a.dims) == 4]
     counts = [count for pattern, count in _ATTENTION if pattern.search(instruction.name)]
     if len(ranked) < 2 or not counts:
@@ -136,88 +124,82 @@ def attention_flops(computation: Computation, instruction: Instruction) -> float
     return counts[0] * 2.0 * math.prod(ranked[0]) * ranked[1][2]
 
 
-def flops_of(module: Module, computation: Computation, instruction: Instruction) -> float:
+def flops_of(instruction: Instruction) -> float:
     """FLOPs of running an instruction once."""
-    found = products(module, computation, instruction)
-    return sum(product_flops(*p) for p in found) + stated(instruction, "flops")
+    return sum(map(product_flops, products(instruction))) + stated(instruction, "flops")
 
 
 # ---- Bytes -----------------------------------------------------------------------------------
 
 
-def bytes_of(module: Module, computation: Computation, instruction: Instruction) -> float:
+def bytes_of(instruction: Instruction) -> float:
     """Bytes that running an instruction once reads and writes in HBM."""
-    opcode = instruction.opcode
+    opcode, operands = instruction.opcode, instruction.operands
     if opcode in FREE or opcode.endswith("-done"):
         return 0.0
     if opcode == "custom-call" and 'custom_call_target="AllocateBuffer"' in instruction.attributes:
         return 0.0
+    result = instruction.moved
     if opcode == "fusion":
-        inner = module.computations[instruction.called[0]]
-        read = 0.0
-        for number, name in enumerate(instruction.operands):
-            full = sum(a.moved for a in computation.instructions[name].arrays)
-            parameter = inner.parameters.get(number)
-            if full and parameter is not None:
-                read += min(full, read_of(module, inner, parameter.name))
-        return read + _written(module, inner, instruction)
-    operands = [computation.instructions[name] for name in instruction.operands]
-    result = sum(array.moved for array in instruction.arrays)
+        parameters = instruction.called[0].parameters
+        read = sum(
+            min(operand.moved, read_of(parameters[number]))
+            for number, operand in enumerate(operands)
+            if operand.moved and number in parameters
+        )
+        return read + _written(instruction)
     if opcode in _SLICES:
-        return result + min(result, sum(a.moved for a in operands[0].arrays))
+        return result + min(result, operands[0].moved)
     if opcode == "dynamic-update-slice":
         return 2 * operands[1].arrays[0].moved
     if opcode == "scatter":
         return 3 * operands[-1].arrays[0].moved
-    if opcode.endswith("-start"):  # the result is beside what it was made of
+    if opcode == "copy-start":
+        result = instruction.arrays[0].moved
+    elif opcode.endswith("-start"):  # the result is beside what it was made of
         result = min(result, instruction.arrays[-1 if len(instruction.arrays) < 3 else 1].moved)
-        if opcode == "copy-start":
-            result = instruction.arrays[0].moved
-    return result + sum(array.moved for operand in operands for array in operand.arrays)
+    return result + sum(operand.moved for operand in operands)
 
 
-def read_of(module: Module, computation: Computation, name: str) -> float:
-    """Bytes of the value `name` that the others of its computation read, wherever it is."""
-    total, whole = 0.0, sum(a.bytes for a in computation.instructions[name].arrays)
-    if computation.root.name == name:
-        return whole
-    for user in computation.users.get(name, ()):
-        if user.opcode in _SLICES and user.operands[0] == name:
-            total += sum(a.bytes for a in user.arrays)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+def read_of(value: Instruction) -> float:
+    """Bytes of a value that the others of its computation read, wherever it is."""
+    if value.home.root is value:
+        return value.bytes
+    total = 0.0
+    for user in value.users:
+        if user.opcode in _SLICES and user.operands[0] is value:
+            total += user.bytes
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] is value:
             continue
         elif user.opcode in ("bitcast", "get-tuple-element", "copy-start", "copy-done"):
-            total += read_of(module, computation, user.name)
+            total += read_of(user)
         elif user.opcode == "fusion":
-            inner = module.computations[user.called[0]]
+            parameters = user.called[0].parameters
             for number, operand in enumerate(user.operands):
-                if operand == name and number in inner.parameters:
-                    total += read_of(module, inner, inner.parameters[number].name)
+                if operand is value and number in parameters:
+                    total += read_of(parameters[number])
         else:
-            return whole
+            return value.bytes
     return total
 
 
-def _written(module: Module, inner: Computation, instruction: Instruction) -> float:
+def _written(fusion: Instruction) -> float:
     """Bytes of a fusion's results that it writes."""
-    root = inner.root
-    names = root.operands if root.opcode == "tuple" else (root.name,)
-    if len(names) != len(instruction.arrays):
-        return sum(array.moved for array in instruction.arrays)
+    root = fusion.called[0].root
+    values = root.operands if root.opcode == "tuple" else (root,)
+    if len(values) != len(fusion.arrays):
+        return fusion.moved
     return sum(
-        min(array.moved, updated(module, inner, name) or array.bytes)
-        for name, array in zip(names, instruction.arrays)
+        min(array.moved, updated(value) or array.bytes)
+        for value, array in zip(values, fusion.arrays)
     )
 
 
-def updated(module: Module, computation: Computation, name: str) -> float | None:
+def updated(value: Instruction) -> float | None:
     """Bytes of the update, where a value is another one updated in place; else None."""
-    instruction = computation.instructions[name]
-    while instruction.opcode == "bitcast":
-        instruction = computation.operand(instruction, 0)
-    if instruction.opcode == "fusion":
-        inner = module.computations[instruction.called[0]]
-        return updated(module, inner, inner.root.name) if inner.root.opcode != "tuple" else None
-    if instruction.opcode == "dynamic-update-slice":
-        return computation.operand(instruction, 1).arrays[0].bytes
-    return None
+    while value.opcode == "bitcast":
+        value = value.operands[0]
+    if value.opcode == "fusion":
+        root = value.called[0].root
+        return updated(root) if root.opcode != "tuple" else None
+    return value.operands[1].arrays[0].bytes if value.opcode == "dynamic-update-slice" else None

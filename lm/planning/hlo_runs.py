@@ -9,10 +9,10 @@ conditional's branches the one with most work counts.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from lm.planning.hlo import FOLLOWED, Computation, Instruction, Module
+from lm.planning.hlo import FOLLOWED, Computation, Instruction
 from lm.planning.hlo_costs import FREE, bytes_of, flops_of, updated
 
 MOST_TRIPS = 10**6  # a loop that goes on for longer is one whose length is not known
@@ -30,34 +30,30 @@ def _unknown(number: int, index: int | None) -> None:
     """`Given` nothing."""
 
 
-def _integer(module: Module, computation: Computation, name: str, given: Given) -> int | None:
-    """What the instruction `name` computes, where that is an integer known when compiling."""
-    instruction = computation.instructions[name]
-    opcode = instruction.opcode
-
-    def operand(index: int) -> int | None:
-        return _integer(module, computation, instruction.operands[index], given)
-
+def _integer(value: Instruction, given: Given) -> int | None:
+    """What an instruction computes, where that is an integer known when compiling."""
+    opcode, operands = value.opcode, value.operands
     if opcode == "constant":
-        digits = instruction.argument
+        digits = value.argument
         return int(digits) if digits.removeprefix("-").isdecimal() else None
     if opcode == "parameter":
-        return given(int(instruction.argument), None)
+        return given(int(value.argument), None)
     if opcode == "get-tuple-element":
-        of, index = computation.operand(instruction, 0), int(instruction.attribute("index"))
-        if of.opcode == "tuple":
-            return _integer(module, computation, of.operands[index], given)
-        return given(int(of.argument), index) if of.opcode == "parameter" else None
+        index = int(value.attribute("index"))
+        if operands[0].opcode == "tuple":
+            return _integer(operands[0].operands[index], given)
+        is_given = operands[0].opcode == "parameter"
+        return given(int(operands[0].argument), index) if is_given else None
     if opcode in FOLLOWED:
-        return operand(0)
+        return _integer(operands[0], given)
     if opcode in _ARITHMETIC or opcode == "compare":
-        compute = _ARITHMETIC.get(opcode) or _COMPARISONS[instruction.attribute("direction")]
-        left, right = operand(0), operand(1)
+        compute = _ARITHMETIC.get(opcode) or _COMPARISONS[value.attribute("direction")]
+        left, right = (_integer(operand, given) for operand in operands)
         return None if left is None or right is None else compute(left, right)
     if opcode in ("fusion", "call"):
-        callee = module.computations[instruction.called[0]]
         return _integer(
-            module, callee, callee.root.name, lambda n, i: operand(n) if i is None else None
+            value.called[0].root,
+            lambda number, index: _integer(operands[number], given) if index is None else None,
         )
     return None
 
@@ -69,29 +65,27 @@ class Loop(NamedTuple):
     fixed: dict[int, int]  # what it carries unchanged, by its index, where that is a known integer
 
 
-def loop(
-    module: Module, computation: Computation, instruction: Instruction, given: Given = _unknown
-) -> Loop:
-    """How often the `while` `instruction` of `computation` runs, given what that is given."""
-    body, condition = (
-        module.computations[instruction.attribute(key).lstrip("%")] for key in ("body", "condition")
-    )
-    initial = computation.operand(instruction, 0)
+def loop(instruction: Instruction, given: Given = _unknown) -> Loop:
+    """How often a `while` runs, given what its computation is given."""
+    module = instruction.home.module
+    condition = module[instruction.attribute("condition").lstrip("%")].root
+    after = instruction.called[0].root.operands
+    initial = instruction.operands[0]
     while initial.opcode in FOLLOWED:
-        initial = computation.operand(initial, 0)
+        initial = initial.operands[0]
     carried: dict[int, int] = {}
-    for index, name in enumerate(initial.operands if initial.opcode == "tuple" else ()):
-        value = _integer(module, computation, name, given)
-        if value is not None:
-            carried[index] = value
+    for index, value in enumerate(initial.operands if initial.opcode == "tuple" else ()):
+        start = _integer(value, given)
+        if start is not None:
+            carried[index] = start
 
     def now(number: int, index: int | None) -> int | None:
         return None if index is None else carried.get(index)
 
     fixed, trips = dict(carried), 0
-    while (more := _integer(module, condition, condition.root.name, now)) and trips < MOST_TRIPS:
-        after = {i: _integer(module, body, body.root.operands[i], now) for i in carried}
-        carried = {index: value for index, value in after.items() if value is not None}
+    while (more := _integer(condition, now)) and trips < MOST_TRIPS:
+        then = {index: _integer(after[index], now) for index in carried}
+        carried = {index: value for index, value in then.items() if value is not None}
         fixed = {index: value for index, value in fixed.items() if carried.get(index) == value}
         trips += 1
     return Loop(None if more is None or trips == MOST_TRIPS else trips, fixed)
@@ -100,17 +94,16 @@ def loop(
 class Run(NamedTuple):
     """An instruction of a program, and how often it runs."""
 
-    computation: Computation
     instruction: Instruction
     trips: float
     known: bool  # False inside a loop of unknown length, which is counted as one trip
-    # Computation and name of what began it, where it runs beside what follows until its end;
-    # ("", "") where what follows waits for it.
+    # What began it, where it runs beside what follows until its end: the computation and a name
+    # there. ("", "") where what follows waits for it.
     begun: tuple[str, str] = ("", "")
     ends: bool = False  # whether it only waits for what was begun
 
 
-def runs(module: Module) -> list[Run]:
+def runs(program: Computation) -> list[Run]:
     """Every instruction that runs by itself, fusions whole, loops and calls followed, in order.
 
     What is begun says so, and what waits for it is among the runs. That is `all-reduce-start` and
@@ -118,75 +111,63 @@ def runs(module: Module) -> list[Run]:
     it its operands; and fusions named `async-collective-start` and `async-collective-done`, which
     have the collective inside them, as have the fusions that go on with it in between.
     """
-    return list(_runs(module, module.entry, 1.0, True, _unknown))
+    return list(_runs([program], 1.0, True))
 
 
 def _runs(
-    module: Module, computation: Computation, trips: float, known: bool, given: Given
+    computations: Iterable[Computation], trips: float, known: bool, given: Given = _unknown
 ) -> Iterator[Run]:
-    def called(names, times=trips, known=known, given=_unknown) -> Iterator[Run]:
-        for name in names:
-            yield from _runs(module, module.computations[name], times, known, given)
-
-    for instruction in computation.instructions.values():
-        opcode = instruction.opcode
+    for instruction in (i for c in computations for i in c.instructions.values()):
+        opcode, called = instruction.opcode, instruction.called
         if opcode == "while":
-            count, fixed = loop(module, computation, instruction, given)
-            body = instruction.attribute("body").lstrip("%")
+            count, fixed = loop(instruction, given)
             times = trips * (1 if count is None else count)
             is_known = known and count is not None
-            yield from called([body], times, is_known, lambda n, i, fixed=fixed: fixed.get(i))
+            yield from _runs(called, times, is_known, lambda n, i, fixed=fixed: fixed.get(i))
         elif opcode == "conditional":
-            branches = [list(called([name])) for name in instruction.called]
-            yield from max(branches, key=lambda branch: _work(module, branch))
+            yield from max((list(_runs([c], trips, known)) for c in called), key=_work)
         elif opcode == "call":
-            yield from called(instruction.called)
+            yield from _runs(called, trips, known)
         elif opcode in ("async-start", "call-start", "async-update", "call-update"):
-            begun = _beginning(computation, instruction)
-            start = computation.instructions[begun[1]]
+            start = _beginning(instruction)
             if bool(start.operands) == opcode.endswith("-start"):
-                yield from (run._replace(begun=begun) for run in called(start.called))
+                begun = (start.home.name, start.name)
+                yield from (r._replace(begun=begun) for r in _runs(start.called, trips, known))
         elif instruction.name.startswith("async-collective-"):
-            begun = (computation.name, f"channels {_channels(module, instruction)}")
+            # Which collectives the fusion contains: their channels, of which each has its own.
+            inner = called[0].instructions.values()
+            channels = sorted(filter(None, (i.attribute("channel_id") for i in inner)))
+            begun = (instruction.home.name, f"channels {channels}")
             ends = instruction.name.startswith("async-collective-done")
-            yield Run(computation, instruction, trips, known, begun, ends)
+            yield Run(instruction, trips, known, begun, ends)
         elif opcode not in FREE and opcode != "copy-done":
             ends = opcode.endswith("-done")
-            started = opcode.endswith("-start") and opcode != "copy-start"
-            begun = _beginning(computation, instruction) if started or ends else ("", "")
-            yield Run(computation, instruction, trips, known, begun, ends)
+            begun = ("", "")
+            if ends or (opcode.endswith("-start") and opcode != "copy-start"):
+                begun = (instruction.home.name, _beginning(instruction).name)
+            yield Run(instruction, trips, known, begun, ends)
 
 
-def _beginning(computation: Computation, instruction: Instruction) -> tuple[str, str]:
-    """`Run.begun` of what a `-done` or an `-update` belongs to."""
+def _beginning(instruction: Instruction) -> Instruction:
+    """What a `-done` or an `-update` belongs to."""
     while instruction.opcode.endswith(("-done", "-update")):
-        instruction = computation.operand(instruction, 0)
-    return computation.name, instruction.name
+        instruction = instruction.operands[0]
+    return instruction
 
 
-def _channels(module: Module, fusion: Instruction) -> list[str]:
-    """Which collectives a fusion contains: their channels, of which each has its own."""
-    inner = module.computations[fusion.called[0]].instructions.values()
-    return sorted(filter(None, (i.attribute("channel_id") for i in inner)))
+def _work(branch: list[Run]) -> tuple[float, float]:
+    flops = sum(run.trips * flops_of(run.instruction) for run in branch)
+    return flops, sum(run.trips * bytes_of(run.instruction) for run in branch)
 
 
-def _work(module: Module, branch: list[Run]) -> tuple[float, float]:
-    return tuple(
-        sum(run.trips * cost(module, run.computation, run.instruction) for run in branch)
-        for cost in (flops_of, bytes_of)
-    )
-
-
-def stacks(module: Module) -> float:
+def stacks(program: Computation) -> float:
     """Bytes that loops of the forward pass stack up, a slice each trip, for the backward pass."""
     total = 0.0
-    for computation in module.computations.values():
-        for instruction in computation.instructions.values():
-            if instruction.opcode != "while" or "transpose(" in instruction.source:
-                continue
-            trips = loop(module, computation, instruction).trips
-            body = module.computations[instruction.attribute("body").lstrip("%")]
-            for name, array in zip(body.root.operands, instruction.arrays):
-                grown = array.dims[:1] == (trips,) and updated(module, body, name) is not None
-                total += array.moved if grown else 0.0
+    for instruction in (i for c in program.module.values() for i in c.instructions.values()):
+        if instruction.opcode != "while" or "transpose(" in instruction.source:
+            continue
+        trips = loop(instruction).trips
+        for value, array in zip(instruction.called[0].root.operands, instruction.arrays):
+            grown = array.dims[:1] == (trips,) and updated(value) is not None
+            total += array.moved if grown else 0.0
     return total

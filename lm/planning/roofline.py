@@ -28,8 +28,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from lm.parallel.chips import Chip
-from lm.planning import hlo, hlo_costs
+from lm.planning import hlo_costs
 from lm.planning.collectives import Collective, collectives
+from lm.planning.hlo import COLLECTIVES, Instruction, parse
 from lm.planning.hlo_runs import Run, runs, stacks
 from lm.planning.topology import Topology
 
@@ -217,8 +218,8 @@ def estimate(text: str, topology: Topology, mesh: Mesh, attention_share: float =
       attention_share: of all pairs of query and key, those that are seen: what kernels of attention
         that do not state their FLOPs compute.
     """
-    module = hlo.parse(text)
-    every = runs(module)
+    program = parse(text)
+    every = runs(program)
     network, chip = Network.of(topology, mesh), topology.chip
     operations, found = [], []
     clock = _Clock()
@@ -226,18 +227,18 @@ def estimate(text: str, topology: Topology, mesh: Mesh, attention_share: float =
         if run.ends:
             clock.wait(run.begun)
             continue
-        operation = _operation(module, run, chip, attention_share)
+        operation = _operation(run, chip, attention_share)
         busy, spoken = operation.trips * operation.estimate, 0.0
         if any(run.begun):  # takes no time of what is counted as operations
             operation = dataclasses.replace(operation, roofline=0.0, estimate=0.0)
         operations.append(operation)
-        for collective in collectives(module, [run], mesh.shape):
+        for collective in collectives([run], mesh.shape):
             seconds = network.seconds(collective) * collective.trips
             found.append(dataclasses.replace(collective, seconds=seconds))
             spoken += seconds
         clock.run(busy, spoken, run.begun)
     known = all(run.known for run in every)
-    return Estimate(operations, found, clock.waited, chip, known, stacks(module))
+    return Estimate(operations, found, clock.waited, chip, known, stacks(program))
 
 
 class _Clock:
@@ -270,38 +271,32 @@ class _Clock:
         self.now += rest
 
 
-def _operation(module: hlo.Module, run: Run, chip: Chip, share: float) -> Operation:
-    computation, instruction, trips, *_ = run
-    flops = hlo_costs.flops_of(module, computation, instruction)
-    moved = hlo_costs.bytes_of(module, computation, instruction)
-    kernel = share * hlo_costs.attention_flops(computation, instruction)
-    flops += kernel
+def _operation(run: Run, chip: Chip, attention_share: float) -> Operation:
+    instruction = run.instruction
+    kernel = attention_share * hlo_costs.attention_flops(instruction)
+    flops, moved = hlo_costs.flops_of(instruction) + kernel, hlo_costs.bytes_of(instruction)
     busy = (hlo_costs.stated(instruction, "flops") + kernel) / chip.sixteen_bit
-    for where, product in hlo_costs.products(module, computation, instruction):
-        busy += (
-            hlo_costs.product_flops(where, product)
-            * _slowness(where, product)
-            / _rate(where, product, chip)
-        )
+    for product in hlo_costs.products(instruction):
+        busy += hlo_costs.product_flops(product) / _rate(product, chip)
     roofline = max(busy, moved / chip.bandwidth)
-    if instruction.opcode.removesuffix("-start") in hlo.COLLECTIVES:
-        roofline = 0.0  # the network's time is longer than what it reads and writes
-    elif instruction.opcode == "copy-start":
-        roofline = 0.0  # runs beside what follows
+    opcode = instruction.opcode.removesuffix("-start")
+    # The network's time is longer than what a collective reads and writes; a copy runs beside what
+    # follows.
+    if opcode in COLLECTIVES or instruction.opcode == "copy-start":
+        roofline = 0.0
     cycles = _CYCLES.search(instruction.attributes)
     known = cycles and chip.clock and int(cycles[1]) < _NO_ESTIMATE
     stated = int(cycles[1]) / chip.clock if known else roofline
-    return Operation(instruction.name, instruction.source, trips, flops, moved, roofline, stated)
+    name, source = instruction.name, instruction.source
+    return Operation(name, source, run.trips, flops, moved, roofline, stated)
 
 
-def _rate(computation: hlo.Computation, instruction: hlo.Instruction, chip: Chip) -> float:
-    dtype = computation.operand(instruction, 0).arrays[0].dtype
-    narrow = dtype in _EIGHT_BIT
-    return chip.eight_bit if narrow and chip.eight_bit else chip.sixteen_bit
-
-
-def _slowness(computation: hlo.Computation, instruction: hlo.Instruction) -> int:
-    if computation.operand(instruction, 0).arrays[0].dtype != "f32":
-        return 1
-    asked = re.findall(r"\w+", instruction.attribute("operand_precision") or "")
-    return max((_PASSES.get(precision, 1) for precision in asked), default=1)
+def _rate(product: Instruction, chip: Chip) -> float:
+    """FLOPs a second of a product of such numbers at the precision that it asks for."""
+    dtype = product.operands[0].arrays[0].dtype
+    if dtype in _EIGHT_BIT:
+        return chip.eight_bit or chip.sixteen_bit
+    if dtype != "f32":
+        return chip.sixteen_bit
+    asked = re.findall(r"\w+", product.attribute("operand_precision") or "")
+    return chip.sixteen_bit / max((_PASSES.get(precision, 1) for precision in asked), default=1)

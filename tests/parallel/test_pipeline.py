@@ -139,8 +139,8 @@ def compiled_collectives(name):
             return pull(out)
 
         lowered = tiny_models.compiled(gradient).lower(*placed(arguments, mesh))
-        module = hlo.parse(lowered.compile().as_text())
-    return collectives(module, hlo_runs.runs(module), mesh.shape), mesh
+        program = hlo.parse(lowered.compile().as_text())
+    return collectives(hlo_runs.runs(program), mesh.shape), mesh
 
 
 def test_stages_talk_only_to_their_neighbours():

@@ -18,11 +18,10 @@ W = jax.ShapeDtypeStruct((LAYERS, SIDE, SIDE), jnp.float32)
 
 def totals(text):
     """(FLOPs, bytes, whether all loops are known) of a program, trips counted."""
-    module = hlo.parse(text)
-    every = runs(module)
+    every = runs(hlo.parse(text))
     return (
-        sum(run.trips * flops_of(module, run.computation, run.instruction) for run in every),
-        sum(run.trips * bytes_of(module, run.computation, run.instruction) for run in every),
+        sum(run.trips * flops_of(run.instruction) for run in every),
+        sum(run.trips * bytes_of(run.instruction) for run in every),
         all(run.known for run in every),
     )
 
@@ -191,7 +190,7 @@ def test_the_text_of_a_tpu_program_is_understood():
     kernel = 2 * activations
     each = weights + gathered + (activations + gathered + hidden) + kernel
     assert moved == pytest.approx(6 * each, rel=1e-6)
-    kernel = hlo.parse(TPU).computations["body"].instructions["kernel.1"]
+    kernel = hlo.parse(TPU).module["body"].instructions["kernel.1"]
     assert stated(kernel, "bytes_accessed") == 99
 
 

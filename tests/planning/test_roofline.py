@@ -121,8 +121,8 @@ ONCE = NETWORK.seconds(Collective("all-gather", SIZE, 64, (), links=6, group=tup
 
 
 def test_collectives_on_sparse_cores_are_found_with_their_links():
-    module = hlo.parse(program(*begin(1), end(1)))
-    (found,) = collectives(module, runs(module), GRID.shape)
+    every = runs(hlo.parse(program(*begin(1), end(1))))
+    (found,) = collectives(every, GRID.shape)
     assert (found.kind, found.axes, found.trips) == ("all-gather", ("fsdp",), 3)
     assert found.bytes == SIZE and found.asynchronous and found.links == 6
 
