@@ -10,31 +10,18 @@ import transformers
 # Heads are grouped and wider than width / heads where the family has that; patterns of layers show;
 # windows are shorter than texts.
 _LLAMA = {
-    "vocab_size": 97,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
+    "vocab_size": 97, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32,
     "tie_word_embeddings": False,
-}
-_OPT = {
-    "vocab_size": 97,
-    "hidden_size": 24,
-    "ffn_dim": 20,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "max_position_embeddings": 32,
-}
+}  # fmt: skip
 _NEOX = {
-    "vocab_size": 97,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "max_position_embeddings": 32,
-}
+    "vocab_size": 97, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3,
+    "num_attention_heads": 3, "max_position_embeddings": 32,
+}  # fmt: skip
+_OPT = {
+    "vocab_size": 97, "hidden_size": 24, "ffn_dim": 20, "num_hidden_layers": 3,
+    "num_attention_heads": 3, "max_position_embeddings": 32,
+}  # fmt: skip
 
 
 def _rope(kind: str, theta: float = 10_000.0, **fields) -> dict:

@@ -35,38 +35,19 @@ class Case:
 
 
 _ENCODER = {
-    "vocab_size": VOCAB,
-    "hidden_size": 21,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 3,
-    "intermediate_size": 37,
-    "max_position_embeddings": 19,
-    "num_labels": 5,
-}
+    "vocab_size": VOCAB, "hidden_size": 21, "num_hidden_layers": 3, "num_attention_heads": 3,
+    "intermediate_size": 37, "max_position_embeddings": 19, "num_labels": 5,
+}  # fmt: skip
 _T5 = {
-    "vocab_size": VOCAB,
-    "d_model": 19,
-    "d_kv": 5,
-    "num_heads": 3,
-    "d_ff": 33,
-    "num_layers": 3,
-    "num_decoder_layers": 2,
-    "relative_attention_num_buckets": 8,
-    "relative_attention_max_distance": 9,
-    "decoder_start_token_id": 0,
-}
+    "vocab_size": VOCAB, "d_model": 19, "d_kv": 5, "num_heads": 3, "d_ff": 33, "num_layers": 3,
+    "num_decoder_layers": 2, "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 9, "decoder_start_token_id": 0,
+}  # fmt: skip
 _BART = {
-    "vocab_size": VOCAB,
-    "d_model": 21,
-    "encoder_layers": 3,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 3,
-    "decoder_attention_heads": 3,
-    "encoder_ffn_dim": 37,
-    "decoder_ffn_dim": 37,
-    "max_position_embeddings": 23,
-    "forced_eos_token_id": None,
-}
+    "vocab_size": VOCAB, "d_model": 21, "encoder_layers": 3, "decoder_layers": 2,
+    "encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_ffn_dim": 37,
+    "decoder_ffn_dim": 37, "max_position_embeddings": 23, "forced_eos_token_id": None,
+}  # fmt: skip
 _V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from lm.config import check, check_choice
@@ -110,84 +109,68 @@ def _check_divided(config: ModelConfig) -> dict[str, Any]:
 
 # ---- Windows ---------------------------------------------------------------------------------
 
+_TYPES = ("full_attention", "sliding_attention")
+
 
 def _layer_types(num_layers: int, is_local: Callable[[int], bool]) -> list[str]:
     """What layers 0, 1, … are called."""
-    layers = range(num_layers)
-    return ["sliding_attention" if is_local(layer) else "full_attention" for layer in layers]
+    return [_TYPES[bool(is_local(layer))] for layer in range(num_layers)]
 
 
-def _windows(values: Json, types: Sequence[str], window: int | None) -> dict[str, Any]:
-    """The shortest pattern that, repeated, gives every layer its type; and the window."""
-    layers, names = values["num_hidden_layers"], ("full_attention", "sliding_attention")
-    check(
-        len(types) == layers,
-        f"config.json: layer_types has {len(types)} entries, not num_hidden_layers={layers}",
-    )
-    for index, kind in enumerate(types):
-        check_choice(f"config.json: layer_types[{index}]", kind, names)
-    if "sliding_attention" not in types:
-        return {}
-    check(window, "config.json: sliding_attention layers need a sliding_window")
-    period = next(
-        period
-        for period in range(1, layers + 1)
-        if all(types[layer] == types[layer % period] for layer in range(layers))
-    )
-    local = [kind == "sliding_attention" for kind in types[:period]]
-    return {
-        "attention_pattern": tuple("local" if is_local else "global" for is_local in local),
-        "window": window,
-    }
+def _windows(
+    is_local: Callable[[Json, int], bool], default: int | None = 4096, **others: Any
+) -> Together:
+    """Which layers see only a window: `layer_types`, or in older files what `is_local` says.
+
+    Args:
+      is_local: (the fields, a layer) → whether it is one of them.
+      default: the window of files that lack it.
+      **others: fields that `is_local` looks at, and what files mean that lack them.
+    """
+
+    def read(values: Json) -> dict[str, Any]:
+        layers, types = values["num_hidden_layers"], values["layer_types"]
+        if types is None:
+            types = _layer_types(layers, lambda layer: is_local(values, layer))
+        check(
+            len(types) == layers,
+            f"config.json: layer_types has {len(types)} entries, not num_hidden_layers={layers}",
+        )
+        for index, kind in enumerate(types):
+            check_choice(f"config.json: layer_types[{index}]", kind, _TYPES)
+        if "sliding_attention" not in types:
+            return {}
+        window = values["sliding_window"] if values.get("use_sliding_window", True) else None
+        check(window, "config.json: sliding_attention layers need a sliding_window")
+        # The shortest pattern that, repeated, gives every layer its type.
+        period = next(
+            period
+            for period in range(1, layers + 1)
+            if all(types[layer] == types[layer % period] for layer in range(layers))
+        )
+        local = [kind == "sliding_attention" for kind in types[:period]]
+        pattern = tuple("local" if is_local else "global" for is_local in local)
+        return {"attention_pattern": pattern, "window": window}
+
+    def write(config: ModelConfig) -> dict[str, Any]:
+        types = _layer_types(config.num_layers, config.is_local)
+        return {"sliding_window": config.window or None, "layer_types": types}
+
+    return Together({"sliding_window": OrNull(default), "layer_types": None, **others}, read, write)
 
 
 def _one_window(default: int | None) -> Together:
     """Mistral's, which all layers have or none."""
+    windows = _windows(lambda values, layer: values["sliding_window"] is not None, default)
 
     def read(values: Json) -> dict[str, Any]:
         window = values["sliding_window"]
-        types = _layer_types(values["num_hidden_layers"], lambda _: window is not None)
+        types = _layer_types(values["num_hidden_layers"], lambda layer: window is not None)
         demand("layer_types", values["layer_types"], None, types)
-        return _windows(values, types, window)
+        return windows.read(values)
 
-    return Together(
-        {"sliding_window": OrNull(default), "layer_types": None},
-        read,
-        lambda config: {"sliding_window": config.window or None},
-    )
-
-
-def _read_qwen_windows(values: Json) -> dict[str, Any]:
-    window = values["sliding_window"] if values["use_sliding_window"] else None
-    types = values["layer_types"]
-    if types is None:  # older files say where local layers begin, if there are any
-        first = values["max_window_layers"] if window else values["num_hidden_layers"]
-        types = _layer_types(values["num_hidden_layers"], lambda layer: layer >= first)
-    return _windows(values, types, window)
-
-
-def _write_qwen_windows(config: ModelConfig) -> dict[str, Any]:
-    types = _layer_types(config.num_layers, config.is_local)
-    return {
-        "use_sliding_window": config.window > 0,
-        "sliding_window": config.window or None,
-        "max_window_layers": [*types, "sliding_attention"].index("sliding_attention"),
-        "layer_types": types,
-    }
-
-
-def _read_gemma_windows(values: Json) -> dict[str, Any]:
-    every = values.get("sliding_window_pattern", 2)  # Gemma 2 has no such field
-    types = values["layer_types"]
-    if types is None:  # older files: every so many layers one is global
-        layers = values["num_hidden_layers"]
-        types = _layer_types(layers, lambda layer: (layer + 1) % every != 0)
-    return _windows(values, types, values["sliding_window"])
-
-
-def _write_gemma_windows(config: ModelConfig) -> dict[str, Any]:
-    types = _layer_types(config.num_layers, config.is_local)
-    return {"sliding_window": config.window or None, "layer_types": types}
+    write = lambda config: {"sliding_window": config.window or None}  # noqa: E731
+    return Together(windows.defaults, read, write)
 
 
 # ---- Llama, Mistral, Mixtral -----------------------------------------------------------------
@@ -237,22 +220,31 @@ _QWEN_FIELDS = {
     ),
     "use_mrope": only(False),
 }
-_QWEN_WINDOWS = Together(
-    {
-        "use_sliding_window": False,
-        "sliding_window": OrNull(4096),
-        "max_window_layers": 28,
-        "layer_types": None,
-    },
-    _read_qwen_windows,
-    _write_qwen_windows,
-)
+_QWEN_WINDOWS = _windows(
+    lambda values, layer: (
+        values["use_sliding_window"] and values["sliding_window"] is not None
+        and layer >= values["max_window_layers"]
+    ),
+    use_sliding_window=False,
+    max_window_layers=28,
+)  # fmt: skip
+
+
+def _qwen_written(config: ModelConfig) -> dict[str, Any]:
+    first = (layer for layer in range(config.num_layers) if config.is_local(layer))
+    return {
+        "use_sliding_window": config.window > 0,
+        "max_window_layers": next(first, config.num_layers),
+    }
+
+
 _QWEN2 = _family(
     "qwen2",
     "Qwen2ForCausalLM Qwen2Model",
     constants={"qkv_bias": True},
     fields=_QWEN_FIELDS,
     together=(_rotary(), _QWEN_WINDOWS),
+    written=_qwen_written,
 )
 _QWEN3 = _family(
     "qwen3",
@@ -260,6 +252,7 @@ _QWEN3 = _family(
     constants={"qk_norm": True},
     fields={**with_defaults(_QWEN_FIELDS, head_dim=OrNull(128)), **_BIASES},
     together=(_rotary(), _QWEN_WINDOWS),
+    written=_qwen_written,
 )
 
 # ---- Gemma -----------------------------------------------------------------------------------
@@ -302,11 +295,6 @@ _GEMMA_FIELDS = {
     "attn_logit_softcapping": _softcap("attention_softcap", 50.0),
     "use_bidirectional_attention": only(None, False),
 }
-_GEMMA_WINDOWS = Together(
-    {"sliding_window": OrNull(4096), "layer_types": None},
-    _read_gemma_windows,
-    _write_gemma_windows,
-)
 _GEMMA_TENSORS = {
     **_BODY,
     "blocks.attention_post_norm": f"{_LAYER}.post_attention_layernorm",
@@ -352,7 +340,7 @@ _GEMMA2 = _family(
     "Gemma2ForCausalLM Gemma2Model",
     constants=_GEMMA_CONSTANTS,
     fields=_GEMMA_FIELDS,
-    together=(_rotary(), _GEMMA_WINDOWS),
+    together=(_rotary(), _windows(lambda values, layer: layer % 2 == 0)),
     written=_gemma2_written,
     tensors=_GEMMA_TENSORS,
 )
@@ -375,8 +363,10 @@ _GEMMA3 = _family(
             _read_gemma3_rotary,
             _write_gemma3_rotary,
         ),
-        dataclasses.replace(
-            _GEMMA_WINDOWS, defaults={**_GEMMA_WINDOWS.defaults, "sliding_window_pattern": 6}
+        # Every so many layers one is global.
+        _windows(
+            lambda values, layer: (layer + 1) % values["sliding_window_pattern"] != 0,
+            sliding_window_pattern=6,
         ),
     ),
     inert=("_sliding_window_pattern",),
