@@ -94,24 +94,22 @@ def _check_fits(path: pathlib.Path, abstract: Any, partial: bool) -> dict[str, A
     tree = _read(path, ocp.metadata).metadata
     if tree is None:  # Orbax says so where it cannot read them
         raise Damaged("the index of its arrays cannot be read")
-    saved = named_arrays(tree)
-
-    def shown(arrays: dict[str, Any]) -> dict[str, str]:  # of parameters alone any dtype will do
-        dtypes = {name: "" if partial else np.dtype(x.dtype).name for name, x in arrays.items()}
-        return {name: f"{dtypes[name]}{list(x.shape)}" for name, x in arrays.items()}
-
-    there, here = shown(saved), shown(named_arrays(abstract))
-    wrong = [
-        name for name in here | (there if not partial else {}) if there.get(name) != here.get(name)
-    ]
+    saved, wanted = named_arrays(tree), named_arrays(abstract)
+    wrong = []
+    for name in sorted(wanted if partial else wanted | saved, key=lambda n: n[:7] != "params/"):
+        there, here = (arrays.get(name) for arrays in (saved, wanted))
+        if there is None or here is None:
+            place = "configuration" if there is None else "checkpoint"
+            wrong.append(f"{name} is only in the {place}")
+            continue
+        kinds = [(tuple(x.shape), "" if partial else np.dtype(x.dtype)) for x in (there, here)]
+        if kinds[0] != kinds[1]:
+            was, now = (f"{np.dtype(x.dtype).name}{list(x.shape)}" for x in (there, here))
+            wrong.append(f"{name} is {was} there and {now} here")
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     if wrong:
-        name = min(wrong, key=lambda name: not name.startswith("params/"))
-        what = f"is {there.get(name)} there and {here.get(name)} here"
-        if name not in here or name not in there:
-            what = f"is only in the {'checkpoint' if name in there else 'configuration'}"
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise ConfigError(
-            f"{path} was saved with another configuration: {name} {what}{more}; restore the "
+            f"{path} was saved with another configuration: {wrong[0]}{more}; restore the "
             "configuration it was saved with, or choose an empty --workdir"
         )
     return saved
