@@ -77,20 +77,20 @@ def prefill(settings: Settings, length: int, params, prompt: Prompt, rows: Rows)
     seed_B = jnp.full(len(rows.drawn_B), rows.seed)
     key_B = fold_in(fold_in(jax.vmap(jax.random.key)(seed_B), rows.prompt_B), rows.number_B)
 
-    def spread(x):
+    def repeated(x):
         return jnp.repeat(x, samples, 0)
 
     done_B = rows.drawn_B >= rows.limit_B
     state = State(
         cache=cache.repeat(samples),
         token_B=jnp.zeros_like(rows.drawn_B),
-        position_B=spread(prompt.positions_PT[:, -1]),
+        position_B=repeated(prompt.positions_PT[:, -1]),
         done_B=done_B,
         limit_B=rows.limit_B,
         key_B=key_B,
         count_B=rows.drawn_B,
     )
-    state = _draw(settings, model, state, spread(x_PTD[:, -1:]), state.cache)
+    state = _draw(settings, model, state, repeated(x_PTD[:, -1:]), state.cache)
     return state, jnp.where(done_B, NOTHING, state.token_B)[:, None], state.done_B.all()
 
 

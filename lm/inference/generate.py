@@ -179,7 +179,7 @@ class Generator:
         _check_memory(self.model.config, len(read), sampling.num_samples, longest)
         return Generation(self, prompts, read, sampling, seed, chunk)
 
-    def rows(self, prompts: Sequence[Sequence[int]]) -> Prompt:
+    def prompt(self, prompts: Sequence[Sequence[int]]) -> Prompt:
         """The prompts side by side, as `prefill` reads them."""
         if not self.encodes:
             return Prompt(*padded(prompts, self.context))
@@ -289,7 +289,7 @@ class Generation:
                 drawn_B=drawn_B,
                 limit_B=limit_B,
             )
-            prompt, most = generator.rows(read), int((limit_B - drawn_B).max())
+            prompt, most = generator.prompt(read), int((limit_B - drawn_B).max())
             # The last token drawn is not read, so the cache has room for one fewer.
             length = max(length, round_up(prompt.tokens_PT.shape[1] + most - 1, 64))
             for tokens_BN in self._until_full(prompt, rows, length, most):
