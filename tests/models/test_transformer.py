@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 
 from lm.models import Transformer, bind
-from lm.models.config import ACTIVATIONS, NORMS, POSITIONS
+from lm.models.config import ACTIVATIONS, NORMS
 from lm.models.hooks import reading, replacing
 from lm.models.layers import dropout
 
@@ -26,21 +26,6 @@ def test_scanned_and_unrolled_layers_compute_the_same():
         tiny_models.score_and_gradient(config, values, tokens),
         tiny_models.score_and_gradient(unrolled, values, tokens),
     )
-
-
-@pytest.mark.parametrize("positions", POSITIONS)
-def test_packed_documents_compute_what_they_compute_alone(positions):
-    config = tiny_models.config(positions=positions)
-    values = tiny_models.params(config)
-    tokens = tiny_models.tokens(1, 12)
-    where = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
-    segments = jnp.array([[1] * 5 + [2] * 7])
-    packed = tiny_models.logits(config, values, tokens, positions_BT=where, segments_BT=segments)
-    # Alone, each is padded at its end, so that both have one shape.
-    apart = np.zeros((2, 12), np.int32)
-    apart[0, :5], apart[1, :7] = tokens[0, :5], tokens[0, 5:]
-    alone = tiny_models.logits(config, values, apart)
-    close(packed[0], jnp.concatenate([alone[0, :5], alone[1, :7]]))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import tiny_models
 from lm.config import ConfigError, view
 from lm.data.config import OBJECTIVES as DATA_OBJECTIVES
 from lm.models import ModelConfig, bind, skeleton
+from lm.models.config import POSITIONS
 from lm.models.hooks import no_tap
 from lm.models.moe.experts import Experts
 from lm.models.params import init, param_specs
@@ -76,7 +77,7 @@ def documents_batch(rows, length=12):
     return {**batch, "targets": np.concatenate(targets), "weights": weights}
 
 
-@pytest.mark.parametrize("positions", ["learned", "sinusoidal", "rotary", "none"])
+@pytest.mark.parametrize("positions", POSITIONS)
 def test_loss_and_gradient_of_packed_documents_are_sums_over_the_documents(positions):
     config = tiny_models.config(positions=positions)
     values = tiny_models.params(config)
