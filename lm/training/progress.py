@@ -59,7 +59,7 @@ class Progress:
                 self._line(start_step), total=max(total_steps, 1), completed=start_step
             )
 
-    def update(self, step: int, metrics: Mapping[str, Any] | None = None) -> None:
+    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Reports that `step` steps are done.
 
         `metrics` may hold `loss`, `eval_loss`, `eval_bits_per_byte`, `tokens_per_second`, `mfu` and
@@ -71,9 +71,7 @@ class Progress:
         now = self._clock()
         if self._first is None:
             self._first = (step, now)  # what came before includes compilation
-        fields = {
-            key: show(metrics[key]) for key, show in _FIELDS.items() if key in (metrics or {})
-        }
+        fields = {key: show(metrics[key]) for key, show in _FIELDS.items() if key in metrics}
         if self._bar is not None:
             self._fields.update(fields)
             room = self._bar.console.width - 1
@@ -88,8 +86,7 @@ class Progress:
             self._bar.update(self._task, completed=step, description=line)
         else:
             self._fields = fields
-            self._file.write(self._line(step, now) + "\n")
-            self._file.flush()
+            self.print(self._line(step, now))
 
     def compiling(self, now: bool) -> None:
         """Says while the step compiles, `now`, why there is nothing to report yet."""
