@@ -30,7 +30,7 @@ from lm.training.metrics import FILE as METRICS
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer", "checkpoints"
 
 # What a run that goes on may have otherwise than it began, by section or field of
-# `lm.jobs.train.TrainJob`; a field's own line goes before its section's.
+# `lm.runs.config.TrainJob`; a field's own line goes before its section's.
 # These change nothing of what is computed, or only how fast, where and how often.
 FREE = (
     "data.cache_dir", "data.prefetch", "data.num_threads", "data.even_batch", "data.epochs",
