@@ -118,11 +118,7 @@ def _part(config: ModelConfig, name: str, spec: ParamSpec) -> str | None:
 def _attention(config: ModelConfig, keys: float, window_keys: float, source_keys: float) -> float:
     """FLOPs of a token's attention in all layers of the decoder, or of an encoder by itself.
 
-    Args:
-      config: the model's.
-      keys: how many keys a token sees in a global layer.
-      window_keys: in a local one.
-      source_keys: in cross-attention.
+    A token sees `keys` in a global layer, `window_keys` in a local one, and `source_keys` across.
     """
     if config.cell != "attention":
         # Additive attention, once for all layers: v·tanh(…) and the mean are 2·width a key each.
@@ -202,10 +198,7 @@ def decode_flops_per_token(
 ) -> float:
     """FLOPs of writing a token that sees `context` tokens, its own included, through a cache.
 
-    Args:
-      config: of a decoder or encoder-decoder.
-      context: tokens so far.
-      source_length: tokens of an encoder-decoder's source; `context` unless given.
+    An encoder-decoder's source is as long as `context` unless `source_length` is given.
     """
     weights = multiplying(config)
     both = config.architecture == "encoder_decoder"

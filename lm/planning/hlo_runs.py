@@ -2,13 +2,14 @@
 
 The compiler's own cost analysis counts the body of a loop once. A model's layers are one loop, so
 here instructions are counted as often as they run. How often a loop does follows from its integers:
-where they start, what a trip makes of them, and the condition, all known when compiling. Of a
-conditional's branches the one with most work counts.
+where they start, what a trip makes of them, and the condition, as far as they are known here;
+else the compiler may say it. Of a conditional's branches the one with most work counts.
 """
 
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from lm.planning.hlo import FOLLOWED, Computation, Instruction
 from lm.planning.hlo_costs import FREE, bytes_of, flops_of, updated
 
 MOST_TRIPS = 10**6  # a loop that goes on for longer is one whose length is not known
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARITHMETIC = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul}
 _COMPARISONS = {
     "LT": operator.lt, "LE": operator.le, "GT": operator.gt,
@@ -88,7 +90,10 @@ def loop(instruction: Instruction, given: Given = _unknown) -> Loop:
         carried = {index: value for index, value in then.items() if value is not None}
         fixed = {index: value for index, value in fixed.items() if carried.get(index) == value}
         trips += 1
-    return Loop(None if more is None or trips == MOST_TRIPS else trips, fixed)
+    if more is None or trips == MOST_TRIPS:
+        said = _TRIPS.search(instruction.attributes)
+        trips = int(said[1]) if said else None
+    return Loop(trips, fixed)
 
 
 class Run(NamedTuple):

@@ -28,14 +28,10 @@ _CPU = Chip(
 )
 
 # Of a slice; a pod is of one size, and not every size is for sale.
-_PODS = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216}
+_PODS = {"v4": 4096, "v5e": 256, "v5p": 8960, "v6e": 256, "tpu7x": 9216, "cpu": math.inf}
 _EXAMPLES = {
-    "v4": "v4:2x2x4",
-    "v5e": "v5e:4x4",
-    "v5p": "v5p:4x4x4",
-    "v6e": "v6e:16x16",
-    "tpu7x": "tpu7x:4x4x4",
-    "cpu": "cpu:8",
+    **{"v4": "v4:2x2x4", "v5e": "v5e:4x4", "v5p": "v5p:4x4x4"},
+    **{"v6e": "v6e:16x16", "tpu7x": "tpu7x:4x4x4", "cpu": "cpu:8"},
 }
 
 
@@ -96,7 +92,7 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
         f"config.topology={name!r} must give {chip.dimensions} size(s) of {kind}, like {example}",
     )
     shape = tuple(map(int, sizes.split("x")))
-    most = _PODS.get(kind, math.inf)
+    most = _PODS[kind]
     check(
         math.prod(shape) <= most,
         f"config.topology={name!r} has {math.prod(shape):,} chips, more than the {most:,} of a "
