@@ -1,9 +1,9 @@
 """From a trained model to text: prefill, decode, draw, stream; to vectors, and to filled masks."""
 
-from lm.inference.config import SamplingConfig
 from lm.inference.fill import Candidate, embed, fill, fill_spans
 from lm.inference.generate import Generation, Generator, Timing
 from lm.inference.prompts import Framing
+from lm.inference.sampling import SamplingConfig
 
 __all__ = [
     "Candidate",

@@ -16,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.inference.config import SamplingConfig
 from lm.inference.prepare import bound
 from lm.inference.prompts import Prompt
-from lm.inference.sampling import sample
+from lm.inference.sampling import SamplingConfig, sample
 from lm.models import Model
 from lm.models.cache import Cache
 from lm.models.recurrent import RecurrentCache

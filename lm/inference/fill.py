@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config import check, check_choice
-from lm.inference.config import SamplingConfig
 from lm.inference.generate import NOTHING, Generator
 from lm.inference.prompts import Framing, check_ids, padded_after
+from lm.inference.sampling import SamplingConfig
 from lm.models import ModelConfig, bind, skeleton
 from lm.parallel.sharding import constrain
 from lm.tokenizers import Tokenizer

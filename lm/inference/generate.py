@@ -26,10 +26,10 @@ import jax
 import numpy as np
 
 from lm.config import check, view
-from lm.inference.config import SamplingConfig
 from lm.inference.decode import NOTHING, Rows, Settings, State, decode, prefill
 from lm.inference.prepare import cache_shardings, for_decoding, for_reading, mesh_of
 from lm.inference.prompts import Framing, Prompt, check_ids, padded, padded_after, round_up
+from lm.inference.sampling import SamplingConfig
 from lm.models import Model, ModelConfig
 from lm.models.matmul import compute_dtype
 from lm.parallel.mesh import replicated

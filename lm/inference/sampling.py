@@ -7,14 +7,36 @@ equal logits the token with the lower id ranks first, so that top-k keeps exactl
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lm.inference.config import SamplingConfig
+from lm.config import Count, NotNegative, Positive, Share
 
 HEAD = 256  # ranks that nearly every nucleus stays within; sorting a whole vocabulary is slow
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """Drawing tokens. The filters apply in the order temperature, top_k, top_p.
+
+    Hashable, so that a compiled function can take it as a static argument.
+    """
+
+    temperature: NotNegative = 1.0  # divides the logits; 0 is greedy: always the likeliest token
+    top_k: Count | None = None  # draw from the k likeliest tokens only; 0, None: from all
+    top_p: Share | None = None  # the fewest that hold this share of the probability; 0, None: all
+    max_new_tokens: Positive = 200  # per sample, end-of-text included
+    num_samples: Positive = 1  # continuations of each prompt
+    truncate_prompt: bool = True  # one longer than the context loses what comes first; or an error
+    stop_at_end_of_text: bool = True  # False goes on after end-of-text, into the next document
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is left to chance; below 1e-5 logits would overflow, and none is."""
+        return self.temperature < 1e-5 or self.top_k == 1
 
 
 class Candidates(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from lm.config import Bounds, Count, Path, Seed, check
 from lm.data import BatchIterator, DataConfig
-from lm.inference.config import SamplingConfig
+from lm.inference.sampling import SamplingConfig
 from lm.models import ModelConfig
 from lm.objectives import ObjectiveConfig, check_objective
 from lm.parallel.cluster import HostsConfig
