@@ -42,6 +42,13 @@ _NO_ESTIMATE = 2**60  # cycles from here on are the compiler's word for not know
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
+def group_along(mesh: Mesh | AbstractMesh, axes: tuple[str, ...]) -> tuple[int, ...]:
+    """Numbers of the devices that the first one works with along these axes."""
+    numbers = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
+    index = tuple(slice(None) if axis in axes else 0 for axis in mesh.shape)
+    return tuple(int(n) for n in numbers[index].ravel())
+
+
 @dataclasses.dataclass(frozen=True)
 class Network:
     """Where the devices of a mesh are in a torus, and how fast they talk."""
@@ -52,12 +59,18 @@ class Network:
 
     @classmethod
     def of(cls, topology: Topology, mesh: Mesh | AbstractMesh) -> Network:
-        """The network that connects the devices of `mesh`, of an abstract one in their order."""
+        """The network that connects the devices of `mesh`.
+
+        Those of an abstract one lie in the order in which most axes fill dimensions of the torus.
+        """
         if isinstance(mesh, AbstractMesh):
-            return cls(topology, topology.coordinates, topology.slice_of)
-        index = {device.id: i for i, device in enumerate(topology.devices)}
-        order = [index[device.id] for device in mesh.devices.flat]
-        return cls(topology, topology.coordinates[order], topology.slice_of[order])
+            orders = topology.orders
+        else:
+            index = {device.id: i for i, device in enumerate(topology.devices)}
+            orders = [[index[device.id] for device in mesh.devices.flat]]
+        found = [cls(topology, topology.coordinates[o], topology.slice_of[o]) for o in orders]
+        groups = [group_along(mesh, (axis,)) for axis, size in mesh.shape.items() if size > 1]
+        return max(found, key=lambda network: sum(network.spans(group)[1] for group in groups))
 
     def spans(self, group: Sequence[int]) -> tuple[int, bool]:
         """Dimensions of the torus that a group extends along, and whether over all of each."""

@@ -26,15 +26,13 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import numpy as np
-
 from lm.models.matmul import compute_dtype
 from lm.parallel import compiler
 from lm.parallel.mesh import batch_ways
 from lm.parallel.platform import compiling_for
 from lm.parallel.sharding import ZERO_AXES
 from lm.planning.collectives import Collective, made
-from lm.planning.roofline import Estimate, Network, Operation
+from lm.planning.roofline import Estimate, Network, Operation, group_along
 from lm.planning.topology import Topology
 from lm.training.memory import arrays, expected_memory, held, kept
 from lm.training.workload import Workload
@@ -76,7 +74,7 @@ def strategy_of(collective: Collective) -> str:
 def sketch(workload: Workload, topology: Topology) -> Sketch:
     """The step of a workload whose layout is over the topology's devices.
 
-    A layout with an abstract mesh is taken to have them in the topology's order.
+    Those of an abstract mesh are taken to lie well in the torus (`Network.of`).
 
     Raises:
       ConfigError: a pipeline's rows cannot be cut into micro-batches.
@@ -93,8 +91,8 @@ def sketch(workload: Workload, topology: Topology) -> Sketch:
     for strategy, kind, size, times in says:
         received[strategy] = received.get(strategy, 0.0) + size
         along = ZERO_AXES if strategy == "zero" else (strategy,)
-        group = _group(mesh, along)
-        whole = all(network.spans(_group(mesh, (axis,)))[1] for axis in along)
+        group = group_along(mesh, along)
+        whole = all(network.spans(group_along(mesh, (axis,)))[1] for axis in along)
         unit = Collective(kind, 1.0, len(group), along, trips=times, group=group)
         if kind == "collective-permute":
             unit = dataclasses.replace(unit, group=group[:2])
@@ -176,10 +174,3 @@ def _says(workload: Workload):
     if stage > 1:
         size = 2 * stream * layout.rounds / tensor
         yield "stage", "collective-permute", size, 2 * 4 * stage * layout.rounds
-
-
-def _group(mesh, along: tuple[str, ...]) -> tuple[int, ...]:
-    """Numbers of the devices that the first one works with along these axes."""
-    numbers = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
-    index = tuple(slice(None) if axis in along else 0 for axis in mesh.shape)
-    return tuple(int(n) for n in numbers[index].ravel())

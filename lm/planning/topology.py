@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -70,6 +71,12 @@ class Topology:
     def slice_of(self) -> np.ndarray:
         """Which slice each device belongs to [devices]."""
         return np.array([getattr(device, "slice_index", None) or 0 for device in self.devices])
+
+    @functools.cached_property
+    def orders(self) -> list[np.ndarray]:
+        """Devices slice by slice, in every order of running through the torus's dimensions."""
+        ways = itertools.permutations(self.coordinates.T)
+        return [np.lexsort((*dimensions, self.slice_of)) for dimensions in ways]
 
 
 def parse(name: str) -> tuple[Chip, tuple[int, ...]]:

@@ -40,6 +40,7 @@ class Grid:
     def __init__(self, **sizes):
         self.shape = {axis: sizes.get(axis, 1) for axis in AXES}
         self.devices = np.array(PLACES, dtype=object).reshape(tuple(self.shape.values()))
+        self.size = len(PLACES)
 
 
 GRID = Grid(fsdp=64)
