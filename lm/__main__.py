@@ -76,7 +76,15 @@ def main() -> None:
     """Runs `sys.argv` and exits."""
     _speak_utf8()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    sys.exit(guarded(run, sys.argv[1:]))
+    code = guarded(run, sys.argv[1:])
+    hosts = sys.modules.get("lm.parallel.hosts")  # importing it takes a second
+    if hosts and hosts.count() > 1:
+        # One of several processes that failed: its threads still wait in C++ for the others, and
+        # Python, which ends them there, would now and then be aborted by it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _speak_utf8() -> None:
