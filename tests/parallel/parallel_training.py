@@ -66,6 +66,7 @@ def problem(layout: Layout, model: ModelConfig, steps: int, accumulation: int):
         model,
         LENGTH,
         ROWS,
+        seed=7,
         optimizer=OptimizerConfig(learning_rate=3e-3),
         train=TrainConfig(steps=steps, accumulation=accumulation),
         layout=layout,
