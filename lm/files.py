@@ -165,12 +165,26 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         scratch.unlink(missing_ok=True)
 
 
-def write_durably(path: pathlib.Path, text: str) -> None:
-    """Writes and reaches the disk: a rename may not overtake what it makes visible."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes a file of JSON, whole or not at all, into a directory that is made if need be.
+
+    Raises:
+      ConfigError: the directory cannot be written.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            file.write(
+                json.dumps(value, indent=2, ensure_ascii=False, default=str).encode() + b"\n"
+            )
+    except OSError as error:
+        raise unwritable(path.parent, error) from error
+
+
+def unwritable(directory: str | os.PathLike[str], error: OSError) -> ConfigError:
+    """What to tell whoever chose a directory that cannot be written."""
+    return ConfigError(f"--workdir={directory} cannot be written: {error.strerror or error}")
 
 
 def sync_folder(path: str | os.PathLike[str]) -> None:

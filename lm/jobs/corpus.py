@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import pathlib
 import time
 
@@ -13,9 +12,10 @@ import rich
 from rich import box
 from rich.table import Table
 
-from lm.config import ConfigError, Path, Seed, to_dict, view
+from lm.config import Path, Seed, to_dict, view
 from lm.data import DataConfig, documents
 from lm.data.parallel_tokenize import BeamConfig, Made, check_runner, prepare
+from lm.files import write_json
 from lm.runs.directory import Claim, check_place, saved_run
 from lm.runs.inherited import Origin
 from lm.tokenizers import TokenizerConfig
@@ -55,11 +55,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[Made]:
     began = time.perf_counter()
     made = prepare(job.data, tokenizer, job.seed, job.beam, print)
     seconds = time.perf_counter() - began
-    report = json.dumps([dataclasses.asdict(corpus) for corpus in made], indent=2)
-    try:
-        (directory / "corpus.json").write_text(report + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+    write_json(directory / "corpus.json", [dataclasses.asdict(corpus) for corpus in made])
     rich.print(_table(made))
     num_bytes = sum(split["num_bytes"] for corpus in made for split in corpus.splits.values())
     print(f"{num_bytes / 1e6:,.1f} MB in {seconds:.1f} s")

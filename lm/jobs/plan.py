@@ -7,7 +7,6 @@ machine has not got, and reads memory, FLOPs, traffic and time off the result.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ import ml_collections
 from rich.console import Console
 
 from lm.config import Bounds, Size, SizeOrZero, check, to_dict, view
+from lm.files import write_json
 from lm.models import ModelConfig
 from lm.models.presets import Overrides, preset
 from lm.objectives import ObjectiveConfig, check_objective
@@ -82,10 +82,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         result = weak_scaling(job.scaling, job.optimizer, job.train, console)
     else:
         result = _plan(job, console)
-    directory = pathlib.Path(workdir)
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "plan.json"
-    path.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    path = pathlib.Path(workdir) / "plan.json"
+    write_json(path, result)
     console.print(f"\nwritten to {path}", style="dim")
     return result
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,9 +14,10 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lm.config import Bytes, ConfigError, Seed, check, to_dict, view
+from lm.config import Bytes, Seed, check, to_dict, view
 from lm.data.config import DataConfig
 from lm.data.corpora import documents
+from lm.files import write_json
 from lm.tokenizers import KINDS, Tokenizer, TokenizerConfig, as_tiktoken, train
 from lm.tokenizers.compare import Row, compare, num_bytes
 from lm.tokenizers.config import pattern
@@ -82,14 +82,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[Row]:
         tokenizer.save(directory / tokenizer.kind)
         tokenizers.append(tokenizer)
         rows.append(compare(tokenizer, heldout, seconds))
-    table = json.dumps([dataclasses.asdict(row) for row in rows], indent=2, ensure_ascii=False)
-    try:
-        (directory / "tokenizers.json").write_text(table + "\n", encoding="utf-8")
-        (directory / "config.json").write_text(
-            json.dumps(to_dict(job), indent=2) + "\n", encoding="utf-8"
-        )
-    except OSError as error:
-        raise ConfigError(f"workdir={workdir!r} cannot be written: {error.strerror}") from None
+    write_json(directory / "tokenizers.json", [dataclasses.asdict(row) for row in rows])
+    write_json(directory / "config.json", to_dict(job))
     rich.print(_table(rows))
     for row in rows:
         if not row.lossless:

@@ -9,7 +9,6 @@ could work on all tokens at once (Vaswani et al. 2017).
 
 from __future__ import annotations
 
-import json
 import pathlib
 import time
 from typing import Any
@@ -18,7 +17,7 @@ import jax
 import ml_collections
 from rich.console import Console
 
-from lm.config import ConfigError, to_dict, view
+from lm.config import to_dict, view
 from lm.experiments.why_attention.config import WhyAttentionJob
 from lm.experiments.why_attention.measure import (
     measure_bottleneck,
@@ -26,6 +25,7 @@ from lm.experiments.why_attention.measure import (
     measure_speed,
 )
 from lm.experiments.why_attention.report import plot, report, tables
+from lm.files import write_json
 from lm.parallel.platform import keep_buffers
 
 
@@ -44,12 +44,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     if jax.default_backend() == "cpu":
         keep_buffers()
     directory = pathlib.Path(workdir).expanduser()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        asked = json.dumps(to_dict(job), indent=2) + "\n"
-        (directory / "config.json").write_text(asked, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"workdir={workdir!r} cannot be written: {error.strerror}") from None
+    write_json(directory / "config.json", to_dict(job))
     console = Console(highlight=False, soft_wrap=True)
     began = time.perf_counter()
     results = {
@@ -58,7 +53,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         "speed": measure_speed(job, console.print),
     }
     results["seconds"] = round(time.perf_counter() - began, 1)
-    (directory / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_json(directory / "results.json", results)
     for table in tables(results):
         console.print(f"\n{table}", markup=False)
     plot(results, directory / "why_attention.png")

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lm.config import ConfigError, check
-from lm.files import read_json, replacing
+from lm.files import read_json, unwritable, write_json
 from lm.parallel import hosts
 from lm.tokenizers import Tokenizer
 from lm.training.checkpoints import check_free, saved_paths
@@ -103,7 +103,7 @@ def check_place(directory: pathlib.Path) -> None:
     try:
         without = hosts.blind(directory)
     except OSError as error:
-        raise _unwritable(directory, error) from error
+        raise unwritable(directory, error) from error
     check(
         not without,
         f"--workdir={directory}: {', '.join(without)} cannot see what process 0 writes there, and "
@@ -181,7 +181,7 @@ class Claim:
             try:
                 self._write()
             except OSError as error:
-                raise _unwritable(self.directory, error) from error
+                raise unwritable(self.directory, error) from error
         hosts.barrier()
 
     def _write(self) -> None:
@@ -200,12 +200,7 @@ class Claim:
                 scratch.rename(own)
             except OSError:  # another process was first
                 shutil.rmtree(scratch)
-        with replacing(directory / CONFIG) as file:
-            file.write(json.dumps(wanted, indent=2).encode() + b"\n")
-
-
-def _unwritable(directory: pathlib.Path, error: OSError) -> ConfigError:
-    return ConfigError(f"--workdir={directory} cannot be written: {error.strerror or error}")
+        write_json(directory / CONFIG, wanted)
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -28,7 +28,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from lm.config import ConfigError, check
-from lm.files import write_durably
+from lm.files import replacing
 
 MANIFEST = "manifest.json"
 T = TypeVar("T")
@@ -236,7 +236,8 @@ def write_manifest(
     arrays = {name: int(value) for name, value in (sums or {}).items()}
     manifest = {"step": step, "metrics": metrics, "files": found, "arrays": arrays}
     manifest["crc"] = zlib.crc32(json.dumps(manifest).encode())
-    write_durably(path / MANIFEST, json.dumps(manifest, indent=1))
+    with replacing(path / MANIFEST) as file:
+        file.write(json.dumps(manifest, indent=1).encode())
 
 
 def _crc32(path: pathlib.Path) -> int:

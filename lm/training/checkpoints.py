@@ -153,7 +153,8 @@ class Checkpointer:
             with self._explained(step):
                 writing.result()  # of all processes
                 if jax.process_index() == 0:
-                    files.write_durably(scratch / EXTRA, extra_json)
+                    with files.replacing(scratch / EXTRA) as file:
+                        file.write(extra_json.encode())
                     write_manifest(scratch, step, metrics, sums)
                     self._delete([path] if path.exists() else [])
                     scratch.rename(path)
