@@ -1,0 +1,55 @@
+"""Continuous batching: many requests share one model, and none sees the others in its tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from lm.config import Size
+from lm.inference.sampling import SamplingConfig
+
+
+class QueueFull(Exception):
+    """More requests wait than `EngineConfig.max_queue` allows; nothing was done for this one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """How much an engine does at once, and what it remembers."""
+
+    max_slots: Size = 8  # requests that draw tokens at the same time
+    page_size: Size = 64  # tokens whose keys and values stand together
+    num_pages: Size | None = None  # None: as many as `max_slots` texts of the whole context need
+    prefill_chunk: Size = 256  # tokens of a prompt read in one dispatch, a multiple of `page_size`
+    decode_chunk: Size = 8  # tokens a row draws in one dispatch where nobody waits in between
+    max_queue: Size = 1024  # requests that may wait
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One text to be continued. Several samples of a prompt are several requests."""
+
+    ids: tuple[int, ...]  # the prompt, framed (`Framing.encode`)
+    sampling: SamplingConfig = SamplingConfig()
+    seed: int = 0  # with `sample`, what the random draws follow from
+    sample: int = 0
+    grammar: Any = None  # lm.inference.grammar.Grammar: what may be drawn
+
+
+class Step(NamedTuple):
+    """One token that a request has drawn."""
+
+    id: int
+    logprob: float  # of the model's distribution, natural logarithm, float32
+    sampled_logprob: float  # of the distribution it was drawn from
+    top: tuple[tuple[int, float], ...] = ()  # the model's likeliest tokens: id and `logprob`
+
+
+class Event(NamedTuple):
+    """What one request has gained in one `Engine.step`."""
+
+    number: int  # what `Engine.submit` returned
+    steps: list[Step]
+    finish: str | None = None  # "stop", "length" or "cancelled" where it has ended
+    prompt: list[Step] | None = None  # once, where `prompt_logprobs`: of the prompt's tokens but
+    # the first, each given those before it
