@@ -30,7 +30,7 @@ class Request:
     """One text to be continued. Several samples of a prompt are several requests."""
 
     ids: tuple[int, ...]  # the prompt, framed (`Framing.encode`)
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: SamplingConfig
     seed: int = 0  # with `sample`, what the random draws follow from
     sample: int = 0
     grammar: Any = None  # lm.inference.grammar.Grammar: what may be drawn
