@@ -22,7 +22,7 @@ import tempfile
 import time
 
 SHAPES = {  # shape → what its training run says besides configs/shakespeare_char.py, and its steps
-    "small": ({}, 1200),
+    "small": ({}, 400),
     "experts": (
         {
             "model.num_experts": 8,
@@ -31,7 +31,7 @@ SHAPES = {  # shape → what its training run says besides configs/shakespeare_c
             "model.positions": "rotary",
             "model.norm": "rmsnorm",
         },
-        300,
+        100,
     ),
     "gpt2": (
         {
@@ -42,7 +42,7 @@ SHAPES = {  # shape → what its training run says besides configs/shakespeare_c
             "data.block_size": 256,
             "data.batch_size": 4,
         },
-        12,
+        6,
     ),
 }
 DECODE = """
@@ -84,6 +84,7 @@ def trained(checkout, shape, corpus, folder):
         "data.cache_dir": folder / f"cache {checkout.name}",
         "train.steps": steps,
         "train.log_every": max(1, steps // 10),
+        "data.validation_fraction": 0.002,  # the evaluation at the end is of all of it
         "train.eval_every": 0,
         "checkpoint.every": 0,
         "train.compilation_cache": "",
