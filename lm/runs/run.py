@@ -26,7 +26,7 @@ from lm.inference import (
 from lm.models import Model, bind, skeleton
 from lm.runs.directory import CONFIG
 from lm.runs.sources import open_source
-from lm.tokenizers import Tokenizer
+from lm.tokenizers import ChatTemplate, Tokenizer, chat_template
 from lm.training.metrics import read_metrics
 
 
@@ -190,6 +190,10 @@ class Run:
         )
         where = f"{self.directory / CONFIG}: framing"
         return Framing.of_run(self.config, self.skeleton.config, self.tokenizer, where)
+
+    def chat_template(self, chosen: str = "", field: str = "config.chat_template") -> ChatTemplate:
+        """How the model's conversations are written; see `lm.tokenizers.chat_template`."""
+        return chat_template(self.tokenizer, chosen, self.framing.before or (), field)
 
     @functools.cached_property
     def generator(self) -> Generator:

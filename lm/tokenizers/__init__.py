@@ -5,8 +5,19 @@ opens it again, or one that others made. Every kind has the interface of `Tokeni
 """
 
 from lm.tokenizers.base import DecodeStream, Tokenizer
+from lm.tokenizers.chat import ChatTemplate, chat_template
 from lm.tokenizers.config import KINDS, TokenizerConfig
 from lm.tokenizers.kinds import load, train
 from lm.tokenizers.tiktoken_ranks import as_tiktoken
 
-__all__ = ["KINDS", "DecodeStream", "Tokenizer", "TokenizerConfig", "as_tiktoken", "load", "train"]
+__all__ = [
+    "KINDS",
+    "ChatTemplate",
+    "DecodeStream",
+    "Tokenizer",
+    "TokenizerConfig",
+    "as_tiktoken",
+    "chat_template",
+    "load",
+    "train",
+]

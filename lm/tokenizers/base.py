@@ -130,9 +130,18 @@ class Tokenizer(abc.ABC):
         """The tokenizer of a `TokenizerConfig`; see `lm.tokenizers.train`."""
         raise NotImplementedError(f"kind {config.kind!r} is read, not trained")
 
+    # Files beside the vocabulary that do not change what ids mean: chat templates, for one.
+    _extra: Mapping[str, bytes] = {}
+
     def extra_files(self) -> dict[str, bytes]:
-        """Files for the convenience of others; they do not change what the tokenizer does."""
-        return {}
+        """Files beside the vocabulary; they do not change what the tokenizer does."""
+        return dict(self._extra)
+
+    def with_extra(self, files: Mapping[str, bytes]) -> Tokenizer:
+        """The same tokenizer with these files beside it, too."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), _extra={**self.extra_files(), **files})
+        return other
 
     # Whether decoding drops the space that encoding puts in front of the text.
     drops_first_space = False
@@ -150,6 +159,12 @@ class Tokenizer(abc.ABC):
         A lone surrogate, which is not Unicode text, is encoded as U+FFFD.
         """
         return self._encode([well_formed(text)])[0].tolist()
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """The ids of a text in parts: ids of specials stay, and the texts between are encoded."""
+        return [
+            id for part in parts for id in (self.encode(part) if isinstance(part, str) else [part])
+        ]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text as an int32 array, in parallel where the library can."""
@@ -240,7 +255,8 @@ class Tokenizer(abc.ABC):
     def with_specials(self, specials: Specials) -> Tokenizer:
         """The same tokenizer with other specials, each new one after its last id."""
         files = self.files()
-        return self._opened(files, specials, json.loads(files[DESCRIPTION]))
+        other = self._opened(files, specials, json.loads(files[DESCRIPTION]))
+        return other.with_extra(self._extra)
 
     # Identity and storage.
 
@@ -335,7 +351,8 @@ class Tokenizer(abc.ABC):
             f"the saved {kind} tokenizer was changed or damaged: its fingerprint is {found}, "
             f"not {saved}",
         )
-        return tokenizer
+        beside = files.keys() - {DESCRIPTION, *info.get("model_files", files)}
+        return tokenizer.with_extra({name: files[name] for name in sorted(beside)})
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self).from_files, (self.files(),)

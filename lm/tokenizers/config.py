@@ -18,6 +18,7 @@ from lm.config import (
     nearest,
 )
 from lm.tokenizers.base import MASKS, SENTINEL
+from lm.tokenizers.chat_built_in import BUILT_IN
 
 TRAINED_KINDS = (
     "char",
@@ -90,6 +91,9 @@ class TokenizerConfig:
     mask_token: bool = False  # have "[MASK]", for masked language modelling
     num_sentinels: SizeOrZero = 0  # have "<extra_id_0>", "<extra_id_1>", ..., for span corruption
     special_tokens: tuple[str, ...] = ()  # further specials, such as "<|user|>"
+    # How conversations are written: "chatml", "llama3", "gemma", whose specials are then had, or a
+    # file with Jinja text.
+    chat_template: Path = ""
 
     @property
     def specials(self) -> tuple[str, ...]:
@@ -100,7 +104,13 @@ class TokenizerConfig:
         if self.mask_token:
             names.append(MASKS[0])
         names += [SENTINEL.format(i) for i in range(self.num_sentinels)]
+        names += [name for name in self.chat_specials if name not in self.special_tokens]
         return (*dict.fromkeys(names), *self.special_tokens)
+
+    @property
+    def chat_specials(self) -> tuple[str, ...]:
+        """The special tokens that the chosen chat template writes, where it is known."""
+        return BUILT_IN[self.chat_template].specials if self.chat_template in BUILT_IN else ()
 
     def validate(self, prefix: str = "config.tokenizer") -> None:
         """Raises `ConfigError` naming the first field that makes no sense."""

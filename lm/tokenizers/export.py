@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 import sentencepiece
@@ -13,6 +14,7 @@ from lm.tokenizers.base import PROBES, Tokenizer, huggingface_config
 from lm.tokenizers.huggingface import HuggingFaceTokenizer, byte_values
 from lm.tokenizers.plain import ByteTokenizer, CharTokenizer
 from lm.tokenizers.sentence_piece import SPACE, SentencePieceTokenizer
+from lm.tokenizers.settings import Settings, template_files
 
 
 def huggingface_files(tokenizer: Tokenizer) -> dict[str, bytes]:
@@ -49,9 +51,12 @@ def huggingface_files(tokenizer: Tokenizer) -> dict[str, bytes]:
                 f"this tokenizer of kind {tokenizer.kind!r} has rules of its own that a "
                 f"tokenizer.json cannot hold: {probe!r} would have other ids",
             )
+    files = template_files(Settings(tokenizer.extra_files()).templates)
+    config = json.loads(huggingface_config(tokenizer)) | Settings(files).own
     return {
+        **files,
         "tokenizer.json": engine.to_str(pretty=True).encode(),
-        "tokenizer_config.json": huggingface_config(tokenizer),
+        "tokenizer_config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
     }
 
 

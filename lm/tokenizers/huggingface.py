@@ -11,6 +11,8 @@ import collections
 import functools
 import json
 import re
+import secrets
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from lm.tokenizers.base import (
     huggingface_config,
     roles,
     sentinels,
+    well_formed,
 )
 from lm.tokenizers.config import END_OF_TEXT, TokenizerConfig, pattern
 from lm.tokenizers.settings import USUAL_NAMES, Settings
@@ -57,7 +60,7 @@ class HuggingFaceTokenizer(Tokenizer):
     ):
         self._data, self._extra = data, extra or {}
         description = json.loads(data)
-        self.rust = _engine(description, specials)
+        self.rust = _engine(description, _hidden(specials))
         self.model: dict[str, Any] = description["model"]
         self._has_bytes = '"ByteLevel"' in json.dumps(description.get("decoder"))
         added = [token["content"] for token in description.get("added_tokens") or []]
@@ -77,6 +80,29 @@ class HuggingFaceTokenizer(Tokenizer):
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self.rust.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """See `Tokenizer.encode_parts`; one text to the library, whose rules look past specials."""
+        engine, hidden = self._parsing
+        text = "".join(well_formed(p) if isinstance(p, str) else hidden[p] for p in parts)
+        return engine.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _parsing(self) -> tuple[tokenizers.Tokenizer, dict[int, str]]:
+        """The library's tokenizer, finding specials by names that nobody can guess."""
+        hidden = _hidden(self.specials, secrets.token_hex(16))
+        description = json.loads(self._data)
+        engine = _engine(description, hidden)
+        added = {token["content"] for token in description.get("added_tokens") or []}
+        engine.add_special_tokens(
+            [
+                AddedToken(to, special=True, normalized=False)
+                for name, to in hidden.items()
+                if name not in added
+            ]
+        )
+        engine.encode_special_tokens = False
+        return engine, {id: hidden[name] for name, id in self.special_ids.items()}
 
     def _table(self) -> list[bytes]:
         table = [b""] * self.vocab_size
@@ -138,7 +164,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def extra_files(self) -> dict[str, bytes]:
         """`tokenizer_config.json` and the like: those it came with, or a minimal one."""
-        return self._extra or {"tokenizer_config.json": huggingface_config(self)}
+        return dict(self._extra) or {"tokenizer_config.json": huggingface_config(self)}
 
     @classmethod
     def _opened(cls, files: dict[str, bytes], specials: Specials, info: dict[str, Any]):
@@ -243,12 +269,16 @@ class HuggingFaceTokenizer(Tokenizer):
         return type(self)(self.kind, data, specials, self.lossy_because, extra)
 
 
-def _engine(description: dict[str, Any], specials: Specials) -> tokenizers.Tokenizer:
-    """The library's tokenizer in which no text contains the name of a special.
+def _hidden(specials: Specials, salt: str = "") -> dict[str, str]:
+    """The name of each special → one that no text has."""
+    return {name: f"\0\ufdd0{salt}{id}\ufdd1\0" for name, id in specials.ids.items()}
+
+
+def _engine(description: dict[str, Any], hidden: Mapping[str, str]) -> tokenizers.Tokenizer:
+    """The library's tokenizer with the names of specials replaced by `hidden` ones.
 
     Merges that would make a special of text are taken out of `description`.
     """
-    hidden = {name: f"\0\ufdd0{id}\ufdd1\0" for name, id in specials.ids.items()}
     model = dict(description["model"])
     if model.get("merges"):
         prefix = model.get("continuing_subword_prefix") or ""

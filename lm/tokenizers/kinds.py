@@ -20,11 +20,17 @@ from lm.tokenizers.base import (
     sentinels,
     well_formed,
 )
+from lm.tokenizers.chat import read_template
 from lm.tokenizers.config import KINDS, TokenizerConfig
 from lm.tokenizers.huggingface import HuggingFaceTokenizer
 from lm.tokenizers.plain import ByteTokenizer, CharTokenizer
 from lm.tokenizers.sentence_piece import SentencePieceTokenizer
-from lm.tokenizers.settings import HUGGING_FACE_FILES, Settings
+from lm.tokenizers.settings import (
+    HUGGING_FACE_FILES,
+    TEMPLATE_FILE,
+    Settings,
+    template_files,
+)
 from lm.tokenizers.tiktoken_ranks import TiktokenTokenizer
 
 # What trains and opens a kind.
@@ -60,7 +66,16 @@ def train(
         return open_path(config.path, config, prefix)
     sample = [] if config.kind == "byte" else list(_sample(texts, config.train_bytes))
     check(config.kind == "byte" or bool(sample), f"{prefix}: the corpus has no text to train on")
-    return CLASSES[config.kind].train(config, sample, prefix)
+    trained = CLASSES[config.kind].train(config, sample, prefix)
+    return _with_template(trained, config, prefix)
+
+
+def _with_template(tokenizer: Tokenizer, config: TokenizerConfig, prefix: str) -> Tokenizer:
+    """`tokenizer`, with the chat template that `config` chooses as its own."""
+    if not config.chat_template:
+        return tokenizer
+    text = read_template(config.chat_template, f"{prefix}.chat_template")
+    return tokenizer.with_extra({TEMPLATE_FILE: text.encode()})
 
 
 def _sample(texts: Iterable[str], limit: int) -> Iterator[str]:
@@ -115,7 +130,7 @@ def open_path(path: str, config: TokenizerConfig, prefix: str) -> Tokenizer:
     check(os.path.exists(where), f"{name} does not exist")
     try:
         if (found := _open(where, name, config)) is not None:
-            return _as_configured(found, config)
+            return _with_template(_as_configured(found, config), config, prefix)
     except ConfigError as error:
         raise ConfigError(
             str(error) if str(error).startswith(name) else f"{name}: {error}"
@@ -173,7 +188,7 @@ def _as_configured(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
         f"set kind={tokenizer.kind!r}, or path='' to train one",
     )
     ids = dict(tokenizer.special_ids)
-    wanted = [*config.special_tokens]
+    wanted = [*config.special_tokens, *config.chat_specials]
     wanted += [MASKS[0]] * (config.mask_token and tokenizer.mask_id is None)
     wanted += map(SENTINEL.format, range(len(tokenizer.sentinel_ids), config.num_sentinels))
     last = tokenizer.vocab_size - 1
@@ -197,9 +212,11 @@ def _as_configured(tokenizer: Tokenizer, config: TokenizerConfig) -> Tokenizer:
 def _open_file(file: Path, config: TokenizerConfig) -> Tokenizer:
     data, settings = read_bytes(file), Settings.beside(file)
     if file.suffix == ".tiktoken":
-        return TiktokenTokenizer.from_ranks(data, file.stem, config)
+        tokenizer = TiktokenTokenizer.from_ranks(data, file.stem, config)
+        return tokenizer.with_extra(template_files(settings.templates))
     if file.suffix == ".model":
-        return SentencePieceTokenizer.from_model(data, settings, config)
+        tokenizer = SentencePieceTokenizer.from_model(data, settings, config)
+        return tokenizer.with_extra(template_files(settings.templates))
     if file.name == "vocab.txt":
         data = vocabularies.wordpiece(data, settings)
     elif file.name == "vocab.json":

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lm.config import check
+from lm.config import ConfigError, check
 from lm.files import parse_object, read_bytes
 from lm.tokenizers.base import MASKS, SENTINEL
 from lm.tokenizers.config import END_OF_TEXT
 
 # What Hugging Face keeps beside tokenizer.json: the roles of specials, and chat templates.
-HUGGING_FACE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TEMPLATE_FILE = "chat_template.jinja"
+HUGGING_FACE_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    TEMPLATE_FILE,
+    "chat_template.json",
+)
 _READ = (*HUGGING_FACE_FILES, "added_tokens.json", "config.json")
 
 # Roles as tokenizer_config.json names them, then the usual names where it is silent.
@@ -41,6 +48,23 @@ _CLASSES = {
     **{"bart": "Bart", "bert": "Bert", "gpt_neox": "GPTNeoX", "roberta": "Roberta"},
 }
 _T5_SENTINELS = 100  # what a T5 tokenizer adds where no file says how many
+
+
+def template_of_file(data: bytes, name: str) -> str:
+    """The Jinja text in a file of that name; raises ConfigError where it is none."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{name!r} is not UTF-8 text") from None
+
+
+def template_files(templates: Mapping[str, str]) -> dict[str, bytes]:
+    """Files that hold `Settings.templates`: one of its own for the usual one, if it is the only."""
+    if templates.keys() <= {"default"}:
+        return {TEMPLATE_FILE: templates["default"].encode()} if templates else {}
+    named = [{"name": name, "template": text} for name, text in templates.items()]
+    text = json.dumps({"chat_template": named}, indent=2, ensure_ascii=False) + "\n"
+    return {"tokenizer_config.json": text.encode()}
 
 
 class Settings:
@@ -72,6 +96,29 @@ class Settings:
     def kept(self) -> dict[str, bytes]:
         """The files that stay with a tokenizer.json."""
         return {name: data for name, data in self.files.items() if name in HUGGING_FACE_FILES}
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """Chat templates by name, as Jinja text; the usual one is "default".
+
+        Raises:
+          ConfigError: a template that is no text.
+        """
+        found: dict[str, str] = {}
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            value = self[name].get("chat_template") or {}
+            if isinstance(value, str):
+                value = {"default": value}
+            if isinstance(value, list):
+                named = all(isinstance(one, dict) and "name" in one for one in value)
+                check(named, f"{name}: chat_template must be a text, or a list of named ones")
+                value = {str(one["name"]): one.get("template") for one in value}
+            texts = isinstance(value, dict) and all(isinstance(t, str) for t in value.values())
+            check(texts, f"{name}: chat_template must be a text, or a list of named ones")
+            found |= value
+        if TEMPLATE_FILE in self.files:
+            found["default"] = template_of_file(self.files[TEMPLATE_FILE], TEMPLATE_FILE)
+        return found
 
     @property
     def tokens(self) -> dict[str, str]:
