@@ -1,0 +1,1 @@
+"""Models served over HTTP: OpenAI's endpoints, metrics, and a web page to write with."""
