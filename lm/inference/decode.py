@@ -18,7 +18,8 @@ import numpy as np
 
 from lm.inference.prepare import bound
 from lm.inference.prompts import Prompt
-from lm.inference.sampling import SamplingConfig, sample
+from lm.inference.sampling import sample
+from lm.inference.warpers import History, Kind, Warping
 from lm.models import Model
 from lm.models.cache import Cache
 from lm.models.recurrent import RecurrentCache
@@ -30,8 +31,7 @@ class Settings(NamedTuple):
     """What both functions are compiled for."""
 
     model: Model  # of `lm.inference.prepare.for_decoding`
-    sampling: SamplingConfig
-    stop: tuple[int, ...]  # the ids that end a row
+    kind: Kind  # of the rows' warpers
     vocab_size: int  # ids from here up are never drawn
 
 
@@ -43,6 +43,7 @@ class Rows(NamedTuple):
     number_B: np.ndarray  # it is, and which one
     drawn_B: np.ndarray  # tokens it has drawn before
     limit_B: np.ndarray  # tokens it may have drawn when it stops; `drawn_B` where it has ended
+    warping: Warping
 
 
 @jax.tree_util.register_dataclass
@@ -57,6 +58,8 @@ class State:
     limit_B: jax.Array  # how many tokens the row may have drawn
     key_B: jax.Array
     count_B: jax.Array  # tokens that a row which has not ended has drawn
+    warping: Warping
+    history: History | None  # where the warpers need it
 
 
 def prefill(settings: Settings, length: int, params, prompt: Prompt, rows: Rows):
@@ -80,6 +83,13 @@ def prefill(settings: Settings, length: int, params, prompt: Prompt, rows: Rows)
         return jnp.repeat(x, samples, 0)
 
     done_B = rows.drawn_B >= rows.limit_B
+    history = None
+    if settings.kind.history:
+        tokens_PT = jnp.where(prompt.positions_PT < 0, NOTHING, prompt.tokens_PT)
+        read = tokens_PT.shape[1]
+        tokens_BL = jnp.pad(repeated(tokens_PT), ((0, 0), (0, length + 1 - read)))
+        end_B = jnp.full_like(rows.drawn_B, read)
+        history = History(tokens_BL, jnp.maximum(end_B - rows.drawn_B, 0), end_B)
     state = State(
         cache=cache.repeat(samples),
         token_B=jnp.zeros_like(rows.drawn_B),
@@ -88,6 +98,8 @@ def prefill(settings: Settings, length: int, params, prompt: Prompt, rows: Rows)
         limit_B=rows.limit_B,
         key_B=key_B,
         count_B=rows.drawn_B,
+        warping=rows.warping,
+        history=history,
     )
     state = _draw(settings, model, state, repeated(x_PTD[:, -1:]), state.cache)
     return state, jnp.where(done_B, NOTHING, state.token_B)[:, None], state.done_B.all()
@@ -125,8 +137,10 @@ def _draw(settings: Settings, model: Model, state: State, x_B1D, cache) -> State
     """The state after drawing a token from the residual stream of each row's last one."""
     logits_BV = model.unembed(x_B1D)[:, 0, : settings.vocab_size]
     keys_B = jax.vmap(jax.random.fold_in)(state.key_B, state.count_B)
-    token_B = sample(logits_BV, keys_B, settings.sampling)
-    stops_B = (token_B[:, None] == jnp.array(settings.stop, jnp.int32)).any(-1)
+    history, warping = state.history, state.warping
+    drawn = sample(logits_BV, keys_B, warping, settings.kind, history, state.count_B)
+    token_B = drawn.token_B
+    stops_B = (token_B[:, None] == warping.stop_BS).any(-1)
     count_B = state.count_B + 1
     return dataclasses.replace(
         state,
@@ -135,4 +149,5 @@ def _draw(settings: Settings, model: Model, state: State, x_B1D, cache) -> State
         position_B=state.position_B + 1,
         done_B=state.done_B | stops_B | (count_B >= state.limit_B),
         count_B=count_B,
+        history=history and history.append(token_B),
     )

@@ -29,7 +29,8 @@ from lm.config import check, view
 from lm.inference.decode import NOTHING, Rows, Settings, State, decode, prefill
 from lm.inference.prepare import cache_shardings, for_decoding, for_reading, mesh_of
 from lm.inference.prompts import Framing, Prompt, check_ids, padded, padded_after, round_up
-from lm.inference.sampling import SamplingConfig
+from lm.inference.sampling import SamplingConfig, warping
+from lm.inference.warpers import Kind
 from lm.models import Model, ModelConfig
 from lm.models.matmul import compute_dtype
 from lm.parallel.mesh import replicated
@@ -120,6 +121,11 @@ class Generator:
         """How many tokens of a text the model reads on with when its window slides."""
         return self.context - self.context // 4
 
+    @property
+    def vocab_size(self) -> int:
+        """Ids from here up are never drawn: the tokenizer does not have them."""
+        return self.tokenizer.vocab_size if self.tokenizer else self.model.config.vocab_size
+
     def room(self, prompt_length: int) -> int:
         """How many tokens can follow a prompt; the last one drawn needs no place of its own."""
         read = len(self.framing.decoder_start) if self.encodes else prompt_length
@@ -165,6 +171,8 @@ class Generator:
             holds.
         """
         view(type(sampling), sampling, "sampling")
+        sampling.check_ids(self.vocab_size)
+        check(not sampling.stop, f"stop={sampling.stop!r} is not looked for in this way yet")
         check(
             isinstance(seed, int | np.integer) and -(2**31) <= seed < 2**32,
             f"seed={seed!r} must be a whole number from {-(2**31)} to {2**32 - 1}",
@@ -191,28 +199,22 @@ class Generator:
             *padded_after(prompts, self.context),
         )
 
-    def compiled(self, function: Callable, sampling: SamplingConfig, size: int, arguments: tuple):
+    def compiled(self, function: Callable, kind: Kind, size: int, arguments: tuple):
         """`prefill` or `decode` as a program, the shapes of what it returns, and the seconds that
         compiling took: 0 if it was before.
 
         Args:
           function: of `lm.inference.decode`.
-          sampling: static.
+          kind: of the rows' warpers: static.
           size: slots in the cache, or most tokens a row: static.
           arguments: the parameters and the other arguments, or their shapes.
         """
-        # These decide limits and shapes, not programs.
-        sampling = dataclasses.replace(
-            sampling, max_new_tokens=1, num_samples=1, truncate_prompt=True
-        )
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[1:]))
-        key = (function, sampling, size, shapes)
+        key = (function, kind, size, shapes)
         if key in self._programs:
             return *self._programs[key], 0.0
         began = time.perf_counter()
-        stop = self.framing.end_of_text if sampling.stop_at_end_of_text else ()
-        known = self.tokenizer.vocab_size if self.tokenizer else self.model.config.vocab_size
-        settings = Settings(self.model, sampling, tuple(stop), known)
+        settings = Settings(self.model, kind, self.vocab_size)
         donated = (1,) if function is decode else ()
         function = functools.partial(function, settings, size)
         mesh = mesh_of(jax.tree.leaves(self.params)[0])
@@ -273,9 +275,11 @@ class Generation:
     def __iter__(self) -> Iterator[np.ndarray]:
         self._start()
         generator, sampling = self._generator, self._sampling
-        stop = set(generator.framing.end_of_text) if sampling.stop_at_end_of_text else set()
         windows = [list(ids) for ids in self._read for _ in range(sampling.num_samples)]
         number_B = np.arange(len(windows), dtype=np.int32)
+        end = generator.framing.end_of_text
+        warpers, self._kind = warping([sampling] * len(windows), generator.vocab_size, end)
+        stop = set(warpers.stop_BS.flat) - {NOTHING}
         read, length = self._read, 0
         while True:
             drawn_B = np.array(self._drawn, np.int32)
@@ -288,6 +292,7 @@ class Generation:
                 prompt_B=number_B // sampling.num_samples,
                 drawn_B=drawn_B,
                 limit_B=limit_B,
+                warping=warpers,
             )
             prompt, most = generator.prompt(read), int((limit_B - drawn_B).max())
             # The last token drawn is not read, so the cache has room for one fewer.
@@ -308,7 +313,7 @@ class Generation:
     def _until_full(self, prompt: Prompt, rows: Rows, length: int, limit: int):
         """Reads `prompt` and draws until every row has reached its limit; at most `limit` more."""
         params, timing = self._generator.params, self.timing
-        compiled = functools.partial(self._generator.compiled, sampling=self._sampling)
+        compiled = functools.partial(self._generator.compiled, kind=self._kind)
         reading, out, first = compiled(prefill, size=length, arguments=(params, prompt, rows))
         drawing, _, second = compiled(decode, size=self._chunk, arguments=(params, out[0]))
         timing.compile_seconds += first + second

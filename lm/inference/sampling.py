@@ -1,96 +1,254 @@
-"""Logits to the next token: greedy, temperature, top-k and nucleus sampling.
+"""Logits to the next token: how to draw, the draw, and how likely it was.
 
-The filters work on `Candidates`: the tokens that may still be drawn, likeliest first. Ranking once
-serves both filters, and after top-k the rest is done on k numbers instead of the vocabulary. Among
-equal logits the token with the lower id ranks first, so that top-k keeps exactly k.
+A row's token follows from its own key, logits and settings, whatever stands beside it: greedy rows
+take the likeliest, plain ones draw from all tokens, filtered ones from what their filters leave.
+Nothing is sorted that need not be: greedy and plain rows never are, and filtered ones only where
+the `HEAD` likeliest tokens are too few.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lm.config import Count, NotNegative, Positive, Share
+from lm.config import Bounds, Count, Positive, Share, check
+from lm.inference import warpers
+from lm.inference.warpers import GREEDY, Candidates, History, Kind, Warping
 
 HEAD = 256  # ranks that nearly every nucleus stays within; sorting a whole vocabulary is slow
+MOST_BIASED = 1024  # tokens with a logit bias, of one request
+MOST_STOPS = 64  # ids, and texts, that end a row
+LEAST_LOGPROB = -9999.0  # stands for -inf where there is none, as in JSON
+
+Alternatives = Annotated[int, Bounds(0, 20)]
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """Drawing tokens. The filters apply in the order temperature, top_k, top_p.
+    """Drawing tokens. Names, meanings and order (`lm.inference.warpers`) are transformers'."""
 
-    Hashable, so that a compiled function can take it as a static argument.
-    """
-
-    temperature: NotNegative = 1.0  # divides the logits; 0 is greedy: always the likeliest token
-    top_k: Count | None = None  # draw from the k likeliest tokens only; 0, None: from all
+    temperature: Annotated[float, Bounds(0, 1000)] = 1.0  # divides the logits; 0 is greedy
+    top_k: int | None = None  # draw from the k likeliest tokens only; 0 or less, None: from all
     top_p: Share | None = None  # the fewest that hold this share of the probability; 0, None: all
+    min_p: Share = 0.0  # those at least so many times as likely as the likeliest
+    typical_p: Share = 0.0  # those with the most expected surprise, up to this share; 0, 1: all
+    # Divides the positive logits of all tokens in the text, prompt included; multiplies the others.
+    repetition_penalty: Annotated[float, Bounds(0.01, 100)] = 1.0
+    presence_penalty: Annotated[float, Bounds(-2, 2)] = 0.0  # off the logits of what was drawn
+    frequency_penalty: Annotated[float, Bounds(-2, 2)] = 0.0  # the same, for each time
+    no_repeat_ngram_size: Annotated[int, Bounds(0, 1024)] = 0  # none so long comes twice; 0: off
+    logit_bias: dict | None = dataclasses.field(default=None, hash=False)  # id → what is added
+    allowed_ids: tuple[Count, ...] | None = None  # no others are drawn
+    min_new_tokens: Count = 0  # no end before; of each sample
     max_new_tokens: Positive = 200  # per sample, end-of-text included
+    stop: tuple[str, ...] = ()  # a text ends before the first of these
+    stop_ids: tuple[Count, ...] = ()  # these tokens end a text, as end-of-text does
+    logprobs: Alternatives | None = None  # how likely each token was, and so many alternatives
+    prompt_logprobs: Alternatives | None = None  # the same for the prompt's
     num_samples: Positive = 1  # continuations of each prompt
     truncate_prompt: bool = True  # one longer than the context loses what comes first; or an error
     stop_at_end_of_text: bool = True  # False goes on after end-of-text, into the next document
 
+    def validate(self, prefix: str = "sampling") -> None:
+        """Raises `ConfigError` naming the first field that makes no sense."""
+        for name in ("stop", "stop_ids"):
+            many = len(getattr(self, name))
+            limit = MOST_STOPS // 2
+            check(many <= limit, f"{prefix}.{name} has {many:,} entries: it may have {limit}")
+        check(all(self.stop), f"{prefix}.stop={self.stop!r} must not hold an empty text")
+        longest = max(map(len, self.stop), default=0)
+        check(longest <= 1000, f"{prefix}.stop has a text of {longest:,} characters: 1000 at most")
+        check(
+            self.min_new_tokens <= self.max_new_tokens,
+            f"{prefix}.min_new_tokens={self.min_new_tokens} must be at most "
+            f"{prefix}.max_new_tokens={self.max_new_tokens}",
+        )
+        check(self.allowed_ids != (), f"{prefix}.allowed_ids=() must name a token, or be None")
+        self.biases(prefix)
+
     @property
     def greedy(self) -> bool:
-        """Whether nothing is left to chance; below 1e-5 logits would overflow, and none is."""
-        return self.temperature < 1e-5 or self.top_k == 1
+        """Whether nothing is left to chance."""
+        return self.temperature < GREEDY or self.top_k == 1
+
+    def biases(self, prefix: str = "sampling") -> dict[int, float]:
+        """`logit_bias` with numbers for names, as JSON has only those.
+
+        Raises:
+          ConfigError: an id that is no whole number, a bias outside [-100, 100], or too many.
+        """
+        given = self.logit_bias or {}
+        field = f"{prefix}.logit_bias"
+        many = f"{field} has {len(given):,} entries: it may have {MOST_BIASED:,}"
+        check(len(given) <= MOST_BIASED, many)
+        biases = {}
+        for id, bias in given.items():
+            digits = isinstance(id, str) and id.isascii() and id.isdigit() and len(id) < 10
+            whole = digits or (isinstance(id, int) and 0 <= id < 2**31 and id is not True)
+            check(whole, f"{field}: {str(id)[:99]!r} must be the id of a token")
+            number = isinstance(bias, int | float) and not isinstance(bias, bool)
+            within = number and -100 <= bias <= 100
+            check(within, f"{field}[{id}]={str(bias)[:99]} must be a number in [-100, 100]")
+            biases[int(id)] = float(bias)
+        return biases
+
+    def check_ids(self, vocab_size: int, prefix: str = "sampling") -> None:
+        """Raises `ConfigError` where a field names a token that the vocabulary does not have."""
+        fields = {"logit_bias": self.biases(prefix), "stop_ids": self.stop_ids}
+        for name, ids in {**fields, "allowed_ids": self.allowed_ids or ()}.items():
+            most = max(ids, default=0)
+            check(
+                most < vocab_size,
+                f"{prefix}.{name}: {most} is not a token: ids are 0 … {vocab_size - 1}",
+            )
+
+    def kind(self, grammar: bool = False) -> Kind:
+        """The least `Kind` of program that can do this; `grammar`: masks come with every token."""
+        filters = (self.top_k or 0, self.top_p or 0, self.min_p, self.typical_p)
+        on = filters[0] > 0 or 0 < filters[1] < 1 or filters[2] > 0 or 0 < filters[3] < 1
+        penalties = (self.presence_penalty, self.frequency_penalty, self.no_repeat_ngram_size)
+        return Kind(
+            "greedy" if self.greedy else "filtered" if on else "plain",
+            any(penalties) or self.repetition_penalty != 1,
+            bool(grammar or self.logit_bias or self.allowed_ids or self.min_new_tokens),
+        )
 
 
-class Candidates(NamedTuple):
-    """Tokens that may be drawn: their logits (-inf rules one out) and ids, likeliest first."""
-
-    logits_BN: jax.Array
-    ids_BN: jax.Array
-
-
-def top_k(logits_BV: jax.Array, k: int) -> Candidates:
-    """The k likeliest tokens (Fan et al. 2018); all of them where the vocabulary has fewer."""
-    return Candidates(*jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1])))
-
-
-def ranked(logits_BV: jax.Array) -> Candidates:
-    """Every token, likeliest first."""
-    ids_BV = jnp.broadcast_to(jnp.arange(logits_BV.shape[-1]), logits_BV.shape)
-    negated, ids_BV = jax.lax.sort((-logits_BV, ids_BV), is_stable=True, num_keys=1)
-    return Candidates(-negated, ids_BV)
-
-
-def top_p(candidates: Candidates, p: float, total_B1: jax.Array | None = None) -> Candidates:
-    """The nucleus: the fewest tokens whose probabilities sum to at least p (Holtzman et al. 2020).
-
-    The likeliest token always stays.
+def warping(
+    configs: Sequence[SamplingConfig],
+    vocab_size: int,
+    end_of_text: Sequence[int] = (),
+    kind: Kind | None = None,
+) -> tuple[Warping, Kind]:
+    """The warpers of rows with these settings, as NumPy arrays, and the least kind for them.
 
     Args:
-      candidates: in the order of their ranks.
-      p: the share of the probability.
-      total_B1: log of the sum that probabilities are shares of; that of `candidates` unless given.
+      configs: one for each row.
+      vocab_size: ids from here up are never drawn.
+      end_of_text: the ids that end a row unless its `stop_at_end_of_text` is False.
+      kind: one that covers all rows, where it is to be another.
+
+    Raises:
+      ConfigError: a field names a token that the vocabulary does not have.
     """
-    if total_B1 is None:
-        total_B1 = jax.nn.logsumexp(candidates.logits_BN, -1, keepdims=True)
-    probabilities_BN = jnp.exp(candidates.logits_BN - total_B1)
-    before_BN = jnp.cumsum(probabilities_BN, -1) - probabilities_BN
-    keep_BN = (before_BN < p).at[:, 0].set(True)
-    return Candidates(jnp.where(keep_BN, candidates.logits_BN, -jnp.inf), candidates.ids_BN)
+    for config in configs:
+        config.check_ids(vocab_size)
+    kind = kind or Kind.covering(config.kind() for config in configs)
+
+    def floats(name: str) -> np.ndarray:
+        return np.array([getattr(config, name) or 0 for config in configs], np.float32)
+
+    def ints(name: str) -> np.ndarray:
+        return np.array([max(getattr(config, name) or 0, 0) for config in configs], np.int32)
+
+    stops = [
+        [*config.stop_ids, *(end_of_text if config.stop_at_end_of_text else ())]
+        for config in configs
+    ]
+    biases = [config.biases() if kind.masked else {} for config in configs]
+    width = MOST_BIASED if kind.masked else 0
+    words = -(-vocab_size // 32) if kind.masked else 0
+    arrays = Warping(
+        temperature_B=np.where([config.greedy for config in configs], 0, floats("temperature")),
+        top_k_B=ints("top_k"),
+        top_p_B=floats("top_p"),
+        min_p_B=floats("min_p"),
+        typical_p_B=floats("typical_p"),
+        repetition_B=floats("repetition_penalty"),
+        presence_B=floats("presence_penalty"),
+        frequency_B=floats("frequency_penalty"),
+        ngram_B=ints("no_repeat_ngram_size"),
+        min_new_B=ints("min_new_tokens"),
+        stop_BS=_filled(stops, MOST_STOPS, -1, np.int32),
+        bias_ids_BK=_filled(biases, width, -1, np.int32),
+        bias_BK=_filled([bias.values() for bias in biases], width, 0, np.float32),
+        allowed_BW=np.full((len(configs), words), 0xFFFFFFFF, np.uint32),
+    )
+    for row, config in enumerate(configs):
+        if config.allowed_ids is not None:
+            arrays.allowed_BW[row] = packed(config.allowed_ids, vocab_size)
+    return arrays, kind
 
 
-def candidates(logits_BV: jax.Array, config: SamplingConfig) -> Candidates:
-    """What `config` allows to be drawn, and with which logits; `temperature` must not be 0.
+def _filled(rows: Sequence[Any], width: int, value: float, dtype: type) -> np.ndarray:
+    filled = np.full((len(rows), width), value, dtype)
+    for row, values in enumerate(rows):
+        filled[row, : len(values)] = list(values)
+    return filled
 
-    Without filters the tokens are in the order of their ids: nothing needs their ranks.
+
+def packed(ids: Sequence[int], vocab_size: int) -> np.ndarray:
+    """The mask uint32 [W] whose bits are 1 at `ids`; see `lm.inference.warpers.allowed`."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    bits[list(ids)] = 1
+    return np.packbits(bits, bitorder="little").view("<u4")
+
+
+# ---- The draw --------------------------------------------------------------------------------
+
+
+class Drawn(NamedTuple):
+    """One token a row."""
+
+    token_B: jax.Array  # int32
+    logprob_B: jax.Array  # of what it was drawn from: after the warpers; a greedy row's at 1
+
+
+def sample(
+    logits_BV: jax.Array,
+    keys_B: jax.Array,
+    warping: Warping,
+    kind: Kind,
+    history: History | None = None,
+    count_B: jax.Array | None = None,
+) -> Drawn:
+    """One token for every row.
+
+    Args:
+      logits_BV: the model's, of any float dtype.
+      keys_B: a random key for every row; a row's token depends on its own key and values alone.
+      warping, kind, history, count_B: see `lm.inference.warpers.processed`.
     """
-    logits_BV = logits_BV.astype(jnp.float32) / config.temperature
-    nucleus = _has_nucleus(config)
-    if config.top_k:
-        allowed = top_k(logits_BV, config.top_k)
-    elif nucleus:
-        allowed = ranked(logits_BV)
+    logits_BV = warpers.processed(logits_BV, warping, kind, history, count_B)
+    likeliest_B = greedy(logits_BV)
+    if kind.draws == "greedy":
+        return Drawn(likeliest_B, _logprobs(logits_BV, likeliest_B, warpers.logsumexp(logits_BV)))
+    greedy_B = warping.temperature_B < GREEDY
+    scaled_BV = warpers.temperature(logits_BV, warping.temperature_B)
+    uniforms_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
+    if kind.draws == "plain":
+        token_B, total_B1 = plain_draw(scaled_BV, uniforms_B2)
+        token_B = jnp.where(greedy_B, likeliest_B, token_B)
+        return Drawn(token_B, _logprobs(scaled_BV, token_B, total_B1))
+    apart_B = greedy_B | ~_has_filters(warping)
+    of_all_B = apart_B | ((warping.top_k_B <= 0) & (warping.top_p_B > 0))
+    token_B, total_B1 = jax.lax.cond(
+        of_all_B.any(),
+        lambda: plain_draw(scaled_BV, uniforms_B2),
+        lambda: (likeliest_B, jnp.zeros_like(scaled_BV[:, :1])),
+    )
+
+    def draw(candidates: Candidates) -> Drawn:
+        return ranked_draw(warpers.filtered(candidates, warping, total_B1, HEAD), uniforms_B2)
+
+    if scaled_BV.shape[1] <= HEAD:
+        filtered = draw(warpers.ranked(scaled_BV))
     else:
-        ids_BV = jnp.broadcast_to(jnp.arange(logits_BV.shape[-1]), logits_BV.shape)
-        return Candidates(logits_BV, ids_BV)
-    return top_p(allowed, config.top_p) if nucleus else allowed
+        head = Candidates(*jax.lax.top_k(scaled_BV, HEAD))
+        enough_B = warpers.within(head.logits_BN, warping, total_B1)
+        filtered = jax.lax.cond(
+            (apart_B | enough_B).all(),
+            lambda: draw(head),
+            lambda: draw(warpers.ranked(scaled_BV)),
+        )
+    token_B = jnp.where(greedy_B, likeliest_B, token_B)
+    apart = Drawn(token_B, _logprobs(scaled_BV, token_B, total_B1))
+    return jax.tree.map(lambda x, y: jnp.where(apart_B, x, y), apart, filtered)
 
 
 def greedy(logits_BV: jax.Array) -> jax.Array:
@@ -98,55 +256,104 @@ def greedy(logits_BV: jax.Array) -> jax.Array:
     return jnp.argmax(logits_BV, -1).astype(jnp.int32)
 
 
-def sample(logits_BV: jax.Array, keys_B: jax.Array, config: SamplingConfig) -> jax.Array:
-    """One token for every row, int32 [B].
+def plain_draw(logits_BV: jax.Array, uniforms_B2: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A token of each row, by its probability: first a group of `LANES` tokens, then one of them.
 
-    Args:
-      logits_BV: the model's, of any float dtype.
-      keys_B: a random key for every row; a row's token depends on its own key and logits alone.
-      config: static under jit.
+    Returns:
+      The tokens [B] and `lm.inference.warpers.logsumexp` of the logits, [B, 1].
     """
-    if config.greedy:
-        return greedy(logits_BV)
-    if not _has_nucleus(config) or config.top_k or logits_BV.shape[-1] <= HEAD:
-        return _draw(candidates(logits_BV, config), keys_B)
-    scaled_BV = logits_BV.astype(jnp.float32) / config.temperature
-    total_B1 = jax.nn.logsumexp(scaled_BV, -1, keepdims=True)
-    head = top_k(scaled_BV, HEAD)
-    held_B = jnp.exp(head.logits_BN - total_B1).sum(-1)
-    return jax.lax.cond(
-        (held_B > config.top_p).all(),
-        lambda: _draw(top_p(head, config.top_p, total_B1), keys_B),
-        lambda: _draw(candidates(logits_BV, config), keys_B),
+    most_B1 = logits_BV.max(-1, keepdims=True)
+    shares_BSL = jnp.exp(warpers.in_lanes(logits_BV) - most_B1[:, :, None])
+    sums_BS = warpers.row_sum(shares_BSL)[..., 0]
+    group_B = _inverse(sums_BS, uniforms_B2[:, 0])
+    shares_BL = jnp.take_along_axis(shares_BSL, group_B[:, None, None], 1)[:, 0]
+    token_B = group_B * warpers.LANES + _inverse(shares_BL, uniforms_B2[:, 1])
+    return token_B, most_B1 + jnp.log(warpers.row_sum(sums_BS))
+
+
+def ranked_draw(candidates: Candidates, uniforms_B2: jax.Array) -> Drawn:
+    """A candidate of each row, by its probability: the same whether ruled out ones follow."""
+    most_B1 = candidates.logits_BN.max(-1, keepdims=True)
+    rank_B = _inverse(jnp.exp(candidates.logits_BN - most_B1), uniforms_B2[:, 0])
+    token_B = jnp.take_along_axis(candidates.ids_BN, rank_B[:, None], 1)[:, 0]
+    total_B1 = warpers.ranked_logsumexp(candidates.logits_BN, HEAD)
+    return Drawn(token_B.astype(jnp.int32), _logprobs(candidates.logits_BN, rank_B, total_B1))
+
+
+def _inverse(shares_BN: jax.Array, uniform_B: jax.Array) -> jax.Array:
+    """The first index up to which the shares sum to more than `uniform_B` of them all, int32 [B].
+
+    Never one whose share is 0: rounding may let a running sum fall.
+    """
+    sums_BN = warpers.running_sum(shares_BN)
+    some_BN = shares_BN > 0
+    last_B = shares_BN.shape[1] - 1 - jnp.argmax(some_BN[:, ::-1], -1)
+    total_B1 = jnp.take_along_axis(sums_BN, last_B[:, None], 1)
+    hit_BN = (sums_BN > uniform_B[:, None] * total_B1) & some_BN
+    return jnp.where(hit_BN.any(-1), jnp.argmax(hit_BN, -1), last_B).astype(jnp.int32)
+
+
+def _has_filters(warping: Warping) -> jax.Array:
+    nucleus_B = (warping.top_p_B > 0) & (warping.top_p_B < 1)
+    typical_B = (warping.typical_p_B > 0) & (warping.typical_p_B < 1)
+    return nucleus_B | typical_B | (warping.top_k_B > 0) | (warping.min_p_B > 0)
+
+
+def log_distribution(
+    logits_BV: jax.Array,
+    warping: Warping,
+    kind: Kind,
+    history: History | None = None,
+    count_B: jax.Array | None = None,
+) -> jax.Array:
+    """Log-probabilities [B, V] that `sample` draws from, float32; -inf for what is ruled out.
+
+    It ranks the whole vocabulary. All of a greedy row's probability is on one token.
+    """
+    logits_BV = warpers.processed(logits_BV, warping, kind, history, count_B)
+    ids_V = jnp.arange(logits_BV.shape[1])
+    likeliest_BV = jnp.where(greedy(logits_BV)[:, None] == ids_V, 0.0, -jnp.inf)
+    scaled_BV = warpers.temperature(logits_BV, warping.temperature_B)
+    if kind.draws == "filtered":
+        total_B1 = warpers.logsumexp(scaled_BV)
+        kept = warpers.filtered(warpers.ranked(scaled_BV), warping, total_B1, HEAD)
+        rows_B1 = jnp.arange(len(scaled_BV))[:, None]
+        scaled_BV = scaled_BV.at[rows_B1, kept.ids_BN].set(kept.logits_BN)
+    drawn_BV = scaled_BV - warpers.logsumexp(scaled_BV)
+    return jnp.where((warping.temperature_B < GREEDY)[:, None], likeliest_BV, drawn_BV)
+
+
+# ---- How likely it was -----------------------------------------------------------------------
+
+
+class Scores(NamedTuple):
+    """How likely the model itself, before any warper, finds one token a row."""
+
+    logprob_B: jax.Array
+    rank_B: jax.Array  # 0: none is likelier
+    top_ids_BN: jax.Array  # the likeliest, in this order
+    top_logprobs_BN: jax.Array
+
+
+def scores(logits_BV: jax.Array, token_B: jax.Array, alternatives: int = 0) -> Scores:
+    """Raw log-probabilities of tokens and of the likeliest `alternatives`, which is static."""
+    logits_BV = logits_BV.astype(jnp.float32)
+    total_B1 = warpers.logsumexp(logits_BV)
+    own_B1 = jnp.take_along_axis(logits_BV, token_B[:, None], 1)
+    most = min(alternatives, logits_BV.shape[1])
+    top = Candidates(*jax.lax.top_k(logits_BV, most))
+    return Scores(
+        (own_B1 - total_B1)[:, 0],
+        (logits_BV > own_B1).sum(-1, dtype=jnp.int32),
+        top.ids_BN.astype(jnp.int32),
+        top.logits_BN - total_B1,
     )
 
 
-def _has_nucleus(config: SamplingConfig) -> bool:
-    return bool(config.top_p) and config.top_p < 1
+def _logprobs(logits_BN: jax.Array, index_B: jax.Array, total_B1: jax.Array) -> jax.Array:
+    return (jnp.take_along_axis(logits_BN, index_B[:, None], 1) - total_B1)[:, 0]
 
 
-def _draw(allowed: Candidates, keys_B: jax.Array) -> jax.Array:
-    """A token of each row by the Gumbel-max trick.
-
-    The noise of the first `HEAD` candidates does not depend on how many there are, so that a row
-    draws the same token from the head as from the whole ranking.
-    """
-
-    def noise(key: jax.Array) -> jax.Array:
-        size = allowed.logits_BN.shape[-1]
-        first = jax.random.gumbel(key, (min(size, HEAD),))
-        rest = jax.random.gumbel(jax.random.fold_in(key, 1), (max(size - HEAD, 0),))
-        return jnp.concatenate([first, rest])
-
-    chosen_B = jnp.argmax(allowed.logits_BN + jax.vmap(noise)(keys_B), -1)
-    return jnp.take_along_axis(allowed.ids_BN, chosen_B[:, None], 1)[:, 0].astype(jnp.int32)
-
-
-def probabilities(logits_BV: jax.Array, config: SamplingConfig) -> jax.Array:
-    """The distribution [B, V] that `sample` draws from, float32."""
-    if config.greedy:
-        return jax.nn.one_hot(greedy(logits_BV), logits_BV.shape[-1])
-    allowed = candidates(logits_BV, config)
-    rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
-    zeros_BV = jnp.zeros(logits_BV.shape, jnp.float32)
-    return zeros_BV.at[rows_B1, allowed.ids_BN].set(jax.nn.softmax(allowed.logits_BN, -1))
+def json_logprob(logprob: float) -> float:
+    """A log-probability that JSON can hold: -9999 for -inf and less, and for what is no number."""
+    return max(float(logprob), LEAST_LOGPROB) if logprob > LEAST_LOGPROB else LEAST_LOGPROB

@@ -29,6 +29,7 @@ class GenerateJob(SamplingConfig):
 
     def validate(self, prefix: str = "config") -> None:
         """Raises `ConfigError` naming the first field that makes no sense."""
+        super().validate(prefix)
         check(bool(self.init_from), f"{prefix}.init_from='' must name the directory of a run")
         check(
             not (self.prompt and self.prompt_file),

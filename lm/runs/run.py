@@ -98,7 +98,7 @@ class Run:
           prompt: one text or several, which are continued together.
           seed: of the random draws.
           **settings: fields of `lm.inference.SamplingConfig`: `max_new_tokens`, `temperature`,
-            `top_k`, `top_p`, `num_samples`, `truncate_prompt`, `stop_at_end_of_text`.
+            `top_p`, `repetition_penalty`, `num_samples`, …
 
         Returns:
           A string; for several prompts or samples a list, the samples of a prompt side by side.
