@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lm.config import check
 from lm.models import Model, bind, param_specs, skeleton
 from lm.models.matmul import compute_dtype
 from lm.models.params import Layers
+from lm.models.reading import kept
 from lm.parallel.mesh import AXES
 from lm.parallel.platform import platform
 from lm.parallel.sharding import ACTIVATION_RULES, ParamSpec, parameter_shardings, partition
@@ -21,6 +23,8 @@ UNROLLED_LAYERS = 24  # up to here the time to compile them one by one is bearab
 
 # What the model looks up, adds or multiplies in float32 though it has the axes of a matrix.
 _FLOAT32 = ("positions", "types", "router")
+# Whose products can be taken of weights kept for reading (`lm.models.reading`), by their last name.
+_KEPT = ("query", "key", "value", "output", "up", "gate", "down", "projection", "head", "tokens")
 _CACHE_AXES = {"B": "batch", "K": "kv_heads"}  # of the letters that name a cache's dimensions
 
 
@@ -43,18 +47,64 @@ def for_decoding(model: Model) -> Model:
     )
 
 
-def for_reading(model: Model, params: Mapping[str, jax.Array]) -> dict:
+def for_reading(
+    model: Model,
+    params: Mapping[str, jax.Array],
+    weights: Literal["compute", "int8"] = "compute",
+) -> dict:
     """`params` in the compute dtype and, where layers are not scanned, apart: see `bound`.
 
-    Arrays that a mesh shares stay split as they are.
+    Matrices are kept for reading (`lm.models.reading`) on a CPU by itself, and wherever they are
+    to be of eight bits (`weights`): they are then a quarter of float32's size, and outputs differ
+    by the rounding. Arrays that a mesh shares stay split as they are.
+
+    Raises:
+      ConfigError: for eight bits of a model on a mesh, or one whose products know no such weights.
     """
-    params = in_compute_dtype(model, params)
-    if model.config.scan_layers:
-        return params
-    return {
-        name: _layers(params[name]) if "layers" in spec.axes else params[name]
-        for name, spec in param_specs(model).items()
-    }
+    specs = param_specs(model)
+    eight_bits = weights == "int8"
+    alone = not any(mesh_of(params[name]) for name in specs)
+    keeps = keepable(model)
+    check(
+        not eight_bits or (alone and keeps),
+        "weights='int8' is for transformers on one device, not trained with eight-bit products: "
+        "use weights='compute'",
+    )
+    turned = alone and keeps and (eight_bits or platform() == "cpu")
+    read = {}
+    for name, x in in_compute_dtype(model, params).items():
+        axes = specs[name].axes
+        apart = "layers" in axes and not model.config.scan_layers
+        inputs = _inputs(model, name, axes) if turned else ()
+        if not inputs:
+            read[name] = _layers(x) if apart else x
+        elif apart:
+            inputs = tuple(axis - 1 for axis in inputs)
+            read[name] = tuple(kept(layer, inputs, eight_bits) for layer in x)
+        else:
+            read[name] = kept(x, inputs, eight_bits)
+    return read
+
+
+def keepable(model: Model) -> bool:
+    """Whether the model's products can be taken of weights kept for reading."""
+    config = model.config
+    return config.cell == "attention" and config.quantization == "none"
+
+
+def _inputs(model: Model, name: str, axes: tuple[str | None, ...]) -> tuple[int, ...]:
+    """The axes that products of a matrix sum over; none of what is not kept for reading."""
+    own = name.rpartition(".")[2]
+    if (
+        own not in _KEPT
+        or "expert" in axes
+        or (own == "tokens" and not model.config.tie_embeddings)
+    ):
+        return ()
+    every = tuple(axis for axis, axis_name in enumerate(axes) if axis_name != "layers")
+    if "vocab" in axes:  # (vocab, embed), out before in as it is
+        return every[1:]
+    return every[:-1] if axes[-1] == "embed" else every[:1]
 
 
 def _layers(x: jax.Array) -> tuple[jax.Array, ...]:

@@ -17,6 +17,7 @@ from lm.models.config import ModelConfig
 from lm.models.hooks import Tap, no_tap
 from lm.models.matmul import add_bias, cheap, contract, contract_each
 from lm.models.params import declare
+from lm.models.reading import Weight
 from lm.parallel.layout import current_layout
 from lm.parallel.reduce import axes_of, shared, summed_over
 from lm.parallel.sharding import (
@@ -226,7 +227,7 @@ class _Split(NamedTuple):
 
 
 def embedding_lookup(
-    table_VD: jax.Array, rows_BT: jax.Array, dtype: jnp.dtype = jnp.float32
+    table_VD: jax.Array | Weight, rows_BT: jax.Array, dtype: jnp.dtype = jnp.float32
 ) -> jax.Array:
     """`table_VD[rows_BT]`, [B, T, D].
 
@@ -237,6 +238,8 @@ def embedding_lookup(
     Devices send each other rows in `dtype`, the compute dtype: where there are several, what is
     found is rounded to it. Gradients are summed in float32 on each device, however.
     """
+    if isinstance(table_VD, Weight):
+        return table_VD.rows(rows_BT, dtype)
     mesh, names = automatic_axes()
     if not names:
         return jnp.take(table_VD, rows_BT, axis=0)

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lm.models import quantized
+from lm.models import quantized, reading
 from lm.parallel.layout import current_layout
 from lm.parallel.platform import platform
 
@@ -56,7 +56,7 @@ def compute_dtype(name: str) -> jnp.dtype:
 def contract(
     spec: str,
     x: jax.Array,
-    w: jax.Array,
+    w: jax.Array | reading.Weight,
     dtype: jnp.dtype | None = None,
     *,
     quantization: str = "none",
@@ -69,7 +69,8 @@ def contract(
     Args:
       spec: with an explicit output, e.g. `btd,df->btf`.
       x: the activations; their dtype is the compute dtype.
-      w: the other operand: a float32 parameter, or activations.
+      w: the other operand: a float32 parameter, activations, or a weight kept for reading, which
+        has no gradient.
       dtype: of the result; x's own unless given.
       quantization: none, or the name of a recipe of `lm.models.quantized`, by which this product
         and both of its gradients are taken.
@@ -77,6 +78,8 @@ def contract(
     To remat policies the product's name is `product`, or `batched_product` where the operands share
     a dimension with the output, as attention's do.
     """
+    if isinstance(w, reading.Weight):
+        return reading.product(spec, x, w, jnp.dtype(dtype or x.dtype))
     operands, out = spec.split("->")
     first, second = operands.split(",")
     batched = set(first) & set(second) & set(out)
@@ -86,7 +89,11 @@ def contract(
 
 
 def contract_each(
-    spec: str, x: jax.Array, weights: Sequence[jax.Array], *, quantization: str = "none"
+    spec: str,
+    x: jax.Array,
+    weights: Sequence[jax.Array | reading.Weight],
+    *,
+    quantization: str = "none",
 ) -> list[jax.Array]:
     """`contract(spec, x, w)` for every w of `weights`, as one larger product where that pays.
 
@@ -95,6 +102,8 @@ def contract_each(
     not where the mesh splits weights over `tensor`, as joining would move them between devices.
     Elsewhere each product is large enough, and joining costs memory: at Llama-2-70B's size, 5 GB.
     """
+    if isinstance(weights[0], reading.Weight):
+        return [contract(spec, x, w) for w in weights]
     first, second, out = spec.replace("->", ",").split(",")
     letter = next(letter for letter in second if letter not in first)
     axis, out_axis = second.index(letter), out.index(letter)

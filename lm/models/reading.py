@@ -1,0 +1,110 @@
+"""Weights kept for reading alone: (out, in), in eight bits or not, for rows that stay apart.
+
+What decoding multiplies is a few rows by weights that are read once, and a row's result should not
+depend on its companions: summed in another order, it would be a rounding away, and the token drawn
+with it. Libraries order a sum by the shape of the product. On the CPU `Weight` fixes the shape
+that decides:
+
+- The weights are the left operand, (out, in). As the right one they would be packed anew in every
+  product, which takes longer than multiplying; barriers keep XLA from turning the product round.
+- Rows are filled up to a multiple of `TILE`, from where on the kernel, and so the order, is one.
+
+From 2 rows on, a row's float32 result is then bitwise the same whatever the number of rows and
+wherever it stands among them. One row alone is a product of a matrix and a vector, at the speed of
+memory and with sums in another order: who needs the same bits pads it to two (`MIN_ROWS`).
+
+Eight-bit weights are rounded to the nearest of 255 steps of each output's largest magnitude, as
+`qwix` does, and widened a matrix at a time where they are multiplied: memory for the model is a
+quarter of float32's, and activations stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from lm.parallel.platform import platform
+
+TILE = 16  # rows; a multiple of what the CPU's kernels multiply at once
+MIN_ROWS = 2  # from here on results are those of any number of rows
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """The other operand of `lm.models.matmul.contract`, its dimensions (…out, …in).
+
+    Stacked layers come first where there are several.
+    """
+
+    values: jax.Array  # of the compute dtype, or int8
+    scale: jax.Array | None = None  # of int8 `values`: float32, (…out)
+
+    def __getitem__(self, index) -> Weight:
+        """All of it (`...`), as an `nnx.Param` asks for; or a layer of several."""
+        return jax.tree.map(lambda x: x[index], self)
+
+    def rows(self, index: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """`index`'s rows, of a weight that is a table as well, as embeddings are."""
+        found = jnp.take(self.values, index, axis=0)
+        if self.scale is None:
+            return found
+        return (found * jnp.take(self.scale, index, axis=0)[..., None]).astype(dtype)
+
+
+def kept(w: jax.Array, inputs: tuple[int, ...], eight_bits: bool) -> Weight:
+    """`w` with its axes `inputs`, which are summed over, moved last; rounded to int8 if asked."""
+    w = jnp.moveaxis(w, inputs, range(-len(inputs), 0))
+    if not eight_bits:
+        return Weight(w)
+    import qwix  # thirty milliseconds that others need not wait
+
+    array = qwix.quantize(
+        w.astype(jnp.float32), jnp.int8, channelwise_axes=range(w.ndim - len(inputs))
+    )
+    return Weight(array.qvalue, array.scale.reshape(w.shape[: -len(inputs)]))
+
+
+def product(spec: str, x: jax.Array, w: Weight, dtype: jnp.dtype) -> jax.Array:
+    """`einsum(spec, x, w)` in `dtype`, as of `w` before it was kept; summed in float32.
+
+    Every letter of x that w lacks comes before those it shares, and stays in the output, where
+    they come first.
+    """
+    operands, out = spec.split("->")
+    first, second = operands.split(",")
+    inputs = [letter for letter in second if letter not in out]
+    outputs = [letter for letter in second if letter in out]
+    values, scale = w.values, w.scale
+    if values.dtype != x.dtype:
+        # Tied to x: widened outside a loop that draws tokens, all of them would be kept.
+        x, values = jax.lax.optimization_barrier((x, values))
+        values = values.astype(x.dtype)
+    if platform() == "cpu":
+        leading = x.shape[: x.ndim - len(inputs)]
+        features = values.shape[: len(outputs)]
+        contracted = math.prod(values.shape[len(outputs) :])
+        y = _by_rows(x.reshape(-1, contracted), values.reshape(-1, contracted))
+        y = y.reshape(*leading, *features)
+    else:
+        turned = f"{first},{''.join(outputs + inputs)}->{out}"
+        y = jnp.einsum(turned, x, values, preferred_element_type=jnp.float32)
+    return (y if scale is None else y * scale).astype(dtype)
+
+
+def _by_rows(x_NK: jax.Array, w_FK: jax.Array) -> jax.Array:
+    """`x · wᵀ`, [N, F], float32; see the module."""
+    N = x_NK.shape[0]
+
+    def left(x_KN):
+        dimensions = (((1,), (0,)), ((), ()))
+        return jax.lax.dot_general(w_FK, x_KN, dimensions, preferred_element_type=jnp.float32)
+
+    if N == 1:
+        return left(x_NK.T).T
+    filled = jnp.pad(x_NK, ((0, -N % TILE), (0, 0)))
+    x_KN = jax.lax.optimization_barrier(filled.T)
+    return jax.lax.optimization_barrier(left(x_KN)).T[:N]
