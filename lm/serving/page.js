@@ -179,9 +179,13 @@ function decoderAfter(tokens) {
 
 const textOf = (tokens) => tokens.map((token) => token.piece).join("");
 
-/** Drops of a reply's tokens what is not of its text: a stop string, and what came after. */
+/** Makes a reply's tokens its text: a space that decoding drops goes, and so does a stop string. */
 function settle(reply, before) {
   let left = reply.text.length;
+  const first = reply.tokens[before];
+  if (left && first && !textOf(reply.tokens.slice(before)).startsWith(reply.text)) {
+    first.piece = first.piece.trimStart();
+  }
   for (let i = before; i < reply.tokens.length; i++) {
     const token = reply.tokens[i];
     if (left < token.piece.length || (!left && token.piece)) {
@@ -455,11 +459,16 @@ const beside = (i) => branches.filter(({ prompt, tokens }) => tokens.length > i
 const writtenWith = (i, token) => beside(i).find(({ tokens }) => same(tokens[i], token));
 
 /** Follows another token at place `i`: a branch that is there, or a new one. */
-function follow(i, other) {
-  const place = branch.tokens[i];
+function follow(i, other, byKey) {
+  const place = branch.tokens[i], there = writtenWith(i, other);
   if (same(place, other)) return;
-  const there = writtenWith(i, other);
-  if (there) return visit(there);
+  hideCard();
+  if (there) visit(there);
+  else take(place, i, other);
+  if (byKey) focusToken(spanOf(branch.tokens[i]));
+}
+
+function take(place, i, other) {
   const token = { ...other, top: place.top, rank: place.top.indexOf(other) + 1, taken: true };
   const { prompt, promptIds } = branch, tokens = branch.tokens.slice(0, i);
   token.piece = decoderAfter(tokens).decode(token.bytes, { stream: true });
@@ -567,8 +576,9 @@ const mode = () => document.documentElement.dataset.mode;
 
 /** Everything anew: the text that is shown, and what can be done with it. */
 function draw() {
-  hideCard();
   const chatting = mode() === "chat", held = document.activeElement;
+  const shown = cardOf && tokenOf.get(cardOf)[0], focused = tokenOf.get(held)?.[0];
+  hideCard();
   if (chatting) $("log").replaceChildren(...path().map(article));
   else $("log").replaceChildren(...(branch ? [sheet(), tree()] : []));
   $("welcome").hidden = chatting ? path().length > 0 : !!branch;
@@ -577,9 +587,16 @@ function draw() {
   $("send").hidden = !!running;
   if (!running) $("meter").textContent = "";
   if (held === $("stop") && !running) $("prompt").focus();
-  if (!held.isConnected) $("prompt").focus({ preventScroll: true });
-  if (running) scrollTo(0, document.documentElement.scrollHeight);
+  if (focused) focusToken(spanOf(focused));
+  if (!held.isConnected && document.activeElement === document.body) {
+    $("prompt").focus({ preventScroll: true });
+  }
+  if (running && chatting) scrollTo(0, document.documentElement.scrollHeight);
+  else if (shown && spanOf(shown)) showCard(spanOf(shown));
 }
+
+const spanOf = (token) =>
+  [...document.querySelectorAll(".token")].find((one) => tokenOf.get(one)[0] === token);
 
 // ── The card of a token ─────────────────────────────────────────────────────────────────────────
 
@@ -599,7 +616,7 @@ function showCard(target) {
     const share = el("span", { class: "share" }, percent(other)), drawn = same(other, token);
     const row = el(branching ? "button" : "div", {
       type: branching && "button", class: drawn ? "drawn" : branching && writtenWith(i, other) && "written",
-      "aria-current": drawn && "true", onclick: branching && (() => follow(i, other)),
+      "aria-current": drawn && "true", onclick: branching && ((event) => follow(i, other, !event.detail)),
     }, label(other), share);
     row.style.setProperty("--p", Math.exp(other.logprob));
     return el("li", {}, row);

@@ -267,6 +267,7 @@ def test_the_keyboard_alone_sends_inspects_and_branches(served, visit):
     page.keyboard.press("Enter")
     finished(page)
     assert tokens(page)[:3] == before[:3] and tokens(page)[3] != before[3]
+    expect(page.locator(".token").nth(3)).to_be_focused()
 
 
 def test_what_a_model_writes_stays_text(served, visit):
