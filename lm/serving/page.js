@@ -6,48 +6,17 @@
  * by that identity where branches part. Text reaches the page as text nodes alone, never as markup.
  */
 
-const ALTERNATIVES = 8; // likeliest tokens asked for at every place
-const LOST = "The connection to the server was lost.";
-
-// What can be set: [field of the API, label, value at the start, least, most, step, hint, neutral]. A value
-// that is neutral, or a field left empty, is not sent.
-const DIALS = [
-  ["temperature", "Temperature", 1, 0, 2, 0.05, "0 takes the likeliest token", null],
-  ["top_k", "Top-k", 0, 0, null, 1, "0 is off", 0],
-  ["top_p", "Top-p", 1, 0.01, 1, 0.01, "", 1],
-  ["min_p", "Min-p", 0, 0, 1, 0.01, "", 0],
-  ["max_tokens", "Max tokens", 256, 1, null, 1, "", null],
-  ["seed", "Seed", "", 0, null, 1, "Empty is a new one each time", null],
-  ["repetition_penalty", "Repetition penalty", 1, 1, 2, 0.05, "", 1],
-  ["presence_penalty", "Presence penalty", 0, -2, 2, 0.1, "", 0],
-  ["frequency_penalty", "Frequency penalty", 0, -2, 2, 0.1, "", 0],
-];
-
-// ── The document ────────────────────────────────────────────────────────────────────────────────
-
-const $ = (id) => document.getElementById(id);
-
-/** An element; attributes that are false or null are left out, `onclick` and the like listen. */
-function el(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (typeof value === "function") node.addEventListener(name.slice(2), value);
-    else if (value !== false && value != null) node.setAttribute(name, value === true ? "" : value);
-  }
-  node.append(...children.filter((child) => child != null));
-  return node;
-}
-
-function icon(name) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
-  use.setAttribute("href", `#i-${name}`);
-  svg.append(use);
-  return svg;
-}
+import {
+  ALTERNATIVES, ServerError, ask, decoderAfter, events, nameOf, same, settle, textOf, tokensOf,
+} from "./page_client.js";
+import { sampling, settings } from "./page_settings.js";
+import {
+  $, cardOf, choices, el, focusToken, hideCard, icon, showCard, span, spanOf, tokenOf,
+} from "./page_tokens.js";
 
 const button = (label, onclick, { sign, ...attributes } = {}) =>
-  el("button", { type: "button", class: "quiet", onclick, ...attributes }, sign ? icon(sign) : null, label);
+  el("button", { type: "button", class: "quiet", onclick, ...attributes },
+    sign ? icon(sign) : null, label);
 
 /** A textarea as tall as what it holds, up to a third of the window. */
 function fit(area) {
@@ -55,146 +24,10 @@ function fit(area) {
   area.style.height = `${Math.min(area.scrollHeight, innerHeight / 3)}px`;
 }
 
-const memory = {
-  get: (name) => { try { return localStorage.getItem(name); } catch { return null; } },
-  set: (name, value) => { try { localStorage.setItem(name, value); } catch { /* a private window */ } },
-};
-
 /** Tells a screen reader, politely. */
 function say(text) {
   while ($("spoken").childElementCount > 40) $("spoken").firstChild.remove();
   $("spoken").append(el("p", {}, text));
-}
-
-// ── The server ──────────────────────────────────────────────────────────────────────────────────
-
-class ServerError extends Error {
-  constructor(message, status = 0, after = 0) {
-    super(message);
-    Object.assign(this, { status, after }); // HTTP's; 0: no answer. Seconds to wait.
-  }
-}
-
-async function ask(path, body, signal) {
-  const headers = { "Content-Type": "application/json" };
-  if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
-  let response;
-  try {
-    const method = body ? "POST" : "GET";
-    response = await fetch(path, { method, headers, signal, body: body && JSON.stringify(body) });
-  } catch (error) {
-    throw error.name === "AbortError" ? error : new ServerError("The server cannot be reached.");
-  }
-  if (response.ok) return response;
-  const { error = {} } = await response.json().catch(() => ({}));
-  const message = error.message || `The server answered ${response.status}.`;
-  throw new ServerError(message, response.status, Number(response.headers.get("Retry-After")));
-}
-
-/** The events of a stream, up to its [DONE]. */
-async function* events(response) {
-  const reader = response.body.getReader(), decoder = new TextDecoder();
-  let rest = "";
-  try {
-    for (;;) {
-      const { done, value } = await reader.read().catch((error) => {
-        throw error.name === "AbortError" ? error : new ServerError(LOST);
-      });
-      if (done) throw new ServerError(LOST);
-      const parts = (rest + decoder.decode(value, { stream: true })).split(/\r?\n\r?\n/);
-      rest = parts.pop();
-      for (const part of parts) {
-        const data = part.split(/\r?\n/).filter((line) => line.startsWith("data:"));
-        const text = data.map((line) => line.slice(5)).join("\n").trim();
-        if (text === "[DONE]") return;
-        if (!text) continue; // a comment, which keeps the connection
-        const event = JSON.parse(text);
-        if (event.error) throw new ServerError(event.error.message, 500);
-        yield event;
-      }
-    }
-  } finally {
-    reader.cancel().catch(() => {});
-  }
-}
-
-/** What the settings make of a request. */
-function sampling() {
-  const fields = {};
-  for (const [name, , , , , , , neutral] of DIALS) {
-    const value = $(name).valueAsNumber;
-    if (!Number.isNaN(value) && value !== neutral) fields[name] = value;
-  }
-  return fields;
-}
-
-// ── Tokens: {id, name, bytes, logprob, rank, top: likeliest tokens, piece: its part of the text} ──
-
-/** The tokens of a choice in a stream's event; a part of the text alone, where none are told. */
-function tokensOf(choice, text) {
-  const told = choice.logprobs?.content;
-  if (!told?.length) return text ? [{ plain: text, piece: text, top: [] }] : [];
-  const one = ({ id, token, logprob, bytes }) =>
-    ({ id, name: token, logprob, bytes: Uint8Array.from(bytes ?? []) });
-  return told.map((entry) => {
-    const token = { ...one(entry), rank: entry.rank, top: (entry.top_logprobs ?? []).map(one) };
-    token.top.sort((a, b) => b.logprob - a.logprob);
-    const place = token.top.findIndex((other) => same(other, token));
-    if (place < 0) token.top.push({ ...token, top: [] });
-    token.rank ??= place < 0 ? null : place + 1;
-    return token;
-  });
-}
-
-const same = (a, b) => (a.id == null ? a.name === b.name : a.id === b.id);
-const percent = ({ logprob }) => {
-  const share = 100 * Math.exp(logprob);
-  return `${share >= 0.1 ? share.toFixed(1) : share >= 0.001 ? share.toPrecision(1) : "< 0.001"} %`;
-};
-
-/** A token's text, the hexadecimal bytes of a part of a character, or a special token's name. */
-function nameOf({ bytes, name }) {
-  if (!bytes.length) return name;
-  try {
-    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
-  } catch {
-    return [...bytes].map((byte) => byte.toString(16).toUpperCase().padStart(2, "0")).join("·");
-  }
-}
-
-/** How a token is written where its spaces count. */
-function label(token) {
-  const parts = nameOf(token).split(/([ \n\t])/).filter(Boolean);
-  const blanks = { " ": "␣", "\n": "↵", "\t": "⇥" };
-  return el("code", {}, ...parts.map((part) =>
-    (blanks[part] ? el("span", { class: "blank" }, blanks[part]) : part)));
-}
-
-/** A decoder that has read `tokens`: a character's bytes may come in several. */
-function decoderAfter(tokens) {
-  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-  for (const token of tokens) if (!token.plain) decoder.decode(token.bytes, { stream: true });
-  return decoder;
-}
-
-const textOf = (tokens) => tokens.map((token) => token.piece).join("");
-
-/** Makes a reply's tokens its text: a space that decoding drops goes, and so does a stop string. */
-function settle(reply, before) {
-  let left = reply.text.length;
-  const first = reply.tokens[before];
-  if (left && first && !textOf(reply.tokens.slice(before)).startsWith(reply.text)) {
-    first.piece = first.piece.trimStart();
-  }
-  for (let i = before; i < reply.tokens.length; i++) {
-    const token = reply.tokens[i];
-    if (left < token.piece.length || (!left && token.piece)) {
-      token.piece = token.piece.slice(0, left);
-      reply.tokens.length = i + (left > 0);
-      return;
-    }
-    left -= token.piece.length;
-  }
 }
 
 // ── Writing ─────────────────────────────────────────────────────────────────────────────────────
@@ -207,6 +40,7 @@ async function write(path, body, reply, again) {
   running?.controller.abort();
   if (!$("dials").checkValidity()) {
     settings(true);
+    complain(new ServerError("A setting is out of its range.", 400), again);
     $("dials").reportValidity();
     return false;
   }
@@ -223,7 +57,7 @@ async function write(path, body, reply, again) {
     const fields = { model: $("model").value, ...body, ...sampling(), stream: true };
     fields.stream_options = { include_usage: true };
     fields.return_token_ids = true;
-    for await (const event of events(await ask(path, fields, controller.signal))) {
+    for await (const event of events(await ask(path, $("key").value, fields, controller.signal))) {
       const choice = event.choices?.[0];
       if (!choice) continue;
       reply.promptIds ??= choice.prompt_token_ids ?? event.prompt_token_ids;
@@ -469,7 +303,8 @@ function follow(i, other, byKey) {
 }
 
 function take(place, i, other) {
-  const token = { ...other, top: place.top, rank: place.top.indexOf(other) + 1, taken: true };
+  const rank = other.rank ?? place.top.indexOf(other) + 1;
+  const token = { ...other, top: place.top, rank, taken: true };
   const { prompt, promptIds } = branch, tokens = branch.tokens.slice(0, i);
   token.piece = decoderAfter(tokens).decode(token.bytes, { stream: true });
   say(`A new branch with ${nameOf(token)}.`);
@@ -512,28 +347,13 @@ function tree() {
           document.querySelector(".branches [aria-current]").focus();
         },
       }, el("span", {}, from ? "… " : "", lead, el("b", {}, took), rest),
-      el("span", {}, `${one.tokens.length}`, el("span", { class: "unseen" }, " tokens"))), list(one));
+      el("span", {}, `${one.tokens.length}`, el("span", { class: "unseen" }, " tokens"))),
+      list(one));
     })) : null;
   };
   if (branches.length < 2) return el("div");
-  return el("nav", { class: "branches", "aria-label": "Branches" }, el("h2", {}, "Branches"), list(null));
-}
-
-// ── Tokens on the page ──────────────────────────────────────────────────────────────────────────
-
-const tokenOf = new WeakMap(); // of a span: [token, its number in the text]
-
-function span(token, i) {
-  if (token.plain) return document.createTextNode(token.plain);
-  const [, blank, rest] = token.piece.match(/^( *)([^]*)$/); // the tint begins after the spaces
-  const inner = rest ? [blank, el("i", {}, rest)] : [el("i", {}, blank)];
-  const made = el("span", { class: "token", tabindex: i ? -1 : 0 }, ...inner);
-  made.style.setProperty("--p", Math.exp(token.logprob).toFixed(3));
-  if (!token.piece) made.lastChild.dataset.mark = token.bytes.length ? "·" : token.name;
-  made.classList.toggle("line", /^\s*\n\s*$/.test(token.piece));
-  made.classList.toggle("took", !!token.taken);
-  tokenOf.set(made, [token, i]);
-  return made;
+  return el("nav", { class: "branches", "aria-label": "Branches" },
+    el("h2", {}, "Branches"), list(null));
 }
 
 /** Writes a reply's tokens into its view, all of them anew. */
@@ -560,7 +380,7 @@ function added(reply) {
 
 let due = 0;
 
-/** Shows what came since, at the next frame; stays at the end of the page if the reader is there. */
+/** Shows what came since, at the next frame; a reader at the end of the page stays there. */
 function grow(reply) {
   due ||= requestAnimationFrame(() => {
     due = 0;
@@ -595,127 +415,7 @@ function draw() {
   else if (shown && spanOf(shown)) showCard(spanOf(shown));
 }
 
-const spanOf = (token) =>
-  [...document.querySelectorAll(".token")].find((one) => tokenOf.get(one)[0] === token);
-
-// ── The card of a token ─────────────────────────────────────────────────────────────────────────
-
-let cardOf = null; // the span whose card is shown
-let leaving = 0;
-
-function showCard(target) {
-  clearTimeout(leaving);
-  if (cardOf === target) return;
-  hideCard();
-  cardOf = target;
-  const [token, i] = tokenOf.get(target);
-  const branching = !!target.closest(".sheet");
-  const rank = token.rank ?? `> ${ALTERNATIVES}`;
-  const fact = (name, value) => el("div", {}, el("dt", {}, name), el("dd", {}, value));
-  const rows = token.top.map((other) => {
-    const share = el("span", { class: "share" }, percent(other)), drawn = same(other, token);
-    const row = el(branching ? "button" : "div", {
-      type: branching && "button", class: drawn ? "drawn" : branching && writtenWith(i, other) && "written",
-      "aria-current": drawn && "true", onclick: branching && ((event) => follow(i, other, !event.detail)),
-    }, label(other), share);
-    row.style.setProperty("--p", Math.exp(other.logprob));
-    return el("li", {}, row);
-  });
-  $("card").replaceChildren(
-    el("div", { class: "name" }, label(token),
-      el("span", {}, token.id == null ? "" : `id ${token.id}`)),
-    el("dl", {}, fact("Probability", percent(token)), fact("Rank", `${rank}`),
-      fact("Log-prob.", token.logprob.toFixed(2))),
-    el("ul", { "aria-label": "Alternatives" }, ...rows),
-    ...(branching ? [el("p", { class: "hint" }, "Choose one to go on from there.")] : []));
-  target.setAttribute("role", "button");
-  target.setAttribute("aria-label", `${nameOf(token).trim() || label(token).textContent}, ${percent(token)}, rank ${rank}`);
-  target.setAttribute("aria-describedby", "card");
-  target.classList.add("shown");
-  const card = $("card");
-  card.hidden = false;
-  const at = target.getClientRects()[0], gap = 8, { width, height } = card.getBoundingClientRect();
-  const under = at.bottom + gap + height < innerHeight || at.top < innerHeight - at.bottom;
-  const top = under ? at.bottom + gap : at.top - gap - height;
-  card.style.top = `${Math.max(12, Math.min(top, innerHeight - height - 12))}px`;
-  card.style.left = `${Math.max(12, Math.min(at.left, document.body.clientWidth - width - 12))}px`;
-}
-
-function hideCard() {
-  clearTimeout(leaving);
-  $("card").hidden = true;
-  if (!cardOf) return;
-  for (const name of ["role", "aria-label", "aria-describedby"]) cardOf.removeAttribute(name);
-  cardOf.classList.remove("shown");
-  cardOf = null;
-}
-
-const leave = () => {
-  clearTimeout(leaving);
-  leaving = setTimeout(() => {
-    const held = document.activeElement;
-    if (held !== cardOf && !$("card").contains(held)) hideCard();
-  }, 180);
-};
-
-function focusToken(target) {
-  if (!target) return;
-  for (const one of target.parentNode.querySelectorAll('.token[tabindex="0"]')) one.tabIndex = -1;
-  target.tabIndex = 0;
-  target.focus();
-}
-
-function tokenKeys(event) {
-  const here = event.target.closest(".token");
-  if (!here || event.altKey || event.ctrlKey || event.metaKey) return;
-  const all = [...here.parentNode.querySelectorAll(".token")], i = all.indexOf(here);
-  const to = { ArrowRight: all[i + 1], ArrowLeft: all[i - 1], Home: all[0], End: all.at(-1) }[event.key];
-  if (to) focusToken(to);
-  else if (["Enter", " ", "ArrowDown"].includes(event.key)) {
-    showCard(here);
-    ($("card").querySelector("button") ?? $("card")).focus();
-  } else if (event.key === "Escape" && !running) hideCard();
-  else return;
-  event.preventDefault();
-}
-
-function cardKeys(event) {
-  const all = [...$("card").querySelectorAll("button")], i = all.indexOf(document.activeElement);
-  if (event.key === "ArrowDown") all[i + 1]?.focus();
-  else if (event.key === "ArrowUp" && i > 0) all[i - 1].focus();
-  else if (["Escape", "Tab", "ArrowUp"].includes(event.key)) {
-    const back = cardOf;
-    focusToken(back);
-    if (event.key === "Escape") hideCard();
-  } else return;
-  event.preventDefault();
-  event.stopPropagation();
-}
-
-$("log").addEventListener("pointerover", (event) => {
-  const over = event.target.closest(".token");
-  if (over && event.pointerType === "mouse") showCard(over);
-  else if (cardOf) leave();
-});
-$("log").addEventListener("pointerleave", leave);
-$("log").addEventListener("focusin", (event) => {
-  const one = event.target.closest(".token");
-  if (one) showCard(one);
-});
-$("log").addEventListener("click", (event) => {
-  const one = event.target.closest(".token");
-  if (one) showCard(one);
-});
-$("log").addEventListener("focusout", (event) => event.target.closest(".token") && leave());
-$("log").addEventListener("keydown", tokenKeys);
-$("card").addEventListener("keydown", cardKeys);
-$("card").addEventListener("pointerenter", () => clearTimeout(leaving));
-$("card").addEventListener("pointerleave", leave);
-$("card").addEventListener("focusout", leave);
-addEventListener("scroll", () => cardOf && !cardOf.matches(":focus") && hideCard(), { passive: true });
-addEventListener("pointerdown", (event) => {
-  if (!event.target.closest(".token, #card")) hideCard();
-});
+Object.assign(choices, { written: writtenWith, follow });
 
 // ── The bar, the field and the settings ─────────────────────────────────────────────────────────
 
@@ -725,8 +425,8 @@ function setMode(value) {
   document.querySelector(`[name=mode][value=${value}]`).checked = true;
   $("welcome").querySelector("h2").textContent = chatting ? "Ask it something" : "Begin a text";
   $("welcome").querySelector("p").textContent = chatting
-    ? "Replies appear as they are written. Point at any word to see how likely it was and what else the model had in mind."
-    : "The model goes on from your words. Point at any token to see its alternatives, and choose one to branch from there.";
+    ? "Point at any word of a reply to see how likely it was, and what else could have stood there."
+    : "The model goes on from your words. Choose another alternative of any token to branch there.";
   $("prompt").placeholder = chatting ? "Message the model" : "Begin a text";
   $("prompt").setAttribute("aria-label", chatting ? "Message" : "Beginning of a text");
   $("new").setAttribute("aria-label", chatting ? "New chat" : "New text");
@@ -742,58 +442,13 @@ function fitModel() {
 
 async function connect() {
   try {
-    const { data } = await (await ask("v1/models")).json();
+    const { data } = await (await ask("v1/models", $("key").value)).json();
     $("model").replaceChildren(...data.map(({ id, chat: chats }) =>
       el("option", { value: id, "data-chat": String(chats ?? true) }, id)));
     notify();
     fitModel();
   } catch (error) {
     complain(error, connect);
-  }
-}
-
-function settings(shown) {
-  const covers = matchMedia("(max-width: 60rem)").matches;
-  $("settings").hidden = !shown;
-  $("open").setAttribute("aria-expanded", shown);
-  for (const other of [document.querySelector("header"), document.querySelector("main")]) {
-    other.inert = shown && covers;
-  }
-  document.body.style.overflow = shown && covers ? "hidden" : "";
-}
-
-function theme(value) {
-  if (value) document.documentElement.dataset.theme = value;
-  const shown = value ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-  $("theme").setAttribute("aria-pressed", shown === "dark");
-}
-
-function buildDials() {
-  for (const [name, text, start, min, max, step, hint] of DIALS) {
-    const number = el("input", {
-      type: "number", id: name, value: start, min, max, step: step < 1 ? "any" : step,
-      inputmode: step < 1 ? "decimal" : "numeric", "aria-describedby": hint ? `${name}-hint` : null,
-    });
-    const row = el("div", { class: "dial" }, el("label", { for: name }, text, hint
-      ? el("small", { id: `${name}-hint` }, hint) : null), number);
-    if (max != null) {
-      const slide = { type: "range", value: start, min: min > 0 && max === 1 ? 0 : min, max, step };
-      const range = el("input", { ...slide, "aria-label": `${text}, slider` });
-      range.addEventListener("input", () => { number.value = Math.max(range.value, min); });
-      number.addEventListener("input", () => { range.value = number.value; });
-      row.append(range);
-    }
-    $("sampling").append(row);
-  }
-}
-
-const kept = () => ["system", ...DIALS.map(([name]) => name)].map($);
-
-function recall() {
-  const saved = JSON.parse(memory.get("lm-settings") ?? "{}");
-  for (const field of kept()) {
-    if (saved[field.id] != null) field.value = saved[field.id];
-    field.dispatchEvent(new Event("input"));
   }
 }
 
@@ -835,38 +490,9 @@ $("new").addEventListener("click", () => {
   draw();
   $("prompt").focus();
 });
-$("theme").addEventListener("click", () => {
-  const value = $("theme").getAttribute("aria-pressed") === "true" ? "light" : "dark";
-  memory.set("lm-theme", value);
-  theme(value);
-});
-$("open").addEventListener("click", () => {
-  settings($("settings").hidden);
-  if (!$("settings").hidden) $("close").focus();
-});
-$("close").addEventListener("click", () => { settings(false); $("open").focus(); });
 $("model").addEventListener("change", fitModel);
 for (const radio of document.querySelectorAll("[name=mode]")) {
   radio.addEventListener("change", () => setMode(radio.value));
 }
-$("tints").addEventListener("change", () => {
-  document.documentElement.classList.toggle("tinted", $("tints").checked);
-});
-$("dials").addEventListener("submit", (event) => event.preventDefault());
-$("dials").addEventListener("change", () => memory.set("lm-settings",
-  JSON.stringify(Object.fromEntries(kept().map((field) => [field.id, field.value])))));
-$("dials").addEventListener("reset", () => setTimeout(() => {
-  for (const field of kept()) field.dispatchEvent(new Event("input"));
-  for (const name of ["change"]) $("tints").dispatchEvent(new Event(name));
-  memory.set("lm-settings", "{}");
-}));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => theme(memory.get("lm-theme")));
-matchMedia("(max-width: 60rem)").addEventListener("change", () => settings(!$("settings").hidden));
-
-document.documentElement.classList.add("tinted");
-buildDials();
-recall();
-theme(memory.get("lm-theme"));
-settings(innerWidth >= 1100);
 setMode("chat");
 connect();

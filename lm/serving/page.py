@@ -1,4 +1,4 @@
-"""The web page of the server: three files as they stand, which need nothing from elsewhere."""
+"""The web page of the server: files as they stand, which need nothing from elsewhere."""
 
 import importlib.resources
 
@@ -15,13 +15,21 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-TYPES = {"page.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
+FILES = (
+    "page.html",
+    "page.css",
+    "page.js",
+    "page_client.js",
+    "page_settings.js",
+    "page_tokens.js",
+)
 
 
 def _file(request: Request) -> Response:
-    name = request.url.path.rpartition("/")[2] or "page.html"
+    name = request.url.path.rpartition("/")[2] or FILES[0]
     content = importlib.resources.files("lm.serving").joinpath(name).read_bytes()
-    return Response(content, media_type=TYPES[name], headers=HEADERS)
+    return Response(content, media_type=TYPES[name.rpartition(".")[2]], headers=HEADERS)
 
 
-ROUTES = [Route(path, _file) for path in ("/", "/page.css", "/page.js")]
+ROUTES = [Route(path, _file) for path in ("/", *(f"/{name}" for name in FILES[1:]))]
