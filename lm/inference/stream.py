@@ -57,13 +57,25 @@ class TextStream:
     nothing of it comes otherwise. U+FFFD stands for bytes drawn that are no UTF-8, and for a
     character drawn in part when the text is over.
 
+    Args:
+      tokenizer: of the tokens.
+      prompt: the tokens before.
+      stop: strings that end the text, as `StopStrings` finds them.
+      unstopped: how many of the tokens pushed first are not searched for them: an echoed prompt.
+
     Attributes:
-      stop: the stop string that ended the text; None while there is none.
       length: characters that the tokens so far stand for, those held back and cut off included.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] = (), stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Iterable[int] = (),
+        stop: Sequence[str] = (),
+        unstopped: int = 0,
+    ):
         self._tokenizer, self._stops = tokenizer, StopStrings(stop)
+        self._unstopped = unstopped
         self._drop_space = tokenizer.drops_first_space
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.length = 0
@@ -83,7 +95,12 @@ class TextStream:
             if not _continues(self._open, data[0]):
                 self._utf8.reset()
             self._open = b""
-        return self._pass(self._utf8.decode(data))
+        piece = self._utf8.decode(data)
+        if self._unstopped > 0:
+            self._unstopped -= 1
+            self.length += len(piece)
+            return piece
+        return self._pass(piece)
 
     def flush(self) -> str:
         """The rest, when no more tokens come; "" after a stop string."""
