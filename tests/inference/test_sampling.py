@@ -183,6 +183,7 @@ def test_a_row_draws_the_same_in_any_company():
         assert drawn(numbers) == [alone()[n] for n in numbers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_row_draws_the_same_from_every_kind_of_program(kind):
     covered = [n for n, row in enumerate(ROWS) if Kind.covering([row.kind(), kind]) == kind]
