@@ -6,6 +6,7 @@ Words in the last message ask for what a model seldom does: "markup" (text that 
 """
 
 import asyncio
+import codecs
 import hashlib
 import json
 import math
@@ -55,7 +56,7 @@ def draw(ids: list[int], seed: int) -> list[tuple[int, float]]:
 
 
 class Fake:
-    """`app` is the server; `seen` the requests' bodies; `key` what it asks for, if anything."""
+    """`asgi` is the server; `seen` the requests' bodies; `key` what it asks for, if anything."""
 
     def __init__(self, chat: bool = True, delay: float = 0.002):
         self.chat, self.delay, self.key, self.seen, self.was_busy = chat, delay, None, [], False
@@ -67,7 +68,7 @@ class Fake:
             Route("/v1/chat/completions", self.chats, **post),
             Route("/v1/completions", self.completions, **post),
         ]
-        self.app = Starlette(routes=routes)
+        self.asgi = Starlette(routes=routes)
 
     def refused(self, request: Request) -> JSONResponse | None:
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
@@ -153,6 +154,4 @@ class Decoder:
     """Text of bytes, none of a character before its last."""
 
     def __init__(self):
-        import codecs
-
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode

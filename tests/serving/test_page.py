@@ -1,12 +1,11 @@
 """The web page in a real browser, against a server that writes without a model."""
 
+import contextlib
 import re
 import shutil
-import threading
-import time
 
 import pytest
-import uvicorn
+from fake_engine import running, serving, until
 from fake_server import VOCABULARY, Fake
 from playwright.sync_api import Page, expect, sync_playwright
 
@@ -20,28 +19,14 @@ PATIENCE = 60  # seconds, on a machine that is busy with other tests
 expect.set_options(timeout=1000 * PATIENCE)
 
 
-def until(condition):
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 class Served:
-    """A server in a thread of this process."""
+    """A fake server that runs until `stop`."""
 
     def __init__(self, fake: Fake):
         self.fake = fake
-        self.server = uvicorn.Server(uvicorn.Config(fake.app, port=0, log_level="critical"))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        until(lambda: self.server.started)
-        port = self.server.servers[0].sockets[0].getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}/"
-
-    def stop(self):
-        self.server.should_exit = self.server.force_exit = True
-        self.thread.join(10)
+        with contextlib.ExitStack() as stack:
+            self.url = stack.enter_context(running(fake))
+            self.stop = stack.pop_all().close
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +49,12 @@ def visit(browser):
     """Opens the page of a server; a fault of its script fails the test."""
     contexts, faults = [], []
 
-    def visit(served: Served, **settings) -> Page:
+    def visit(served: Served | str, **settings) -> Page:
         contexts.append(browser.new_context(**settings))
         page = contexts[-1].new_page()
         page.set_default_timeout(1000 * PATIENCE)
         page.on("pageerror", lambda fault: faults.append(str(fault)))
-        page.goto(served.url)
+        page.goto(served if isinstance(served, str) else served.url)
         return page
 
     yield visit
@@ -134,7 +119,7 @@ def test_stop_ends_the_stream_at_the_server_and_keeps_what_came(served, visit):
     finished(page)
     assert len(tokens(page)) >= 4
     expect(reply(page).locator(".stats")).to_contain_text("stopped")
-    until(lambda: served.fake.left)
+    until(lambda: served.fake.left, PATIENCE)
     expect(page.locator("#prompt")).to_be_focused()
     send(page, "forever", wait=False)
     expect(reply(page, 1).locator(".token").first).to_be_visible()
@@ -428,3 +413,28 @@ def test_a_new_chat_can_be_taken_back(served, visit):
     expect(page.locator("article")).to_have_count(0)
     page.get_by_role("button", name="Bring back the last one").click()
     assert tokens(page) == before
+
+
+def test_the_server_itself_sends_what_the_page_reads(visit):
+    with serving() as (address, engine):
+        engine.says["hi\nassistant: "] = "Héllo <b>🙂"
+        page = visit(address)
+        send(page, "hi")
+        expect(reply(page).locator(".text")).to_have_text("Héllo <b>🙂")
+        page.locator(".token").first.hover()
+        expect(page.locator("#card")).to_contain_text("60.7 %")
+        complete(page, "Once")
+        before = tokens(page)
+        assert len(before) == 12
+        page.locator(".token").nth(7).hover()
+        page.locator("#card button", has_text="A").click()
+        finished(page)
+        assert tokens(page)[:8] == [*before[:7], "A"] and len(tokens(page)) == 20
+        expect(page.get_by_role("navigation", name="Branches").get_by_role("button")).to_have_count(
+            2
+        )
+        engine.pause = 0.05
+        page.get_by_role("button", name="Continue").click()
+        page.get_by_role("button", name="Stop").click()
+        finished(page)
+        until(lambda: not engine.held, PATIENCE)
