@@ -6,6 +6,10 @@
     python main.py --config=configs/generate.py --config.prompt="The cat" --config.temperature=0
     python main.py --config=configs/generate.py --config.init_from=runs/NAME
     python main.py --config=configs/generate.py --config.num_samples=4 --config.seed=1
+    # the best two of four beams; faster, by a smaller model's guesses or by looking up the text
+    python main.py --config=configs/generate.py --config.num_beams=4 --config.num_samples=2
+    python main.py --config=configs/generate.py --config.draft=runs/SMALLER
+    python main.py --config=configs/generate.py --config.prompt_lookup=4
     echo "Once upon a time" | python main.py --config=configs/generate.py --config.prompt=-
 
 An encoder-decoder, such as configs/translate.py trains, reads the prompt as its source, and its

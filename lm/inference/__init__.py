@@ -4,6 +4,7 @@ from lm.inference.fill import Candidate, embed, fill, fill_spans
 from lm.inference.generate import Generation, Generator, Timing
 from lm.inference.prompts import Framing
 from lm.inference.sampling import SamplingConfig
+from lm.inference.search import SearchConfig, search
 
 __all__ = [
     "Candidate",
@@ -11,8 +12,10 @@ __all__ = [
     "Generation",
     "Generator",
     "SamplingConfig",
+    "SearchConfig",
     "Timing",
     "embed",
     "fill",
     "fill_spans",
+    "search",
 ]

@@ -263,7 +263,7 @@ class Generation:
         chunk: int,
     ):
         self._generator, self._sampling, self._chunk = generator, sampling, chunk
-        self._prompts, self._read = prompts, read  # as given, and as much as the model reads
+        self._prompts, self.read = prompts, read  # as given, and as much as the model reads
         self._seed = np.uint32(seed % 2**32)
         self._start()
 
@@ -275,12 +275,12 @@ class Generation:
     def __iter__(self) -> Iterator[np.ndarray]:
         self._start()
         generator, sampling = self._generator, self._sampling
-        windows = [list(ids) for ids in self._read for _ in range(sampling.num_samples)]
+        windows = [list(ids) for ids in self.read for _ in range(sampling.num_samples)]
         number_B = np.arange(len(windows), dtype=np.int32)
         end = generator.framing.end_of_text
         warpers, self._kind = warping([sampling] * len(windows), generator.vocab_size, end)
         stop = set(warpers.stop_BS.flat) - {NOTHING}
-        read, length = self._read, 0
+        read, length = self.read, 0
         while True:
             drawn_B = np.array(self._drawn, np.int32)
             room_B = np.array([generator.room(len(window)) for window in windows], np.int32)

@@ -11,12 +11,12 @@ import ml_collections
 
 import lm
 from lm.config import ConfigError, Path, Seed, check, view
-from lm.inference import Generation, SamplingConfig
+from lm.inference import Generation, SearchConfig, search
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateJob(SamplingConfig):
-    """What to continue, with which model; how to draw is inherited."""
+class GenerateJob(SearchConfig):
+    """What to continue, with which model; how to draw and to search is inherited."""
 
     job: str = "generate"
     seed: Seed = 0  # of the random draws: the same seed, the same text
@@ -51,7 +51,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
     job = view(GenerateJob, config)
     prompt = _read_prompt(job)
     loaded = lm.load(job.init_from, ignore=job.ignore)
-    generation = loaded.generator.generate([loaded.encode(prompt)], job, job.seed)
+    draft = lm.load(job.draft, ignore=job.ignore).generator if job.draft else None
+    generation = search(loaded.generator, [loaded.encode(prompt)], job, job.seed, draft)
     texts = _print(generation, loaded.generator.opening(prompt), job.num_samples)
     for notice in generation.notices:
         print(f"note: {notice}", file=sys.stderr)

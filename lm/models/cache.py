@@ -54,19 +54,60 @@ class Cache:
             return own, None
         return own, (self.source_keys_LBSKC[index], self.source_values_LBSKC[index])
 
-    def repeat(self, times: int) -> Cache:
-        """The cache of a batch in which every row stands `times` times in a row."""
+    def rows(self, index_N: jax.Array, source: bool = True) -> Cache:
+        """The cache of a batch of which row n is this one's row `index_N[n]`.
+
+        Without `source` what is remembered of sources stays where it is: for rows that change
+        places with others of the same source.
+        """
         batch_axis = 1 if isinstance(self.keys_LBSKC, jax.Array) else 0
 
-        def rows(x, axis):
-            return jax.tree.map(lambda x: jnp.repeat(x, times, axis), x)
+        def taken(x, axis=batch_axis):
+            return jax.tree.map(lambda x: jnp.take(x, index_N, axis), x)
 
-        return Cache(
-            rows(self.keys_LBSKC, batch_axis),
-            rows(self.values_LBSKC, batch_axis),
-            rows(self.positions_BS, 0),
-            self.slot,
-            rows(self.source_keys_LBSKC, batch_axis),
-            rows(self.source_values_LBSKC, batch_axis),
-            rows(self.source_mask_BS, 0),
+        cache = dataclasses.replace(
+            self,
+            keys_LBSKC=taken(self.keys_LBSKC),
+            values_LBSKC=taken(self.values_LBSKC),
+            positions_BS=taken(self.positions_BS, 0),
+        )
+        if not source:
+            return cache
+        return dataclasses.replace(
+            cache,
+            source_keys_LBSKC=taken(self.source_keys_LBSKC),
+            source_values_LBSKC=taken(self.source_values_LBSKC),
+            source_mask_BS=taken(self.source_mask_BS, 0),
+        )
+
+    def repeat(self, times: int) -> Cache:
+        """The cache of a batch in which every row stands `times` times in a row."""
+        return self.rows(jnp.repeat(jnp.arange(self.positions_BS.shape[0]), times))
+
+    def rewind(self, count_B: jax.Array) -> Cache:
+        """The cache without the last `count_B` slots of each row.
+
+        Rows that drop different numbers turn until they end at one slot again, the first that has
+        room for the longest: so a row's tokens must be in slots side by side that end with the last
+        one before `slot`.
+        """
+        slots_S = jnp.arange(self.positions_BS.shape[1])
+        end_B = self.slot - count_B
+        positions_BS = jnp.where(slots_S < end_B[:, None], self.positions_BS, -1)
+        if len(positions_BS) == 1:
+            return dataclasses.replace(self, positions_BS=positions_BS, slot=end_B[0])
+        slot = jnp.max((positions_BS >= 0).sum(1)).astype(jnp.int32)
+        from_BS = (slots_S - (slot - end_B)[:, None]) % len(slots_S)
+
+        def turned(x):
+            axis = x.ndim - 3  # of slots
+            index = from_BS.reshape((1,) * (axis - 1) + from_BS.shape + (1, 1))
+            return jnp.take_along_axis(x, index, axis)
+
+        return dataclasses.replace(
+            self,
+            keys_LBSKC=jax.tree.map(turned, self.keys_LBSKC),
+            values_LBSKC=jax.tree.map(turned, self.values_LBSKC),
+            positions_BS=jnp.take_along_axis(positions_BS, from_BS, 1),
+            slot=slot,
         )

@@ -69,12 +69,21 @@ class RecurrentCache:
     values_BSD: jax.Array | None = None
     source_mask_BS: jax.Array | None = None
 
+    def rows(self, index_N: jax.Array, source: bool = True) -> RecurrentCache:
+        """The cache of a batch of which row n is this one's row `index_N[n]`.
+
+        Without `source` what attention reads stays where it is: for rows that change places with
+        others of the same source.
+        """
+        states_LBD = tuple(jnp.take(states_LBD, index_N, 1) for states_LBD in self.states_LBD)
+        rest = dataclasses.replace(self, states_LBD=())
+        if source:
+            rest = jax.tree.map(lambda x: jnp.take(x, index_N, 0), rest)
+        return dataclasses.replace(rest, states_LBD=states_LBD)
+
     def repeat(self, times: int) -> RecurrentCache:
         """The cache of a batch in which every row stands `times` times in a row."""
-        states_LBD = [jnp.repeat(states_LBD, times, 1) for states_LBD in self.states_LBD]
-        rest = dataclasses.replace(self, states_LBD=())
-        rest = jax.tree.map(lambda x: jnp.repeat(x, times, 0), rest)
-        return dataclasses.replace(rest, states_LBD=tuple(states_LBD))
+        return self.rows(jnp.repeat(jnp.arange(self.states_LBD[0].shape[1]), times))
 
 
 class Embedding(nnx.Module):

@@ -18,10 +18,11 @@ from lm.inference import (
     Candidate,
     Framing,
     Generator,
-    SamplingConfig,
+    SearchConfig,
     embed,
     fill,
     fill_spans,
+    search,
 )
 from lm.models import Model, bind, skeleton
 from lm.runs.directory import CONFIG
@@ -85,7 +86,12 @@ class Run:
         return self.framing.encode(self.tokenizer, text)
 
     def generate(
-        self, prompt: str | Sequence[str] = "", *, seed: int = 0, **settings: Any
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        seed: int = 0,
+        draft: Run | str | os.PathLike[str] | None = None,
+        **settings: Any,
     ) -> str | list[str]:
         """The prompt followed by its continuation, up to end-of-text or `max_new_tokens`.
 
@@ -97,8 +103,10 @@ class Run:
         Args:
           prompt: one text or several, which are continued together.
           seed: of the random draws.
-          **settings: fields of `lm.inference.SamplingConfig`: `max_new_tokens`, `temperature`,
-            `top_p`, `repetition_penalty`, `num_samples`, …
+          draft: a smaller model of the same tokenizer, or its directory: it guesses tokens, and the
+            text comes sooner, from the same distribution (`lm.inference.speculation`).
+          **settings: fields of `lm.inference.SearchConfig`: `max_new_tokens`, `temperature`,
+            `top_p`, `repetition_penalty`, `num_samples`, `num_beams`, `prompt_lookup`, …
 
         Returns:
           A string; for several prompts or samples a list, the samples of a prompt side by side.
@@ -108,7 +116,9 @@ class Run:
             which cannot generate.
         """
         plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in settings.items()}
-        sampling = view(SamplingConfig, plain, "generate")
+        if draft is not None:
+            plain["draft"] = os.fspath(draft.directory if isinstance(draft, Run) else draft)
+        config = view(SearchConfig, plain, "generate")
         check(
             isinstance(prompt, Sequence) and not isinstance(prompt, bytes),
             f"prompt={prompt!r} must be text, or a list of texts",
@@ -117,8 +127,10 @@ class Run:
         if not prompts:
             return []
         read = [self.encode(text) for text in prompts]
-        generation = self.generator.generate(read, sampling, seed)
-        samples = range(sampling.num_samples)
+        if draft is not None and not isinstance(draft, Run):
+            draft = Run.load(draft)
+        generation = search(self.generator, read, config, seed, draft and draft.generator)
+        samples = range(config.num_samples)
         texts = [self.generator.opening(text) for text in prompts for _ in samples]
         for row, text in generation.texts():
             texts[row] += text
