@@ -131,13 +131,6 @@ class Generator:
         read = len(self.framing.decoder_start) if self.encodes else prompt_length
         return self.context - read + 1
 
-    def window(self, ids: Sequence[int], length: int) -> list[int]:
-        """The last `length` of `ids`, begin-of-text still in front of them."""
-        begin = list(self.framing.before or ())
-        if len(ids) <= length or list(ids[: len(begin)]) != begin or len(begin) >= length:
-            begin = []
-        return begin + list(ids[max(len(begin), len(ids) - length + len(begin)) :])
-
     def encode(self, prompt: str) -> list[int]:
         """The tokens the model reads for a prompt of text; see `Framing.encode`."""
         return self.framing.encode(self.tokenizer, prompt)
@@ -180,7 +173,7 @@ class Generator:
         check(len(prompts) > 0, "prompts=[] must have one at least")
         read = prompts
         if sampling.truncate_prompt and not self.encodes:
-            read = [self.window(ids, self.context) for ids in prompts]
+            read = [self.framing.window(ids, self.context) for ids in prompts]
         for ids in read:
             check_ids("prompt", ids, self.model.config)
         longest = min(max(map(len, read)) + sampling.max_new_tokens, self.context)
@@ -307,7 +300,7 @@ class Generation:
             wanting = (n < sampling.max_new_tokens for n in self._drawn)
             if generator.encodes or not any(w and not e for w, e in zip(wanting, self.ended)):
                 return
-            read = windows = [generator.window(ids, generator.kept) for ids in windows]
+            read = windows = [generator.framing.window(ids, generator.kept) for ids in windows]
             self.slides += 1
 
     def _until_full(self, prompt: Prompt, rows: Rows, length: int, limit: int):

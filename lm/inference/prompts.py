@@ -62,6 +62,13 @@ class Framing:
         """A text's ids with what stands before and after them."""
         return [*(self.before or ()), *ids, *(self.after or ())]
 
+    def window(self, ids: Sequence[int], length: int) -> list[int]:
+        """The last `length` of `ids`, begin-of-text still in front of them."""
+        begin = list(self.before or ())
+        if len(ids) <= length or list(ids[: len(begin)]) != begin or len(begin) >= length:
+            begin = []
+        return begin + list(ids[max(len(begin), len(ids) - length + len(begin)) :])
+
     def encode(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """The tokens the model reads for `text`.
 

@@ -47,6 +47,11 @@ class Cache:
 
         return cls(zeros(), zeros(), jnp.full((batch_size, length), -1), jnp.int32(0))
 
+    @property
+    def own(self) -> tuple[Stacked, Stacked]:
+        """Keys and values of the tokens so far."""
+        return self.keys_LBSKC, self.values_LBSKC
+
     def layer(self, index: int | jax.Array) -> tuple[tuple, tuple | None]:
         """Layer `index`'s own keys and values, and those of the source, if there is one."""
         own = (self.keys_LBSKC[index], self.values_LBSKC[index])

@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from lm.config import check
+from lm.models.attention.paged import Paging
 from lm.models.cells import (
     Annotations,
     Boundaries,
@@ -84,6 +86,13 @@ class RecurrentCache:
     def repeat(self, times: int) -> RecurrentCache:
         """The cache of a batch in which every row stands `times` times in a row."""
         return self.rows(jnp.repeat(jnp.arange(self.states_LBD[0].shape[1]), times))
+
+    def by_axis(self, function: Callable, *others: RecurrentCache) -> RecurrentCache:
+        """`function(x, …, axis)` of every array, of those of others too, and its axis of rows."""
+        states = [function(*each, 1) for each in zip(*(c.states_LBD for c in (self, *others)))]
+        rest = [dataclasses.replace(cache, states_LBD=()) for cache in (self, *others)]
+        rest = jax.tree.map(lambda *each: function(*each, 0), *rest)
+        return dataclasses.replace(rest, states_LBD=tuple(states))
 
 
 class Embedding(nnx.Module):
@@ -251,6 +260,41 @@ class Recurrent(LanguageModel):
         x_BTD, finals = self._decode(tokens_BT, live, starts, None, annotations, tap=tap)
         states_LBD = tuple(map(jnp.stack, zip(*finals)))
         return x_BTD, dataclasses.replace(cache, states_LBD=states_LBD)
+
+    def new_pages(self, pages: int, page_size: int, slots: int) -> RecurrentCache:
+        """A cache with room for the texts of `slots`, for `extend_pages`; it needs no pages."""
+        del pages, page_size
+        if self.config.architecture == "decoder":
+            return self.new_cache(slots, 0)
+        empty_BS = jnp.zeros((slots, self.config.max_length), jnp.int32)
+        return self.new_cache(slots, 0, empty_BS, empty_BS)
+
+    def begin(
+        self, cache: RecurrentCache, slot: jax.Array, source_1S: jax.Array, segments_1S: jax.Array
+    ) -> RecurrentCache:
+        """The cache ready for a new text in a slot: its state is that after its source."""
+        source = () if self.config.architecture == "decoder" else (source_1S, segments_1S)
+        fresh = self.new_cache(1, 0, *source)
+
+        def row(old, new, axis):
+            start = [0] * old.ndim
+            start[axis] = slot
+            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), start)
+
+        if cache.source_mask_BS is not None:
+            unseen_BS = row(cache.source_mask_BS, jnp.zeros_like(cache.source_mask_BS[:1]), 0)
+            cache = dataclasses.replace(cache, source_mask_BS=unseen_BS)
+        return cache.by_axis(row, fresh)
+
+    def extend_pages(
+        self, tokens_BT: jax.Array, paging: Paging, cache: RecurrentCache
+    ) -> tuple[jax.Array, RecurrentCache]:
+        """As `extend`, of the rows in the slots of `paging`."""
+        slots_B = paging.slots_B
+        rows = cache.rows(slots_B)
+        x_BTD, rows = self.extend(tokens_BT, paging.positions_BT, rows)
+        states = (old.at[:, slots_B].set(x) for old, x in zip(cache.states_LBD, rows.states_LBD))
+        return x_BTD, dataclasses.replace(cache, states_LBD=tuple(states))
 
     def _embed(self, tokens_BT: jax.Array, tap: Tap) -> jax.Array:
         """Embedded tokens [T, B, D]."""

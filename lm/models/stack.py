@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lm.models import layers
 from lm.models.attention.attention import Attention, Pair
 from lm.models.attention.context import Context, ScoreBias, score_bias
+from lm.models.attention.paged import PagedCache
 from lm.models.cache import Cache
 from lm.models.config import ModelConfig
 from lm.models.hooks import Tap, no_tap, within
@@ -200,7 +201,7 @@ class Stack(nnx.Module):
         self,
         x_BTD: jax.Array,
         context: Context,
-        cache: Cache | None = None,
+        cache: Cache | PagedCache | None = None,
         *,
         dropout_key: jax.Array | None = None,
         tap: Tap = no_tap,
@@ -269,7 +270,7 @@ class Stack(nnx.Module):
 
     def _scan_cached(self, x_BTD, context, cache):
         # The whole cache is carried and written in place; scanning over it would copy it.
-        carry = x_BTD, (cache.keys_LBSKC, cache.values_LBSKC)
+        carry = x_BTD, cache.own
         for blocks, first, count in self._groups():
             reach = self._reach(first, count)
 
@@ -277,6 +278,10 @@ class Stack(nnx.Module):
                 x, caches_LBSKC = carry
                 block, index, is_local = layer
                 here = context.of_layer(reach if is_local is None else is_local)
+                if here.paging is not None:
+                    here = here.of_pool(index, caches_LBSKC, self.num_layers)
+                    x, caches_LBSKC, router = block(x, here, caches_LBSKC, cache.layer(index)[1])
+                    return (x, caches_LBSKC), router
                 own = tuple(cache[index] for cache in caches_LBSKC)
                 x, updated_BSKC, router = block(x, here, own, cache.layer(index)[1])
                 new_BTKC = (
@@ -317,7 +322,7 @@ class Stack(nnx.Module):
         routers = jax.tree.map(lambda *each: jnp.stack(each), *routers) if routers else None
         if cache is None:
             return x_BTD, None, routers
-        join = tuple if isinstance(cache.keys_LBSKC, tuple) else jnp.stack
+        join = tuple if isinstance(cache.own[0], tuple) else jnp.stack
         return x_BTD, tuple(map(join, zip(*caches))), routers
 
     def _through_stages(self, x_BTD, context: Context, keys_L, reach_L):

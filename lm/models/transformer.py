@@ -11,6 +11,7 @@ from flax import nnx
 
 from lm.models import layers
 from lm.models.attention.context import Context
+from lm.models.attention.paged import PagedCache, Paging
 from lm.models.cache import Cache
 from lm.models.config import ModelConfig
 from lm.models.hooks import Tap, no_tap, within
@@ -223,22 +224,24 @@ class Transformer(LanguageModel, Stack):
             return cache
         if source_segments_BS is None:
             source_segments_BS = jnp.ones_like(source_BS)
-        memory_BSD = self.encode(source_BS, segments_BS=source_segments_BS)
-        if self.scanned:
-            _, (keys, values) = jax.lax.scan(
-                lambda _, block: (None, block.cross_attention.remember(memory_BSD)),
-                None,
-                self.blocks,
-            )
-        else:
-            blocks = unstack(self.blocks, self.num_layers)
-            keys, values = zip(*(b.cross_attention.remember(memory_BSD) for b in blocks))
+        keys, values = self._remember(source_BS, source_segments_BS)
         return dataclasses.replace(
             cache,
             source_keys_LBSKC=keys,
             source_values_LBSKC=values,
             source_mask_BS=source_segments_BS > 0,
         )
+
+    def _remember(self, source_BS: jax.Array, segments_BS: jax.Array) -> tuple:
+        """What each layer's cross-attention reads of a source: keys and values, a layer first."""
+        memory_BSD = self.encode(source_BS, segments_BS=segments_BS)
+        if not self.scanned:
+            blocks = unstack(self.blocks, self.num_layers)
+            return tuple(zip(*(b.cross_attention.remember(memory_BSD) for b in blocks)))
+        _, pair = jax.lax.scan(
+            lambda _, block: (None, block.cross_attention.remember(memory_BSD)), None, self.blocks
+        )
+        return pair
 
     def extend(
         self, tokens_BT: jax.Array, positions_BT: jax.Array, cache: Cache, tap: Tap = no_tap
@@ -259,9 +262,7 @@ class Transformer(LanguageModel, Stack):
         )
         across = None
         if cache.source_mask_BS is not None:
-            there_B1S = cache.source_mask_BS[:, None, :]
-            shape = (*tokens_BT.shape, there_B1S.shape[-1])
-            across = Context(jnp.broadcast_to(there_B1S, shape))
+            across = _across(cache.source_mask_BS, tokens_BT)
         text = Text.of(tokens_BT, positions_BT=jnp.maximum(positions_BT, 0))
         # Who sees whom follows from positions here: rows differ in where their tokens stand.
         context = Context.of(
@@ -284,6 +285,33 @@ class Transformer(LanguageModel, Stack):
             slot=cache.slot + tokens_BT.shape[1],
         )
 
+    def new_pages(self, pages: int, page_size: int, slots: int) -> PagedCache:
+        """A cache of so many pages, for `extend_pages`, with room for the texts of `slots`."""
+        return PagedCache.empty(self.config, pages, page_size, slots, self.scanned)
+
+    def begin(
+        self, cache: PagedCache, slot: jax.Array, source_1S: jax.Array, segments_1S: jax.Array
+    ) -> PagedCache:
+        """The cache ready for a new text in a slot: an encoder-decoder reads its source."""
+        if self.config.architecture == "decoder":
+            return cache
+        pair = self._remember(source_1S, segments_1S)
+        return cache.with_source(slot, *pair, segments_1S > 0)
+
+    def extend_pages(
+        self, tokens_BT: jax.Array, paging: Paging, cache: PagedCache
+    ) -> tuple[jax.Array, PagedCache]:
+        """As `extend`, of rows that lie in pages."""
+        text, across, here = Text.of(tokens_BT), None, cache
+        text = text._replace(positions_BT=jnp.maximum(paging.positions_BT, 0))
+        if cache.source_mask_BS is not None:
+            here = cache.sources(paging.slots_B)
+            across = _across(here.source_mask_BS, tokens_BT)
+        context = Context.of_pages(self.config, paging, self.score_bias(), across)
+        x_BTD = self.embedding(text, self.embedding.tokens[...], None, no_tap)
+        x_BTD, (keys, values), _ = self.run(x_BTD, context, here)
+        return x_BTD, dataclasses.replace(cache, keys_PKSC=keys, values_PKSC=values)
+
     def readout(self, x_BTD: jax.Array) -> jax.Array:
         """What the output head multiplies, of the last residual stream."""
         if self.config.output_scale != 1:
@@ -302,3 +330,9 @@ class Transformer(LanguageModel, Stack):
         if self.config.classifier == "sequence":
             x_BTD = self.pool(x_BTD) if self.config.pooler else x_BTD[:, 0]
         return self.classifier(x_BTD).astype(jnp.float32)
+
+
+def _across(mask_BS: jax.Array, tokens_BT: jax.Array) -> Context:
+    """Of attention to the places of a source that are not padding."""
+    shape = (*tokens_BT.shape, mask_BS.shape[-1])
+    return Context(jnp.broadcast_to(mask_BS[:, None, :], shape))

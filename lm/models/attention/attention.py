@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lm.models.attention import kernels
 from lm.models.attention.context import Context
+from lm.models.attention.paged import attend_pages, write
 from lm.models.config import ModelConfig
 from lm.models.hooks import Tap, no_tap, within
 from lm.models.layers import Norm, dropout, weight_initializer
@@ -114,7 +115,8 @@ class Attention(nnx.Module):
 
         Args:
           x_BTD, context: the normalised residual stream, and this layer's context.
-          cache: None, or this layer's keys and values, each [B, S, K, C].
+          cache: None, or this layer's keys and values, each [B, S, K, C]; or its pools of pages,
+            where the context has `paging`.
           dropout_key: turns dropout on.
           tap: see `lm.models.hooks`.
         """
@@ -123,6 +125,10 @@ class Attention(nnx.Module):
         query_BTHC, *pair = contract_each("btd,dhc->bthc", x_BTD, weights, quantization=kind)
         query_BTHC = self._query(query_BTHC, context.rotary, tap)
         pair = self._pair(*pair, context.rotary, tap)
+        if context.paging is not None:
+            cache = tuple(write(pool, new, context.paging) for pool, new in zip(cache, pair))
+            heads_BTHC = attend_pages(self.config, query_BTHC, *cache, context)
+            return self._project(heads_BTHC, tap), cache
         if cache is not None:
             pair = cache = tuple(
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), context.slot, 1)
@@ -180,6 +186,11 @@ class Attention(nnx.Module):
             heads_BTHC = checkpoint_name(attend(*arguments, tap), HEADS)
         else:
             heads_BTHC = kernels.compute(kernel, *arguments)
+        return self._project(heads_BTHC, tap)
+
+    def _project(self, heads_BTHC, tap):
+        """What the heads have read, back in the residual stream."""
+        config = self.config
         heads_BTHC = tap("heads", heads_BTHC)
         out_BTD = contract(
             "bthc,hcd->btd", heads_BTHC, self.output[...], quantization=config.quantization

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lm.models.attention.paged import Paging
 from lm.models.config import ModelConfig
 from lm.models.positions import alibi_bias, alibi_slopes, relative_bias, rotary_angles
 from lm.models.text import Text, visible
@@ -54,6 +55,7 @@ class Context(NamedTuple):
     valid_BT: jax.Array | None = None  # which tokens are not padding
     memory_BSD: jax.Array | None = None  # the encoder's output, unless the cache has its keys
     across: Context | None = None  # of attention to the encoder's output
+    paging: Paging | None = None  # where keys lie in pages; then there is no mask
 
     @classmethod
     def of(
@@ -91,6 +93,33 @@ class Context(NamedTuple):
         local = reach(config.window) if config.window else None
         known = {"bias": bias, "bias_BHTS": bias_BHTS, "causal": causal, "local": local}
         return cls(mask_BTS, rotary=rotary, **known, **fields)
+
+    @classmethod
+    def of_pages(
+        cls,
+        config: ModelConfig,
+        paging: Paging,
+        bias: ScoreBias | None,
+        across: Context | None = None,
+    ) -> Context:
+        """Of tokens whose rows lie in pages, and that see those before them there."""
+        positions_BT = jnp.maximum(paging.positions_BT, 0)
+
+        def reach(window: int):
+            rotary = None
+            if config.positions == "rotary":
+                rotary = rotary_angles(positions_BT, config, window > 0)
+            return None, rotary, window
+
+        local = reach(config.window) if config.window else None
+        valid_BT = paging.positions_BT >= 0
+        known = {"bias": bias, "local": local, "paging": paging, "across": across}
+        return cls(None, rotary=reach(0)[1], valid_BT=valid_BT, **known)
+
+    def of_pool(self, layer: jax.Array, pools: tuple, num_layers: int) -> Context:
+        """Of one layer of `num_layers` whose keys and values lie in the same two pools."""
+        first = layer * (pools[0].shape[0] // num_layers)
+        return self._replace(paging=self.paging._replace(first=first))
 
     def of_layer(self, is_local: bool | jax.Array) -> Context:
         """With the mask, angles and window of a local layer, or of a global one."""

@@ -1,0 +1,273 @@
+"""The compiled functions of the engine: reading a piece of a prompt, and drawing tokens after it.
+
+None of them holds anything but the pages: what else they need of a text comes with every dispatch.
+Each runs at a few shapes only. Products at one shape treat all rows alike, and rows meet nowhere
+else, so that what a text gets does not depend on its companions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.inference.prepare import bound, cache_shardings, for_reading, mesh_of
+from lm.inference.sampling import Scores, sample, scores
+from lm.inference.warpers import History, Kind, Warping
+from lm.models import Model
+from lm.models.attention.paged import PagedCache, Paging
+from lm.models.reading import Weight
+from lm.parallel.mesh import replicated
+
+NOTHING = -1  # in place of a token, where a row drew none
+
+
+class Settings(NamedTuple):
+    """What the functions are compiled for."""
+
+    model: Model  # of `lm.inference.prepare.for_decoding`
+    vocab_size: int  # ids from here up are never drawn
+    weights: Literal["compute", "int8"] = "compute"  # see `lm.inference.prepare.for_reading`
+
+
+class Level(NamedTuple):
+    """How much a program can do for the rows it draws for."""
+
+    kind: Kind
+    alternatives: int  # how many likeliest tokens it names beside each
+
+
+class Rows(NamedTuple):
+    """B texts that draw tokens."""
+
+    token_B: np.ndarray  # the last one of each, not in its pages yet
+    position_B: np.ndarray  # of that token; -1: there is no text in this row
+    limit_B: np.ndarray  # how many tokens it may draw now
+    count_B: np.ndarray  # how many it has drawn
+    seed_B: np.ndarray  # with the next two, what a text's random draws follow from
+    prompt_B: np.ndarray
+    sample_B: np.ndarray
+    table_BN: np.ndarray  # its pages
+    slot_B: np.ndarray  # and where what else is kept of it stands
+    warping: Warping
+    history: History | None  # where the level's kind has it
+
+
+class Drawn(NamedTuple):
+    """What B rows drew, N tokens each at most."""
+
+    ids_BN: jax.Array  # `NOTHING` after a row's end
+    sampled_BN: jax.Array  # log-probability, of what it was drawn from
+    logprob_BN: jax.Array  # log-probability, of the model's distribution
+    top_ids_BNA: jax.Array  # the model's likeliest tokens
+    top_logprobs_BNA: jax.Array
+
+
+def begin(settings: Settings, params, cache, slot, source_1S, segments_1S):
+    """The cache ready for a new text in a slot; an encoder reads the text's source."""
+    return bound(settings.model, params).begin(cache, slot, source_1S, segments_1S)
+
+
+def read(settings: Settings, params, cache, tokens_1T, paging: Paging, last):
+    """Reads a piece of one text, up to its token `last`, into the text's pages.
+
+    Returns:
+      The cache, the last residual stream [1, T, D], and that of token `last` [1, 1, D].
+    """
+    x_1TD, cache = bound(settings.model, params).extend_pages(tokens_1T, paging, cache)
+    return cache, x_1TD, jax.lax.dynamic_slice_in_dim(x_1TD, last, 1, 1)
+
+
+def first(settings: Settings, level: Level, params, x_11D, rows: Rows) -> Drawn:
+    """The token of one row that comes after the last one that `read` has read."""
+    model = bound(settings.model, params)
+    drawn = _draw(settings, level, model, x_11D, rows, rows.history, rows.count_B)
+    return jax.tree.map(lambda x: x[:, None], drawn)
+
+
+def score(settings: Settings, alternatives: int, params, x_1TD, tokens_T):
+    """How likely the model finds `tokens_T`, each after one of the tokens that `read` has read.
+
+    Returns:
+      As of `lm.inference.sampling.scores`.
+    """
+    logits_TV = bound(settings.model, params).unembed(x_1TD)[0, :, : settings.vocab_size]
+    return scores(logits_TV, tokens_T, alternatives)
+
+
+def decode(settings: Settings, level: Level, most: int, params, cache, rows: Rows, steps):
+    """Draws up to `steps` tokens a row, `most` at most; ends early when every row has ended.
+
+    Returns:
+      The cache, and what was `Drawn`, `most` columns of it.
+    """
+    model = bound(settings.model, params)
+    B = len(rows.token_B)
+    names = jnp.zeros((B, most, level.alternatives))
+    numbers_BN = jnp.zeros((B, most), jnp.float32)
+    drawn = Drawn(
+        jnp.full((B, most), NOTHING), numbers_BN, numbers_BN, names.astype(jnp.int32), names
+    )
+
+    def unfinished(carry):
+        step, _, _, done_B, *_ = carry
+        return (step < steps) & ~done_B.all()
+
+    def one_token(carry):
+        step, cache, token_B, done_B, history, drawn = carry
+        positions_B = jnp.where(done_B, NOTHING, rows.position_B + step)
+        paging = Paging(rows.table_BN, positions_B[:, None], rows.slot_B)
+        x_B1D, cache = model.extend_pages(token_B[:, None], paging, cache)
+        count_B = rows.count_B + step
+        new = _draw(settings, level, model, x_B1D, rows, history, count_B)
+        token_B = new.ids_BN
+        new = new._replace(ids_BN=jnp.where(done_B, NOTHING, token_B))
+        drawn = jax.tree.map(
+            lambda all, x: jax.lax.dynamic_update_index_in_dim(all, x, step, 1), drawn, new
+        )
+        stops_B = (token_B[:, None] == rows.warping.stop_BS).any(-1)
+        done_B = done_B | stops_B | (step + 1 >= rows.limit_B)
+        history = history and history.append(token_B)
+        return step + 1, cache, token_B, done_B, history, drawn
+
+    done_B = (rows.position_B < 0) | (rows.limit_B <= 0)
+    carry = jnp.int32(0), cache, jnp.asarray(rows.token_B), done_B, rows.history, drawn
+    _, cache, _, _, _, drawn = jax.lax.while_loop(unfinished, one_token, carry)
+    return cache, drawn
+
+
+def _draw(settings: Settings, level: Level, model: Model, x_B1D, rows: Rows, history, count_B):
+    """A token for each row, without the axis of tokens that `Drawn` has."""
+    # Finished before anything reads them, so that they do not depend on what does.
+    logits_BV = jax.lax.optimization_barrier(model.unembed(x_B1D))[:, 0, : settings.vocab_size]
+
+    def key(seed, *numbers):
+        key = jax.random.key(seed)
+        for number in numbers:
+            key = jax.random.fold_in(key, number)
+        return key
+
+    keys_B = jax.vmap(key)(rows.seed_B, rows.prompt_B, rows.sample_B, count_B)
+    drawn = sample(logits_BV, keys_B, rows.warping, level.kind, history, count_B)
+    raw = scores(logits_BV, drawn.token_B, level.alternatives)
+    return Drawn(drawn.token_B, drawn.logprob_B, raw.logprob_B, raw.top_ids_BN, raw.top_logprobs_BN)
+
+
+def take(settings: Settings, cache: PagedCache, pages_N):
+    """What some pages hold."""
+    return cache.take(settings.model.config, pages_N)
+
+
+def put(settings: Settings, cache: PagedCache, pages_N, held) -> PagedCache:
+    """The cache with what `take` returned in some pages."""
+    return cache.put(settings.model.config, pages_N, held)
+
+
+class Device:
+    """Parameters, pages, and the functions above compiled as needed; on one device or a mesh.
+
+    Args:
+      settings, params: the model, and its parameters as they are trained.
+      pages, page_size, slots: of the cache.
+      most: tokens a row may draw in one dispatch.
+    """
+
+    def __init__(
+        self, settings: Settings, params, pages: int, page_size: int, slots: int, most: int
+    ):
+        self._settings, self._most = settings, most
+        self.most_pages = -(-settings.model.config.max_length // page_size)  # of one text
+        self._compiled: dict[tuple, Callable] = {}
+        self.update(params)
+        self._mesh = mesh_of(jax.tree.leaves(self.params)[0])
+        self._whole = replicated(self._mesh) if self._mesh else None
+
+        def new_pages(params):
+            return bound(settings.model, params).new_pages(pages, page_size, slots)
+
+        shapes = jax.eval_shape(new_pages, self.params)
+        self._split = cache_shardings(shapes, self._mesh) if self._mesh else None
+
+        def empty():
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        self.cache = jax.jit(empty, out_shardings=self._split)()
+
+    def update(self, params) -> None:
+        """Takes other parameters."""
+        self.params = for_reading(self._settings.model, params, self._settings.weights)
+
+    @property
+    def invariant(self) -> bool:
+        """Whether a row's results are the same bits in any number of rows from `MIN_ROWS` on."""
+        leaves = jax.tree.leaves(self.params, is_leaf=lambda x: isinstance(x, Weight))
+        return any(isinstance(x, Weight) for x in leaves)
+
+    def begin(self, slot: int, source: Sequence[int], length: int) -> None:
+        """Makes a slot ready for a new text, whose source, if it has one, is so long."""
+        source_1S = np.array([source], np.int32)
+        segments_1S = (np.arange(len(source)) < length).astype(np.int32)[None]
+        program = self._program(begin, donated=(1,), out=self._split)
+        self.cache = program(self.params, self.cache, np.int32(slot), source_1S, segments_1S)
+
+    def read(self, tokens_1T: np.ndarray, paging: Paging, last: int) -> tuple:
+        """What `read` returns but the cache, still on the device."""
+        out = (self._split, self._whole, self._whole)
+        program = self._program(read, donated=(1,), out=out)
+        arguments = (tokens_1T, paging, np.int32(last))
+        self.cache, *streams = program(self.params, self.cache, *arguments)
+        return tuple(streams)
+
+    def first(self, level: Level, x_11D: jax.Array, rows: Rows) -> Drawn:
+        """What `first` returns, on the host."""
+        return jax.device_get(self._program(first, level)(self.params, x_11D, rows))
+
+    def score(self, alternatives: int, x_1TD: jax.Array, tokens_T: np.ndarray) -> Scores:
+        """What `score` returns, on the host."""
+        return jax.device_get(self._program(score, alternatives)(self.params, x_1TD, tokens_T))
+
+    def decode(self, level: Level, rows: Rows, steps: int) -> Drawn:
+        """What `decode` returns but the cache, on the host."""
+        out = (self._split, self._whole)
+        program = self._program(decode, level, self._most, donated=(1,), out=out)
+        self.cache, drawn = program(self.params, self.cache, rows, np.int32(steps))
+        return jax.device_get(drawn)
+
+    def save(self, pages: Sequence[int]) -> Any:
+        """What pages hold, on the host."""
+        held = self._program(take)(self.cache, self._padded(pages))
+        return jax.device_get(held)
+
+    def restore(self, pages: Sequence[int], saved: Any) -> None:
+        """Puts what `save` returned into pages."""
+        program = self._program(put, donated=(0,), out=self._split)
+        self.cache = program(self.cache, self._padded(pages), saved)
+
+    @property
+    def num_programs(self) -> int:
+        """How many programs have been compiled."""
+        return sum(function._cache_size() for function in self._compiled.values())
+
+    def _padded(self, pages: Sequence[int]) -> np.ndarray:
+        return np.array([*pages, *[0] * (self.most_pages - len(pages))], np.int32)
+
+    def _program(self, function: Callable, *static, donated: tuple = (), out=None) -> Callable:
+        """One of the functions above, compiled for each shape it meets."""
+        key = (function, *static)
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(
+                functools.partial(function, self._settings, *static),
+                donate_argnums=donated,
+                out_shardings=(out or self._whole) if self._mesh else None,
+            )
+
+        def call(*arguments):
+            with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
+                return self._compiled[key](*arguments)
+
+        return call

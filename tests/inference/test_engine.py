@@ -1,0 +1,314 @@
+"""The engine: what a request gets depends on nothing but the request."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
+from tiny_run import general_params, tiny_model
+
+from lm.config import ConfigError
+from lm.inference.engine import Engine, EngineConfig, QueueFull, Request
+from lm.inference.prepare import spread
+from lm.inference.prompts import Framing
+from lm.inference.sampling import SamplingConfig, packed
+from lm.models import bind
+from lm.parallel.mesh import MeshConfig, make_mesh
+
+END = 7
+FRAMING = Framing(end_of_text=(END,))
+SIZES = EngineConfig(max_slots=3, page_size=4, prefill_chunk=8, decode_chunk=4)
+FAMILIES = {
+    "rotary": {"num_kv_heads": 1},
+    "local": {
+        "attention_pattern": ("local", "local", "global"),
+        "num_layers": 3,
+        "window": 6,
+        "attention_softcap": 5.0,
+        "logits_softcap": 8.0,
+    },
+    "all_local": {"attention_pattern": ("local",), "window": 6},
+    "experts": {"num_experts": 4, "activation": "swiglu", "expert_width": 16},
+    "alibi": {"positions": "alibi"},
+    "relative": {"positions": "relative", "relative_buckets": 8, "relative_distance": 10},
+    "learned": {"positions": "learned", "scan_layers": True},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_model(vocab_size=61)
+
+
+def engine_of(tiny, **fields):
+    return Engine(*tiny, FRAMING, config=dataclasses.replace(SIZES, **fields))
+
+
+def run(engine, requests):
+    """What each of the requests, submitted at once, gets: steps and how it ended."""
+    numbers = [engine.submit(request) for request in requests]
+    gained = {number: ([], []) for number in numbers}
+    while not engine.idle:
+        collect(gained, engine.step())
+    return [gained[number] for number in numbers]
+
+
+def collect(gained, events):
+    for event in events:
+        steps, ends = gained[event.number]
+        assert not ends, "nothing comes after the end"
+        steps += event.steps
+        ends += [event.finish] if event.finish else []
+
+
+def alone(engine, request):
+    """The same of an engine that remembers no prompt and has nothing else to do."""
+    engine.update(engine.given)
+    return run(engine, [request])[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("local", "experts") else pytest.mark.slow)
+        for name in FAMILIES
+    ],
+)
+def test_greedy_tokens_and_log_probabilities_are_those_of_full_forward_passes(name):
+    model, _ = tiny_model(vocab_size=61, **FAMILIES[name])
+    params = general_params(model)
+    engine = Engine(model, params, Framing(), config=SIZES)
+    sampling = SamplingConfig(temperature=0, max_new_tokens=12, logprobs=3)
+    prompts = [[5, 6, 7], [9], list(range(3, 16)), [8] * 8]
+    results = run(engine, [Request(tuple(ids), sampling) for ids in prompts])
+    forward = jax.jit(lambda tokens_1T: jax.nn.log_softmax(bind(model, params)(tokens_1T)))
+    for ids, (steps, ends) in zip(prompts, results):
+        assert ends == ["length"]
+        text = ids + [step.id for step in steps]
+        logprobs_TV = np.asarray(forward(np.array([text + [0] * (32 - len(text))])))[0]
+        for t, step in enumerate(steps, len(ids) - 1):
+            assert step.id == logprobs_TV[t].argmax() == step.top[0][0]
+            np.testing.assert_allclose(step.logprob, logprobs_TV[t].max(), atol=2e-5)
+            named = [logprobs_TV[t, id] for id, _ in step.top]
+            np.testing.assert_allclose([x for _, x in step.top], named, atol=2e-5)
+    assert engine.held == 0
+
+
+PREFIXES = [(), tuple(range(10, 26)), tuple(range(10, 18)), tuple(range(30, 46))]
+KINDS = [
+    {"temperature": 0},
+    {},
+    {"top_k": 5, "temperature": 0.7},
+    {"top_p": 0.8, "logprobs": 2},
+    {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+]
+requests = st.builds(
+    lambda prefix, ids, kind, most, seed: Request(
+        (*prefix, *ids), SamplingConfig(max_new_tokens=most, **kind), seed
+    ),
+    st.sampled_from(PREFIXES),
+    st.lists(st.integers(8, 60), min_size=1, max_size=12).map(tuple),
+    st.sampled_from(KINDS),
+    st.integers(1, 30),
+    st.integers(0, 3),
+)
+arrivals = st.lists(
+    st.tuples(requests, st.integers(0, 3), st.one_of(st.none(), st.integers(0, 6))),
+    min_size=1,
+    max_size=8,
+)
+
+
+@pytest.fixture(scope="module", params=["local", pytest.param("experts", marks=pytest.mark.slow)])
+def engines(request):
+    """One with hardly more pages than one text needs, one for requests alone."""
+    model, _ = tiny_model(vocab_size=61, **FAMILIES[request.param])
+    params = general_params(model)
+    pair = [
+        Engine(model, params, FRAMING, config=dataclasses.replace(SIZES, num_pages=pages))
+        for pages in (11, None)
+    ]
+    for engine in pair:
+        engine.given = params
+    return pair
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@given(arrivals=arrivals)
+def test_a_request_gets_what_it_would_get_alone(engines, arrivals):
+    engine, lonely = engines
+    gained, cancelled, numbers = {}, {}, []
+    for request, steps, cancel in arrivals:
+        numbers.append(number := engine.submit(request))
+        gained[number] = ([], [])
+        if cancel is not None:
+            cancelled[number] = cancel
+        for _ in range(steps):
+            _step(engine, gained, cancelled)
+    while not engine.idle:
+        _step(engine, gained, cancelled)
+    assert engine.held == 0 and engine.stats.running == engine.stats.queued == 0
+    for (request, _, _), number in zip(arrivals, numbers):
+        steps, ends = gained[number]
+        expected, expected_ends = alone(lonely, request)
+        if ends == ["cancelled"]:
+            assert steps == expected[: len(steps)]
+        else:
+            assert (steps, ends) == (expected, expected_ends)
+
+
+def _step(engine, gained, cancelled):
+    for number in [number for number, left in cancelled.items() if left == 0]:
+        engine.cancel(number)
+        del cancelled[number]
+    for number in cancelled:
+        cancelled[number] -= 1
+    collect(gained, engine.step())
+
+
+def test_too_few_pages_make_the_newest_wait_and_change_nothing(tiny):
+    sampling = SamplingConfig(max_new_tokens=24)
+    asked = [Request((9, 8), sampling, seed=seed) for seed in range(4)]
+    wide, narrow = engine_of(tiny), engine_of(tiny, num_pages=9)
+    assert run(narrow, asked) == run(wide, asked)
+    assert narrow.stats.preemptions > 0 and wide.stats.preemptions == 0
+
+
+def test_a_prompt_read_before_is_not_read_again(tiny):
+    engine, sampling = engine_of(tiny), SamplingConfig(max_new_tokens=5)
+    long = Request(tuple(range(8, 30)), sampling)
+    first = run(engine, [long])
+    read = engine.stats.prompt_tokens - engine.stats.found_tokens
+    assert (read, engine.stats.found_tokens) == (22, 0)
+    assert run(engine, [long]) == first
+    assert engine.stats.found_tokens == 16
+    assert run(engine, [Request((1, *range(9, 30)), sampling)]) != first
+    assert engine.stats.found_tokens == 16
+
+
+def test_after_an_update_the_output_is_that_of_a_fresh_engine(tiny):
+    model, _ = tiny
+    other = general_params(model)
+    engine, fresh = engine_of(tiny), Engine(model, other, FRAMING, config=SIZES)
+    request = Request(tuple(range(8, 30)), SamplingConfig(max_new_tokens=6, temperature=0))
+    before = run(engine, [request])
+    gained = {engine.submit(request): ([], [])}
+    collect(gained, engine.step())
+    engine.update(other)
+    late = engine.submit(request)
+    gained[late] = ([], [])
+    while not engine.idle:
+        collect(gained, engine.step())
+    assert gained[late] == run(fresh, [request])[0] != before[0]
+    assert all(len(steps) == 6 for steps, _ in gained.values())
+    assert engine.held == 0
+
+
+def test_the_number_of_programs_is_fixed_after_a_warm_up(tiny):
+    engine = engine_of(tiny, num_pages=9)
+    engine.warm_up()
+    compiled = engine.num_programs
+    rng = np.random.default_rng(0)
+    for kind in KINDS:
+        sampling = SamplingConfig(max_new_tokens=10, **kind)
+        lengths = rng.integers(1, 20, 5)
+        run(engine, [Request((9,) * int(n), sampling, seed=int(n)) for n in lengths])
+    assert engine.num_programs == compiled
+
+
+def test_a_prompt_has_log_probabilities_too(tiny):
+    model, params = tiny
+    ids = tuple(range(8, 28))
+    sampling = SamplingConfig(temperature=0, max_new_tokens=2, prompt_logprobs=2)
+    engine = engine_of(tiny)
+    run(engine, [Request(ids, sampling)])  # a prompt that is remembered is read all the same
+    engine.submit(Request(ids, sampling))
+    events = []
+    while not engine.idle:
+        events += engine.step()
+    [prompt] = [event.prompt for event in events if event.prompt]
+    logprobs_TV = np.asarray(jax.nn.log_softmax(bind(model, params)(np.array([ids]))))[0]
+    assert [step.id for step in prompt] == list(ids[1:])
+    expected = logprobs_TV[np.arange(len(ids) - 1), ids[1:]]
+    np.testing.assert_allclose([step.logprob for step in prompt], expected, atol=2e-5)
+    best = np.sort(logprobs_TV[:-1], -1)[:, :-3:-1]
+    np.testing.assert_allclose([[x for _, x in step.top] for step in prompt], best, atol=2e-5)
+
+
+class Counting:
+    """A grammar that wants the tokens 20, 21, 22, …, `length` of them."""
+
+    def __init__(self, length, at=0):
+        self.length, self.at = length, at
+
+    def start(self):
+        return Counting(self.length)
+
+    def mask(self):
+        return packed([20 + self.at], 61)
+
+    def advance(self, id):
+        assert id == 20 + self.at
+        self.at += 1
+
+    @property
+    def ended(self):
+        return self.at == self.length
+
+
+def test_each_text_follows_a_grammar_of_its_own(tiny):
+    engine, sampling = engine_of(tiny), SamplingConfig(max_new_tokens=9)
+    grammars = [Counting(4), None, Counting(5), Counting(12)]
+    asked = [Request((9, n), sampling, grammar=grammar) for n, grammar in enumerate(grammars)]
+    results = run(engine, asked)
+    ids = [[step.id for step in steps] for steps, _ in results]
+    assert [ids[0], ids[2], ids[3]] == [list(range(20, 20 + n)) for n in (4, 5, 9)]
+    assert [ends for _, ends in results[2:]] == [["stop"], ["length"]]
+    assert results[1] == run(engine, asked[1:2])[0]
+
+
+def test_a_mesh_shares_the_heads_of_pages_and_draws_the_same(tiny):
+    model, params = tiny
+    sampling = SamplingConfig(temperature=0, max_new_tokens=9)
+    asked = [Request(ids, sampling) for ids in ((9, 8), tuple(range(8, 25)))]
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    _, shared = spread(model, {name: jnp.copy(x) for name, x in params.items()}, mesh)
+    engine = Engine(model, shared, FRAMING, config=SIZES)
+    tokens = [
+        [[step.id for step in steps] for steps, _ in run(e, asked)]
+        for e in (engine, engine_of(tiny))
+    ]
+    assert tokens[0] == tokens[1]
+    spec = engine._device.cache.keys_PKSC[0].sharding.spec
+    assert spec == PartitionSpec(None, "tensor", None, None)
+
+
+def test_a_long_prompt_does_not_stall_those_who_draw(tiny):
+    engine = engine_of(tiny)
+    drawing = engine.submit(Request((9, 8), SamplingConfig(max_new_tokens=30, temperature=0)))
+    engine.step()
+    engine.submit(Request(tuple(range(8, 38)), SamplingConfig(max_new_tokens=1)))
+    for _ in range(3):  # the prompt has four chunks
+        assert [event.number for event in engine.step()] == [drawing]
+
+
+def test_what_cannot_be_served_is_refused(tiny):
+    engine = engine_of(tiny, max_queue=1)
+    with pytest.raises(ConfigError, match="at least one token"):
+        engine.submit(Request((), SamplingConfig()))
+    with pytest.raises(ConfigError, match="33 tokens long"):
+        engine.submit(Request((9,) * 33, SamplingConfig(truncate_prompt=False)))
+    with pytest.raises(ConfigError, match=r"sampling\.temperature"):
+        engine.submit(Request((9,), SamplingConfig(temperature=-1.0)))
+    with pytest.raises(ConfigError, match="num_pages=7 cannot hold"):
+        engine_of(tiny, num_pages=7)
+    engine.submit(Request((9,), SamplingConfig()))
+    with pytest.raises(QueueFull):
+        engine.submit(Request((9,), SamplingConfig()))
+    engine.cancel(0)
+    assert [(event.number, event.finish) for event in engine.step()] == [(0, "cancelled")]
+    assert engine.idle
