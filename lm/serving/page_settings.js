@@ -100,7 +100,10 @@ $("dials").addEventListener("reset", () => setTimeout(() => {
 }));
 matchMedia("(prefers-color-scheme: dark)").addEventListener(
   "change", () => theme(memory.get("lm-theme")));
-matchMedia("(max-width: 60rem)").addEventListener("change", () => settings(!$("settings").hidden));
+matchMedia("(max-width: 60rem)").addEventListener("change", ({ matches }) => { // narrow now?
+  const used = $("settings").contains(document.activeElement);
+  settings(used || !(matches || $("settings").hidden));
+});
 
 document.documentElement.classList.add("tinted");
 buildDials();

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from fake_engine import running, serving, until
 from fake_server import VOCABULARY, Fake
 from playwright.sync_api import Page, expect, sync_playwright
@@ -289,65 +290,48 @@ def test_a_phone_scrolls_in_one_direction_alone(served, visit, mode):
         assert control.bounding_box()["height"] >= 24  # WCAG 2.2, 2.5.8
 
 
-def test_every_control_has_a_name_and_every_id_is_there_once(served, visit):
-    page = visit(served)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_that_keeps_anyone_out(served, visit, scheme):
+    """Names of all controls, roles, landmarks, contrast of colours: https://github.com/dequelabs."""
+    page = visit(served, color_scheme=scheme)
+    faults = []
+
+    def look():
+        found = Axe().run(page).response["violations"]
+        faults.extend((fault["id"], [node["html"] for node in fault["nodes"]]) for fault in found)
+
+    look()
     send(page, "one")
     reply(page).get_by_role("button", name="Regenerate").click()
     finished(page)
-    page.get_by_role("button", name="Edit").last.click()
-    nameless = page.evaluate("""() => {
-      const name = (e) => e.getAttribute('aria-label') || e.textContent.trim()
-        || [...(e.labels ?? [])].map(l => l.textContent.trim()).join('');
-      const all = [...document.querySelectorAll('button, input, select, textarea, a, nav, aside')];
-      return all.filter(e => !name(e)).map(e => e.outerHTML);
-    }""")
-    assert not nameless
-    assert page.evaluate("""() => {
-      const ids = [...document.querySelectorAll('[id]')].map(e => e.id);
-      const refs = [...document.querySelectorAll('[aria-controls], [aria-describedby], [for]')];
-      const of = (e) => e.getAttribute('aria-controls') ?? e.getAttribute('aria-describedby')
-        ?? e.getAttribute('for');
-      return new Set(ids).size === ids.length && refs.every(e => document.getElementById(of(e)));
-    }""")
-    expect(page.locator("html[lang]")).to_be_attached()
+    page.locator(".token").nth(3).click()
+    look()
+    reply(page).get_by_role("button", name="Edit").click()
+    complete(page, "Once")
+    page.locator(".token").nth(3).hover()
+    page.locator("#card button:not(.drawn)").first.click()
+    finished(page)
+    page.locator(".token").nth(5).hover()
+    look()
+    page.set_viewport_size({"width": 390, "height": 844})
+    send(page, "busy", wait=False)
+    expect(page.get_by_role("alert")).to_contain_text("busy")
+    look()
+    page.get_by_role("button", name="Settings", exact=True).click()
+    look()
+    assert not faults
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_follow_the_system_and_the_switch_and_can_be_read(served, visit, scheme):
+def test_colours_follow_the_system_and_the_switch_which_is_remembered(served, visit, scheme):
     page = visit(served, color_scheme=scheme)
-    send(page, "one")
-    contrast = """([ink, paper]) => {
-      const context = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-      const light = (colour) => {
-        context.fillStyle = colour; context.fillRect(0, 0, 1, 1);
-        const parts = [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map(c => c / 255)
-          .map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
-        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
-      };
-      const probe = document.body.appendChild(document.createElement('i'));
-      const of = (name) => { probe.style.color = `var(--${name})`;
-        return light(getComputedStyle(probe).color); };
-      const [a, b] = [of(ink), of(paper)].sort((x, y) => y - x);
-      probe.remove();
-      return [(a + 0.05) / (b + 0.05), of(paper)];
-    }"""
-    for _ in range(2):
-        for pair in [
-            *[("ink", paper) for paper in ("paper", "raised", "soft")],
-            *[("quiet", paper) for paper in ("paper", "raised", "soft")],
-            ("on-accent", "accent"),
-            ("danger", "raised"),
-        ]:
-            ratio, paper = page.evaluate(contrast, pair)
-            assert ratio >= 4.5, pair  # WCAG AA
-            if pair == ("ink", "paper"):
-                assert (paper < 0.5) == (scheme == "dark")
-        page.get_by_role("button", name="Dark colours").click()
-        scheme = {"light": "dark", "dark": "light"}[scheme]
+    dark = """() => { const [r] = getComputedStyle(document.body).backgroundColor.match(/\\d+/g);
+      return r < 128; }"""
+    assert page.evaluate(dark) == (scheme == "dark")
     page.get_by_role("button", name="Dark colours").click()
-    scheme = {"light": "dark", "dark": "light"}[scheme]
-    page.reload()  # the choice is kept
-    assert page.locator("html").get_attribute("data-theme") == scheme
+    assert page.evaluate(dark) == (scheme == "light")
+    page.reload()
+    assert page.evaluate(dark) == (scheme == "light")
 
 
 def test_a_busy_server_says_when_to_try_again(served, visit):
