@@ -27,10 +27,11 @@ import numpy as np
 
 from lm.config import check, view
 from lm.inference.decode import NOTHING, Rows, Settings, State, decode, prefill
+from lm.inference.grammar import Grammar, Grammars
 from lm.inference.prepare import cache_shardings, for_decoding, for_reading, mesh_of
 from lm.inference.prompts import Framing, Prompt, check_ids, padded, padded_after, round_up
 from lm.inference.sampling import SamplingConfig, warping
-from lm.inference.warpers import Kind
+from lm.inference.warpers import Kind, Warping
 from lm.models import Model, ModelConfig
 from lm.models.matmul import compute_dtype
 from lm.parallel.mesh import replicated
@@ -145,6 +146,7 @@ class Generator:
         sampling: SamplingConfig,
         seed: int = 0,
         chunk: int = CHUNK,
+        grammar: Grammar | None = None,
     ) -> Generation:
         """Continues every prompt `sampling.num_samples` times; iterate over the result.
 
@@ -158,6 +160,8 @@ class Generator:
           sampling: how to draw, and how much.
           seed: of the random draws, from -2³¹ to 2³² - 1.
           chunk: tokens of a row per dispatch.
+          grammar: of `grammars`; what every continuation keeps to, drawn token by token. Where it
+            is met and nothing can follow, the row has ended.
 
         Raises:
           ConfigError: a prompt that is empty, or too long and not to be cut; more rows than memory
@@ -178,7 +182,18 @@ class Generator:
             check_ids("prompt", ids, self.model.config)
         longest = min(max(map(len, read)) + sampling.max_new_tokens, self.context)
         _check_memory(self.model.config, len(read), sampling.num_samples, longest)
-        return Generation(self, prompts, read, sampling, seed, chunk)
+        return Generation(self, prompts, read, sampling, seed, chunk, grammar)
+
+    def grammar(self, **sources: str | dict | None) -> Grammar | None:
+        """The one of json, regex and lark that is not None; see `Grammars.compile`."""
+        given = {kind: source for kind, source in sources.items() if source is not None}
+        check(len(given) <= 1, "a text keeps to one of json_schema, regex and grammar, not several")
+        return next((self.grammars.compile(*one) for one in given.items()), None)
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """Makes what a text must keep to; the model must have a tokenizer."""
+        return Grammars(self.tokenizer, self.framing.end_of_text or ())
 
     def prompt(self, prompts: Sequence[Sequence[int]]) -> Prompt:
         """The prompts side by side, as `prefill` reads them."""
@@ -254,8 +269,10 @@ class Generation:
         sampling: SamplingConfig,
         seed: int,
         chunk: int,
+        grammar: Grammar | None = None,
     ):
-        self._generator, self._sampling, self._chunk = generator, sampling, chunk
+        self._generator, self._sampling, self._grammar = generator, sampling, grammar
+        self._chunk = 1 if grammar else chunk
         self._prompts, self.read = prompts, read  # as given, and as much as the model reads
         self._seed = np.uint32(seed % 2**32)
         self._start()
@@ -264,6 +281,7 @@ class Generation:
         rows = len(self._prompts) * self._sampling.num_samples
         self.timing, self.slides = Timing(), 0
         self.ended, self._drawn = [False] * rows, [0] * rows
+        self._grammars = [self._grammar.start() for _ in range(rows)] if self._grammar else []
 
     def __iter__(self) -> Iterator[np.ndarray]:
         self._start()
@@ -271,8 +289,10 @@ class Generation:
         windows = [list(ids) for ids in self.read for _ in range(sampling.num_samples)]
         number_B = np.arange(len(windows), dtype=np.int32)
         end = generator.framing.end_of_text
-        warpers, self._kind = warping([sampling] * len(windows), generator.vocab_size, end)
-        stop = set(warpers.stop_BS.flat) - {NOTHING}
+        self._kind = sampling.kind(bool(self._grammars))
+        settings = [sampling] * len(windows)
+        self._warpers, _ = warping(settings, generator.vocab_size, end, self._kind)
+        self._stop = stop = set(self._warpers.stop_BS.flat) - {NOTHING}
         read, length = self.read, 0
         while True:
             drawn_B = np.array(self._drawn, np.int32)
@@ -285,7 +305,7 @@ class Generation:
                 prompt_B=number_B // sampling.num_samples,
                 drawn_B=drawn_B,
                 limit_B=limit_B,
-                warping=warpers,
+                warping=self._allowing(),
             )
             prompt, most = generator.prompt(read), int((limit_B - drawn_B).max())
             # The last token drawn is not read, so the cache has room for one fewer.
@@ -303,6 +323,23 @@ class Generation:
             read = windows = [generator.framing.window(ids, generator.kept) for ids in windows]
             self.slides += 1
 
+    def _allowing(self) -> Warping:
+        """The warpers, with what the grammars allow next."""
+        if not self._grammars:
+            return self._warpers
+        masks_BW = np.stack([grammar.mask() for grammar in self._grammars])
+        return self._warpers._replace(allowed_BW=self._warpers.allowed_BW & masks_BW)
+
+    def _follow(self, state: State, tokens_BN: np.ndarray) -> State:
+        """`state` as it is once the grammars know the tokens."""
+        for row, grammar in enumerate(self._grammars):
+            for id in tokens_BN[row].tolist():
+                if id != NOTHING and id not in self._stop:
+                    grammar.advance(id)
+            self.ended[row] |= grammar.ended
+        done_B = np.asarray(state.done_B) | np.array(self.ended)
+        return dataclasses.replace(state, done_B=done_B, warping=self._allowing())
+
     def _until_full(self, prompt: Prompt, rows: Rows, length: int, limit: int):
         """Reads `prompt` and draws until every row has reached its limit; at most `limit` more."""
         params, timing = self._generator.params, self.timing
@@ -318,7 +355,8 @@ class Generation:
             # The first token is read before anything else is asked for; from then on the device
             # works on the next chunk while the host reads this one.
             further = dispatched < limit
-            if further and dispatched > 1:
+            ahead = dispatched > 1 and not self._grammars
+            if further and ahead:
                 state, *arrays = drawing(params, state)
             tokens_BN = np.asarray(tokens_BN)
             now = time.perf_counter()
@@ -330,7 +368,10 @@ class Generation:
             timing.tokens += int((tokens_BN != NOTHING).sum())
             timing.seconds += now - before
             before = now
-            if further and dispatched == 1:
+            if self._grammars:
+                state = self._follow(state, tokens_BN)
+                further = further and not state.done_B.all()
+            if further and not ahead:
                 state, *arrays = drawing(params, state)
             yield tokens_BN
             if not further or bool(done):
@@ -373,6 +414,9 @@ class Generation:
         unknown = sum(list(ids).count(unk_id) for ids in self._prompts)
         if unknown:
             notices.append(f"the tokenizer does not know {unknown} of the prompt's tokens")
+        stuck = {grammar.error for grammar in self._grammars} - {""}
+        if stuck:
+            notices.append(f"a text cannot go on as it should: {stuck.pop()}")
         short = [n for n, ended in zip(self._drawn, self.ended) if n < wanted and not ended]
         if self.slides:
             notices.append(

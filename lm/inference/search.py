@@ -19,6 +19,7 @@ from lm.config import Bounds, Count, NotNegative, Path, Positive, Share, check
 from lm.inference import beam, contrastive, speculation
 from lm.inference.decode import NOTHING
 from lm.inference.generate import Generation, Generator, Timing
+from lm.inference.grammar import Grammar
 from lm.inference.prepare import mesh_of
 from lm.inference.prompts import padded, round_up
 from lm.inference.sampling import SamplingConfig, warping
@@ -139,6 +140,7 @@ def search(
     config: SearchConfig,
     seed: int = 0,
     draft: Generator | None = None,
+    grammar: Grammar | None = None,
 ) -> Generation:
     """Continues every prompt as `config` says; iterate over the result as over a `Generation`.
 
@@ -150,6 +152,7 @@ def search(
       config: how; where it asks for no search, this is `generator.generate`.
       seed: of the random draws.
       draft: of the draft model, where there is one; it reads and writes the same ids.
+      grammar: what the texts keep to; not where anything is searched.
 
     Raises:
       ConfigError: as `generator.generate`; a draft whose model or tokens are of another kind, or
@@ -160,7 +163,12 @@ def search(
     plain = {f.name: getattr(config, f.name) for f in dataclasses.fields(SamplingConfig)}
     if kind in ("num_beams", "penalty_alpha"):  # as many rows as there will be
         plain["num_samples"] = config.num_beams if kind == "num_beams" else config.top_k
-    generation = generator.generate(prompts, SamplingConfig(**plain), seed)
+    check(
+        not (kind and grammar),
+        f"{kind}={getattr(config, kind or 'draft')!r} does not go with a json_schema, regex or "
+        "grammar: texts that keep to one are drawn token by token",
+    )
+    generation = generator.generate(prompts, SamplingConfig(**plain), seed, grammar=grammar)
     if not kind:
         return generation
     searching = Search(generator, prompts, generation.read, config, seed, draft)

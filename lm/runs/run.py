@@ -91,6 +91,9 @@ class Run:
         *,
         seed: int = 0,
         draft: Run | str | os.PathLike[str] | None = None,
+        json_schema: str | dict | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
         **settings: Any,
     ) -> str | list[str]:
         """The prompt followed by its continuation, up to end-of-text or `max_new_tokens`.
@@ -105,6 +108,8 @@ class Run:
           seed: of the random draws.
           draft: a smaller model of the same tokenizer, or its directory: it guesses tokens, and the
             text comes sooner, from the same distribution (`lm.inference.speculation`).
+          json_schema, regex, grammar: at most one that every continuation keeps to: a JSON schema,
+            a regular expression, or a grammar in Lark's notation; see `lm.inference.grammar`.
           **settings: fields of `lm.inference.SearchConfig`: `max_new_tokens`, `temperature`,
             `top_p`, `repetition_penalty`, `num_samples`, `num_beams`, `prompt_lookup`, …
 
@@ -129,7 +134,8 @@ class Run:
         read = [self.encode(text) for text in prompts]
         if draft is not None and not isinstance(draft, Run):
             draft = Run.load(draft)
-        generation = search(self.generator, read, config, seed, draft and draft.generator)
+        kept = self.generator.grammar(json=json_schema, regex=regex, lark=grammar)
+        generation = search(self.generator, read, config, seed, draft and draft.generator, kept)
         samples = range(config.num_samples)
         texts = [self.generator.opening(text) for text in prompts for _ in samples]
         for row, text in generation.texts():

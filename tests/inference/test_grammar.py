@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import jsonschema
 import numpy as np
 import pytest
+from tiny_run import write_tiny_run
 
+import lm
 from lm.config import ConfigError
 from lm.inference import SamplingConfig
 from lm.inference.grammar import FIELDS, Grammars
@@ -140,6 +142,38 @@ def test_expressions_and_grammars_hold_whole_texts(tokenizer, grammars):
         depth = text.count("<")
         assert not end or re.fullmatch("<" * depth + "[0-9]{1,2}" + ">" * depth, text)
     assert sum(ended) >= 8
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer):
+    directory = tmp_path_factory.mktemp("run")
+    write_tiny_run(directory, tokenizer=tokenizer, vocab_size=tokenizer.vocab_size + 7)
+    return lm.load(directory)
+
+
+def test_a_run_keeps_to_them(run):
+    texts = run.generate(["a", "the cat "], regex="(yes|no|)!", num_samples=3, max_new_tokens=9)
+    for prompt, text in zip(["a"] * 3 + ["the cat "] * 3, texts):
+        assert text.removeprefix(prompt) in ("yes!", "no!", "!")
+    assert run.generate("a", grammar='start: "x" "y"~3', temperature=0) == "axyyy"
+    with pytest.raises(ConfigError, match="one of json_schema, regex and grammar"):
+        run.generate("a", regex="a", grammar='start: "a"')
+    with pytest.raises(ConfigError, match="regex cannot be used: unclosed group"):
+        run.generate("a", regex="(a")
+
+
+def test_what_a_run_ends_meets_the_schema_also_past_its_context(run):
+    schema = {"type": "array", "items": {"enum": ["one", "two", 3]}, "minItems": 9, "maxItems": 12}
+    grammar = run.generator.grammars.compile("json", schema)
+    settings = SamplingConfig(num_samples=6, max_new_tokens=150)
+    generation = run.generator.generate([run.encode("a")], settings, grammar=grammar)
+    texts = [""] * 6
+    for row, text in generation.texts():
+        texts[row] += text
+    for text, ended in zip(texts, generation.ended):
+        if ended:
+            jsonschema.validate(json.loads(text), schema)
+    assert sum(generation.ended) >= 3 and generation.slides
 
 
 def bits(mask_W):
