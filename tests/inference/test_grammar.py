@@ -158,6 +158,8 @@ def test_a_run_keeps_to_them(run):
     assert run.generate("a", grammar='start: "x" "y"~3', temperature=0) == "axyyy"
     with pytest.raises(ConfigError, match="one of json_schema, regex and grammar"):
         run.generate("a", regex="a", grammar='start: "a"')
+    with pytest.raises(ConfigError, match="num_beams=2 does not go with a json_schema, regex"):
+        run.generate("a", regex="a", num_beams=2)
     with pytest.raises(ConfigError, match="regex cannot be used: unclosed group"):
         run.generate("a", regex="(a")
 
