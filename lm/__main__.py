@@ -20,6 +20,7 @@ JOBS = {
     "train": "lm.jobs.train.TrainJob",  # text → a trained model that writes
     "generate": "lm.jobs.generate.GenerateJob",  # a run directory and a prompt → text
     "chat": "lm.jobs.chat.ChatJob",  # a model and what you say → replies
+    "serve": "lm.jobs.serve.ServeJob",  # a run directory → the OpenAI API and a page to talk to it
     "tokenizer": "lm.jobs.tokenizer.TokenizerJob",  # compare tokenizers; see how one builds a word
     "why_attention": "lm.jobs.why_attention.WhyAttentionJob",  # recurrent networks and their cure
     "convert": "lm.jobs.convert.ConvertJob",  # Hugging Face weights in and out

@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lm.config import ConfigError
-from lm.inference.engine import QueueFull
+from lm.inference.requests import QueueFull
 from lm.serving import asked, page, schema
 from lm.serving.asked import Asked, Served
 from lm.serving.connection import EventStream, check_key, read_body, while_connected
@@ -230,7 +230,7 @@ class App:
         except TimeoutError:
             raise ApiError(f"not ready within {limit.timeout:g} s", status=408) from None
         norms_N1 = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
-        vectors_ND = (vectors_ND / np.maximum(norms_N1, 1e-12)).astype("<f4")
+        vectors_ND = np.nan_to_num(vectors_ND / np.maximum(norms_N1, 1e-12)).astype("<f4")
         tokens = sum(map(len, texts))
 
         def shown(vector_D: np.ndarray) -> Any:

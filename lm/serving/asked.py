@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm.config import ConfigError, view
-from lm.inference.engine import Request
 from lm.inference.prompts import Framing, check_ids
+from lm.inference.requests import Request
 from lm.inference.sampling import SamplingConfig
 from lm.models import ModelConfig
 from lm.serving.config import ServeConfig
@@ -48,7 +48,7 @@ class Served:
     Attributes:
       chat: writes a conversation, its tools and whether a reply follows, as ids; None: it cannot.
       chat_ends: ids and texts that end a reply.
-      grammar: makes what constrains a reply, of "json", "regex" or "lark" and its text.
+      grammars: compiles what a reply must keep to; None: the server cannot see to that.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Served:
     limits: ServeConfig
     chat: Callable[..., list[int]] | None = None
     chat_ends: tuple[Sequence[int], Sequence[str]] = ((), ())
-    grammar: Callable[[str, str], Any] | None = None
+    grammars: Any = None
 
     @property
     def encodes(self) -> bool:
@@ -133,7 +133,7 @@ def chat(served: Served, body: ChatBody) -> Asked:
             grammar = _grammar(served, "json", schema, "tools")
 
         def reader() -> CallReader:
-            return CallReader(mode, name)
+            return CallReader(mode, name, body.parallel_tool_calls is not False)
 
     max_tokens = body.max_completion_tokens or body.max_tokens or served.model.max_length
     fields = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
@@ -242,27 +242,30 @@ def _asked(
     }
     if body.allowed_token_ids is not None:
         values["allowed_ids"] = tuple(body.allowed_token_ids)
+    if grammar is not None:  # these end what it allows, in a conversation or not
+        values["stop_ids"] = tuple({*values["stop_ids"], *served.chat_ends[0]})
     seed = secrets.randbits(32) if body.seed is None else body.seed % 2**32
     if body.min_tokens and body.min_tokens > max(max_tokens, 1):
         raise ApiError(f"min_tokens={body.min_tokens} is more than max_tokens", "min_tokens")
     requests, choices = [], []
     known = min(served.tokenizer.vocab_size, served.model.vocab_size)
     try:
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
             read = len(served.framing.decoder_start or ()) if served.encodes else len(prompt)
             room = served.model.max_length - read + 1
             values["max_new_tokens"] = max(min(max_tokens, room), 1)
             values["min_new_tokens"] = min(values["min_new_tokens"], values["max_new_tokens"])
             sampling = view(SamplingConfig, values, "sampling")
             sampling.check_ids(known)
-            for _ in range(n):
+            for sample in range(n):
                 index = len(requests)
-                requests.append(Request(tuple(prompt), sampling, seed, index, grammar))
+                own = grammar.start() if grammar is not None else None
+                where = {"prompt": number, "sample": sample}
+                requests.append(Request(tuple(prompt), sampling, seed, grammar=own, **where))
                 before = () if served.encodes else prompt
                 stops = [*body.stop, *end_texts]
-                choices.append(
-                    Choice(served.tokenizer, index, before, stops, prompt if echo else (), discard)
-                )
+                echoed = prompt if echo else ()
+                choices.append(Choice(served.tokenizer, index, before, stops, echoed, discard, own))
     except ConfigError as error:
         raise of_config(error, _NAMES) from None
     return Asked(body, requests, choices, prompts)
@@ -297,7 +300,7 @@ def _wanted(served: Served, body: Sampled) -> Any:
 
 
 def _grammar(served: Served, kind: str, value: Any, param: str) -> Any:
-    if served.grammar is None:
+    if served.grammars is None:
         raise ApiError(f"{param}: the server cannot constrain what this model writes", param)
     if kind == "choice":
         kind, value = "lark", "start: " + " | ".join(json.dumps(v) for v in value["enum"])
@@ -306,7 +309,7 @@ def _grammar(served: Served, kind: str, value: Any, param: str) -> Any:
     if len(text.encode(errors="replace")) > limit:
         raise ApiError(f"{param} has more than {limit:,} bytes", param)
     try:
-        return served.grammar(kind, text)
+        return served.grammars.compile(kind, text)
     except ConfigError as error:
         raise ApiError(f"{param}: {error}", param) from None
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
 import prometheus_client as prometheus
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+_log = logging.getLogger("uvicorn.requests")  # heard as uvicorn itself is
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 50000)
@@ -78,22 +81,23 @@ class Metrics:
         """Begins to count one text of a request."""
         self._prompt.inc(prompt_tokens)
         self._tokens["prompt"].observe(prompt_tokens)
-        return RequestMetrics(self)
+        return RequestMetrics(self, prompt_tokens)
 
 
 class RequestMetrics:
     """The times of one text: to its first token, between tokens, in all."""
 
-    def __init__(self, metrics: Metrics):
-        self._metrics = metrics
+    def __init__(self, metrics: Metrics, read: int):
+        self._metrics, self._read = metrics, read
         self._began = self._last = time.perf_counter()
-        self._count = 0
+        self._count, self._first = 0, 0.0
 
     def drew(self, tokens: int) -> None:
         """So many tokens came, together."""
         now, seconds = time.perf_counter(), self._metrics._seconds
         if tokens and not self._count:
-            seconds["first"].observe(now - self._began)
+            self._first = now - self._began
+            seconds["first"].observe(self._first)
         # Those of one dispatch share its time.
         between = tokens - (not self._count)
         for _ in range(between):
@@ -103,7 +107,12 @@ class RequestMetrics:
 
     def ended(self, why: str) -> None:
         """It is over: "stop", "length", or "abort" where nobody waits for it any more."""
-        metrics = self._metrics
+        metrics, last = self._metrics, self._last - self._began
+        between = (last - self._first) / max(self._count - 1, 1)
+        _log.info(
+            "%s: %d tokens read, %d drawn, the first after %.0f ms, then one every %.1f ms",
+            *(why, self._read, self._count, 1e3 * self._first, 1e3 * between),
+        )
         metrics._success.labels(metrics._model, why).inc()
         metrics._tokens["drawn"].observe(self._count)
         metrics._seconds["whole"].observe(time.perf_counter() - self._began)

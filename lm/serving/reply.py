@@ -7,11 +7,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lm.inference.engine import Event, Step
+from lm.inference.requests import Event, Step
 from lm.inference.stream import TextStream
 from lm.tokenizers import Tokenizer
 
-LEAST = -9999.0  # stands for -inf, which JSON does not have
+LEAST = -9999.0  # stands for -inf and NaN, which JSON does not have
 
 
 @dataclasses.dataclass
@@ -45,6 +45,7 @@ class Choice:
       stop: what ends it (`StopStrings`).
       echo: ids that its text begins with.
       discard: whether nothing drawn is wanted: the echo alone.
+      grammar: what it keeps to; a text that ends before it is complete was cut off.
     """
 
     def __init__(
@@ -55,8 +56,10 @@ class Choice:
         stop: Sequence[str] = (),
         echo: Sequence[int] = (),
         discard: bool = False,
+        grammar: Any = None,
     ):
         self.index, self.drawn, self.finished = index, 0, False
+        self._grammar = grammar
         self._echo, self._discard = echo, discard
         self._stream = TextStream(tokenizer, () if echo else prompt, stop, len(echo))
         self._out = 0  # characters that are out
@@ -83,7 +86,9 @@ class Choice:
             if self.stopped:
                 break
         finish = "stop" if self.stopped else event.finish
-        if self._discard and event.finish:
+        # Until its request has ended the grammar is the engine's thread's alone.
+        ended = event.finish == "stop" and not self.stopped and self._grammar is not None
+        if (finish is not None and self._discard) or (ended and not self._grammar.complete):
             finish = "length"
         if finish is not None:
             self.finished = True
@@ -135,9 +140,10 @@ class Names:
         return {**entry, "top_logprobs": [self._alternative(*pair) for pair in top]}
 
     def _alternative(self, id: int, logprob: float | None) -> dict[str, Any]:
-        shown = logprob if logprob is None else max(logprob, LEAST)
+        if logprob is not None and not logprob > LEAST:  # nor of a model gone wrong
+            logprob = LEAST
         data = list(self.bytes(id))
-        return {"token": self.text(id), "logprob": shown, "bytes": data, "id": id}
+        return {"token": self.text(id), "logprob": logprob, "bytes": data, "id": id}
 
     def lists(self, tokens: Sequence[Told]) -> dict[str, Any]:
         """Completions' `logprobs`: the same as lists side by side, and as `content`."""

@@ -120,7 +120,7 @@ class StructuredOutputs(Body):
 
     json_: dict[str, Any] | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
     grammar: str | None = None  # Lark's notation
 
 

@@ -29,10 +29,14 @@ class CallReader:
     Args:
       mode: "auto": calls stand between `OPEN` and `CLOSE`; "required": all of it is one call;
         "named": all of it is the arguments of `name`.
+      several: whether more than one call is read.
     """
 
-    def __init__(self, mode: Literal["auto", "required", "named"], name: str = ""):
+    def __init__(
+        self, mode: Literal["auto", "required", "named"], name: str = "", several: bool = True
+    ):
         self._mode, self._name = mode, name
+        self._several = several and mode == "auto"
         self._state = {"auto": "text", "required": "header", "named": "name"}[mode]
         self._buffer = ""
         self._depth, self._quoted, self._escaped = 0, False, False
@@ -84,7 +88,7 @@ class CallReader:
                 self._state = "close"
         else:  # "close": what stands behind the arguments
             _, tag, rest = buffer.partition(CLOSE)
-            if not tag or self._mode != "auto":
+            if not tag or not self._several:
                 return False
             self._state, self._buffer = "text", rest.lstrip()
         return True

@@ -8,12 +8,10 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lm.inference.engine import Event, Request
-
-if TYPE_CHECKING:
-    from lm.inference.engine import Engine
+from lm.inference.engine import Engine
+from lm.inference.requests import Event, Request
 
 _log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import types
 import numpy as np
 import uvicorn
 
-from lm.inference.engine import Event, QueueFull, Step
 from lm.inference.prompts import Framing
+from lm.inference.requests import Event, QueueFull, Step
 from lm.models import ModelConfig
 from lm.serving.app import App
 from lm.serving.asked import Served
@@ -61,7 +61,7 @@ class FakeEngine:
         for prompt, reply in self.says.items():
             if text.endswith(prompt):
                 return [*TOKENIZER.encode(reply), TOKENIZER.eos_id]
-        draw = random.Random(repr((ids, request.seed, request.sample)))
+        draw = random.Random(repr((ids, request.seed, request.prompt, request.sample)))
         return [draw.choice(b"abcdefgh \n") for _ in range(request.sampling.max_new_tokens)]
 
     def cancel(self, number):

@@ -4,6 +4,7 @@ import base64
 import json
 import threading
 import time
+import types
 
 import httpx
 import numpy as np
@@ -159,7 +160,9 @@ CALL = '{"name": "weather", "arguments": {"city": "Saint-\\"É}{", "n": [1, {}]}
 )
 def test_calls_of_tools_come_whole_and_in_pieces(choice, written, said):
     wanted = json.loads(CALL)["arguments"]
-    with serving(grammar=lambda kind, text: lambda: None) as (address, engine):
+    anything = types.SimpleNamespace(start=lambda: None)
+    grammars = types.SimpleNamespace(compile=lambda kind, text: anything)
+    with serving(grammars=grammars) as (address, engine):
         engine.says = {"assistant: ": written}
         client = openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0)
         asked = dict(model="tiny", messages=ASK, tools=TOOLS, tool_choice=choice)
