@@ -13,7 +13,9 @@ from tiny_run import write_tiny_run
 import lm
 from lm.config import ConfigError
 from lm.inference import SamplingConfig
+from lm.inference.engine import Engine, EngineConfig
 from lm.inference.grammar import FIELDS, Grammars
+from lm.inference.requests import Request
 from lm.inference.sampling import sample, warping
 from lm.tokenizers import TokenizerConfig, train
 
@@ -176,6 +178,30 @@ def test_what_a_run_ends_meets_the_schema_also_past_its_context(run):
         if ended:
             jsonschema.validate(json.loads(text), schema)
     assert sum(generation.ended) >= 3 and generation.slides
+
+
+@pytest.mark.slow
+def test_every_reply_of_the_engine_that_stops_meets_its_schema(run):
+    writer, tokenizer = run.generator, run.tokenizer
+    engine = Engine(run.skeleton, run.params, run.framing, tokenizer, EngineConfig(max_slots=16))
+    fond = {id: 8.0 for data in '"]},:' for id in tokenizer.encode(data)}
+    settings = SamplingConfig(max_new_tokens=120, logit_bias={**fond, tokenizer.eos_id: 9.0})
+    ids = tuple(run.encode("a"))
+    numbers = {}
+    for schema in SCHEMAS:
+        grammar = writer.grammars.compile("json", schema)
+        for sample_of in range(2):  # which share a grammar
+            request = Request(ids, settings, sample=sample_of, grammar=grammar)
+            numbers[engine.submit(request)] = schema
+    texts, finish = {number: [] for number in numbers}, {}
+    while not engine.idle:
+        for event in engine.step():
+            texts[event.number] += [step.id for step in event.steps]
+            finish[event.number] = event.finish
+    for number, schema in numbers.items():
+        if finish[number] == "stop":
+            jsonschema.validate(json.loads(tokenizer.decode(texts[number])), schema)
+    assert list(finish.values()).count("stop") >= 80
 
 
 def bits(mask_W):
