@@ -21,7 +21,7 @@ import numpy as np
 
 from lm.config import check, view
 from lm.inference.pages import Pages
-from lm.inference.prepare import for_decoding
+from lm.inference.prepare import for_decoding, mesh_of
 from lm.inference.programs import NOTHING, Device, Level, Rows, Settings
 from lm.inference.prompts import Framing, check_ids
 from lm.inference.requests import EngineConfig, Event, QueueFull, Request, Stats, Step
@@ -30,7 +30,9 @@ from lm.inference.scheduler import Scheduler, Text
 from lm.inference.warpers import History, Kind
 from lm.models import Model
 from lm.models.attention.paged import Paging
+from lm.models.matmul import compute_dtype
 from lm.models.reading import MIN_ROWS
+from lm.parallel.platform import device_memory
 from lm.tokenizers import Tokenizer
 
 ALTERNATIVES = 20  # most that a request may ask for beside each token
@@ -87,12 +89,8 @@ class Engine:
         self._paged = model.config.cell == "attention"
         page_size = config.page_size if self._paged else self.context
         self._width = -(-self.context // page_size)  # pages of a whole context
-        number = (self._paged and config.num_pages) or config.max_slots * self._width
-        check(
-            number >= self._width,
-            f"config.engine.num_pages={number} cannot hold one text of the model's context, "
-            f"{self.context} tokens: use {self._width} at least",
-        )
+        mesh = mesh_of(next(iter(params.values())))
+        number = self._number_of_pages(page_size, mesh.size if mesh else 1)
         settings = Settings(model, known, config.weights)
         # One page more, which is nobody's, and one slot, of rows that are no text.
         self._device = device = Device(
@@ -118,6 +116,30 @@ class Engine:
         self._texts: dict[int, Text] = {}
         self._warped: tuple[Any, Any] = (None, None)
         self._prompt_steps: dict[int, list[Step]] = {}
+
+    def _number_of_pages(self, page_size: int, devices: int) -> int:
+        """As configured, or what the texts of all slots need and half of the memory holds."""
+        config, model = self.config, self.model.config
+        whole = config.max_slots * self._width
+        if not self._paged:
+            return whole
+        token = 2 * model.num_layers * model.kv_heads * model.head_width
+        page = page_size * token * compute_dtype(model.compute_dtype).itemsize
+        has = device_memory()
+        fits = whole if has is None else has * devices // page
+        number = config.num_pages or min(whole, max(self._width, fits // 2))
+        check(
+            number >= self._width,
+            f"config.engine.num_pages={number} cannot hold one text of the model's context, "
+            f"{self.context} tokens: use {self._width} at least",
+        )
+        check(
+            has is None or number <= fits,
+            f"config.engine.num_pages={number} of {page_size} tokens need "
+            f"{number * page / 2**30:,.1f} GiB, and there are {(has or 0) * devices / 2**30:,.1f} "
+            f"GiB: use fewer than {fits:,}, or a smaller config.model.max_length",
+        )
+        return number
 
     # ---- Requests ----------------------------------------------------------------------------
 

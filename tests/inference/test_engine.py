@@ -296,6 +296,15 @@ def test_a_long_prompt_does_not_stall_those_who_draw(tiny):
         assert [event.number for event in engine.step()] == [drawing]
 
 
+def test_pages_are_as_many_as_memory_holds(tiny, monkeypatch):
+    assert engine_of(tiny).stats.pages == 24  # three texts of the context's 32 tokens
+    monkeypatch.setattr("lm.inference.engine.device_memory", lambda: 40 * 2048)
+    assert engine_of(tiny).stats.pages == 20
+    assert engine_of(tiny, num_pages=40).stats.pages == 40
+    with pytest.raises(ConfigError, match=r"num_pages=41 of 4 tokens need .* GiB"):
+        engine_of(tiny, num_pages=41)
+
+
 def test_what_cannot_be_served_is_refused(tiny):
     engine = engine_of(tiny, max_queue=1)
     with pytest.raises(ConfigError, match="at least one token"):
