@@ -19,6 +19,7 @@ from lm.inference import warpers
 from lm.inference.decode import NOTHING
 from lm.inference.prepare import bound
 from lm.inference.prompts import Prompt
+from lm.inference.sampling import filtered
 from lm.inference.warpers import History, Kind, Warping
 from lm.models import ModelConfig, skeleton
 from lm.models.cache import Cache
@@ -224,9 +225,4 @@ def _warped(beams: Beams, warping: Warping, logs_BV: jax.Array, state: State) ->
     if not beams.draws:
         return logs_BV
     logs_BV = warpers.temperature(logs_BV, warping.temperature_B)
-    if beams.kind.draws != "filtered":
-        return logs_BV
-    V = logs_BV.shape[1]
-    total_B1 = warpers.logsumexp(logs_BV)
-    kept = warpers.filtered(warpers.ranked(logs_BV), warping, total_B1, V)
-    return logs_BV.at[jnp.arange(B)[:, None], kept.ids_BN].set(kept.logits_BN)
+    return filtered(logs_BV, warping) if beams.kind.draws == "filtered" else logs_BV

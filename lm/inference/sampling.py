@@ -308,19 +308,36 @@ def log_distribution(
 ) -> jax.Array:
     """Log-probabilities [B, V] that `sample` draws from, float32; -inf for what is ruled out.
 
-    It ranks the whole vocabulary. All of a greedy row's probability is on one token.
+    All of a greedy row's probability is on one token.
     """
     logits_BV = warpers.processed(logits_BV, warping, kind, history, count_B)
     ids_V = jnp.arange(logits_BV.shape[1])
     likeliest_BV = jnp.where(greedy(logits_BV)[:, None] == ids_V, 0.0, -jnp.inf)
     scaled_BV = warpers.temperature(logits_BV, warping.temperature_B)
     if kind.draws == "filtered":
-        total_B1 = warpers.logsumexp(scaled_BV)
-        kept = warpers.filtered(warpers.ranked(scaled_BV), warping, total_B1, HEAD)
-        rows_B1 = jnp.arange(len(scaled_BV))[:, None]
-        scaled_BV = scaled_BV.at[rows_B1, kept.ids_BN].set(kept.logits_BN)
+        scaled_BV = filtered(scaled_BV, warping)
     drawn_BV = scaled_BV - warpers.logsumexp(scaled_BV)
     return jnp.where((warping.temperature_B < GREEDY)[:, None], likeliest_BV, drawn_BV)
+
+
+def filtered(scaled_BV: jax.Array, warping: Warping) -> jax.Array:
+    """Logits, in the order of ids, that the filters leave; -inf for all others."""
+    total_B1 = warpers.logsumexp(scaled_BV)
+    rows_B1 = jnp.arange(len(scaled_BV))[:, None]
+
+    def left(candidates: Candidates) -> jax.Array:
+        kept = warpers.filtered(candidates, warping, total_B1, HEAD)
+        nothing_BV = jnp.full_like(scaled_BV, -jnp.inf)
+        return nothing_BV.at[rows_B1, kept.ids_BN].set(kept.logits_BN)
+
+    if scaled_BV.shape[1] <= HEAD:
+        return left(warpers.ranked(scaled_BV))
+    head = Candidates(*jax.lax.top_k(scaled_BV, HEAD))
+    return jax.lax.cond(
+        warpers.within(head.logits_BN, warping, total_B1).all(),
+        lambda: left(head),
+        lambda: left(warpers.ranked(scaled_BV)),
+    )
 
 
 # ---- How likely it was -----------------------------------------------------------------------

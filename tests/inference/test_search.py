@@ -228,6 +228,18 @@ def test_greedy_guessing_gives_what_greedy_decoding_gives(name, kind, guesses):
     assert found(name, PROMPTS[:1], draft, **fields)[1] == drawn[:1]  # one row rewinds otherwise
 
 
+@pytest.mark.parametrize("kind", ["draft", "lookup"])
+def test_guesses_are_verified_by_what_the_warpers_leave(kind):
+    fields, draft = guessing("llama", kind, 3)
+    settings = {"temperature": 0, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3}
+    settings |= {"frequency_penalty": 0.3, "min_new_tokens": 12, "max_new_tokens": 20}
+    plain = generator_of("llama").generate(PROMPTS, SamplingConfig(**settings))
+    drawn = [[t for t in row if t != NOTHING] for row in np.concatenate(list(plain), 1).tolist()]
+    result, rows = found("llama", guesser=draft, **fields, **settings)
+    assert rows == drawn
+    assert result.timing.kept > 0
+
+
 def test_the_model_keeps_all_its_own_guesses():
     itself = generator_of("llama")
     fields = {"draft": "itself", "stop_at_end_of_text": False, "max_new_tokens": 21}

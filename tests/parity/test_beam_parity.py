@@ -27,9 +27,9 @@ NEW = 14  # past Gemma's window of 5
 NAMES = ["gpt2", "llama", "gemma2", "t5", "bart"]
 # width, length penalty, early stopping
 SETTINGS = [
-    (2, 1.0, False),
+    (4, 1.0, False),
     (3, 0.0, "never"),
-    (4, 2.0, True),
+    (2, 2.0, True),
     (5, -1.0, False),
     (6, 0.6, "never"),
     (8, 1.0, True),
@@ -45,6 +45,13 @@ class Both:
     prompts: list[list[int]]
     inputs: dict
     ends: dict
+
+    def alone(self, prompt: int):
+        """With one prompt only, and no padding: transformers' penalties are for it, too."""
+        length = len(self.prompts[prompt])
+        ids, mask = torch.tensor([self.prompts[prompt]]), torch.ones(1, length, dtype=torch.long)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        return dataclasses.replace(self, prompts=[self.prompts[prompt]], inputs=inputs)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -102,7 +109,10 @@ def ours(both, **fields):
     return [[t for t in row if t != NOTHING] for row in drawn_BN.tolist()], found
 
 
-@pytest.mark.parametrize("width, penalty, early", SETTINGS)
+@pytest.mark.parametrize(
+    "width, penalty, early",
+    [SETTINGS[0], *(pytest.param(*fields, marks=pytest.mark.slow) for fields in SETTINGS[1:])],
+)
 def test_texts_and_scores_are_those_of_transformers(both, width, penalty, early):
     fields = {"num_beams": width, "length_penalty": penalty, "early_stopping": early}
     expected, scores = theirs(both, num_return_sequences=width, **fields)
@@ -117,3 +127,15 @@ def test_guesses_change_nothing_of_greedy_search(both):
     rows, found = ours(both, temperature=0, prompt_lookup=3)
     assert rows == expected
     assert found.timing.guessed > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", [0, 1])
+def test_beams_heed_penalties_as_those_of_transformers_do(both, prompt):
+    one, fields = both.alone(prompt), {"num_beams": 4}
+    fields |= {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 5}
+    expected, scores = theirs(one, num_return_sequences=4, **fields)
+    rows, found = ours(one, num_samples=4, **fields)
+    assert rows == expected
+    np.testing.assert_allclose(found.scores, scores, rtol=1e-4, atol=1e-4)
+    assert rows != ours(one, num_samples=4, num_beams=4)[0]
