@@ -264,6 +264,10 @@ _ELSEWHERE = {
     "max_new_tokens": "num_tokens max_tokens n_tokens",
     "init_from": "model_name_or_path checkpoint_path load_from model",
     "num_samples": "n_samples num_return_sequences",
+    "beam_sampling": "do_sample",
+    "prompt_lookup": "prompt_lookup_num_tokens",
+    "draft": "assistant_model draft_model",
+    "draft_tokens": "num_assistant_tokens num_speculative_tokens",
 }
 ALIASES = {name: field for field, names in _ELSEWHERE.items() for name in names.split()}
 
