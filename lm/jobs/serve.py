@@ -12,6 +12,7 @@ import lm
 from lm.config import ConfigError, Path, check, view
 from lm.inference import embed
 from lm.inference.engine import Engine
+from lm.inference.grammar import Grammars
 from lm.inference.requests import EngineConfig
 from lm.runs.run import Run
 from lm.tokenizers import chat_template
@@ -95,13 +96,16 @@ def make_app(job: ServeJob, loaded: Run) -> App:
             print("compiling …", file=sys.stderr)
             engine.warm_up()
         worker = Worker(engine)
+    chat = _chat(job, loaded)
+    end_ids = chat.get("chat_ends", ((), ()))[0]
     served = Served(
         name=job.serve.model_name or loaded.directory.resolve().name,
         model=model,
         tokenizer=tokenizer,
         framing=framing,
         limits=job.serve,
-        **_chat(job, loaded),
+        grammars=Grammars(tokenizer, (*(framing.end_of_text or ()), *end_ids)),
+        **chat,
     )
     vectors = lambda texts: embed(model, loaded.params, texts, job.serve.pooling)  # noqa: E731
     return App(served, worker, vectors, job.serve.api_keys())

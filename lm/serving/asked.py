@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm.config import ConfigError, view
+from lm.inference.grammar import Grammar, Grammars
 from lm.inference.prompts import Framing, check_ids
 from lm.inference.requests import Request
 from lm.inference.sampling import SamplingConfig
@@ -58,7 +59,7 @@ class Served:
     limits: ServeConfig
     chat: Callable[..., list[int]] | None = None
     chat_ends: tuple[Sequence[int], Sequence[str]] = ((), ())
-    grammars: Any = None
+    grammars: Grammars | None = None
 
     @property
     def encodes(self) -> bool:
@@ -219,7 +220,7 @@ def _asked(
     prompts: list[list[int]],
     fields: dict[str, Any],
     max_tokens: int,
-    grammar: Any = None,
+    grammar: Grammar | None = None,
     end_ids: Sequence[int] = (),
     end_texts: Sequence[str] = (),
 ) -> Asked:
@@ -259,19 +260,20 @@ def _asked(
             sampling.check_ids(known)
             for sample in range(n):
                 index = len(requests)
-                own = grammar.start() if grammar is not None else None
                 where = {"prompt": number, "sample": sample}
-                requests.append(Request(tuple(prompt), sampling, seed, grammar=own, **where))
+                requests.append(Request(tuple(prompt), sampling, seed, grammar=grammar, **where))
                 before = () if served.encodes else prompt
                 stops = [*body.stop, *end_texts]
                 echoed = prompt if echo else ()
-                choices.append(Choice(served.tokenizer, index, before, stops, echoed, discard, own))
+                choices.append(
+                    Choice(served.tokenizer, index, before, stops, echoed, discard, grammar)
+                )
     except ConfigError as error:
         raise of_config(error, _NAMES) from None
     return Asked(body, requests, choices, prompts)
 
 
-def _wanted(served: Served, body: Sampled) -> Any:
+def _wanted(served: Served, body: Sampled) -> Grammar | None:
     """What constrains the reply; None where nothing does."""
     form, outputs = body.response_format, body.structured_outputs
     found: list[tuple[str, Any, str]] = []
@@ -299,7 +301,7 @@ def _wanted(served: Served, body: Sampled) -> Any:
     return _grammar(served, *found[0]) if found else None
 
 
-def _grammar(served: Served, kind: str, value: Any, param: str) -> Any:
+def _grammar(served: Served, kind: str, value: Any, param: str) -> Grammar:
     if served.grammars is None:
         raise ApiError(f"{param}: the server cannot constrain what this model writes", param)
     if kind == "choice":

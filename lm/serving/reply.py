@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from lm.inference.grammar import Grammar
 from lm.inference.requests import Event, Step
 from lm.inference.stream import TextStream
 from lm.tokenizers import Tokenizer
@@ -56,10 +57,11 @@ class Choice:
         stop: Sequence[str] = (),
         echo: Sequence[int] = (),
         discard: bool = False,
-        grammar: Any = None,
+        grammar: Grammar | None = None,
     ):
         self.index, self.drawn, self.finished = index, 0, False
-        self._grammar = grammar
+        self._grammar = grammar and grammar.start()
+        self._complete = True  # whether it was before the last token
         self._echo, self._discard = echo, discard
         self._stream = TextStream(tokenizer, () if echo else prompt, stop, len(echo))
         self._out = 0  # characters that are out
@@ -82,13 +84,15 @@ class Choice:
             self._echo = ()
         for step in () if self._discard else event.steps:
             self.drawn += 1
+            if self._grammar is not None:
+                self._complete = self._grammar.complete
+                self._grammar.advance(step.id)
             text += self._push(step.id, step)
             if self.stopped:
                 break
         finish = "stop" if self.stopped else event.finish
-        # Until its request has ended the grammar is the engine's thread's alone.
-        ended = event.finish == "stop" and not self.stopped and self._grammar is not None
-        if (finish is not None and self._discard) or (ended and not self._grammar.complete):
+        kept = self._grammar is None or self._complete or self._grammar.complete
+        if finish is not None and (self._discard or not (kept or self.stopped)):
             finish = "length"
         if finish is not None:
             self.finished = True

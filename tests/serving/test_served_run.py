@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import random
+import re
 import signal
 import threading
 
@@ -90,6 +91,55 @@ def test_a_conversation_and_vectors(address, directory):
     raw = lm.load(directory).embed("The cat")
     cosine = raw @ vector.embedding / (raw @ raw) ** 0.5
     assert cosine == pytest.approx(1, abs=1e-5)
+
+
+def test_replies_keep_to_what_is_asked(address):
+    client = openai.OpenAI(base_url=address + "/v1", api_key="none")
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["cat", "dog"]}, "many": {"type": "boolean"}},
+        "required": ["kind", "many"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "pet", "schema": schema}}
+    asked = dict(model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=100)
+    (choice,) = client.chat.completions.create(**asked, response_format=form, seed=1).choices
+    pet = json.loads(choice.message.content)
+    assert choice.finish_reason == "stop" and pet["kind"] in ("cat", "dog")
+    assert set(pet) == {"kind", "many"} and isinstance(pet["many"], bool)
+    tools = [{"type": "function", "function": {"name": "buy", "parameters": schema}}]
+    for choose in ("required", {"type": "function", "function": {"name": "buy"}}):
+        (choice,) = client.chat.completions.create(
+            **asked, tools=tools, tool_choice=choose, seed=2
+        ).choices
+        assert choice.finish_reason == "tool_calls"
+        (call,) = choice.message.tool_calls
+        assert call.function.name == "buy" and set(json.loads(call.function.arguments)) == set(pet)
+    outputs = {"structured_outputs": {"regex": "(ab|cd){3}"}}
+    made = client.completions.create(model="tiny", prompt="a", max_tokens=50, extra_body=outputs)
+    assert re.fullmatch("(ab|cd){3}", made.choices[0].text) and made.choices[0].finish_reason
+    cut = client.completions.create(model="tiny", prompt="a", max_tokens=3, extra_body=outputs)
+    assert cut.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        {"regex": "(a"},
+        {"grammar": "start: b"},
+        {"json": {"type": "nothing"}},
+        {"json": {"$ref": "#/missing"}},
+        {"json": {"enum": []}},
+        {"choice": []},
+        {"regex": "a" * 70_000},
+    ],
+    ids=lambda outputs: str(outputs)[:30],
+)
+def test_what_cannot_be_kept_to_is_refused(address, outputs):
+    body = {"prompt": "a", "structured_outputs": outputs}
+    reply = httpx.post(address + "/v1/completions", json=body, timeout=300)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"].startswith("structured_outputs")
 
 
 def test_a_client_that_leaves_frees_its_pages(address):
