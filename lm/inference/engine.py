@@ -108,8 +108,10 @@ class Engine:
         )
         chunk = config.prefill_chunk
         self._pieces = [size for size in (chunk // 16, chunk // 4, chunk) if size >= min(8, chunk)]
-        # Products of weights kept for reading give rows the same bits at any size from MIN_ROWS on.
-        sizes = {MIN_ROWS, 16, 64} if device.invariant else set()
+        # Products of weights kept for reading give rows the same bits at any size from MIN_ROWS on;
+        # those of experts, whose shapes follow from how many rows there are, do not.
+        invariant = device.invariant and not model.config.num_experts
+        sizes = {MIN_ROWS, 16, 64} if invariant else set()
         slots = config.max_slots
         self._sizes = [*sorted(size for size in sizes if size < slots), slots]
         self._cancelled: dict[int, Text] = {}
