@@ -103,7 +103,9 @@ function stats({ times, finish }) {
   if (!times?.first) return "";
   const rate = (times.count - 1) / (times.last - times.first);
   const ends = { length: "cut at the limit", stopped: "stopped", broken: "broken off" };
-  const parts = [`first token ${Math.round(times.ttft)} ms`];
+  const { ttft } = times; // milliseconds
+  const wait = ttft < 1000 ? `${Math.round(ttft)} ms` : `${(ttft / 1000).toFixed(1)} s`;
+  const parts = [`first token ${wait}`];
   if (times.count > 1 && Number.isFinite(rate)) parts.push(`${(1000 * rate).toFixed(1)} tokens/s`);
   parts.push(`${times.count} token${times.count === 1 ? "" : "s"}`, ...[ends[finish] ?? []].flat());
   return parts.join(" · ");

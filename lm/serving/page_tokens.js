@@ -85,7 +85,7 @@ export function showCard(target) {
     el("div", { class: "name" }, label(token),
       el("span", {}, token.id == null ? "" : `id ${token.id}`)),
     el("dl", {}, fact("Probability", percent(token)), fact("Rank", `${rank}`),
-      fact("Log-prob.", token.logprob.toFixed(2))),
+      fact("Log-prob.", token.logprob.toPrecision(3))),
     el("ul", { "aria-label": "Alternatives" }, ...rows),
     ...(branching ? [el("p", { class: "hint" }, "Choose one to go on from there.")] : []));
   target.setAttribute("role", "button");
