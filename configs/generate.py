@@ -35,4 +35,5 @@ def get_config():
     c.top_k = None
     c.top_p = 0.95
     c.num_samples = 1
+    c.weights = "compute"  # int8: a quarter of the memory, nearly the same probabilities
     return c

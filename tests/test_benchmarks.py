@@ -73,6 +73,17 @@ def test_accelerator_checks_and_measures_everything():
     assert "train llama fp8" in done.stdout.split("tokens/s")[-1]  # in the table
 
 
+@pytest.mark.slow
+def test_decoding_is_measured_and_compared_in_small():
+    small = ("--rows", "2", "--tokens", "2", "--rounds", "1")
+    if importlib.util.find_spec("transformers"):
+        _, found = run(FOLDER / "decode_cpu.py", "--shape=small", *small)
+        assert {"ours", "ours int8", "transformers float32"} <= found["2 rows"].keys()
+    model = ("--model=gpt2_small", "--prompt=4", "--weights=int8")
+    _, found = run(FOLDER / "infer.py", *model, *small)
+    assert found["prefill_tokens_per_second"] > 0 and 0 < found["share_of_bandwidth"] < 2
+
+
 def test_accelerator_loses_nothing_to_a_section_that_fails():
     done, found = run("-c", BROKEN)
     assert done.returncode == 1 and not found["passed"]

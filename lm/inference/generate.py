@@ -28,7 +28,7 @@ import numpy as np
 from lm.config import check, view
 from lm.inference.decode import NOTHING, Rows, Settings, State, decode, prefill
 from lm.inference.grammar import Grammar, Grammars
-from lm.inference.prepare import cache_shardings, for_decoding, for_reading, mesh_of
+from lm.inference.prepare import Weights, cache_shardings, for_decoding, for_reading, mesh_of
 from lm.inference.prompts import Framing, Prompt, check_ids, padded, padded_after, round_up
 from lm.inference.sampling import SamplingConfig, warping
 from lm.inference.warpers import Kind, Warping
@@ -92,6 +92,7 @@ class Generator:
         params: Mapping[str, jax.Array],
         framing: Framing,
         tokenizer: Tokenizer | None = None,
+        weights: Weights = "compute",
     ):
         check(
             model.config.architecture != "encoder",
@@ -104,7 +105,7 @@ class Generator:
             not self.encodes or bool(framing.decoder_start),
             "decoder_start=() must name the token that the decoder starts from",
         )
-        self.params = for_reading(model, params)
+        self.params = for_reading(model, params, weights)
         self._programs: dict[tuple, tuple[jax.stages.Compiled, Any]] = {}
 
     @property

@@ -19,6 +19,8 @@ from lm.parallel.mesh import AXES
 from lm.parallel.platform import platform
 from lm.parallel.sharding import ACTIVATION_RULES, ParamSpec, parameter_shardings, partition
 
+Weights = Literal["compute", "int8"]  # matrices in the compute dtype, or in eight bits
+
 UNROLLED_LAYERS = 24  # up to here the time to compile them one by one is bearable
 
 # What the model looks up, adds or multiplies in float32 though it has the axes of a matrix.
@@ -50,7 +52,7 @@ def for_decoding(model: Model) -> Model:
 def for_reading(
     model: Model,
     params: Mapping[str, jax.Array],
-    weights: Literal["compute", "int8"] = "compute",
+    weights: Weights = "compute",
 ) -> dict:
     """`params` in the compute dtype and, where layers are not scanned, apart: see `bound`.
 
@@ -63,7 +65,8 @@ def for_reading(
     """
     specs = param_specs(model)
     eight_bits = weights == "int8"
-    alone = not any(mesh_of(params[name]) for name in specs)
+    # What is traced here (`abstract_params`) is to lie on a mesh.
+    alone = not any(isinstance(params[n], jax.core.Tracer) or mesh_of(params[n]) for n in specs)
     keeps = keepable(model)
     check(
         not eight_bits or (alone and keeps),

@@ -12,6 +12,7 @@ import ml_collections
 import lm
 from lm.config import ConfigError, Path, Seed, check, view
 from lm.inference import Generation, SearchConfig, search
+from lm.inference.prepare import Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +25,7 @@ class GenerateJob(SearchConfig):
     # Of a Hugging Face directory: regular expressions of fields of config.json and of tensors that
     # may be left out though they are not known.
     ignore: str | tuple[str, ...] = ()
+    weights: Weights = "compute"  # int8: matrices in eight bits, a quarter of float32's memory
     prompt: str = ""  # "-" reads it from standard input
     prompt_file: Path = ""  # read it from this file instead; "-" is standard input
 
@@ -52,8 +54,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
     prompt = _read_prompt(job)
     loaded = lm.load(job.init_from, ignore=job.ignore)
     draft = lm.load(job.draft, ignore=job.ignore).generator if job.draft else None
-    generation = search(loaded.generator, [loaded.encode(prompt)], job, job.seed, draft)
-    texts = _print(generation, loaded.generator.opening(prompt), job.num_samples)
+    generator = loaded.writer(job.weights)
+    generation = search(generator, [loaded.encode(prompt)], job, job.seed, draft)
+    texts = _print(generation, generator.opening(prompt), job.num_samples)
     for notice in generation.notices:
         print(f"note: {notice}", file=sys.stderr)
     print(f"{loaded.directory} at step {loaded.step:,}:\n{generation.timing}", file=sys.stderr)

@@ -8,12 +8,12 @@ import os
 import pathlib
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 
-from lm.config import ConfigError, check, view
+from lm.config import ConfigError, check, check_choice, view
 from lm.inference import (
     Candidate,
     Framing,
@@ -24,6 +24,7 @@ from lm.inference import (
     fill_spans,
     search,
 )
+from lm.inference.prepare import Weights
 from lm.models import Model, bind, skeleton
 from lm.runs.directory import CONFIG
 from lm.runs.sources import open_source
@@ -94,6 +95,7 @@ class Run:
         json_schema: str | dict | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        weights: Weights = "compute",
         **settings: Any,
     ) -> str | list[str]:
         """The prompt followed by its continuation, up to end-of-text or `max_new_tokens`.
@@ -110,6 +112,7 @@ class Run:
             text comes sooner, from the same distribution (`lm.inference.speculation`).
           json_schema, regex, grammar: at most one that every continuation keeps to: a JSON schema,
             a regular expression, or a grammar in Lark's notation; see `lm.inference.grammar`.
+          weights: `int8` reads matrices rounded to eight bits, a quarter of float32's memory.
           **settings: fields of `lm.inference.SearchConfig`: `max_new_tokens`, `temperature`,
             `top_p`, `repetition_penalty`, `num_samples`, `num_beams`, `prompt_lookup`, …
 
@@ -134,10 +137,11 @@ class Run:
         read = [self.encode(text) for text in prompts]
         if draft is not None and not isinstance(draft, Run):
             draft = Run.load(draft)
-        kept = self.generator.grammar(json=json_schema, regex=regex, lark=grammar)
-        generation = search(self.generator, read, config, seed, draft and draft.generator, kept)
+        generator = self.writer(weights)
+        kept = generator.grammar(json=json_schema, regex=regex, lark=grammar)
+        generation = search(generator, read, config, seed, draft and draft.generator, kept)
         samples = range(config.num_samples)
-        texts = [self.generator.opening(text) for text in prompts for _ in samples]
+        texts = [generator.opening(text) for text in prompts for _ in samples]
         for row, text in generation.texts():
             texts[row] += text
         for notice in generation.notices:
@@ -217,6 +221,15 @@ class Run:
     def generator(self) -> Generator:
         """The model as a writer, of ids or of text; `generate` returns what it streams."""
         return Generator(self.skeleton, self.params, self.framing, self.tokenizer)
+
+    def writer(self, weights: Weights) -> Generator:
+        """`generator`, or one that reads its matrices as `weights` says."""
+        check_choice("weights", weights, get_args(Weights))
+        return self.generator if weights == "compute" else self._eight_bits
+
+    @functools.cached_property
+    def _eight_bits(self) -> Generator:
+        return Generator(self.skeleton, self.params, self.framing, self.tokenizer, "int8")
 
     @functools.cached_property
     def _forward(self):
