@@ -21,7 +21,7 @@ from lm.jobs.serve import ServeJob, make_app
 SMALL = {
     "max_slots": 3,
     "page_size": 16,
-    "num_pages": 36,  # little more than one text of the whole context needs
+    "num_pages": 70,  # little more than one text of the whole context needs
     "prefill_chunk": 32,
     "decode_chunk": 4,
 }
@@ -31,7 +31,7 @@ SMALL = {
 def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("served") / "tiny"
     directory.mkdir()
-    write_tiny_run(directory, max_length=512)
+    write_tiny_run(directory, max_length=1024)
     return directory
 
 
@@ -102,7 +102,7 @@ def test_replies_keep_to_what_is_asked(address):
         "additionalProperties": False,
     }
     form = {"type": "json_schema", "json_schema": {"name": "pet", "schema": schema}}
-    asked = dict(model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=100)
+    asked = dict(model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=400)
     (choice,) = client.chat.completions.create(**asked, response_format=form, seed=1).choices
     pet = json.loads(choice.message.content)
     assert choice.finish_reason == "stop" and pet["kind"] in ("cat", "dog")
