@@ -12,6 +12,11 @@
     python main.py --config=configs/generate.py --config.prompt_lookup=4
     echo "Once upon a time" | python main.py --config=configs/generate.py --config.prompt=-
 
+    # many prompts: lines of {"prompt": ...} or {"messages": [...]}, with an "id" and fields of
+    # their own, such as "temperature", where they want them; what a kill left is done the next time
+    python main.py --config=configs/generate.py --config.batch_file=in.jsonl \\
+        --config.output_file=out.jsonl
+
 An encoder-decoder, such as configs/translate.py trains, reads the prompt as its source, and its
 target alone is printed. An encoder cannot generate; see Run.embed and Run.fill of lm.load.
 
@@ -19,6 +24,10 @@ The text goes to standard output as it is drawn; the time to the first token, th
 tokens and the tokens per second follow on standard error. An empty prompt starts a new document.
 Where the text outgrows the model's context, the model reads on with the last of it; of a longer
 prompt it reads the last from the start (--config.truncate_prompt=False refuses it).
+
+A batch's texts come in the order in which they are done, each with its id or, where it has none,
+the number of its line; `lm/inference/batch.py` tells what is in them. Messages are written by the
+model's chat template, or the one that --config.chat_template names.
 """
 
 from lm import config
@@ -30,6 +39,8 @@ def get_config():
     c.init_from = "runs/quickstart"
     c.prompt = ""
     c.prompt_file = ""
+    c.batch_file = ""
+    c.output_file = ""
     c.max_new_tokens = 200
     c.temperature = 0.8  # 0: greedy
     c.top_k = None

@@ -58,10 +58,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[dict[str, str]]
     """
     job = view(ChatJob, config)
     loaded = lm.load(job.init_from, ignore=job.ignore)
-    names = [field.name for field in dataclasses.fields(SamplingConfig)]
-    sampling = SamplingConfig(**{name: getattr(job, name) for name in names})
     template = loaded.chat_template(job.chat_template)
-    talk = Conversation(loaded.generator, template, sampling, job.system, job.seed)
+    talk = Conversation(loaded.generator, template, job, job.system, job.seed)
     terminal = sys.stdin.isatty()
     if terminal:
         import readline  # noqa: F401  # `input` then has a history, and can be edited

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import functools
 import pathlib
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import ml_collections
 
 import lm
 from lm.config import ConfigError, Path, Seed, check, view
-from lm.inference import Generation, SearchConfig, search
+from lm.inference import Generation, SamplingConfig, SearchConfig, batch, search
+from lm.inference.engine import Engine
 from lm.inference.prepare import Weights
+
+_OF_BATCHES = ("job", "seed", "init_from", "ignore", "batch_file", "output_file", "chat_template")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +34,10 @@ class GenerateJob(SearchConfig):
     weights: Weights = "compute"  # int8: matrices in eight bits, a quarter of float32's memory
     prompt: str = ""  # "-" reads it from standard input
     prompt_file: Path = ""  # read it from this file instead; "-" is standard input
+    # Many prompts instead, a line of JSON each, and where their texts go; see `lm.inference.batch`.
+    batch_file: Path = ""
+    output_file: Path = ""  # what it has already is not done again
+    chat_template: Path = ""  # of lines with messages; see configs/chat.py
 
     def validate(self, prefix: str = "config") -> None:
         """Raises `ConfigError` naming the first field that makes no sense."""
@@ -37,6 +47,22 @@ class GenerateJob(SearchConfig):
             not (self.prompt and self.prompt_file),
             f"{prefix}.prompt_file={self.prompt_file!r} must be empty when {prefix}.prompt is set",
         )
+        check(
+            bool(self.batch_file) == bool(self.output_file)
+            and (self.batch_file != self.output_file or not self.batch_file),
+            f"{prefix}.batch_file={self.batch_file!r} and {prefix}.output_file="
+            f"{self.output_file!r} must both be set, to different files, or neither",
+        )
+        if self.batch_file:
+            sampled = {field.name for field in dataclasses.fields(SamplingConfig)}
+            for field in dataclasses.fields(GenerateJob):
+                used = field.name in sampled or field.name in _OF_BATCHES
+                value = getattr(self, field.name)
+                check(
+                    used or value == field.default,
+                    f"{prefix}.{field.name}={value!r} is not for a batch: leave it out, or set "
+                    f"{prefix}.batch_file='' and a prompt",
+                )
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
@@ -44,13 +70,16 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
 
     Returns:
       The texts, one for each sample: the prompt and what follows, or an encoder-decoder's target.
-      Nothing is written to `workdir`.
+      None of a batch. Nothing is written to `workdir`.
 
     Raises:
       ConfigError: no such run, a prompt that cannot be read or is too long and not to be cut, or
         a model that cannot generate.
     """
     job = view(GenerateJob, config)
+    if job.batch_file:
+        _batch(job)
+        return []
     prompt = _read_prompt(job)
     loaded = lm.load(job.init_from, ignore=job.ignore)
     draft = lm.load(job.draft, ignore=job.ignore).generator if job.draft else None
@@ -61,6 +90,27 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
         print(f"note: {notice}", file=sys.stderr)
     print(f"{loaded.directory} at step {loaded.step:,}:\n{generation.timing}", file=sys.stderr)
     return texts
+
+
+def _batch(job: GenerateJob) -> None:
+    """Does the lines of `batch_file` that `output_file` lacks."""
+    loaded = lm.load(job.init_from, ignore=job.ignore)
+    engine = Engine(loaded.skeleton, loaded.params, loaded.framing, loaded.tokenizer)
+    template = functools.cache(lambda: loaded.chat_template(job.chat_template))
+
+    def encode(given: dict[str, Any]) -> tuple[Sequence[int], Sequence[int], Sequence[str]]:
+        if "prompt" in given:
+            return loaded.encode(given["prompt"]), (), ()
+        check(isinstance(given["messages"], list), "messages must be a list")
+        return template().encode(given["messages"], given.get("tools")), *template().ends
+
+    lines = batch.read_lines(job.batch_file, engine, job, encode)
+    done = batch.done_lines(job.output_file, lines, job.batch_file)
+    left = [line for line in lines if line.id not in done]
+    for told in batch.write_texts(job.output_file, engine, left, job.seed, len(done)):
+        print(told, file=sys.stderr)
+    if not left:
+        print(f"all {len(lines):,} lines were done before", file=sys.stderr)
 
 
 def _read_prompt(job: GenerateJob) -> str:
