@@ -239,7 +239,9 @@ def sample(
     if scaled_BV.shape[1] <= HEAD:
         filtered = draw(warpers.ranked(scaled_BV))
     else:
-        head = Candidates(*jax.lax.top_k(scaled_BV, HEAD))
+        # The barrier keeps XLA from slicing what would then be a sort of the whole vocabulary.
+        top = jax.lax.optimization_barrier(jax.lax.top_k(scaled_BV, HEAD))
+        head = Candidates(*top)
         enough_B = warpers.within(head.logits_BN, warping, total_B1)
         filtered = jax.lax.cond(
             (apart_B | enough_B).all(),
