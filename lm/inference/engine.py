@@ -23,7 +23,7 @@ from lm.config import check, view
 from lm.inference.pages import Pages
 from lm.inference.prepare import for_decoding, mesh_of
 from lm.inference.programs import NOTHING, Device, Level, Rows, Settings
-from lm.inference.prompts import Framing, check_ids
+from lm.inference.prompts import Framing, check_ids, round_up
 from lm.inference.requests import EngineConfig, Event, QueueFull, Request, Stats, Step
 from lm.inference.sampling import SamplingConfig, warping
 from lm.inference.scheduler import Scheduler, Text
@@ -31,7 +31,7 @@ from lm.inference.warpers import History, Kind
 from lm.models import Model
 from lm.models.attention.paged import Paging
 from lm.models.matmul import compute_dtype
-from lm.models.reading import MIN_ROWS
+from lm.models.reading import TILE
 from lm.parallel.platform import device_memory
 from lm.tokenizers import Tokenizer
 
@@ -108,12 +108,13 @@ class Engine:
         )
         chunk = config.prefill_chunk
         self._pieces = [size for size in (chunk // 16, chunk // 4, chunk) if size >= min(8, chunk)]
-        # Products of weights kept for reading give rows the same bits at any size from MIN_ROWS on;
-        # those of experts, whose shapes follow from how many rows there are, do not.
-        invariant = device.invariant and not model.config.num_experts
-        sizes = {MIN_ROWS, 16, 64} if invariant else set()
+        # Whole tiles of rows give a row the same bits, however many they are: the compiler adds up
+        # in another order where they fill no vector register. Experts' shapes follow from them all.
         slots = config.max_slots
-        self._sizes = [*sorted(size for size in sizes if size < slots), slots]
+        self._sizes = [slots]
+        if slots > TILE and device.invariant and not model.config.num_experts:
+            most = round_up(slots, TILE)
+            self._sizes = [*(size for size in (TILE, 4 * TILE) if size < most), most]
         self._cancelled: dict[int, Text] = {}
         self._texts: dict[int, Text] = {}
         self._warped: tuple[Any, Any] = (None, None)

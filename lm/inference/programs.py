@@ -204,7 +204,7 @@ class Device:
 
     @property
     def invariant(self) -> bool:
-        """Whether a row's results are the same bits in any number of rows from `MIN_ROWS` on."""
+        """Whether a row's results are the same bits in any number of whole tiles of rows."""
         leaves = jax.tree.leaves(self.params, is_leaf=lambda x: isinstance(x, Weight))
         return any(isinstance(x, Weight) for x in leaves)
 

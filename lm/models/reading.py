@@ -9,9 +9,10 @@ that decides:
   product, which takes longer than multiplying; barriers keep XLA from turning the product round.
 - Rows are filled up to a multiple of `TILE`, from where on the kernel, and so the order, is one.
 
-From 2 rows on, a row's float32 result is then bitwise the same whatever the number of rows and
-wherever it stands among them. One row alone is a product of a matrix and a vector, at the speed of
-memory and with sums in another order: who needs the same bits pads it to two (`MIN_ROWS`).
+From 2 rows on, the float32 product of a row is then bitwise the same whatever the number of rows
+and wherever it stands among them. One row alone is a product of a matrix and a vector, at the speed
+of memory and with sums in another order. What comes between products keeps a row's bits only where
+rows are whole tiles: who needs them pads to that.
 
 Eight-bit weights are rounded to the nearest of 255 steps of each output's largest magnitude, as
 `qwix` does, and activations stay as they are. Where they are multiplied they are widened: on the
@@ -30,7 +31,6 @@ from lm.parallel.platform import platform
 
 BLOCK_BYTES = 3 * 2**17  # of widened weights at a time, within a second-level cache
 TILE = 16  # rows; a multiple of what the CPU's kernels multiply at once
-MIN_ROWS = 2  # from here on results are those of any number of rows
 
 
 @jax.tree_util.register_dataclass

@@ -170,6 +170,22 @@ def _step(engine, gained, cancelled):
     collect(gained, engine.step())
 
 
+def test_a_larger_batch_changes_no_bit_at_the_sizes_of_real_models():
+    model, _ = tiny_model(
+        vocab_size=1024, width=128, num_heads=4, activation="swiglu", norm="rmsnorm"
+    )
+    sizes = EngineConfig(max_slots=20, page_size=16, prefill_chunk=64, decode_chunk=8)
+    engine = Engine(model, general_params(model), FRAMING, config=sizes)
+    requests = [
+        Request(tuple(range(10, 12 + n)), SamplingConfig(max_new_tokens=12, logprobs=1), seed=n)
+        for n in range(20)
+    ]
+    together = run(engine, requests)
+    for n in (0, 7, 19):
+        assert run(engine, [requests[n]])[0] == together[n]
+    assert run(engine, requests[:3]) == together[:3]
+
+
 def test_too_few_pages_make_the_newest_wait_and_change_nothing(tiny):
     sampling = SamplingConfig(max_new_tokens=24)
     asked = [Request((9, 8), sampling, seed=seed) for seed in range(4)]
