@@ -29,12 +29,19 @@ PLAN = (
     " --config.model.width=64 --config.model.num_heads=4 --config.model.vocab_size=512"
     " --config.data.block_size=128"
 )
+# A server is asked until it answers, and told to end.
+SERVE = (
+    " --config.serve.port=8377 --config.warm_up=False & server=$!;"
+    " for i in $(seq 200); do (echo > /dev/tcp/127.0.0.1/8377) 2>/dev/null && break; sleep 1; done;"
+    " kill $server; wait $server"
+)
 # What is run: of each command of the README its beginning, and what is put behind it, to be short.
 SHORTER = {
     "python main.py --config=configs/plan.py --workdir=runs/search": (
         PLAN + " --config.search.meshes=1"
     ),
     "python main.py --config=configs/generate.py": WRITE,
+    "python main.py --config=configs/serve.py": SERVE,
     "python main.py --config=configs/describe.py": "",
     "cat > configs/gemma.py": "",
     "cp configs/quickstart.py configs/mine.py": "",
@@ -55,6 +62,7 @@ INSTEAD = {
     ),
     "pip install -e '.[test]' && pytest": "",
     "pip install -e '.[tpu]'": "",
+    "pip install -e '.[serve]'": "",
 }
 
 
