@@ -64,3 +64,10 @@ def write_tiny_run(directory, end_of_text=True, steps=(3,), tokenizer=None, **fi
     records = [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0}]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return tokenizer
+
+
+def write_talker(directory, max_length):
+    """Writes a run that can chat, about bytes."""
+    tokenizer = train(TokenizerConfig(kind="byte", chat_template="chatml"), [])
+    write_tiny_run(directory, tokenizer=tokenizer, max_length=max_length)
+    return directory

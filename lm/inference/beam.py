@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.inference import warpers
-from lm.inference.decode import NOTHING
 from lm.inference.prepare import bound
-from lm.inference.prompts import Prompt
+from lm.inference.prompts import NOTHING, Prompt
 from lm.inference.sampling import filtered
 from lm.inference.warpers import History, Kind, Warping
 from lm.models import ModelConfig, skeleton
@@ -77,7 +76,6 @@ def begin(beams: Beams, slots: int, steps: int, params, prompt: Prompt, search: 
     P, G, W = len(prompt.tokens_PT), beams.groups, beams.width
     cache = model.new_cache(P, slots, prompt.source_PS, prompt.segments_PS)
     x_PTD, cache = model.extend(prompt.tokens_PT, prompt.positions_PT, cache)
-    read_PR = jnp.where(prompt.positions_PT < 0, -1, prompt.tokens_PT)
     logits_PV = model.unembed(x_PTD[:, -1:])[:, 0]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(search.seed), jnp.arange(P))
     state = State(
@@ -91,7 +89,7 @@ def begin(beams: Beams, slots: int, steps: int, params, prompt: Prompt, search: 
         score_PGW=jnp.full((P, G, W), -jnp.inf),
         done_PG=jnp.zeros((P, G), bool),
         key_P=keys,
-        read_BR=jnp.repeat(read_PR, G * W, 0),
+        read_BR=jnp.repeat(prompt.read_PT, G * W, 0),
     )
     return _step(beams, search, jnp.repeat(logits_PV, G * W, 0), state)
 

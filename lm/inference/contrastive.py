@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.inference import warpers
-from lm.inference.decode import NOTHING
 from lm.inference.prepare import bound
-from lm.inference.prompts import Prompt
+from lm.inference.prompts import NOTHING, Prompt
 from lm.inference.warpers import History, Kind, Warping
 from lm.models import ModelConfig, skeleton
 from lm.models.cache import Cache
@@ -70,8 +69,8 @@ def begin(contrast: Contrast, slots: int, params, prompt: Prompt, search: Search
     hidden_PTD = jnp.where(prompt.positions_PT[..., None] >= 0, _unit(x_PTD), 0)
     history, read_P = None, jnp.full(P, T)
     if contrast.kind.history:
-        tokens_PL = jnp.where(prompt.positions_PT < 0, NOTHING, prompt.tokens_PT)
-        history = History(jnp.pad(tokens_PL, ((0, 0), (0, slots - T))), read_P, read_P)
+        tokens_PL = jnp.pad(prompt.read_PT, ((0, 0), (0, slots - T)))
+        history = History(tokens_PL, read_P, read_P)
     return State(
         cache=cache.repeat(contrast.k),
         logits_PV=model.unembed(x_PTD[:, -1:])[:, 0],

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from lm.config import ConfigError, check, check_path
 from lm.files import replacing
-from lm.inference.decode import NOTHING
 from lm.inference.generate import Generator, Timing
+from lm.inference.prompts import NOTHING
 from lm.inference.sampling import SamplingConfig
 from lm.inference.stream import TextStream
 from lm.tokenizers import ChatTemplate

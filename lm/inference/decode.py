@@ -17,14 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.inference.prepare import bound
-from lm.inference.prompts import Prompt
-from lm.inference.sampling import sample
+from lm.inference.prompts import NOTHING, Prompt
+from lm.inference.sampling import row_keys, sample
 from lm.inference.warpers import History, Kind, Warping
 from lm.models import Model
 from lm.models.cache import Cache
 from lm.models.recurrent import RecurrentCache
-
-NOTHING = -1  # in place of a token, in a row that has ended
 
 
 class Settings(NamedTuple):
@@ -75,9 +73,8 @@ def prefill(settings: Settings, length: int, params, prompt: Prompt, rows: Rows)
     samples = len(rows.drawn_B) // P
     cache = model.new_cache(P, length, prompt.source_PS, prompt.segments_PS)
     x_PTD, cache = model.extend(prompt.tokens_PT, prompt.positions_PT, cache)
-    fold_in = jax.vmap(jax.random.fold_in)
     seed_B = jnp.full(len(rows.drawn_B), rows.seed)
-    key_B = fold_in(fold_in(jax.vmap(jax.random.key)(seed_B), rows.prompt_B), rows.number_B)
+    key_B = row_keys(seed_B, rows.prompt_B, rows.number_B)
 
     def repeated(x):
         return jnp.repeat(x, samples, 0)
@@ -85,9 +82,8 @@ def prefill(settings: Settings, length: int, params, prompt: Prompt, rows: Rows)
     done_B = rows.drawn_B >= rows.limit_B
     history = None
     if settings.kind.history:
-        tokens_PT = jnp.where(prompt.positions_PT < 0, NOTHING, prompt.tokens_PT)
-        read = tokens_PT.shape[1]
-        tokens_BL = jnp.pad(repeated(tokens_PT), ((0, 0), (0, length + 1 - read)))
+        read = prompt.tokens_PT.shape[1]
+        tokens_BL = jnp.pad(repeated(prompt.read_PT), ((0, 0), (0, length + 1 - read)))
         end_B = jnp.full_like(rows.drawn_B, read)
         history = History(tokens_BL, jnp.maximum(end_B - rows.drawn_B, 0), end_B)
     state = State(

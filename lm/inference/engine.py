@@ -22,8 +22,15 @@ import numpy as np
 from lm.config import check, view
 from lm.inference.pages import Pages
 from lm.inference.prepare import for_decoding, mesh_of
-from lm.inference.programs import NOTHING, Device, Level, Rows, Settings
-from lm.inference.prompts import Framing, check_ids, round_up
+from lm.inference.programs import Device, Level, Rows, Settings
+from lm.inference.prompts import (
+    NOTHING,
+    Framing,
+    check_ids,
+    check_writes,
+    kept_length,
+    round_up,
+)
 from lm.inference.requests import EngineConfig, Event, QueueFull, Request, Stats, Step
 from lm.inference.sampling import SamplingConfig, warping
 from lm.inference.scheduler import Scheduler, Text
@@ -68,15 +75,7 @@ class Engine:
         config: EngineConfig | None = None,
     ):
         config = view(EngineConfig, config or EngineConfig(), "config.engine")
-        check(
-            model.config.architecture != "encoder",
-            "config.model.architecture='encoder' sees both sides of a token and cannot generate: "
-            "ask it for vectors (Run.embed) or for what a mask hides (Run.fill)",
-        )
-        check(
-            model.config.architecture == "decoder" or bool(framing.decoder_start),
-            "decoder_start=() must name the token that the decoder starts from",
-        )
+        check_writes(model.config, framing)
         self.model = model = for_decoding(model)
         self.framing, self.tokenizer, self.config = framing, tokenizer, config
         self.context = model.config.max_length
@@ -402,8 +401,7 @@ class Engine:
     def _gained(self, text: Text, drawn, row: int) -> Event:
         """Adds what a row drew to its text, and ends it, or lets it slide, where it is time."""
         sampling, steps = text.request.sampling, []
-        end = self.framing.end_of_text or () if sampling.stop_at_end_of_text else ()
-        stops = {*end, *sampling.stop_ids}
+        stops = sampling.ends(self.framing.end_of_text or ())
         for column, id in enumerate(drawn.ids_BN[row].tolist()):
             if id == NOTHING:
                 break
@@ -430,8 +428,8 @@ class Engine:
             self._scheduler.remove(text)
             del self._texts[text.number]
         elif text.cached >= self.context:
-            kept = self.context - self.context // 4
-            self._scheduler.restart(text, self.framing.window(text.ids, kept))
+            kept = self.framing.window(text.ids, kept_length(self.context))
+            self._scheduler.restart(text, kept)
         return Event(text.number, steps, text.finish, self._prompt_steps.pop(text.number, None))
 
     def warm_up(self) -> None:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config import check, check_choice
-from lm.inference.generate import NOTHING, Generator
-from lm.inference.prompts import Framing, check_ids, padded_after
+from lm.inference.generate import Generator
+from lm.inference.prompts import NOTHING, Framing, check_ids, padded_after
 from lm.inference.sampling import SamplingConfig
 from lm.models import ModelConfig, bind, skeleton
 from lm.parallel.sharding import constrain

@@ -26,10 +26,20 @@ import jax
 import numpy as np
 
 from lm.config import check, view
-from lm.inference.decode import NOTHING, Rows, Settings, State, decode, prefill
+from lm.inference.decode import Rows, Settings, State, decode, prefill
 from lm.inference.grammar import Grammar, Grammars
 from lm.inference.prepare import Weights, cache_shardings, for_decoding, for_reading, mesh_of
-from lm.inference.prompts import Framing, Prompt, check_ids, padded, padded_after, round_up
+from lm.inference.prompts import (
+    NOTHING,
+    Framing,
+    Prompt,
+    check_ids,
+    check_writes,
+    kept_length,
+    padded,
+    padded_after,
+    round_up,
+)
 from lm.inference.sampling import SamplingConfig, warping
 from lm.inference.warpers import Kind, Warping
 from lm.models import Model, ModelConfig
@@ -94,17 +104,9 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         weights: Weights = "compute",
     ):
-        check(
-            model.config.architecture != "encoder",
-            "config.model.architecture='encoder' sees both sides of a token and cannot generate: "
-            "ask it for vectors (Run.embed) or for what a mask hides (Run.fill)",
-        )
+        check_writes(model.config, framing)
         self.model = model = for_decoding(model)
         self.framing, self.tokenizer = framing, tokenizer
-        check(
-            not self.encodes or bool(framing.decoder_start),
-            "decoder_start=() must name the token that the decoder starts from",
-        )
         self.params = for_reading(model, params, weights)
         self._programs: dict[tuple, tuple[jax.stages.Compiled, Any]] = {}
 
@@ -121,7 +123,7 @@ class Generator:
     @property
     def kept(self) -> int:
         """How many tokens of a text the model reads on with when its window slides."""
-        return self.context - self.context // 4
+        return kept_length(self.context)
 
     @property
     def vocab_size(self) -> int:

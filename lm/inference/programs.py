@@ -17,14 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.inference.prepare import bound, cache_shardings, for_reading, mesh_of
-from lm.inference.sampling import Scores, sample, scores
+from lm.inference.prompts import NOTHING
+from lm.inference.sampling import Scores, row_keys, sample, scores
 from lm.inference.warpers import History, Kind, Warping
 from lm.models import Model
 from lm.models.attention.paged import PagedCache, Paging
 from lm.models.reading import Weight
 from lm.parallel.mesh import replicated
-
-NOTHING = -1  # in place of a token, where a row drew none
 
 
 class Settings(NamedTuple):
@@ -146,13 +145,7 @@ def _draw(settings: Settings, level: Level, model: Model, x_B1D, rows: Rows, his
     # Finished before anything reads them, so that they do not depend on what does.
     logits_BV = jax.lax.optimization_barrier(model.unembed(x_B1D))[:, 0, : settings.vocab_size]
 
-    def key(seed, *numbers):
-        key = jax.random.key(seed)
-        for number in numbers:
-            key = jax.random.fold_in(key, number)
-        return key
-
-    keys_B = jax.vmap(key)(rows.seed_B, rows.prompt_B, rows.sample_B, count_B)
+    keys_B = row_keys(rows.seed_B, rows.prompt_B, rows.sample_B, count_B)
     drawn = sample(logits_BV, keys_B, rows.warping, level.kind, history, count_B)
     raw = scores(logits_BV, drawn.token_B, level.alternatives)
     return Drawn(drawn.token_B, drawn.logprob_B, raw.logprob_B, raw.top_ids_BN, raw.top_logprobs_BN)

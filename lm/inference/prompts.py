@@ -15,11 +15,15 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lm.config import check, view
 from lm.models import ModelConfig
 from lm.tokenizers import Tokenizer
+
+NOTHING = -1  # in place of a token, where there is none: padding, and a row that has ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +115,24 @@ def check_ids(name: str, ids: Sequence[int], config: ModelConfig) -> None:
     )
 
 
+def check_writes(config: ModelConfig, framing: Framing) -> None:
+    """Raises ConfigError unless the model can write: no encoder, and a start for its decoder."""
+    check(
+        config.architecture != "encoder",
+        "config.model.architecture='encoder' sees both sides of a token and cannot generate: "
+        "ask it for vectors (Run.embed) or for what a mask hides (Run.fill)",
+    )
+    check(
+        config.architecture == "decoder" or bool(framing.decoder_start),
+        "decoder_start=() must name the token that the decoder starts from",
+    )
+
+
+def kept_length(context: int) -> int:
+    """How many tokens of a text the model reads on with when its window slides."""
+    return context - context // 4
+
+
 class Prompt(NamedTuple):
     """What a batch of P continuations starts from."""
 
@@ -118,6 +140,11 @@ class Prompt(NamedTuple):
     positions_PT: np.ndarray  # -1: padding
     source_PS: np.ndarray | None = None  # what an encoder-decoder's encoder reads
     segments_PS: np.ndarray | None = None  # 1, or 0: padding
+
+    @property
+    def read_PT(self) -> jax.Array:
+        """The tokens, `NOTHING` for padding."""
+        return jnp.where(self.positions_PT < 0, NOTHING, self.tokens_PT)
 
 
 def padded(prompts: Sequence[Sequence[int]], context: int) -> tuple[np.ndarray, np.ndarray]:

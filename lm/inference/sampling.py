@@ -9,7 +9,7 @@ the `HEAD` likeliest tokens are too few.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -107,10 +107,14 @@ class SamplingConfig:
                 f"{prefix}.{name}: {most} is not a token: ids are 0 … {vocab_size - 1}",
             )
 
+    def ends(self, end_of_text: Sequence[int]) -> tuple[int, ...]:
+        """The ids that end a text, where `end_of_text` are the model's own."""
+        return (*self.stop_ids, *(end_of_text if self.stop_at_end_of_text else ()))
+
     def kind(self, grammar: bool = False) -> Kind:
         """The least `Kind` of program that can do this; `grammar`: masks come with every token."""
-        filters = (self.top_k or 0, self.top_p or 0, self.min_p, self.typical_p)
-        on = filters[0] > 0 or 0 < filters[1] < 1 or filters[2] > 0 or 0 < filters[3] < 1
+        nucleus, typical = (0 < (share or 0) < 1 for share in (self.top_p, self.typical_p))
+        on = (self.top_k or 0) > 0 or self.min_p > 0 or nucleus or typical
         penalties = (self.presence_penalty, self.frequency_penalty, self.no_repeat_ngram_size)
         return Kind(
             "greedy" if self.greedy else "filtered" if on else "plain",
@@ -146,10 +150,7 @@ def warping(
     def ints(name: str) -> np.ndarray:
         return np.array([max(getattr(config, name) or 0, 0) for config in configs], np.int32)
 
-    stops = [
-        [*config.stop_ids, *(end_of_text if config.stop_at_end_of_text else ())]
-        for config in configs
-    ]
+    stops = [config.ends(end_of_text) for config in configs]
     biases = [config.biases() if kind.masked else {} for config in configs]
     width = MOST_BIASED if kind.masked else 0
     words = -(-vocab_size // 32) if kind.masked else 0
@@ -190,6 +191,14 @@ def packed(ids: Sequence[int], vocab_size: int) -> np.ndarray:
 
 
 # ---- The draw --------------------------------------------------------------------------------
+
+
+def row_keys(seed_B: jax.Array, *numbers_B: jax.Array) -> jax.Array:
+    """A random key for each row, of its seed and of numbers: whose sample it is, which, how far."""
+    keys_B = jax.vmap(jax.random.key)(seed_B)
+    for number_B in numbers_B:
+        keys_B = jax.vmap(jax.random.fold_in)(keys_B, number_B)
+    return keys_B
 
 
 class Drawn(NamedTuple):
@@ -233,21 +242,13 @@ def sample(
         lambda: (likeliest_B, jnp.zeros_like(scaled_BV[:, :1])),
     )
 
-    def draw(candidates: Candidates) -> Drawn:
-        return ranked_draw(warpers.filtered(candidates, warping, total_B1, HEAD), uniforms_B2)
-
-    if scaled_BV.shape[1] <= HEAD:
-        filtered = draw(warpers.ranked(scaled_BV))
-    else:
-        # The barrier keeps XLA from slicing what would then be a sort of the whole vocabulary.
-        top = jax.lax.optimization_barrier(jax.lax.top_k(scaled_BV, HEAD))
-        head = Candidates(*top)
-        enough_B = warpers.within(head.logits_BN, warping, total_B1)
-        filtered = jax.lax.cond(
-            (apart_B | enough_B).all(),
-            lambda: draw(head),
-            lambda: draw(warpers.ranked(scaled_BV)),
-        )
+    filtered = _of_candidates(
+        lambda candidates: ranked_draw(candidates, uniforms_B2),
+        scaled_BV,
+        warping,
+        total_B1,
+        apart_B,
+    )
     token_B = jnp.where(greedy_B, likeliest_B, token_B)
     apart = Drawn(token_B, _logprobs(scaled_BV, token_B, total_B1))
     return jax.tree.map(lambda x, y: jnp.where(apart_B, x, y), apart, filtered)
@@ -296,9 +297,8 @@ def _inverse(shares_BN: jax.Array, uniform_B: jax.Array) -> jax.Array:
 
 
 def _has_filters(warping: Warping) -> jax.Array:
-    nucleus_B = (warping.top_p_B > 0) & (warping.top_p_B < 1)
-    typical_B = (warping.typical_p_B > 0) & (warping.typical_p_B < 1)
-    return nucleus_B | typical_B | (warping.top_k_B > 0) | (warping.min_p_B > 0)
+    shares_B = warpers.is_part(warping.top_p_B) | warpers.is_part(warping.typical_p_B)
+    return shares_B | (warping.top_k_B > 0) | (warping.min_p_B > 0)
 
 
 def log_distribution(
@@ -327,19 +327,36 @@ def filtered(scaled_BV: jax.Array, warping: Warping) -> jax.Array:
     total_B1 = warpers.logsumexp(scaled_BV)
     rows_B1 = jnp.arange(len(scaled_BV))[:, None]
 
-    def left(candidates: Candidates) -> jax.Array:
-        kept = warpers.filtered(candidates, warping, total_B1, HEAD)
+    def by_ids(candidates: Candidates) -> jax.Array:
         nothing_BV = jnp.full_like(scaled_BV, -jnp.inf)
-        return nothing_BV.at[rows_B1, kept.ids_BN].set(kept.logits_BN)
+        return nothing_BV.at[rows_B1, candidates.ids_BN].set(candidates.logits_BN)
+
+    return _of_candidates(by_ids, scaled_BV, warping, total_B1)
+
+
+def _of_candidates(
+    function: Callable[[Candidates], Any],
+    scaled_BV: jax.Array,
+    warping: Warping,
+    total_B1: jax.Array,
+    spared_B: jax.Array | bool = False,
+) -> Any:
+    """`function` of the candidates that the filters leave: of a head alone where that is enough.
+
+    Args:
+      total_B1: see `lm.inference.warpers.filtered`.
+      spared_B: rows for which any candidates will do.
+    """
+
+    def left(candidates: Candidates) -> Any:
+        return function(warpers.filtered(candidates, warping, total_B1, HEAD))
 
     if scaled_BV.shape[1] <= HEAD:
         return left(warpers.ranked(scaled_BV))
-    head = Candidates(*jax.lax.top_k(scaled_BV, HEAD))
-    return jax.lax.cond(
-        warpers.within(head.logits_BN, warping, total_B1).all(),
-        lambda: left(head),
-        lambda: left(warpers.ranked(scaled_BV)),
-    )
+    # The barrier keeps XLA from slicing what would then be a sort of the whole vocabulary.
+    head = Candidates(*jax.lax.optimization_barrier(jax.lax.top_k(scaled_BV, HEAD)))
+    enough_B = warpers.within(head.logits_BN, warping, total_B1) | spared_B
+    return jax.lax.cond(enough_B.all(), lambda: left(head), lambda: left(warpers.ranked(scaled_BV)))
 
 
 # ---- How likely it was -----------------------------------------------------------------------

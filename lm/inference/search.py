@@ -17,11 +17,10 @@ import numpy as np
 
 from lm.config import Bounds, Count, NotNegative, Path, Positive, Share, check
 from lm.inference import beam, contrastive, speculation
-from lm.inference.decode import NOTHING
 from lm.inference.generate import Generation, Generator, Timing
 from lm.inference.grammar import Grammar
 from lm.inference.prepare import mesh_of
-from lm.inference.prompts import padded, round_up
+from lm.inference.prompts import NOTHING, padded, round_up
 from lm.inference.sampling import SamplingConfig, warping
 
 STEPS = 32  # tokens of a text in one dispatch
@@ -65,8 +64,7 @@ class SearchConfig(SamplingConfig):
 
     def validate(self, prefix: str = "config") -> None:
         """Raises `ConfigError` naming fields that do not go together."""
-        if hasattr(super(), "validate"):
-            super().validate(prefix)
+        super().validate(prefix)
         fields = {name: getattr(self, name) for name in SearchConfig.__annotations__}
 
         def shown(name: str) -> str:
@@ -236,7 +234,7 @@ class Search(Generation):
         self.timing = SearchTiming()
         generator, config = self._generator, self._config
         end = generator.framing.end_of_text
-        stop = (*config.stop_ids, *(end if config.stop_at_end_of_text else ()))
+        stop = config.ends(end)
         self._warping, self._kind = warping([config], generator.vocab_size, end)
         self._common = (stop, generator.vocab_size)
         self._prompt = generator.prompt(self.read)

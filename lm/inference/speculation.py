@@ -21,10 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.inference.decode import NOTHING
 from lm.inference.prepare import bound
-from lm.inference.prompts import Prompt
-from lm.inference.sampling import log_distribution
+from lm.inference.prompts import NOTHING, Prompt
+from lm.inference.sampling import log_distribution, row_keys
 from lm.inference.warpers import History, Kind, Warping
 from lm.models import Model, ModelConfig, skeleton
 from lm.models.cache import Cache
@@ -111,17 +110,15 @@ def begin(
     else:
         text_BH = room_after(read_PR)
     if speculation.kind.history:
-        tokens_PT = jnp.where(prompt.positions_PT < 0, NOTHING, prompt.tokens_PT)
-        end_B = jnp.full(P * samples, tokens_PT.shape[1])
-        history = History(room_after(tokens_PT), end_B, end_B)
+        end_B = jnp.full(P * samples, prompt.tokens_PT.shape[1])
+        history = History(room_after(prompt.read_PT), end_B, end_B)
     warping = jax.tree.map(lambda x: jnp.repeat(x, P * samples, 0), warping)
     x_B1D, zeros_B = jnp.repeat(x_P1D, samples, 0), jnp.zeros(P * samples, jnp.int32)
     logs_BV = _logs(speculation, model, x_B1D, warping, history, zeros_B)[:, 0]
     number_B = jnp.arange(P * samples)
-    fold_in = jax.vmap(jax.random.fold_in)
-    key_B = jax.vmap(jax.random.key)(jnp.full(P * samples, seed))
-    key_B = fold_in(fold_in(key_B, number_B // samples), number_B % samples)
-    token_B = _draw(logs_BV, fold_in(key_B, zeros_B))
+    seed_B = jnp.full(P * samples, seed)
+    key_B = row_keys(seed_B, number_B // samples, number_B % samples)
+    token_B = _draw(logs_BV, jax.vmap(jax.random.fold_in)(key_B, zeros_B))
     state = State(
         cache=cache,
         draft_cache=draft_cache,

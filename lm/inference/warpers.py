@@ -266,6 +266,11 @@ def ranked_logsumexp(logits_BN: jax.Array, head: int) -> jax.Array:
     return most_B1 + jnp.log(ranked_sum(jnp.exp(logits_BN - most_B1), head))
 
 
+def is_part(share_B: jax.Array) -> jax.Array:
+    """Whether each is a share of the whole: neither 0, which is off, nor all."""
+    return (share_B > 0) & (share_B < 1)
+
+
 def top_k(logits_BN: jax.Array, k_B: jax.Array) -> jax.Array:
     """The k likeliest tokens (Fan et al. 2018)."""
     k_B1 = k_B[:, None]
@@ -281,8 +286,7 @@ def top_p(logits_BN: jax.Array, p_B: jax.Array, total_B1: jax.Array) -> jax.Arra
     p_B1 = p_B[:, None]
     sums_BN = running_sum(jnp.exp(logits_BN - total_B1))
     before_BN = jnp.pad(sums_BN[:, :-1], ((0, 0), (1, 0)))
-    off_B1 = (p_B1 <= 0) | (p_B1 >= 1)
-    return jnp.where((before_BN < p_B1) | off_B1, logits_BN, -jnp.inf)
+    return jnp.where((before_BN < p_B1) | ~is_part(p_B1), logits_BN, -jnp.inf)
 
 
 def min_p(logits_BN: jax.Array, p_B: jax.Array) -> jax.Array:
@@ -300,7 +304,7 @@ def typical(logits_BN: jax.Array, mass_B: jax.Array, head: int) -> jax.Array:
     last_B = (running_sum(share_BN) < mass_B[:, None]).sum(-1)
     last_B = jnp.minimum(last_B, logits_BN.shape[1] - 1)
     farthest_B1 = jnp.take_along_axis(sorted_BN, last_B[:, None], 1)
-    keep_BN = (off_BN <= farthest_B1) | (mass_B <= 0)[:, None] | (mass_B >= 1)[:, None]
+    keep_BN = (off_BN <= farthest_B1) | ~is_part(mass_B)[:, None]
     return jnp.where(keep_BN, logits_BN, -jnp.inf)
 
 
@@ -328,14 +332,15 @@ def filtered(
     def sorted_again() -> jax.Array:
         return typical(logits_BN, warping.typical_p_B, head)
 
-    has_B = (warping.typical_p_B > 0) & (warping.typical_p_B < 1)
-    return candidates._replace(logits_BN=jax.lax.cond(has_B.any(), sorted_again, lambda: logits_BN))
+    any_typical = is_part(warping.typical_p_B).any()
+    left_BN = jax.lax.cond(any_typical, sorted_again, lambda: logits_BN)
+    return candidates._replace(logits_BN=left_BN)
 
 
 def within(head_BN: jax.Array, warping: Warping, total_B1: jax.Array) -> jax.Array:
     """Whether the filters leave nothing of a row beyond its N likeliest tokens, bool [B]."""
     held_B = row_sum(jnp.exp(head_BN - total_B1))[:, 0]
-    nucleus_B = (warping.top_p_B > 0) & (warping.top_p_B < 1)
+    nucleus_B = is_part(warping.top_p_B)
     near_B = head_BN[:, -1] < _least(head_BN, warping.min_p_B)[:, 0]
     few_B = (warping.top_k_B > 0) & (warping.top_k_B <= head_BN.shape[1])
     many_B = warping.top_k_B > head_BN.shape[1]

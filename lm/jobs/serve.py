@@ -15,7 +15,6 @@ from lm.inference.engine import Engine
 from lm.inference.grammar import Grammars
 from lm.inference.requests import EngineConfig
 from lm.runs.run import Run
-from lm.tokenizers import chat_template
 
 try:
     import uvicorn
@@ -113,9 +112,8 @@ def make_app(job: ServeJob, loaded: Run) -> App:
 
 def _chat(job: ServeJob, loaded: Run) -> dict:
     """How the model's conversations are written and end; nothing where it has none."""
-    before = loaded.framing.before or ()
     try:
-        template = chat_template(loaded.tokenizer, job.chat_template, before)
+        template = loaded.chat_template(job.chat_template)
     except ConfigError:
         if job.chat_template:
             raise

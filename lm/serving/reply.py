@@ -9,10 +9,9 @@ from typing import Any
 
 from lm.inference.grammar import Grammar
 from lm.inference.requests import Event, Step
+from lm.inference.sampling import json_logprob
 from lm.inference.stream import TextStream
 from lm.tokenizers import Tokenizer
-
-LEAST = -9999.0  # stands for -inf and NaN, which JSON does not have
 
 
 @dataclasses.dataclass
@@ -144,8 +143,7 @@ class Names:
         return {**entry, "top_logprobs": [self._alternative(*pair) for pair in top]}
 
     def _alternative(self, id: int, logprob: float | None) -> dict[str, Any]:
-        if logprob is not None and not logprob > LEAST:  # nor of a model gone wrong
-            logprob = LEAST
+        logprob = None if logprob is None else json_logprob(logprob)
         data = list(self.bytes(id))
         return {"token": self.text(id), "logprob": logprob, "bytes": data, "id": id}
 

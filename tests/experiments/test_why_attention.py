@@ -16,7 +16,7 @@ from lm.experiments.why_attention.config import TRANSLATORS, WhyAttentionJob
 from lm.experiments.why_attention.measure import accuracy, measure_bottleneck, reach
 from lm.experiments.why_attention.tasks import TEST, Task, copying, repeated, translation
 from lm.inference import Framing, Generator, SamplingConfig
-from lm.inference.decode import NOTHING
+from lm.inference.prompts import NOTHING
 from lm.jobs import why_attention
 from lm.models import ModelConfig, init, param_specs, skeleton
 from lm.tokenizers import TokenizerConfig

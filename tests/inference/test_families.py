@@ -11,9 +11,8 @@ from tiny_models import compiled
 from tiny_run import general_params, tiny_model
 
 from lm.inference import Framing, Generator, SamplingConfig
-from lm.inference.decode import NOTHING
 from lm.inference.prepare import in_compute_dtype
-from lm.inference.prompts import padded, padded_after
+from lm.inference.prompts import NOTHING, padded, padded_after
 from lm.models import bind, skeleton
 from lm.models.config import POSITIONS
 

@@ -9,9 +9,9 @@ from tiny_run import tiny_model
 
 from lm.config import ConfigError, view
 from lm.inference import Framing, Generator, SamplingConfig
-from lm.inference.decode import NOTHING, decode
+from lm.inference.decode import decode
 from lm.inference.prepare import in_compute_dtype, spread
-from lm.inference.prompts import padded
+from lm.inference.prompts import NOTHING, padded
 from lm.models import bind
 from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.tokenizers import TokenizerConfig, train

@@ -11,7 +11,7 @@ from tiny_run import general_params, tiny_model, write_tiny_run
 import lm
 from lm.config import ConfigError, view
 from lm.inference import Framing, Generator, SamplingConfig, SearchConfig, search
-from lm.inference.decode import NOTHING
+from lm.inference.prompts import NOTHING
 from lm.inference.sampling import log_distribution, warping
 from lm.inference.speculation import keep_share, look_up, residual, verified
 from lm.models import bind

@@ -9,7 +9,7 @@ from tiny_run import general_params, tiny_model, write_tiny_run
 import lm
 from lm.config import ConfigError, defaults
 from lm.inference import Framing, Generator, SamplingConfig
-from lm.inference.decode import NOTHING
+from lm.inference.prompts import NOTHING
 from lm.jobs.generate import GenerateJob
 from lm.jobs.generate import run as generate_job
 from lm.tokenizers import TokenizerConfig, train

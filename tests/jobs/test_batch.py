@@ -3,22 +3,18 @@
 import json
 
 import pytest
-from tiny_run import write_tiny_run
+from tiny_run import write_talker
 
 import lm
 from lm.__main__ import guarded, run
 from lm.inference import batch
-from lm.tokenizers import TokenizerConfig, train
 
 NEW = 6
 
 
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("runs") / "talker"
-    tokenizer = train(TokenizerConfig(kind="byte", chat_template="chatml"), [])
-    write_tiny_run(directory, tokenizer=tokenizer, max_length=64)
-    return directory
+    return write_talker(tmp_path_factory.mktemp("runs") / "talker", max_length=64)
 
 
 @pytest.fixture

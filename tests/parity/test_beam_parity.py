@@ -17,7 +17,7 @@ import encoder_oracles  # noqa: E402
 import family_checks  # noqa: E402
 
 from lm.inference import Framing, Generator, SearchConfig, search  # noqa: E402
-from lm.inference.decode import NOTHING  # noqa: E402
+from lm.inference.prompts import NOTHING  # noqa: E402
 from lm.models import skeleton  # noqa: E402
 
 transformers.logging.set_verbosity_error()
