@@ -199,7 +199,7 @@ def test_impossible_prompts_are_refused(generator, prompt, words):
     [
         ("temperature", -1.0),
         ("temperature", float("nan")),
-        ("top_k", -1),
+        ("top_k", 1.5),
         ("top_p", -0.5),
         ("top_p", 1.5),
         ("max_new_tokens", 0),
