@@ -323,7 +323,8 @@ def generate(run, name):
         config = dataclasses.replace(config, compute_dtype="bfloat16")
     model = skeleton(config)
     params = jax.jit(functools.partial(init, param_specs(model)))(jax.random.key(0))
-    generator = Generator(model, params, Framing(end_of_text=(0,)))
+    chunk = 8 if run.tiny else 64
+    generator = Generator(model, params, Framing(end_of_text=(0,)), chunk=chunk)
     del params
     # What every token reads of the weights: all but the rows of a table that are only looked up.
     looked_up = ("embedding.positions",) + ("embedding.tokens",) * (not config.tie_embeddings)
@@ -340,7 +341,7 @@ def generate(run, name):
     for rows in (2,) if run.tiny else (1, 8, 64):
         prompts = np.random.default_rng(0).integers(1, config.vocab_size, (rows, prompt)).tolist()
         for _ in range(2):  # the first one compiles
-            generation = generator.generate(prompts, greedy, chunk=8 if run.tiny else 64)
+            generation = generator.generate(prompts, greedy)
             for _ in generation:
                 pass
         timing = generation.timing

@@ -67,11 +67,11 @@ class Ours:
 
         model = skeleton(ModelConfig(**shape, positions="learned", norm="layernorm", bias=True))
         params = init(param_specs(model), jax.random.key(0))
-        generator = Generator(model, params, Framing(end_of_text=()), weights=weights)
+        generator = Generator(model, params, Framing(end_of_text=()), None, weights, tokens)
         self.bytes = read_bytes(generator.params)
         sampling = SamplingConfig(max_new_tokens=shape["max_length"] - PROMPT, temperature=0.0)
         prompts = [list(range(1, PROMPT + 1))] * rows
-        self._start = lambda: iter(generator.generate(prompts, sampling, chunk=tokens))
+        self._start = lambda: iter(generator.generate(prompts, sampling))
         self._steps, self.tokens = iter(()), tokens
 
     def prepare(self) -> None:

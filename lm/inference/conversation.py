@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from lm.config import ConfigError, check, check_path
 from lm.files import replacing
 from lm.inference.generate import Generator, Timing
-from lm.inference.prompts import NOTHING
 from lm.inference.sampling import SamplingConfig
-from lm.inference.stream import TextStream
 from lm.tokenizers import ChatTemplate
 
 
@@ -50,9 +48,10 @@ class Conversation:
         )
         ids, texts = template.ends
         self._generator, self._template, self._seed = generator, template, seed
-        self._stop = (*sampling.stop, *texts)
         ids = (*sampling.stop_ids, *ids) if sampling.stop_at_end_of_text else sampling.stop_ids
-        self._sampling = dataclasses.replace(sampling, stop=(), stop_ids=ids)
+        self._sampling = dataclasses.replace(
+            sampling, stop=(*sampling.stop, *texts), stop_ids=tuple(ids)
+        )
         self._system = [{"role": "system", "content": system}] if system else []
         self.timing, self.notices = Timing(), []
         self._replies = 0
@@ -101,22 +100,13 @@ class Conversation:
         seed = (self._seed + self._replies) % 2**32
         generation = self._generator.generate([ids], sampling, seed)
         self.timing, self._replies = generation.timing, self._replies + 1
-        generator, said = self._generator, {"role": "assistant", "content": ""}
-        stream = TextStream(generator.tokenizer, ids, self._stop)
+        said = {"role": "assistant", "content": ""}
         self.messages.append(said)
-        for tokens_BN in generation:
+        for _, piece in generation.texts():
             self.timing = generation.timing
-            for id in tokens_BN[0].tolist():
-                piece = stream.push(id) if id != NOTHING else ""
-                said["content"] += piece
-                if piece:
-                    yield piece
-            if stream.stop is not None:
-                return
-        rest = stream.flush()
-        said["content"] += rest
-        if rest:
-            yield rest
+            said["content"] += piece
+            yield piece
+        self.timing = generation.timing
         if not generation.ended[0]:
             self.notices.append(
                 f"the reply stopped after {sampling.max_new_tokens} tokens: "

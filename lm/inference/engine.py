@@ -6,14 +6,20 @@ and prompts that start alike share them. What a request gets, tokens and log-pro
 same to the last bit of float32 whatever else the engine does, and whatever it did before: a text is
 cut into the same pieces, whose shapes alone choose the program, in whatever company.
 
-A text that outgrows the model's context slides, as `lm.inference.generate` says.
+A text that outgrows the model's context slides: the window that the model reads drops its first
+quarter, the rest is read anew at positions from 0 on, and fills up again. Every token is thus drawn
+from exactly what the model makes of the last three quarters of a context of text, or more. An
+encoder-decoder reads prompts with its encoder; its decoder continues a start token, and ends where
+the context does.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,23 +38,15 @@ from lm.inference.prompts import (
     round_up,
 )
 from lm.inference.requests import EngineConfig, Event, QueueFull, Request, Stats, Step
-from lm.inference.sampling import SamplingConfig, warping
+from lm.inference.rows import ALTERNATIVES, LEVELS, Batch
+from lm.inference.sampling import SamplingConfig
 from lm.inference.scheduler import Scheduler, Text
-from lm.inference.warpers import History, Kind
 from lm.models import Model
 from lm.models.attention.paged import Paging
 from lm.models.matmul import compute_dtype
 from lm.models.reading import TILE
 from lm.parallel.platform import device_memory
 from lm.tokenizers import Tokenizer
-
-ALTERNATIVES = 20  # most that a request may ask for beside each token
-# What programs can do, from little to all: few, so that few are compiled.
-LEVELS = (
-    Level(Kind("plain"), 0),
-    Level(Kind("filtered"), 0),
-    Level(Kind("filtered", history=True, masked=True), ALTERNATIVES),
-)
 
 
 class Engine:
@@ -86,62 +84,89 @@ class Engine:
         self.encodes = model.config.architecture == "encoder_decoder"
         # A recurrent model needs no pages; it is as if a whole text had room on one.
         self._paged = model.config.cell == "attention"
-        page_size = config.page_size if self._paged else self.context
-        self._width = -(-self.context // page_size)  # pages of a whole context
-        mesh = mesh_of(next(iter(params.values())))
-        number = self._number_of_pages(page_size, mesh.size if mesh else 1)
+        self.page_size = config.page_size if self._paged else self.context
+        self._width = -(-self.context // self.page_size)  # pages of a whole context
+        mesh, kv_heads = mesh_of(next(iter(params.values()))), model.config.kv_heads
+        across = mesh.shape["tensor"] if mesh else 1
+        self._devices = across if kv_heads % across == 0 else 1  # that share a page
         settings = Settings(model, known, config.weights)
-        # One page more, which is nobody's, and one slot, of rows that are no text.
-        self._device = device = Device(
-            settings, params, number + 1, page_size, config.max_slots + 1, config.decode_chunk
-        )
-        local = all(model.config.is_local(layer) for layer in range(model.config.num_layers))
-        self._scheduler = Scheduler(
-            Pages(number + 1),
-            config.max_slots,
-            page_size,
-            config.prefill_chunk,
-            model.config.window if local else 0,
-            device.save,
-            device.restore,
-        )
+        self._device = Device(settings, params, self.page_size, config.decode_chunk)
         chunk = config.prefill_chunk
         self._pieces = [size for size in (chunk // 16, chunk // 4, chunk) if size >= min(8, chunk)]
-        # Whole tiles of rows give a row the same bits, however many they are: the compiler adds up
-        # in another order where they fill no vector register. Experts' shapes follow from them all.
-        slots = config.max_slots
-        self._sizes = [slots]
-        if slots > TILE and device.invariant and not model.config.num_experts:
-            most = round_up(slots, TILE)
-            self._sizes = [*(size for size in (TILE, 4 * TILE) if size < most), most]
-        self._cancelled: dict[int, Text] = {}
-        self._texts: dict[int, Text] = {}
-        self._warped: tuple[Any, Any] = (None, None)
-        self._prompt_steps: dict[int, list[Step]] = {}
-
-    def _number_of_pages(self, page_size: int, devices: int) -> int:
-        """As configured, or what the texts of all slots need and half of the memory holds."""
-        config, model = self.config, self.model.config
         whole = config.max_slots * self._width
-        if not self._paged:
-            return whole
-        token = 2 * model.num_layers * model.kv_heads * model.head_width
-        page = page_size * token * compute_dtype(model.compute_dtype).itemsize
-        has = device_memory()
-        fits = whole if has is None else has * devices // page
-        number = config.num_pages or min(whole, max(self._width, fits // 2))
+        number = config.num_pages or min(whole, max(self._width, self.fitting // 2))
         check(
             number >= self._width,
             f"config.engine.num_pages={number} cannot hold one text of the model's context, "
             f"{self.context} tokens: use {self._width} at least",
         )
+        self.resize(config.max_slots, number)
+        if config.num_pages is not None:
+            self.check_memory()
+
+    def check_memory(self) -> None:
+        """Raises ConfigError where pages need more memory than there is; none is taken before."""
+        number, page = self.config.num_pages, self._page_bytes
+        memory = (device_memory() or 0) * self._devices
         check(
-            has is None or number <= fits,
-            f"config.engine.num_pages={number} of {page_size} tokens need "
-            f"{number * page / 2**30:,.1f} GiB, and there are {(has or 0) * devices / 2**30:,.1f} "
-            f"GiB: use fewer than {fits:,}, or a smaller config.model.max_length",
+            number <= self.fitting,
+            f"config.engine.num_pages={number} of {self.page_size} tokens need "
+            f"{number * page / 2**30:,.1f} GiB, and there are {memory / 2**30:,.1f} "
+            f"GiB: use fewer than {self.fitting:,}, or a smaller config.model.max_length",
         )
-        return number
+
+    def resize(self, slots: int, pages: int) -> None:
+        """Makes room for so many texts at once, in so many pages, and forgets all there is."""
+        self.config = dataclasses.replace(self.config, max_slots=slots, num_pages=pages)
+        # One page more, which is nobody's, and one slot, of rows that are no text.
+        self._device.resize(pages + 1, slots + 1)
+        config, device = self.model.config, self._device
+        local = all(config.is_local(layer) for layer in range(config.num_layers))
+        self._scheduler = Scheduler(
+            Pages(pages + 1),
+            slots,
+            self.page_size,
+            self.config.prefill_chunk,
+            config.window if local else 0,
+            device.save,
+            device.restore,
+        )
+        self._sizes = self._row_sizes()
+        self._cancelled: dict[int, Text] = {}
+        self._texts: dict[int, Text] = {}
+        end, length = self.framing.end_of_text or (), self.context + self.config.decode_chunk
+        self._batch = Batch(self.vocab_size, end, slots, length)
+        self._prompt_steps: dict[int, list[Step]] = {}
+        self._shown = True  # whether what was read has been told before more is drawn
+
+    def reset(self) -> None:
+        """Forgets all there is; what to do after `step` was interrupted."""
+        self.resize(self.config.max_slots, self.config.num_pages)
+
+    def _row_sizes(self) -> list[int]:
+        """How many rows programs that draw may have."""
+        slots = self.config.max_slots
+        if not self.config.batch_invariant:
+            return [*(1 << n for n in range((slots - 1).bit_length())), slots]
+        # Whole tiles of rows give a row the same bits, however many they are: the compiler adds up
+        # in another order where they fill no vector register. Experts' shapes follow from them all.
+        if slots <= TILE or not self._device.invariant or self.model.config.num_experts:
+            return [slots]
+        most = round_up(slots, TILE)
+        return [*(size for size in (TILE, 4 * TILE) if size < most), most]
+
+    @property
+    def _page_bytes(self) -> int:
+        config = self.model.config
+        token = 2 * config.num_layers * config.kv_heads * config.head_width
+        return self.page_size * token * compute_dtype(config.compute_dtype).itemsize
+
+    @property
+    def fitting(self) -> int:
+        """How many pages memory holds, as far as is known."""
+        has = device_memory()
+        known = has is not None and self._paged
+        return has * self._devices // self._page_bytes if known else sys.maxsize
 
     # ---- Requests ----------------------------------------------------------------------------
 
@@ -198,6 +223,11 @@ class Engine:
             self._scheduler.name(text, self._root)
 
     @property
+    def under_way(self) -> int:
+        """How many requests have not ended."""
+        return len(self._texts)
+
+    @property
     def idle(self) -> bool:
         """Whether there is nothing to do."""
         return not self._texts and not self._cancelled
@@ -218,6 +248,16 @@ class Engine:
         )
 
     @property
+    def params(self) -> dict[str, Any]:
+        """As `lm.inference.prepare.for_reading` has made them."""
+        return self._device.params
+
+    @property
+    def compile_seconds(self) -> float:
+        """What compiling has taken so far."""
+        return self._device.compile_seconds
+
+    @property
     def held(self) -> int:
         """How many pages texts hold, remembered prompts not counted."""
         return self._scheduler.pages.held
@@ -230,22 +270,26 @@ class Engine:
     # ---- One step ----------------------------------------------------------------------------
 
     def step(self) -> list[Event]:
-        """Reads up to a chunk of prompts, then draws up to `decode_chunk` tokens a text.
+        """Reads up to a chunk of prompts, or draws up to `decode_chunk` tokens a text, or both.
+
+        First tokens are told as soon as they are there; what draws goes on in the next step.
 
         Returns:
           What requests have gained; nothing where there was nothing to do.
         """
         events = [Event(number, [], "cancelled") for number in self._cancelled]
         self._cancelled = {}
-        self._scheduler.admit()
-        events += self._read()
-        events += self._decode()
-        return events
+        if self._shown:
+            self._scheduler.admit()
+            begun = self._read()
+            events += begun
+        self._shown = not (self._shown and begun)
+        return events + self._decode() if self._shown else events
 
     def _read(self) -> list[Event]:
-        """Reads prompts in the order of arrival, a chunk's worth of tokens in all."""
+        """Reads prompts in the order of arrival, a chunk's worth of tokens in all, or all."""
         events, budget = [], self.config.prefill_chunk
-        while budget > 0:
+        while budget > 0 or self.config.read_first:
             text = next((text for text in self._scheduler.admitted if text.reading), None)
             if text is None:
                 break
@@ -265,7 +309,8 @@ class Engine:
         positions_T = np.full(piece, NOTHING, np.int32)
         tokens_T[:length] = text.ids[start : start + length]
         positions_T[:length] = np.arange(start, start + length)
-        table_1N = self._scheduler.table(text, self._width)[None]
+        table_1N = np.zeros((1, self._width), np.int32)
+        table_1N[0, : len(text.pages)] = text.pages
         paging = Paging(table_1N, positions_T[None], np.array([text.slot], np.int32))
         x_1TD, x_11D = self._device.read(tokens_T[None], paging, length - 1)
         text.cached += length
@@ -276,10 +321,32 @@ class Engine:
             self._score(text, x_1TD, start, length, piece)
         if text.cached < len(text.ids):
             return []
-        level, rows = self._rows([text], 1)
-        drawn = self._device.first(level, x_11D, rows)
-        text.reading = False
-        return [self._gained(text, drawn, 0)]
+        events, alike = [], [other for other in self._scheduler.admitted if self._same(text, other)]
+        copies = [other for other in alike if self._copied(text, other)]
+        for each in (text, *copies):
+            level, rows = self._rows([each], 1)
+            drawn = self._device.first(level, x_11D, rows)
+            each.reading = False
+            events.append(self._gained(each, drawn, 0))
+        return events
+
+    def _same(self, text: Text, other: Text) -> bool:
+        """Whether another text, which still reads, is to read just what this one has read."""
+        return (
+            other is not text
+            and other.reading
+            and (other.ids, other.source) == (text.ids, text.source)
+            and other.request.sampling.prompt_logprobs is None
+        )
+
+    def _copied(self, text: Text, other: Text) -> bool:
+        """Gives another text what one has read, as long as there is a page for it to write on."""
+        part = len(text.ids) % self.page_size if self._paged else 0
+        if (pages := self._scheduler.copy(text, other, part > 0)) is None:
+            return False
+        self._device.copy(pages, (text.slot, other.slot))
+        other.begun = True
+        return True
 
     def _begin(self, text: Text) -> None:
         """Fills the slot of a text with what it needs besides pages."""
@@ -334,69 +401,10 @@ class Engine:
     def _rows(
         self, texts: list[Text], size: int, steps: int = 1, level: Level = LEVELS[0]
     ) -> tuple[Level, Rows]:
-        """The texts as rows of one dispatch, filled up to `size`, and at what level, or above."""
-        key = (size, level, *(text.number for text in texts))
-        if self._warped[0] != key:
-            self._warped = key, self._warping(texts, size, level)
-        level, warped = self._warped[1]
-        for row, text in enumerate(texts):
-            if (grammar := text.grammar) is not None:
-                mask_W = np.asarray(grammar.mask(), np.uint32)
-                if warped.allowed_BW is self._warped[1][1].allowed_BW:
-                    warped = warped._replace(allowed_BW=warped.allowed_BW.copy())
-                warped.allowed_BW[row] &= mask_W[: warped.allowed_BW.shape[1]]
-        filled = texts + [None] * (size - len(texts))
-
-        def ints(of: Callable[[Text], int], nobody: int = 0) -> np.ndarray:
-            return np.array([nobody if text is None else of(text) for text in filled], np.int32)
-
-        def seed(text: Text | None) -> int:
-            return 0 if text is None else text.request.seed % 2**32
-
-        tables = [self._scheduler.table(text, self._width) for text in texts]
-        tables += [np.zeros(self._width, np.int32)] * (size - len(texts))
-        rows = Rows(
-            token_B=ints(lambda text: text.ids[-1]),
-            position_B=ints(lambda text: text.cached, NOTHING),
-            limit_B=ints(lambda text: self._limit(text, steps)),
-            count_B=ints(lambda text: text.drawn),
-            seed_B=np.array([seed(text) for text in filled], np.uint32),
-            prompt_B=ints(lambda text: text.request.prompt),
-            sample_B=ints(lambda text: text.request.sample),
-            table_BN=np.stack(tables),
-            slot_B=ints(lambda text: text.slot, self.config.max_slots),
-            warping=warped,
-            history=self._history(filled) if level.kind.history else None,
+        """The texts as rows of one dispatch of so many steps; see `Batch.rows`."""
+        return self._batch.rows(
+            texts, size, self._width, lambda text: self._limit(text, steps), level
         )
-        return level, rows
-
-    def _warping(self, texts: list[Text], size: int, least: Level):
-        """The least of `LEVELS` that serves the texts, and their warpers' values."""
-        settings = [text.request.sampling for text in texts]
-        kinds = [text.request.sampling.kind(text.grammar is not None) for text in texts]
-        named = any(config.logprobs for config in settings)
-
-        def serves(level: Level) -> bool:
-            covering = Kind.covering([level.kind, *kinds]) == level.kind
-            return covering and (level.alternatives > 0 or not named)
-
-        level = next(level for level in LEVELS[LEVELS.index(least) :] if serves(level))
-        nobody = SamplingConfig(temperature=0)
-        settings += [nobody] * (size - len(texts))
-        vocabulary, end = self.vocab_size, self.framing.end_of_text or ()
-        return level, warping(settings, vocabulary, end, level.kind)[0]
-
-    def _history(self, texts: list[Text | None]) -> History:
-        """What each window holds, and where what was drawn begins in it."""
-        length = self.context + self.config.decode_chunk
-        tokens_BL = np.full((len(texts), length), NOTHING, np.int32)
-        output_B, end_B = np.zeros((2, len(texts)), np.int32)
-        for row, text in enumerate(texts):
-            if text is not None:
-                tokens_BL[row, : len(text.ids)] = text.ids
-                end_B[row] = len(text.ids)
-                output_B[row] = len(text.ids) - text.window_drawn
-        return History(tokens_BL, output_B, end_B)
 
     def _gained(self, text: Text, drawn, row: int) -> Event:
         """Adds what a row drew to its text, and ends it, or lets it slide, where it is time."""
@@ -430,10 +438,17 @@ class Engine:
         elif text.cached >= self.context:
             kept = self.framing.window(text.ids, kept_length(self.context))
             self._scheduler.restart(text, kept)
-        return Event(text.number, steps, text.finish, self._prompt_steps.pop(text.number, None))
+        error = text.grammar.error if text.grammar is not None and text.finish == "stop" else ""
+        prompt = self._prompt_steps.pop(text.number, None)
+        return Event(text.number, steps, text.finish, prompt, error)
 
     def warm_up(self) -> None:
-        """Compiles all there is, so that no request waits for it; nothing must be under way."""
+        """Compiles all there is, so that no request waits for it; nothing must be under way.
+
+        Raises:
+          ConfigError: not even one text of the model's context fits into memory.
+        """
+        self.check_memory()
         device, slots = self._device, self.config.max_slots
         for piece in self._pieces:
             nothing_1T = np.full((1, piece), NOTHING, np.int32)
@@ -447,6 +462,7 @@ class Engine:
                 device.decode(level, self._rows([], size, level=level)[1], 1)
         if self._paged:
             device.restore([], device.save([]))
+        device.copy((0, 0), (slots, slots))
         if self.encodes or not self._paged:
             lengths = range(3, (self.context - 1).bit_length() + 1) if self.encodes else (3,)
             for length in lengths:

@@ -1,54 +1,43 @@
 """Prompts to their continuations, as token ids or as text that appears piece by piece.
 
-The device draws `CHUNK` tokens of every row a dispatch (`lm.inference.decode`), and the next chunk
-is dispatched before the last one is read, so that it does not wait for the host to print. Shapes
-are rounded up, so that prompts of similar lengths share what was compiled.
-
-A text that outgrows the model's context slides: the window that the model reads drops its first
-quarter, the rest is read anew at positions from 0 on, and fills up again. Every token is thus drawn
-from exactly what the model makes of the last three quarters of a context of text, or more.
-
-An encoder-decoder reads the prompts with its encoder, and its decoder continues a start token; it
-ends where the context does.
+What draws is the engine (`lm.inference.engine`): the texts of a call are its requests, as many at a
+time as memory and `MOST` allow. An encoder-decoder reads a prompt as its source, and what comes is
+a text of its own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from lm.config import check, view
-from lm.inference.decode import Rows, Settings, State, decode, prefill
+from lm.inference.engine import Engine
 from lm.inference.grammar import Grammar, Grammars
-from lm.inference.prepare import Weights, cache_shardings, for_decoding, for_reading, mesh_of
+from lm.inference.prepare import Weights
 from lm.inference.prompts import (
     NOTHING,
     Framing,
     Prompt,
     check_ids,
-    check_writes,
     kept_length,
     padded,
     padded_after,
-    round_up,
 )
-from lm.inference.sampling import SamplingConfig, warping
-from lm.inference.warpers import Kind, Warping
-from lm.models import Model, ModelConfig
-from lm.models.matmul import compute_dtype
-from lm.parallel.mesh import replicated
-from lm.parallel.platform import device_memory
+from lm.inference.requests import EngineConfig, Event, Request, Step
+from lm.inference.sampling import SamplingConfig
+from lm.inference.stream import TextStream
+from lm.models import Model
 from lm.tokenizers import Tokenizer
 
 CHUNK = 8  # tokens a row draws in one dispatch: what a reader sees appear at once
+MOST = 64  # texts that are worked on at the same time
 
 
 @dataclasses.dataclass
@@ -59,7 +48,7 @@ class Timing:
     first_token_seconds: float = 0.0  # from the prompts' ids to the first tokens on the host
     seconds: float = 0.0  # from the prompts' ids to the last tokens on the host
     tokens: int = 0  # drawn, over all rows, end-of-text included
-    # For each token after a row's first: its dispatch's time over the tokens in that dispatch.
+    # For each token after the first: its dispatch's time over the most tokens of a row in it.
     token_seconds: list[float] = dataclasses.field(default_factory=list)
 
     @property
@@ -78,7 +67,7 @@ class Timing:
 
 
 class Generator:
-    """A model ready to write; holds its parameters in the compute dtype and what it compiled.
+    """A model ready to write: an engine for one caller, as large as what was asked of it.
 
     A decoder's prompt is the start of a text. An encoder-decoder's is the source: what comes is a
     text of its own, its translation or whatever else the model was trained to make of it.
@@ -91,6 +80,8 @@ class Generator:
         complete (`Framing.filled`).
       tokenizer: the one the model was trained with: ids beyond its are never drawn. Without one
         there is no text, only ids.
+      weights: see `lm.inference.prepare.for_reading`.
+      chunk: tokens a row draws in one dispatch.
 
     Raises:
       ConfigError: an encoder, which predicts no next token; no `decoder_start` where one must be.
@@ -103,22 +94,25 @@ class Generator:
         framing: Framing,
         tokenizer: Tokenizer | None = None,
         weights: Weights = "compute",
+        chunk: int = CHUNK,
     ):
-        check_writes(model.config, framing)
-        self.model = model = for_decoding(model)
-        self.framing, self.tokenizer = framing, tokenizer
-        self.params = for_reading(model, params, weights)
-        self._programs: dict[tuple, tuple[jax.stages.Compiled, Any]] = {}
+        config = EngineConfig(
+            max_slots=1,
+            prefill_chunk=256,
+            decode_chunk=chunk,
+            weights=weights,
+            batch_invariant=False,
+            read_first=True,
+        )
+        self.engine = Engine(model, params, framing, tokenizer, config)
+        self.model, self.framing, self.tokenizer = self.engine.model, framing, tokenizer
+        self.encodes, self.context = self.engine.encodes, self.engine.context
+        self._events: dict[int, list[Event]] = {}  # of requests, not told yet
 
     @property
-    def encodes(self) -> bool:
-        """Whether prompts go to an encoder, so that only what is drawn is the decoder's text."""
-        return self.model.config.architecture == "encoder_decoder"
-
-    @property
-    def context(self) -> int:
-        """The longest text, in tokens, that the model was made for: read, written, or each."""
-        return self.model.config.max_length
+    def params(self) -> dict:
+        """As `lm.inference.prepare.for_reading` has made them."""
+        return self.engine.params
 
     @property
     def kept(self) -> int:
@@ -128,7 +122,7 @@ class Generator:
     @property
     def vocab_size(self) -> int:
         """Ids from here up are never drawn: the tokenizer does not have them."""
-        return self.tokenizer.vocab_size if self.tokenizer else self.model.config.vocab_size
+        return self.engine.vocab_size
 
     def room(self, prompt_length: int) -> int:
         """How many tokens can follow a prompt; the last one drawn needs no place of its own."""
@@ -148,7 +142,6 @@ class Generator:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         seed: int = 0,
-        chunk: int = CHUNK,
         grammar: Grammar | None = None,
     ) -> Generation:
         """Continues every prompt `sampling.num_samples` times; iterate over the result.
@@ -156,23 +149,25 @@ class Generator:
         An encoder-decoder reads the prompt as its source; what comes is the target alone.
 
         Sample s of prompt p is a function of the prompt, `sampling` and (seed, p, s). A row ends
-        after end-of-text or `max_new_tokens`; an encoder-decoder's also where the context is full.
+        after end-of-text, a stop string or `max_new_tokens`; an encoder-decoder's also where the
+        context is full.
 
         Args:
           prompts: token ids, at least one each; see `encode`.
           sampling: how to draw, and how much.
           seed: of the random draws, from -2³¹ to 2³² - 1.
-          chunk: tokens of a row per dispatch.
           grammar: of `grammars`; what every continuation keeps to, drawn token by token. Where it
             is met and nothing can follow, the row has ended.
 
         Raises:
-          ConfigError: a prompt that is empty, or too long and not to be cut; more rows than memory
-            holds.
+          ConfigError: a prompt that is empty, or too long and not to be cut.
         """
-        view(type(sampling), sampling, "sampling")
+        sampling = view(type(sampling), sampling, "sampling")
         sampling.check_ids(self.vocab_size)
-        check(not sampling.stop, f"stop={sampling.stop!r} is not looked for in this way yet")
+        check(
+            not sampling.stop or self.tokenizer is not None,
+            f"stop={sampling.stop!r} is text, and the model has no tokenizer: use stop_ids",
+        )
         check(
             isinstance(seed, int | np.integer) and -(2**31) <= seed < 2**32,
             f"seed={seed!r} must be a whole number from {-(2**31)} to {2**32 - 1}",
@@ -183,9 +178,7 @@ class Generator:
             read = [self.framing.window(ids, self.context) for ids in prompts]
         for ids in read:
             check_ids("prompt", ids, self.model.config)
-        longest = min(max(map(len, read)) + sampling.max_new_tokens, self.context)
-        _check_memory(self.model.config, len(read), sampling.num_samples, longest)
-        return Generation(self, prompts, read, sampling, seed, chunk, grammar)
+        return Generation(self, prompts, read, sampling, seed, grammar)
 
     def grammar(self, **sources: str | dict | None) -> Grammar | None:
         """The one of json, regex and lark that is not None; see `Grammars.compile`."""
@@ -199,7 +192,7 @@ class Generator:
         return Grammars(self.tokenizer, self.framing.end_of_text or ())
 
     def prompt(self, prompts: Sequence[Sequence[int]]) -> Prompt:
-        """The prompts side by side, as `prefill` reads them."""
+        """The prompts side by side, as `lm.inference.search` reads them."""
         if not self.encodes:
             return Prompt(*padded(prompts, self.context))
         start = np.array(self.framing.decoder_start, np.int32)
@@ -210,58 +203,69 @@ class Generator:
             *padded_after(prompts, self.context),
         )
 
-    def compiled(self, function: Callable, kind: Kind, size: int, arguments: tuple):
-        """`prefill` or `decode` as a program, the shapes of what it returns, and the seconds that
-        compiling took: 0 if it was before.
+    # ---- The engine --------------------------------------------------------------------------
 
-        Args:
-          function: of `lm.inference.decode`.
-          kind: of the rows' warpers: static.
-          size: slots in the cache, or most tokens a row: static.
-          arguments: the parameters and the other arguments, or their shapes.
+    def make_room(self, rows: int, length: int) -> None:
+        """Lets so many texts of at most `length` tokens be worked on together, where they can be.
+
+        What grows, grows to a power of two, so that programs are compiled for a few sizes.
         """
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[1:]))
-        key = (function, kind, size, shapes)
-        if key in self._programs:
-            return *self._programs[key], 0.0
-        began = time.perf_counter()
-        settings = Settings(self.model, kind, self.vocab_size)
-        donated = (1,) if function is decode else ()
-        function = functools.partial(function, settings, size)
-        mesh = mesh_of(jax.tree.leaves(self.params)[0])
-        with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-            shardings = _shardings(jax.eval_shape(function, *arguments), mesh) if mesh else None
-            # The state is donated: the cache is written where it lies, never copied.
-            jitted = jax.jit(function, donate_argnums=donated, out_shardings=shardings)
-            lowered = jitted.lower(*arguments)
-            program = lowered.compile()
-        out = lowered.out_info
-        self._programs[key] = program, jax.tree.map(_shape, out, *([shardings] if mesh else []))
-        return *self._programs[key], time.perf_counter() - began
+        engine, size = self.engine, self.engine.page_size
+        whole, needed = (-(-tokens // size) for tokens in (self.context, length))
+        pages = min(whole, _power_of_two(needed))
+        slots = max(1, min(_power_of_two(rows), MOST, engine.fitting // 2 // pages))
+        wanted = max(slots, engine.config.max_slots), max(slots * pages, engine.config.num_pages)
+        if wanted != (engine.config.max_slots, engine.config.num_pages) and not engine.under_way:
+            engine.resize(*wanted)
+
+    def events(self, numbers: Mapping[int, int]) -> list[Event]:
+        """What some requests have gained, and at last something; others' is kept for them.
+
+        Raises:
+          RuntimeError: the engine was interrupted, and has forgotten them.
+        """
+        while True:
+            found = [e for number in numbers for e in self._events.pop(number, ())]
+            if found:
+                return found
+            if not self.engine.under_way:
+                raise RuntimeError("another text was interrupted, and this one with it: ask again")
+            try:
+                events = self.engine.step()
+            except BaseException:
+                self.engine.reset()  # what it was about to write is lost
+                self._events.clear()
+                raise
+            for event in events:
+                if event.finish != "cancelled":
+                    self._events.setdefault(event.number, []).append(event)
+
+    def cancel(self, number: int) -> None:
+        """Ends a request, of which nothing more is asked."""
+        self.engine.cancel(number)
+        self._events.pop(number, None)
 
 
-def _shardings(out: tuple[State, Any, Any], mesh: jax.sharding.Mesh):
-    """The cache is split; all else is whole, so that all processes see what is drawn."""
-    state, *others = jax.tree.map(lambda _: replicated(mesh), out)
-    return (dataclasses.replace(state, cache=cache_shardings(out[0].cache, mesh)), *others)
-
-
-def _shape(x: Any, sharding: jax.sharding.Sharding | None = None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+def _power_of_two(number: int) -> int:
+    """The next one from `number` up."""
+    return 1 << (number - 1).bit_length()
 
 
 class Generation:
     """One call of `Generator.generate`: iterates over the tokens as they come, or over `texts`.
 
-    Each item is an int32 array [B, N] of the tokens that the rows drew, `NOTHING` (-1) where a row
-    drew none: it has ended, or its window is full and slides when all are. N is 1 for the first
-    item and after each slide, else `chunk`. The rows are sample 0, 1, … of prompt 0, then of prompt
-    1, and so on.
+    Each item is an int32 array [B, N] of the tokens that the rows have gained, `NOTHING` (-1) where
+    a row has fewer than another. The rows are sample 0, 1, … of prompt 0, then of prompt 1, and so
+    on; where there are more than the engine works on at once, later ones begin when earlier ones
+    have ended.
 
     Attributes, complete when the iteration is:
       timing: see `Timing`.
-      ended: for each row, whether it came to an end-of-text that ended it.
-      slides: how many times windows slid.
+      ended: for each row, whether an end-of-text, a stop string or a grammar has ended it.
+      steps: for each row, its tokens with their log-probabilities; the tokens that complete a stop
+        string included. Of what is searched for (`lm.inference.search`), empty.
+      prompt_steps: for each row, those of its prompt's tokens but the first, where
+        `prompt_logprobs` asks for them.
     """
 
     def __init__(
@@ -271,134 +275,117 @@ class Generation:
         read: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         seed: int,
-        chunk: int,
         grammar: Grammar | None = None,
     ):
         self._generator, self._sampling, self._grammar = generator, sampling, grammar
-        self._chunk = 1 if grammar else chunk
         self._prompts, self.read = prompts, read  # as given, and as much as the model reads
-        self._seed = np.uint32(seed % 2**32)
+        self._seed = int(seed) % 2**32
+        self._as_text = bool(sampling.stop)
         self._start()
 
     def _start(self) -> None:
         rows = len(self._prompts) * self._sampling.num_samples
-        self.timing, self.slides = Timing(), 0
+        self.timing = Timing()
         self.ended, self._drawn = [False] * rows, [0] * rows
-        self._grammars = [self._grammar.start() for _ in range(rows)] if self._grammar else []
+        self.steps: list[list[Step]] = [[] for _ in range(rows)]
+        self.prompt_steps: list[list[Step]] = [[] for _ in range(rows)]
+        self._pieces: list[tuple[int, str]] = []
+        self._stuck: set[str] = set()
+        self._streams = [self._stream(row) for row in range(rows if self._as_text else 0)]
+
+    def _stream(self, row: int) -> TextStream:
+        generator = self._generator
+        prompt = self._prompts[row // self._sampling.num_samples]
+        return TextStream(
+            generator.tokenizer, () if generator.encodes else prompt, self._sampling.stop
+        )
 
     def __iter__(self) -> Iterator[np.ndarray]:
         self._start()
-        generator, sampling = self._generator, self._sampling
-        windows = [list(ids) for ids in self.read for _ in range(sampling.num_samples)]
-        number_B = np.arange(len(windows), dtype=np.int32)
-        end = generator.framing.end_of_text
-        self._kind = sampling.kind(bool(self._grammars))
-        settings = [sampling] * len(windows)
-        self._warpers, _ = warping(settings, generator.vocab_size, end, self._kind)
-        self._stop = stop = set(self._warpers.stop_BS.flat) - {NOTHING}
-        read, length = self.read, 0
-        while True:
-            drawn_B = np.array(self._drawn, np.int32)
-            room_B = np.array([generator.room(len(window)) for window in windows], np.int32)
-            limit_B = np.minimum(drawn_B + room_B, sampling.max_new_tokens)
-            limit_B = np.where(self.ended, drawn_B, limit_B)
-            rows = Rows(
-                seed=self._seed,
-                number_B=number_B % sampling.num_samples,
-                prompt_B=number_B // sampling.num_samples,
-                drawn_B=drawn_B,
-                limit_B=limit_B,
-                warping=self._allowing(),
-            )
-            prompt, most = generator.prompt(read), int((limit_B - drawn_B).max())
-            # The last token drawn is not read, so the cache has room for one fewer.
-            length = max(length, round_up(prompt.tokens_PT.shape[1] + most - 1, 64))
-            for tokens_BN in self._until_full(prompt, rows, length, most):
-                for row, ids in enumerate(tokens_BN.tolist()):
-                    drawn = [id for id in ids if id != NOTHING]
-                    windows[row] += drawn
-                    self._drawn[row] += len(drawn)
-                    self.ended[row] |= not stop.isdisjoint(drawn)
-                yield tokens_BN
-            wanting = (n < sampling.max_new_tokens for n in self._drawn)
-            if generator.encodes or not any(w and not e for w, e in zip(wanting, self.ended)):
-                return
-            read = windows = [generator.framing.window(ids, generator.kept) for ids in windows]
-            self.slides += 1
+        for tokens in self._gained():
+            yield self._taken(tokens)
 
-    def _allowing(self) -> Warping:
-        """The warpers, with what the grammars allow next."""
-        if not self._grammars:
-            return self._warpers
-        masks_BW = np.stack([grammar.mask() for grammar in self._grammars])
-        return self._warpers._replace(allowed_BW=self._warpers.allowed_BW & masks_BW)
+    def _taken(self, tokens: Mapping[int, Sequence[int]]) -> np.ndarray:
+        """Counts what rows have gained, and turns it into text; rows end at a stop string."""
+        tokens_BN = np.full((len(self.ended), max(map(len, tokens.values()))), NOTHING, np.int32)
+        for row, ids in tokens.items():
+            stream, text = self._streams[row] if self._as_text else None, ""
+            for column, id in enumerate(ids):
+                tokens_BN[row, column] = id
+                self._drawn[row] += 1
+                if stream is not None:
+                    text += stream.push(id)
+                    if stream.stop is not None:
+                        self.ended[row] = True
+                        break
+            if text:
+                self._pieces.append((row, text))
+        return tokens_BN
 
-    def _follow(self, state: State, tokens_BN: np.ndarray) -> State:
-        """`state` as it is once the grammars know the tokens."""
-        for row, grammar in enumerate(self._grammars):
-            for id in tokens_BN[row].tolist():
-                if id != NOTHING and id not in self._stop:
-                    grammar.advance(id)
-            self.ended[row] |= grammar.ended
-        done_B = np.asarray(state.done_B) | np.array(self.ended)
-        return dataclasses.replace(state, done_B=done_B, warping=self._allowing())
+    def _gained(self) -> Iterator[dict[int, list[int]]]:
+        """The tokens that rows gain, by row."""
+        generator, sampling, timing = self._generator, self._sampling, self.timing
+        engine, samples = generator.engine, sampling.num_samples
+        longest = max(map(len, self.read)) + sampling.max_new_tokens
+        generator.make_room(len(self.ended), longest)
+        one = {f.name: getattr(sampling, f.name) for f in dataclasses.fields(SamplingConfig)}
+        one = SamplingConfig(**{**one, "stop": (), "num_samples": 1})
+        rows: dict[int, int] = {}  # of requests
+        waiting = iter(range(len(self.ended)))
+        before, compiled = time.perf_counter(), engine.compile_seconds
+        try:
+            while True:
+                for row in itertools.islice(waiting, 2 * engine.config.max_slots - len(rows)):
+                    prompt, sample = divmod(row, samples)
+                    ids = tuple(self.read[prompt])
+                    request = Request(ids, one, self._seed, sample, self._grammar, prompt)
+                    rows[engine.submit(request)] = row
+                if not rows:
+                    return
+                tokens: dict[int, list[int]] = {}
+                for event in generator.events(rows):
+                    row = rows[event.number]
+                    tokens.setdefault(row, []).extend(step.id for step in event.steps)
+                    self.steps[row] += event.steps
+                    self.prompt_steps[row] += event.prompt or ()
+                    if event.finish is not None:
+                        del rows[event.number]
+                        self.ended[row] = event.finish == "stop"
+                    self._stuck |= {event.error} - {""}
+                now = time.perf_counter()
+                spent = engine.compile_seconds - compiled
+                timing.compile_seconds += spent
+                self._timed(tokens, now - before - spent)
+                before, compiled = now, engine.compile_seconds
+                yield tokens
+                for number, row in list(rows.items()):
+                    if self.ended[row]:  # by a stop string
+                        generator.cancel(number)
+                        del rows[number], self.steps[row][self._drawn[row] :]
+        finally:
+            for number in rows:
+                generator.cancel(number)
 
-    def _until_full(self, prompt: Prompt, rows: Rows, length: int, limit: int):
-        """Reads `prompt` and draws until every row has reached its limit; at most `limit` more."""
-        params, timing = self._generator.params, self.timing
-        compiled = functools.partial(self._generator.compiled, kind=self._kind)
-        reading, out, first = compiled(prefill, size=length, arguments=(params, prompt, rows))
-        drawing, _, second = compiled(decode, size=self._chunk, arguments=(params, out[0]))
-        timing.compile_seconds += first + second
-        before = time.perf_counter()
-        state, *arrays = reading(params, prompt, rows)
-        dispatched = 1
-        while True:
-            tokens_BN, done = arrays
-            # The first token is read before anything else is asked for; from then on the device
-            # works on the next chunk while the host reads this one.
-            further = dispatched < limit
-            ahead = dispatched > 1 and not self._grammars
-            if further and ahead:
-                state, *arrays = drawing(params, state)
-            tokens_BN = np.asarray(tokens_BN)
-            now = time.perf_counter()
-            steps = int((tokens_BN != NOTHING).any(0).sum())
-            if timing.tokens == 0:
-                timing.first_token_seconds = now - before
-            else:
-                timing.token_seconds += [(now - before) / steps] * steps
-            timing.tokens += int((tokens_BN != NOTHING).sum())
-            timing.seconds += now - before
-            before = now
-            if self._grammars:
-                state = self._follow(state, tokens_BN)
-                further = further and not state.done_B.all()
-            if further and not ahead:
-                state, *arrays = drawing(params, state)
-            yield tokens_BN
-            if not further or bool(done):
-                return
-            dispatched += self._chunk
+    def _timed(self, tokens: Mapping[int, Sequence[int]], seconds: float) -> None:
+        timing, steps = self.timing, max(1, *map(len, tokens.values()))
+        if timing.tokens == 0:
+            timing.first_token_seconds = seconds
+        else:
+            timing.token_seconds += [seconds / steps] * steps
+        timing.tokens += sum(map(len, tokens.values()))
+        timing.seconds += seconds
 
     def texts(self) -> Iterator[tuple[int, str]]:
-        """Iterates over `(row, text)` as the text comes.
+        """Iterates over `(row, text)` as the text comes; see `lm.inference.stream`.
 
         `text` is what the row has gained; the joined texts of a row are its continuation, without
         its prompt, or an encoder-decoder's target.
         """
-        generator, samples = self._generator, self._sampling.num_samples
-        streams = [generator.tokenizer.decode_stream() for _ in self.ended]
-        if not generator.encodes:
-            for row, stream in enumerate(streams):
-                # What a token adds to the text may depend on whether it is the first.
-                for id in self._prompts[row // samples]:
-                    stream.push(id)
-        for tokens_BN in self:
-            for row, ids in enumerate(tokens_BN.tolist()):
-                if text := "".join(streams[row].push(id) for id in ids if id != NOTHING):
-                    yield row, text
-        for row, stream in enumerate(streams):
+        self._as_text = True
+        for _ in self:
+            pieces, self._pieces = self._pieces, []
+            yield from pieces
+        for row, stream in enumerate(self._streams):
             if text := stream.flush():
                 yield row, text
 
@@ -417,32 +404,20 @@ class Generation:
         unknown = sum(list(ids).count(unk_id) for ids in self._prompts)
         if unknown:
             notices.append(f"the tokenizer does not know {unknown} of the prompt's tokens")
-        stuck = {grammar.error for grammar in self._grammars} - {""}
-        if stuck:
-            notices.append(f"a text cannot go on as it should: {stuck.pop()}")
-        short = [n for n, ended in zip(self._drawn, self.ended) if n < wanted and not ended]
-        if self.slides:
+        for error in sorted(self._stuck):
+            notices.append(f"a text cannot go on as it should: {error}")
+        samples = self._sampling.num_samples
+        room = [generator.room(len(self.read[row // samples])) for row in range(len(self.ended))]
+        if any(n > most for n, most in zip(self._drawn, room)):
             notices.append(
                 f"the text outgrew the model's context of {context} tokens: from there on the "
                 f"model read only the last {generator.kept} to {context}"
             )
-        elif short:
+        short = [n for n, ended in zip(self._drawn, self.ended) if n < wanted and not ended]
+        if short:
             notices.append(
                 f"{len(short)} of {len(self._drawn)} texts stopped short of "
                 f"max_new_tokens={wanted}, where they filled the model's context of {context} "
                 "tokens"
             )
         return notices
-
-
-def _check_memory(config: ModelConfig, prompts: int, samples: int, length: int) -> None:
-    """Raises ConfigError where so many rows cannot fit: a rough count, before any is made."""
-    cached = 2 * config.num_layers * length * config.kv_heads * config.head_width
-    row = cached * compute_dtype(config.compute_dtype).itemsize + 8 * config.vocab_size
-    has = device_memory()
-    check(
-        has is None or prompts * samples * row <= has,
-        f"num_samples={samples} of {prompts} prompt(s) need {prompts * samples * row / 2**30:,.1f} "
-        f"GiB to remember {length} tokens each, and there are {(has or 0) / 2**30:,.1f} GiB: ask "
-        f"for {max((has or 0) // (row * prompts), 1):,} at most",
-    )

@@ -55,6 +55,10 @@ class Pages:
         self._holders[pages] = 1
         return pages
 
+    def hold(self, pages: Sequence[int]) -> None:
+        """Adds one hold of each."""
+        self._holders[list(pages)] += 1
+
     def release(self, pages: Sequence[int]) -> None:
         """Gives up one hold of each."""
         for page in pages:
@@ -69,7 +73,7 @@ class Pages:
             return None
         self._kept.move_to_end(name)
         pages = self._kept[name].pages
-        self._holders[pages] += 1
+        self.hold(pages)
         return list(pages)
 
     def keep(self, name: bytes, before: bytes, pages: Sequence[int]) -> None:
@@ -77,7 +81,7 @@ class Pages:
         if name in self._kept:
             return
         self._kept[name] = _Kept(list(pages), before)
-        self._holders[list(pages)] += 1
+        self.hold(pages)
         if before in self._kept:
             self._kept[before].after += 1
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -161,35 +162,54 @@ def put(settings: Settings, cache: PagedCache, pages_N, held) -> PagedCache:
     return cache.put(settings.model.config, pages_N, held)
 
 
+def copy(settings: Settings, cache: PagedCache, pages_2, slots_2) -> PagedCache:
+    """The cache with one page, and what is kept for one slot, copied to another of each."""
+    return cache.copy(settings.model.config, pages_2, slots_2)
+
+
 class Device:
     """Parameters, pages, and the functions above compiled as needed; on one device or a mesh.
 
     Args:
       settings, params: the model, and its parameters as they are trained.
-      pages, page_size, slots: of the cache.
+      page_size: tokens.
       most: tokens a row may draw in one dispatch.
+
+    Attributes:
+      compile_seconds: what compiling has taken so far.
     """
 
-    def __init__(
-        self, settings: Settings, params, pages: int, page_size: int, slots: int, most: int
-    ):
-        self._settings, self._most = settings, most
+    def __init__(self, settings: Settings, params, page_size: int, most: int):
+        self._settings, self._page_size, self._most = settings, page_size, most
         self.most_pages = -(-settings.model.config.max_length // page_size)  # of one text
         self._compiled: dict[tuple, Callable] = {}
+        self.compile_seconds = 0.0
         self.update(params)
         self._mesh = mesh_of(jax.tree.leaves(self.params)[0])
         self._whole = replicated(self._mesh) if self._mesh else None
+        self._split = None
+
+    def resize(self, pages: int, slots: int) -> None:
+        """Forgets the cache; the next has so many pages, and room for so many texts."""
 
         def new_pages(params):
-            return bound(settings.model, params).new_pages(pages, page_size, slots)
+            model = bound(self._settings.model, params)
+            return model.new_pages(pages, self._page_size, slots)
 
-        shapes = jax.eval_shape(new_pages, self.params)
-        self._split = cache_shardings(shapes, self._mesh) if self._mesh else None
+        self.__dict__.pop("cache", None)
+        self._shapes = jax.eval_shape(new_pages, self.params)
+        if self._mesh:
+            self._split = cache_shardings(self._shapes, self._mesh)
+            self._compiled.clear()  # what they return may be split in another way
+
+    @functools.cached_property
+    def cache(self) -> PagedCache:
+        """Keys and values, from when they are first needed; every program returns the next."""
 
         def empty():
-            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._shapes)
 
-        self.cache = jax.jit(empty, out_shardings=self._split)()
+        return jax.jit(empty, out_shardings=self._split)()
 
     def update(self, params) -> None:
         """Takes other parameters."""
@@ -241,6 +261,11 @@ class Device:
         program = self._program(put, donated=(0,), out=self._split)
         self.cache = program(self.cache, self._padded(pages), saved)
 
+    def copy(self, pages: tuple[int, int], slots: tuple[int, int]) -> None:
+        """Copies the first page, and what is kept for the first slot, to the second of each."""
+        program = self._program(copy, donated=(0,), out=self._split)
+        self.cache = program(self.cache, *(np.array(pair, np.int32) for pair in (pages, slots)))
+
     @property
     def num_programs(self) -> int:
         """How many programs have been compiled."""
@@ -259,8 +284,14 @@ class Device:
                 out_shardings=(out or self._whole) if self._mesh else None,
             )
 
+        program = self._compiled[key]
+
         def call(*arguments):
+            known, began = program._cache_size(), time.perf_counter()
             with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
-                return self._compiled[key](*arguments)
+                out = program(*arguments)
+            if program._cache_size() > known:
+                self.compile_seconds += time.perf_counter() - began
+            return out
 
         return call

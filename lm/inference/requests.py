@@ -23,6 +23,12 @@ class EngineConfig:
     prefill_chunk: Size = 64  # tokens of a prompt read in one dispatch, a multiple of `page_size`
     decode_chunk: Size = 8  # tokens a row draws in one dispatch where nobody waits in between
     max_queue: Size = 1024  # requests that may wait
+    # A text gets the same bits in whatever company, as rows fill whole tiles. False: rows are as
+    # few as texts, which is faster where these are few.
+    batch_invariant: bool = True
+    # Reads all prompts that are admitted before more is drawn: more tokens a second in all, and
+    # pauses in a text while others are read.
+    read_first: bool = False
     weights: Literal["compute", "int8"] = "compute"  # see `lm.inference.prepare.for_reading`
 
     def validate(self, prefix: str = "config.engine") -> None:
@@ -63,6 +69,7 @@ class Event(NamedTuple):
     finish: str | None = None  # "stop", "length" or "cancelled" where it has ended
     prompt: list[Step] | None = None  # once, where asked for: the prompt's tokens but the first,
     # each after those before it
+    error: str = ""  # why a grammar has ended the text before its time
 
 
 @dataclasses.dataclass

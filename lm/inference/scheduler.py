@@ -12,8 +12,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from lm.inference.pages import Pages, names
 from lm.inference.requests import Request
 
@@ -119,6 +117,25 @@ class Scheduler:
         if all(pages):
             self.pages.keep(text.names[index], before, pages)
 
+    def copy(self, text: Text, other: Text, part: bool) -> tuple[int, int] | None:
+        """Has another text hold the pages that a text has read, and has it stand where this does.
+
+        Args:
+          part: whether the last page is not full, so that the other needs one of its own for it.
+
+        Returns:
+          The last page and the one to copy it to, page 0 where there is nothing to copy; None where
+          no page was free, and nothing has changed.
+        """
+        own = self.pages.take(1) if part else []
+        if own is None:
+            return None
+        self.drop(other)
+        shared = text.pages[: len(text.pages) - 1] if part else text.pages
+        self.pages.hold([page for page in shared if page])
+        other.pages, other.cached = [*shared, *own], text.cached
+        return (text.pages[-1], own[0]) if part else (0, 0)
+
     def name(self, text: Text, root: bytes) -> None:
         """Gives names to the chunks of a prompt, which others may have read; see `names`."""
         text.names = list(names(root, text.ids, self.chunk))
@@ -186,9 +203,3 @@ class Scheduler:
         self.admitted.remove(text)
         self._slots.append(text.slot)
         text.slot, text.begun = None, False
-
-    def table(self, text: Text, width: int) -> np.ndarray:
-        """A text's pages, int32 [width]."""
-        table_N = np.zeros(width, np.int32)
-        table_N[: len(text.pages)] = text.pages
-        return table_N

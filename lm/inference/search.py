@@ -22,6 +22,9 @@ from lm.inference.grammar import Grammar
 from lm.inference.prepare import mesh_of
 from lm.inference.prompts import NOTHING, padded, round_up
 from lm.inference.sampling import SamplingConfig, warping
+from lm.models import ModelConfig
+from lm.models.matmul import compute_dtype
+from lm.parallel.platform import device_memory
 
 STEPS = 32  # tokens of a text in one dispatch
 PASSES = 4  # of a model that reads guesses, in one dispatch
@@ -159,8 +162,11 @@ def search(
     """
     kind = config.strategy
     plain = {f.name: getattr(config, f.name) for f in dataclasses.fields(SamplingConfig)}
-    if kind in ("num_beams", "penalty_alpha"):  # as many rows as there will be
-        plain["num_samples"] = config.num_beams if kind == "num_beams" else config.top_k
+    check(
+        kind != "num_beams" or not config.stop,
+        f"stop={config.stop!r} does not go with num_beams={config.num_beams}, whose texts are "
+        "compared at their ends: use stop_ids",
+    )
     check(
         not (kind and grammar),
         f"{kind}={getattr(config, kind or 'draft')!r} does not go with a json_schema, regex or "
@@ -170,6 +176,11 @@ def search(
     if not kind:
         return generation
     searching = Search(generator, prompts, generation.read, config, seed, draft)
+    rows = {"num_beams": config.num_beams, "penalty_alpha": config.top_k}
+    name = kind if kind in rows else "num_samples"
+    longest = max(map(len, generation.read)) + int(searching.limit_P.max())
+    _check_memory(generator.model.config, len(prompts), name, rows.get(kind, config.num_samples),
+                  min(longest, generator.context))  # fmt: skip
     if kind in ("draft", "prompt_lookup"):
         for each in (generator, draft or generator):
             check(
@@ -205,6 +216,19 @@ def _check_draft(generator: Generator, draft: Generator, searching: Search) -> N
     )
 
 
+def _check_memory(config: ModelConfig, prompts: int, name: str, each: int, length: int) -> None:
+    """Raises ConfigError where so many rows cannot fit: a rough count, before any is made."""
+    cached = 2 * config.num_layers * length * config.kv_heads * config.head_width
+    row = cached * compute_dtype(config.compute_dtype).itemsize + 8 * config.vocab_size
+    has = device_memory()
+    check(
+        has is None or prompts * each * row <= has,
+        f"{name}={each} of {prompts} prompt(s) need {prompts * each * row / 2**30:,.1f} "
+        f"GiB to remember {length} tokens each, and there are {(has or 0) / 2**30:,.1f} GiB: ask "
+        f"for {max((has or 0) // (row * prompts), 1):,} at most",
+    )
+
+
 class Search(Generation):
     """A `Generation` whose tokens are found by `config`.
 
@@ -221,17 +245,19 @@ class Search(Generation):
         seed: int,
         draft: Generator | None,
     ):
-        super().__init__(generator, prompts, read, config, seed, chunk=STEPS)
         self._config, self._draft = config, draft
         self.scores: list[float] = []
+        super().__init__(generator, prompts, read, config, seed)
         room_P = np.array([generator.room(len(ids)) for ids in read], np.int32)
         if config.strategy == "penalty_alpha":
             room_P -= 1  # of every candidate, the last one too, the hidden state is asked for
         self.limit_P = np.minimum(room_P, config.max_new_tokens)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        self._start()
+    def _start(self) -> None:
+        super()._start()
         self.timing = SearchTiming()
+
+    def _gained(self) -> Iterator[dict[int, list[int]]]:
         generator, config = self._generator, self._config
         end = generator.framing.end_of_text
         stop = config.ends(end)
@@ -240,12 +266,15 @@ class Search(Generation):
         self._prompt = generator.prompt(self.read)
         kinds = {"num_beams": self._beams, "penalty_alpha": self._contrast}
         for tokens_BN in kinds.get(config.strategy, self._speculate)():
+            tokens: dict[int, list[int]] = {}
             for row, ids in enumerate(tokens_BN.tolist()):
-                drawn = [id for id in ids if id != NOTHING]
-                self._drawn[row] += len(drawn)
-                self.ended[row] |= not set(stop).isdisjoint(drawn)
-            self.timing.tokens += int((tokens_BN != NOTHING).sum())
-            yield tokens_BN
+                if not self.ended[row]:  # by a stop string, which the device does not know
+                    tokens[row] = [id for id in ids if id != NOTHING]
+                    self.ended[row] = not set(stop).isdisjoint(tokens[row])
+            self.timing.tokens += sum(map(len, tokens.values()))
+            yield tokens
+            if all(self.ended):
+                return
 
     def _beams(self) -> Iterator[np.ndarray]:
         config, params = self._config, self._generator.params
@@ -259,7 +288,7 @@ class Search(Generation):
             draws=config.beam_sampling,
         )
         asked = beam.Search(
-            self._seed,
+            np.uint32(self._seed),
             self.limit_P,
             np.float32(config.length_penalty),
             np.float32(config.diversity_penalty),
@@ -287,7 +316,7 @@ class Search(Generation):
         state = self._run(contrastive.begin, statics, params, self._prompt, asked)
         done = False
         while not done:
-            statics = (contrast, self._chunk)
+            statics = (contrast, STEPS)
             state, tokens_PN, done = self._run(contrastive.advance, statics, params, asked, state)
             yield np.asarray(tokens_PN)
 
@@ -305,7 +334,8 @@ class Search(Generation):
         read_PR = np.where(positions_PR < 0, NOTHING, ids_PR)
         limit_B = np.repeat(self.limit_P, config.num_samples)
         statics = (settings, self._slots(settings.guesses + 1))
-        arguments = (params, self._prompt, read_PR, self._seed, limit_B, self._warping)
+        seed = np.uint32(self._seed)
+        arguments = (params, self._prompt, read_PR, seed, limit_B, self._warping)
         state, tokens_BN, done = self._run(speculation.begin, statics, *arguments)
         yield np.asarray(tokens_BN)
         while not done:

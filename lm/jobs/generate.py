@@ -14,11 +14,19 @@ import ml_collections
 
 import lm
 from lm.config import ConfigError, Path, Seed, check, view
-from lm.inference import Generation, SamplingConfig, SearchConfig, batch, search
-from lm.inference.engine import Engine
+from lm.inference import (
+    Engine,
+    EngineConfig,
+    Generation,
+    SamplingConfig,
+    SearchConfig,
+    batch,
+    search,
+)
 from lm.inference.prepare import Weights
 
-_OF_BATCHES = ("job", "seed", "init_from", "ignore", "batch_file", "output_file", "chat_template")
+_OF_BATCHES = ("job", "seed", "init_from", "ignore", "weights", "batch_file", "output_file",
+               "chat_template")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +40,11 @@ class GenerateJob(SearchConfig):
     # may be left out though they are not known.
     ignore: str | tuple[str, ...] = ()
     weights: Weights = "compute"  # int8: matrices in eight bits, a quarter of float32's memory
+    # One at most that the texts keep to: a JSON schema, a regular expression, or a grammar for Lark
+    # (`lm.inference.grammar`); the text of it, not a file's name.
+    json_schema: str = ""
+    regex: str = ""
+    grammar: str = ""
     prompt: str = ""  # "-" reads it from standard input
     prompt_file: Path = ""  # read it from this file instead; "-" is standard input
     # Many prompts instead, a line of JSON each, and where their texts go; see `lm.inference.batch`.
@@ -84,7 +97,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
     loaded = lm.load(job.init_from, ignore=job.ignore)
     draft = lm.load(job.draft, ignore=job.ignore).generator if job.draft else None
     generator = loaded.writer(job.weights)
-    generation = search(generator, [loaded.encode(prompt)], job, job.seed, draft)
+    kept = generator.grammar(
+        json=job.json_schema or None, regex=job.regex or None, lark=job.grammar or None
+    )
+    generation = search(generator, [loaded.encode(prompt)], job, job.seed, draft, kept)
     texts = _print(generation, generator.opening(prompt), job.num_samples)
     for notice in generation.notices:
         print(f"note: {notice}", file=sys.stderr)
@@ -95,7 +111,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
 def _batch(job: GenerateJob) -> None:
     """Does the lines of `batch_file` that `output_file` lacks."""
     loaded = lm.load(job.init_from, ignore=job.ignore)
-    engine = Engine(loaded.skeleton, loaded.params, loaded.framing, loaded.tokenizer)
+    sizes = EngineConfig(weights=job.weights, read_first=True)
+    engine = Engine(loaded.skeleton, loaded.params, loaded.framing, loaded.tokenizer, sizes)
     template = functools.cache(lambda: loaded.chat_template(job.chat_template))
 
     def encode(given: dict[str, Any]) -> tuple[Sequence[int], Sequence[int], Sequence[str]]:

@@ -87,6 +87,16 @@ class RecurrentCache:
         """The cache of a batch in which every row stands `times` times in a row."""
         return self.rows(jnp.repeat(jnp.arange(self.states_LBD[0].shape[1]), times))
 
+    def copy(self, config: ModelConfig, pages_2: jax.Array, slots_2: jax.Array) -> RecurrentCache:
+        """With the row of the first slot copied to the second; there are no pages."""
+        del config, pages_2
+
+        def copied(x, axis):
+            row = jax.lax.dynamic_index_in_dim(x, slots_2[0], axis)
+            return jax.lax.dynamic_update_index_in_dim(x, row, slots_2[1], axis)
+
+        return self.by_axis(copied)
+
     def by_axis(self, function: Callable, *others: RecurrentCache) -> RecurrentCache:
         """`function(x, …, axis)` of every array, of those of others too, and its axis of rows."""
         states = [function(*each, 1) for each in zip(*(c.states_LBD for c in (self, *others)))]

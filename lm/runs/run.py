@@ -140,6 +140,11 @@ class Run:
         generator = self.writer(weights)
         kept = generator.grammar(json=json_schema, regex=regex, lark=grammar)
         generation = search(generator, read, config, seed, draft and draft.generator, kept)
+        check(
+            config.logprobs is None and config.prompt_logprobs is None,
+            "logprobs and prompt_logprobs are not part of a text: iterate over "
+            "Run.generator.generate, whose `steps` and `prompt_steps` have them",
+        )
         samples = range(config.num_samples)
         texts = [generator.opening(text) for text in prompts for _ in samples]
         for row, text in generation.texts():

@@ -4,7 +4,7 @@
 opens it again, or one that others made. Every kind has the interface of `Tokenizer`.
 """
 
-from lm.tokenizers.base import DecodeStream, Tokenizer
+from lm.tokenizers.base import Tokenizer
 from lm.tokenizers.chat import ChatTemplate, chat_template
 from lm.tokenizers.config import KINDS, TokenizerConfig
 from lm.tokenizers.kinds import load, train
@@ -13,7 +13,6 @@ from lm.tokenizers.tiktoken_ranks import as_tiktoken
 __all__ = [
     "KINDS",
     "ChatTemplate",
-    "DecodeStream",
     "Tokenizer",
     "TokenizerConfig",
     "as_tiktoken",

@@ -8,7 +8,6 @@ showing what a token stands for need nothing from the library that does the enco
 from __future__ import annotations
 
 import abc
-import codecs
 import dataclasses
 import functools
 import hashlib
@@ -181,10 +180,6 @@ class Tokenizer(abc.ABC):
         if self.drops_first_space:
             data = data.removeprefix(b" ")
         return data.decode("utf-8", "replace")
-
-    def decode_stream(self) -> DecodeStream:
-        """Decodes ids as they come; the joined pieces equal `decode` of all the ids."""
-        return DecodeStream(self)
 
     def token_bytes(self, id: int) -> bytes:
         """What the token adds to the text: b"" for specials, perhaps part of a character."""
@@ -359,26 +354,6 @@ class Tokenizer(abc.ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(kind={self.kind!r}, vocab_size={self.vocab_size})"
-
-
-class DecodeStream:
-    """Turns ids into text one at a time, holding back bytes of unfinished characters."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._drop_space = tokenizer.drops_first_space
-
-    def push(self, id: int) -> str:
-        """The text that became certain with this id; "" while a character is incomplete."""
-        data = self._tokenizer.token_bytes(id)
-        if data and self._drop_space:
-            data, self._drop_space = data.removeprefix(b" "), False
-        return self._utf8.decode(data)
-
-    def flush(self) -> str:
-        """What is left when no more ids come: U+FFFD where a character stayed incomplete."""
-        return self._utf8.decode(b"", final=True)
 
 
 def first_loss(tokenizer: Tokenizer, more: Sequence[str] = ()) -> str:

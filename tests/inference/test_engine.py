@@ -271,6 +271,8 @@ class Counting:
         assert id == 20 + self.at
         self.at += 1
 
+    error = ""
+
     @property
     def ended(self):
         return self.at == self.length

@@ -1,5 +1,7 @@
 """Generation: what one compiled loop draws is what a plain loop would, row by row."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,6 @@ from tiny_run import tiny_model
 
 from lm.config import ConfigError, view
 from lm.inference import Framing, Generator, SamplingConfig
-from lm.inference.decode import decode
 from lm.inference.prepare import in_compute_dtype, spread
 from lm.inference.prompts import NOTHING, padded
 from lm.models import bind
@@ -37,10 +38,11 @@ def rows(generation):
 
 
 @pytest.mark.parametrize("chunk", [3, 40])
-def test_the_chunk_size_does_not_change_the_tokens(generator, chunk):
+def test_the_chunk_size_does_not_change_the_tokens(tiny, generator, chunk):
     sampling = SamplingConfig(max_new_tokens=12, num_samples=2)
     expected = rows(generator.generate(PROMPTS, sampling, seed=3))
-    assert rows(generator.generate(PROMPTS, sampling, seed=3, chunk=chunk)) == expected
+    chunked = Generator(*tiny, FREE, chunk=chunk)
+    assert rows(chunked.generate(PROMPTS, sampling, seed=3)) == expected
 
 
 def test_a_sample_does_not_depend_on_its_companions(generator):
@@ -70,11 +72,8 @@ def test_a_mesh_shares_parameters_and_cache_and_draws_the_same(tiny, generator):
     mesh, params = spread(model, {name: jnp.copy(x) for name, x in params.items()}, mesh)
     shared = Generator(model, params, FREE)
     assert rows(shared.generate(PROMPTS, sampling)) == expected
-    [state] = [
-        out[0] for (function, *_), (_, out) in shared._programs.items() if function is decode
-    ]
-    spec = state.cache.keys_LBSKC[0].sharding.spec
-    assert spec == PartitionSpec("fsdp", None, "tensor", None), "six rows, two heads"
+    spec = shared.engine._device.cache.keys_PKSC[0].sharding.spec
+    assert spec == PartitionSpec(None, "tensor", None, None), "two heads"
 
 
 def test_a_row_stops_at_end_of_text_and_the_others_go_on(tiny, generator):
@@ -118,7 +117,7 @@ def test_a_text_that_outgrows_the_context_slides(fields):
     expected = [slid(tiny, ids, 75) for ids in [*prompts[:3], prompts[3][-32:]]]
     assert rows(generation) == expected
     assert len(set(expected[1])) > 5  # not one token over and over
-    assert generation.slides > 3
+    assert any("outgrew the model's context of 32" in notice for notice in generation.notices)
     assert generation.timing.tokens == 4 * 75
 
 
@@ -136,7 +135,7 @@ def test_a_sliding_row_depends_on_nothing_but_its_prompt_and_seed(tiny, generato
     sampling = SamplingConfig(max_new_tokens=50, num_samples=2)
     together = rows(generator.generate(PROMPTS, sampling, seed=7))
     assert together[:2] == rows(generator.generate(PROMPTS[:1], sampling, seed=7))
-    assert together == rows(generator.generate(PROMPTS, sampling, seed=7, chunk=3))
+    assert together == rows(Generator(*tiny, FREE, chunk=3).generate(PROMPTS, sampling, seed=7))
     # One row stops at least, the others go on as they did.
     end = next(t for t in together[2] if any(t not in row for row in together))
     expected = [row[: row.index(end) + 1] if end in row else row for row in together]
@@ -217,7 +216,86 @@ def test_seeds_that_would_be_taken_for_others_are_refused(generator, seed):
         generator.generate(PROMPTS, SamplingConfig(), seed)
 
 
-def test_more_rows_than_memory_holds_are_refused(generator, monkeypatch):
-    monkeypatch.setattr("lm.inference.generate.device_memory", lambda: 2**24)
-    with pytest.raises(ConfigError, match=r"num_samples=10000 of 3 .* GiB.*ask for \d+ at most"):
-        generator.generate(PROMPTS, SamplingConfig(num_samples=10_000))
+def test_more_rows_than_memory_holds_take_turns(tiny, generator, monkeypatch):
+    sampling = SamplingConfig(max_new_tokens=12, num_samples=5)
+    expected = rows(generator.generate(PROMPTS, sampling, seed=3))
+    monkeypatch.setattr("lm.inference.engine.device_memory", lambda: 6 * 2**15)
+    small = Generator(*tiny, FREE)
+    assert rows(small.generate(PROMPTS, sampling, seed=3)) == expected
+    assert small.engine.config.max_slots == 3, "half of six pages"
+
+
+def test_a_prompt_is_read_once_for_all_its_samples(tiny):
+    generator = Generator(*tiny, FREE)
+    sampling = SamplingConfig(max_new_tokens=12, num_samples=5)
+    together = rows(generator.generate(PROMPTS, sampling, seed=3))
+    assert generator.engine.stats_read == sum(map(len, PROMPTS))
+    assert len({tuple(row) for row in together}) == 15
+    alone = rows(generator.generate(PROMPTS[:1], dataclasses.replace(sampling, num_samples=1), 3))
+    assert alone == together[:1]
+    assert generator.engine.held == 0
+
+
+def test_two_texts_may_be_written_in_turns(generator):
+    sampling = SamplingConfig(max_new_tokens=20)
+    expected = [rows(generator.generate(PROMPTS[:1], sampling, seed)) for seed in (1, 2)]
+    both = [iter(generator.generate(PROMPTS[:1], sampling, seed)) for seed in (1, 2)]
+    pairs = list(zip(*both, strict=True))
+    for number, each in enumerate(expected):
+        drawn = np.concatenate([pair[number] for pair in pairs], 1)
+        assert drawn.tolist() == each
+
+
+def test_what_is_left_or_interrupted_leaves_nothing_behind(generator, monkeypatch):
+    sampling = SamplingConfig(max_new_tokens=20)
+    expected = rows(generator.generate(PROMPTS, sampling, seed=1))
+    for _ in generator.generate(PROMPTS, sampling, seed=1):
+        break
+    assert generator.engine.under_way == generator.engine.held == 0
+    generation = iter(generator.generate(PROMPTS, sampling, seed=1))
+    next(generation)
+    whole = generator.engine._device.decode
+
+    def interrupted(*arguments):
+        whole(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generator.engine._device, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(generation)
+    monkeypatch.undo()
+    assert rows(generator.generate(PROMPTS, sampling, seed=1)) == expected
+
+
+def test_a_stop_string_ends_a_row_and_is_not_part_of_its_text(tiny):
+    tokenizer = train(TokenizerConfig(kind="char", vocab_size=40), ["abcdefghijklmnopqrstuvwxyz"])
+    generator = Generator(*tiny, FREE, tokenizer)
+
+    def texts(**fields):
+        sampling = SamplingConfig(max_new_tokens=30, num_samples=2, **fields)
+        generation, found = generator.generate(PROMPTS, sampling, seed=4), [""] * 6
+        for row, piece in generation.texts():
+            found[row] += piece
+        return found, generation
+
+    free, _ = texts()
+    stop = free[0][9:11]
+    found, generation = texts(stop=stop)
+    assert found == [text.partition(stop)[0] for text in free]
+    assert generation.ended == [stop in text for text in free]
+    for steps, ended in zip(generation.steps, generation.ended):
+        whole = tokenizer.decode([step.id for step in steps])
+        assert whole.endswith(stop) if ended else len(steps) == 30
+    assert generator.engine.held == 0
+
+
+def test_every_token_has_its_log_probability(tiny, generator):
+    sampling = SamplingConfig(temperature=0, max_new_tokens=4, logprobs=2, prompt_logprobs=1)
+    generation = generator.generate([[5, 6, 7]], sampling)
+    [drawn] = rows(generation)
+    forward = jax.nn.log_softmax(bind(*tiny)(jnp.array([[5, 6, 7, *drawn]])))[0]
+    steps = generation.prompt_steps[0] + generation.steps[0]
+    assert [step.id for step in steps] == [6, 7, *drawn]
+    expected = [float(forward[t, step.id]) for t, step in enumerate(steps)]
+    np.testing.assert_allclose([step.logprob for step in steps], expected, atol=1e-5)
+    assert all(step.top[0][0] == step.id and len(step.top) == 2 for step in generation.steps[0])

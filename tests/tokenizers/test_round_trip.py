@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from trained_tokenizers import trained
 
 from lm.config import ConfigError
+from lm.inference.stream import TextStream
 from lm.tokenizers import TokenizerConfig, load
-from lm.tokenizers.base import PROBES, DecodeStream
+from lm.tokenizers.base import PROBES
 from lm.tokenizers.export import huggingface_files
 from lm.tokenizers.huggingface import HuggingFaceTokenizer
 from lm.tokenizers.settings import Settings
@@ -47,8 +48,7 @@ def test_encoding_never_gives_a_special_id_but_unknown(tokenizer, text):
 @given(ids=st.lists(st.integers(0, 256)))
 def test_streamed_text_equals_decoded_text_for_any_ids(tokenizer, ids):
     ids = [i % tokenizer.vocab_size for i in ids]
-    stream = tokenizer.decode_stream()
-    assert isinstance(stream, DecodeStream)
+    stream = TextStream(tokenizer)
     assert "".join([stream.push(i) for i in ids] + [stream.flush()]) == tokenizer.decode(ids)
 
 
@@ -88,7 +88,7 @@ def test_added_tokens_are_text_like_any_other(kind, text):
     assert tokenizer.lossless or kind not in ("byte", "bpe")
     if tokenizer.lossless:
         assert tokenizer.decode(ids) == text
-    stream = tokenizer.decode_stream()
+    stream = TextStream(tokenizer)
     assert "".join([stream.push(i) for i in ids] + [stream.flush()]) == tokenizer.decode(ids)
     for name in ADDED:
         id = tokenizer.rust.token_to_id(name)
@@ -116,7 +116,7 @@ def test_a_megabyte_without_a_break_round_trips(lossless, unit):
 def test_a_stream_holds_back_an_unfinished_character(lossless):
     ids = lossless.encode("🙂")
     assert len(ids) == 4  # not in the corpus, so bytes
-    stream = lossless.decode_stream()
+    stream = TextStream(lossless)
     assert [stream.push(i) for i in ids] == ["", "", "", "🙂"]
     stream.push(ids[0])
     assert stream.flush() == "\ufffd"

@@ -129,6 +129,15 @@ class PagedCache:
         keys, values = jax.tree.map(lambda pool, x: pool.at[places].set(x), self.own, held)
         return dataclasses.replace(self, keys_PKSC=keys, values_PKSC=values)
 
+    def copy(self, config: ModelConfig, pages_2: jax.Array, slots_2: jax.Array) -> PagedCache:
+        """With the first page, and the source of the first slot, copied to the second of each."""
+        cache = self.put(config, pages_2[1:], self.take(config, pages_2[:1]))
+        if self.source_mask_BS is None:
+            return cache
+        first = cache.sources(slots_2[:1])
+        pair = (first.source_keys_LBSKC, first.source_values_LBSKC)
+        return cache.with_source(slots_2[1], *pair, first.source_mask_BS)
+
     def _everywhere(self, config: ModelConfig, pages_N: jax.Array) -> jax.Array:
         """These pages in a pool: of each of its layers where they share it."""
         if isinstance(self.keys_PKSC, tuple):
