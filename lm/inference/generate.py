@@ -37,6 +37,7 @@ from lm.models import Model
 from lm.tokenizers import Tokenizer
 
 CHUNK = 8  # tokens a row draws in one dispatch: what a reader sees appear at once
+AT_ONCE = 2**20  # texts that are asked for together
 MOST = 64  # texts that are worked on at the same time
 
 
@@ -173,6 +174,11 @@ class Generator:
             f"seed={seed!r} must be a whole number from {-(2**31)} to {2**32 - 1}",
         )
         check(len(prompts) > 0, "prompts=[] must have one at least")
+        check(
+            len(prompts) * sampling.num_samples <= AT_ONCE,
+            f"num_samples={sampling.num_samples} of {len(prompts):,} prompt(s) are too many texts "
+            f"for one call: ask for {AT_ONCE // len(prompts):,} at most",
+        )
         read = prompts
         if sampling.truncate_prompt and not self.encodes:
             read = [self.framing.window(ids, self.context) for ids in prompts]
