@@ -134,6 +134,7 @@ class Scheduler:
         shared = text.pages[: len(text.pages) - 1] if part else text.pages
         self.pages.hold([page for page in shared if page])
         other.pages, other.cached = [*shared, *own], text.cached
+        self.found += text.cached
         return (text.pages[-1], own[0]) if part else (0, 0)
 
     def name(self, text: Text, root: bytes) -> None:

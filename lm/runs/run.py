@@ -103,7 +103,7 @@ class Run:
         The prompt is returned as it was given; the rest is what the tokens decode to. Of an
         encoder-decoder the prompt is the source, and the target alone is returned: a translation.
         The same arguments give the same text. Past a decoder's context its window slides (see
-        `lm.inference.generate`); an encoder-decoder's target ends there.
+        `lm.inference.engine`); an encoder-decoder's target ends there.
 
         Args:
           prompt: one text or several, which are continued together.

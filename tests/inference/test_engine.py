@@ -194,6 +194,19 @@ def test_too_few_pages_make_the_newest_wait_and_change_nothing(tiny):
     assert narrow.stats.preemptions > 0 and wide.stats.preemptions == 0
 
 
+@pytest.mark.parametrize("pages", [None, 9])
+def test_what_is_read_for_one_sample_is_there_for_the_others_and_changes_nothing(tiny, pages):
+    sampling = SamplingConfig(max_new_tokens=9, logprobs=1)
+    asked = [Request(tuple(range(8, 21)), sampling, sample=sample) for sample in range(3)]
+    engine = engine_of(tiny, num_pages=pages)
+    together = run(engine, asked)
+    assert engine.stats.prompt_tokens == 3 * 13
+    assert engine.stats_read == (13 if pages is None else engine.stats_read)
+    assert engine.held == 0
+    alone_in_turn = [run(engine_of(tiny), [request])[0] for request in asked]
+    assert together == alone_in_turn
+
+
 def test_a_prompt_read_before_is_not_read_again(tiny):
     engine, sampling = engine_of(tiny), SamplingConfig(max_new_tokens=5)
     long = Request(tuple(range(8, 30)), sampling)

@@ -11,6 +11,7 @@ import pytest
 from tiny_run import write_tiny_run
 
 import lm
+from lm import __main__ as main
 from lm.config import ConfigError
 from lm.inference import SamplingConfig
 from lm.inference.engine import Engine, EngineConfig
@@ -164,6 +165,20 @@ def test_a_run_keeps_to_them(run):
         run.generate("a", regex="a", num_beams=2)
     with pytest.raises(ConfigError, match="regex cannot be used: unclosed group"):
         run.generate("a", regex="(a")
+
+
+def test_the_command_line_keeps_to_them(run, capsys):
+    def printed(*words):
+        command = ["--config=configs/generate.py", f"--config.init_from={run.directory}", *words]
+        code = main.guarded(main.run, [*command, "--config.prompt=a"])
+        return code, capsys.readouterr()
+
+    code, said = printed("--config.regex=(yes|no)!", "--config.num_samples=2")
+    assert code == 0 and len(re.findall(r"^a(?:yes|no)!$", said.out, re.MULTILINE)) == 2
+    code, said = printed('--config.json_schema={"enum": [12]}')
+    assert (code, said.out) == (0, "a12\n")
+    code, said = printed("--config.json_schema={")
+    assert code == 2 and "json_schema is no JSON" in said.err
 
 
 def test_what_a_run_ends_meets_the_schema_also_past_its_context(run):
