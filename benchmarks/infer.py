@@ -20,7 +20,8 @@ from decode_cpu import read_bandwidth, read_bytes
 
 import lm
 from lm.inference import Framing, Generator, SamplingConfig
-from lm.models import init, param_specs, preset, skeleton
+from lm.models import init, param_specs, skeleton
+from lm.models.presets import preset
 
 
 def opened(name: str, weights: str) -> Generator:
@@ -45,12 +46,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     generator = opened(arguments.model, arguments.weights)
-    ids = np.random.default_rng(0).integers(0, generator.vocab_size, arguments.prompt)
-    prompts = [ids.tolist()] * arguments.rows
+    rng, size = np.random.default_rng(0), (arguments.rows, arguments.prompt)
     sampling = SamplingConfig(max_new_tokens=arguments.tokens + 1, temperature=0.0)
     array, prefill, decode, share = np.ones(2**26, np.float32), [], [], []
     for number in range(arguments.rounds + 1):
         bandwidth = read_bandwidth(array)
+        # Other prompts every time: what was read before would not be read again.
+        prompts = rng.integers(0, generator.vocab_size, size).tolist()
         generation = generator.generate(prompts, sampling)
         for _ in generation:
             pass
