@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from lm.config import check
 from lm.models import Model, bind, param_specs, skeleton
 from lm.models.matmul import compute_dtype
 from lm.models.params import Layers
-from lm.models.reading import kept
+from lm.models.reading import Weight, kept
 from lm.parallel.mesh import AXES
 from lm.parallel.platform import platform
 from lm.parallel.sharding import ACTIVATION_RULES, ParamSpec, parameter_shardings, partition
@@ -56,36 +57,35 @@ def for_reading(
 ) -> dict:
     """`params` in the compute dtype and, where layers are not scanned, apart: see `bound`.
 
-    Matrices are kept for reading (`lm.models.reading`) on a CPU by itself, and wherever they are
-    to be of eight bits (`weights`): they are then a quarter of float32's size, and outputs differ
-    by the rounding. Arrays that a mesh shares stay split as they are.
+    Matrices are kept for reading (`lm.models.reading`) on a CPU by itself, on TPUs, and wherever
+    they are to be of eight bits (`weights`): they are then a quarter of float32's size, and outputs
+    differ by the rounding. What a mesh shares stays split as it is; scales are, as their outputs.
 
     Raises:
-      ConfigError: for eight bits of a model on a mesh, or one whose products know no such weights.
+      ConfigError: for eight bits of a model whose products know no such weights.
     """
     specs = param_specs(model)
-    eight_bits = weights == "int8"
+    eight_bits, keeps = weights == "int8", keepable(model)
+    check(
+        not eight_bits or keeps,
+        "weights='int8' is for transformers that are not trained with eight-bit products: use "
+        "weights='compute'",
+    )
     # What is traced here (`abstract_params`) is to lie on a mesh.
     alone = not any(isinstance(params[n], jax.core.Tracer) or mesh_of(params[n]) for n in specs)
-    keeps = keepable(model)
-    check(
-        not eight_bits or (alone and keeps),
-        "weights='int8' is for transformers on one device, not trained with eight-bit products: "
-        "use weights='compute'",
-    )
-    turned = alone and keeps and (eight_bits or platform() == "cpu")
+    turned = keeps and (eight_bits or platform() == "tpu" or (alone and platform() == "cpu"))
     read = {}
-    for name, x in in_compute_dtype(model, params).items():
+    for name, x in in_compute_dtype(model, params, alone).items():
         axes = specs[name].axes
         apart = "layers" in axes and not model.config.scan_layers
-        inputs = _inputs(model, name, axes) if turned else ()
-        if not inputs:
-            read[name] = _layers(x) if apart else x
-        elif apart:
+        inputs = _inputs(name, axes, model.config.tie_embeddings) if turned else ()
+        if apart and inputs:
             inputs = tuple(axis - 1 for axis in inputs)
-            read[name] = tuple(kept(layer, inputs, eight_bits) for layer in x)
+            read[name] = tuple(_kept(layer, inputs, eight_bits) for layer in _layers(x))
+        elif inputs:
+            read[name] = _kept(x, inputs, eight_bits, "layers" in axes)
         else:
-            read[name] = kept(x, inputs, eight_bits)
+            read[name] = _layers(x) if apart else x
     return read
 
 
@@ -95,14 +95,10 @@ def keepable(model: Model) -> bool:
     return config.cell == "attention" and config.quantization == "none"
 
 
-def _inputs(model: Model, name: str, axes: tuple[str | None, ...]) -> tuple[int, ...]:
+def _inputs(name: str, axes: tuple[str | None, ...], tied: bool) -> tuple[int, ...]:
     """The axes that products of a matrix sum over; none of what is not kept for reading."""
     own = name.rpartition(".")[2]
-    if (
-        own not in _KEPT
-        or "expert" in axes
-        or (own == "tokens" and not model.config.tie_embeddings)
-    ):
+    if own not in _KEPT or "expert" in axes or (own == "tokens" and not tied):
         return ()
     every = tuple(axis for axis, axis_name in enumerate(axes) if axis_name != "layers")
     if "vocab" in axes:  # (vocab, embed), out before in as it is
@@ -118,6 +114,41 @@ def _layers(x: jax.Array) -> tuple[jax.Array, ...]:
     return jax.jit(lambda x: tuple(x), out_shardings=_of_layer(x.sharding))(x)
 
 
+def _kept(w: jax.Array, inputs: tuple, eight_bits: bool, stacked: bool = False) -> Weight:
+    """As `lm.models.reading.kept`; of an array that a mesh shares, split as it is."""
+    if mesh_of(w) is None:
+        return kept(w, inputs, eight_bits, stacked)
+    return _kept_split(
+        w, inputs, eight_bits, stacked, _of_kept(w.sharding, w.ndim, inputs, stacked)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _kept_split(w, inputs, eight_bits, stacked, shardings) -> Weight:
+    return _with(jax.lax.with_sharding_constraint, kept(w, inputs, eight_bits, stacked), shardings)
+
+
+def _with(function, weight: Weight, shardings: tuple[NamedSharding, NamedSharding]) -> Weight:
+    """`weight` with `function` of each of its arrays and of that array's sharding."""
+    values, scale = weight.values, weight.scale
+    scale = None if scale is None else function(scale, shardings[1])
+    return dataclasses.replace(weight, values=function(values, shardings[0]), scale=scale)
+
+
+def _of_kept(
+    sharding: NamedSharding, ndim: int, inputs: tuple, stacked: bool
+) -> tuple[NamedSharding, NamedSharding]:
+    """How a `Weight`'s values and scale are split, where what it is made of is split like this.
+
+    Of axes that become one only the first is ever split: heads, not their width.
+    """
+    spec = [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
+    first = next(axis for axis in range(stacked, ndim) if axis not in inputs)
+    out = *spec[:stacked], spec[first]
+    specs = PartitionSpec(*out, spec[inputs[0]]), PartitionSpec(*out)
+    return tuple(NamedSharding(sharding.mesh, spec) for spec in specs)
+
+
 def _of_layer(sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
@@ -128,17 +159,20 @@ def bound(model: Model, params: Mapping[str, jax.Array | tuple[jax.Array, ...]])
     return bind(model, layers)
 
 
-def in_compute_dtype(model: Model, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def in_compute_dtype(
+    model: Model, params: Mapping[str, jax.Array], alone: bool = True
+) -> dict[str, jax.Array]:
     """`params` with every matrix that is multiplied in the compute dtype, once for all tokens.
 
     The model casts them anyway, but inside the loop. What it uses in float32 stays: gains, biases,
-    the router of a mixture of experts, and embeddings but for tokens that are also the output head.
+    the router of a mixture of experts, and embeddings but for tokens: where these are also the
+    output head, and where they are not `alone` on one device, which sends others what it finds.
     """
     dtype = compute_dtype(model.config.compute_dtype)
 
     def multiplied(name: str, spec: ParamSpec) -> bool:
         if name == "embedding.tokens":
-            return model.config.tie_embeddings
+            return model.config.tie_embeddings or not alone
         own = name.rpartition(".")[2]
         stays = own in _FLOAT32 or own.endswith("bias")
         return not stays and len(set(spec.axes) - {"layers"}) >= 2
@@ -177,20 +211,26 @@ def spread(
     return mesh, {n: jax.device_put(params.pop(n), shardings[n], donate=True) for n in names}
 
 
-def abstract_params(model: Model, shardings: Mapping[str, NamedSharding]) -> dict[str, Any]:
+def abstract_params(
+    model: Model, shardings: Mapping[str, NamedSharding], weights: Weights = "compute"
+) -> dict[str, Any]:
     """What `for_reading` makes of parameters so split, as shapes with shardings."""
-    whole = {
-        name: jax.ShapeDtypeStruct(spec.shape, jnp.float32)
-        for name, spec in param_specs(model).items()
-    }
-    read = jax.eval_shape(lambda params: for_reading(model, params), whole)
+    specs = param_specs(model)
+    whole = {name: jax.ShapeDtypeStruct(s.shape, jnp.float32) for name, s in specs.items()}
+    read = jax.eval_shape(lambda params: for_reading(model, params, weights), whole)
 
-    def placed(x, sharding: NamedSharding):
-        if isinstance(x, tuple):
-            return tuple(placed(layer, _of_layer(sharding)) for layer in x)
+    def shape(x, sharding: NamedSharding):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    return {name: placed(x, shardings[name]) for name, x in read.items()}
+    def placed(x, sharding: NamedSharding, axes: tuple[str | None, ...], name: str):
+        if isinstance(x, tuple):
+            return tuple(placed(layer, _of_layer(sharding), axes[1:], name) for layer in x)
+        if not isinstance(x, Weight):
+            return shape(x, sharding)
+        inputs = _inputs(name, axes, model.config.tie_embeddings)
+        return _with(shape, x, _of_kept(sharding, len(axes), inputs, "layers" in axes))
+
+    return {n: placed(x, shardings[n], specs[n].axes, n) for n, x in read.items()}
 
 
 def cache_shardings(cache: Any, mesh: Mesh) -> Any:

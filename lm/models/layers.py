@@ -238,11 +238,9 @@ def embedding_lookup(
     Devices send each other rows in `dtype`, the compute dtype: where there are several, what is
     found is rounded to it. Gradients are summed in float32 on each device, however.
     """
-    if isinstance(table_VD, Weight):
-        return table_VD.rows(rows_BT, dtype)
     mesh, names = automatic_axes()
     if not names:
-        return jnp.take(table_VD, rows_BT, axis=0)
+        return _rows(table_VD, rows_BT, dtype)
     shape = (*rows_BT.shape, table_VD.shape[1])
     vocab = partition(("vocab", None), table_VD.shape, mesh, WHOLE_RULES)[0]
     short = partition(("batch", "norm_length", None), shape, mesh, ACTIVATION_RULES)
@@ -260,6 +258,12 @@ def embedding_lookup(
     return _found(split, table_VD, rows_BT)
 
 
+def _rows(table_VD: jax.Array | Weight, rows_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    if isinstance(table_VD, Weight):
+        return table_VD.rows(rows_BT, dtype)
+    return jnp.take(table_VD, rows_BT, axis=0)
+
+
 def _local(rows_BT, first_V, split: _Split):
     """Rows counted from this device's first, and which of them it holds."""
     if split.vocab is None:
@@ -271,9 +275,13 @@ def _local(rows_BT, first_V, split: _Split):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _found(split: _Split, table_VD, rows_BT):
+    dtype = split.dtype if isinstance(table_VD, Weight) else table_VD.dtype
+    if not isinstance(table_VD, Weight):
+        table_VD = table_VD.astype(split.dtype)
+
     def local(first_V, table_VD, rows_BT):
         rows_BT, here_BT1 = _local(rows_BT, first_V, split)
-        found = jnp.take(table_VD, rows_BT, axis=0)
+        found = _rows(table_VD, rows_BT, split.dtype)
         if here_BT1 is None:
             return found
         found = jnp.where(here_BT1, found, 0)
@@ -288,8 +296,8 @@ def _found(split: _Split, table_VD, rows_BT):
         out_specs=split.found,
         axis_names=set(split.names),
         check_vma=False,
-    )(jnp.arange(split.size, dtype=rows_BT.dtype), table_VD.astype(split.dtype), rows_BT)
-    return found.astype(table_VD.dtype)
+    )(jnp.arange(split.size, dtype=rows_BT.dtype), table_VD, rows_BT)
+    return found.astype(dtype)
 
 
 def _found_forward(split, table_VD, rows_BT):

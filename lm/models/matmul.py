@@ -79,7 +79,8 @@ def contract(
     a dimension with the output, as attention's do.
     """
     if isinstance(w, reading.Weight):
-        return reading.product(spec, x, w, jnp.dtype(dtype or x.dtype))
+        dtype = jnp.dtype(dtype or x.dtype)
+        return reading.product(spec, x, w, dtype, _sum_dtype(dtype))
     operands, out = spec.split("->")
     first, second = operands.split(",")
     batched = set(first) & set(second) & set(out)

@@ -14,9 +14,13 @@ and wherever it stands among them. One row alone is a product of a matrix and a 
 of memory and with sums in another order. What comes between products keeps a row's bits only where
 rows are whole tiles: who needs them pads to that.
 
+Axes that are summed over are one, and so are those that are not: devices of a mesh share whole rows
+or columns, and what a TPU tiles is the matrix that it multiplies.
+
 Eight-bit weights are rounded to the nearest of 255 steps of each output's largest magnitude, as
 `qwix` does, and activations stay as they are. Where they are multiplied they are widened: on the
-CPU a block at a time that fits a core's cache, so that memory is read a quarter as much.
+CPU a block at a time that fits a core's cache, so that memory is read a quarter as much; on a TPU
+within the product.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.parallel.platform import platform
+from lm.parallel.sharding import automatic_axes
 
 BLOCK_BYTES = 3 * 2**17  # of widened weights at a time, within a second-level cache
 TILE = 16  # rows; a multiple of what the CPU's kernels multiply at once
@@ -36,13 +41,19 @@ TILE = 16  # rows; a multiple of what the CPU's kernels multiply at once
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """The other operand of `lm.models.matmul.contract`, its dimensions (…out, …in).
+    """The other operand of `lm.models.matmul.contract`, as a matrix (out, in).
 
     Stacked layers come first where there are several.
     """
 
     values: jax.Array  # of the compute dtype, or int8
-    scale: jax.Array | None = None  # of int8 `values`: float32, (…out)
+    scale: jax.Array | None = None  # of int8 `values`: float32, (out,)
+    features: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})  # of `out`
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix."""
+        return self.values.shape
 
     def __getitem__(self, index) -> Weight:
         """All of it (`...`), as an `nnx.Param` asks for; or a layer of several."""
@@ -56,45 +67,46 @@ class Weight:
         return (found * jnp.take(self.scale, index, axis=0)[..., None]).astype(dtype)
 
 
-def kept(w: jax.Array, inputs: tuple[int, ...], eight_bits: bool) -> Weight:
-    """`w` with its axes `inputs`, which are summed over, moved last; rounded to int8 if asked."""
+def kept(w: jax.Array, inputs: tuple[int, ...], eight_bits: bool, stacked: bool = False) -> Weight:
+    """`w`, whose axes `inputs` are summed over, as a `Weight`; rounded to int8 if asked.
+
+    Where it is `stacked`, its first axis is that of layers.
+    """
     w = jnp.moveaxis(w, inputs, range(-len(inputs), 0))
+    layers, features = w.shape[:stacked], w.shape[stacked : -len(inputs)]
+    w = w.reshape(*layers, math.prod(features), -1)
     if not eight_bits:
-        return Weight(w)
+        return Weight(w, None, features)
     import qwix  # thirty milliseconds that others need not wait
 
-    array = qwix.quantize(
-        w.astype(jnp.float32), jnp.int8, channelwise_axes=range(w.ndim - len(inputs))
-    )
-    return Weight(array.qvalue, array.scale.reshape(w.shape[: -len(inputs)]))
+    array = qwix.quantize(w.astype(jnp.float32), jnp.int8, channelwise_axes=range(w.ndim - 1))
+    return Weight(array.qvalue, array.scale[..., 0], features)
 
 
-def product(spec: str, x: jax.Array, w: Weight, dtype: jnp.dtype) -> jax.Array:
-    """`einsum(spec, x, w)` in `dtype`, as of `w` before it was kept; summed in float32.
+def product(
+    spec: str, x: jax.Array, w: Weight, dtype: jnp.dtype, sum_dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
+    """`einsum(spec, x, w)` in `dtype`, as of `w` before it was kept.
 
     Every letter of x that w lacks comes before those it shares, and stays in the output, where
-    they come first.
+    they come first. On the CPU the product is summed in float32; elsewhere, and on a mesh, what the
+    hardware leaves, and devices add up, is of `sum_dtype`.
     """
-    operands, out = spec.split("->")
-    first, second = operands.split(",")
-    inputs = [letter for letter in second if letter not in out]
-    outputs = [letter for letter in second if letter in out]
+    first, second = spec.split("->")[0].split(",")
+    leading = x.shape[: sum(letter not in second for letter in first)]
     values, scale = w.values, w.scale
-    if platform() == "cpu":
-        leading = x.shape[: x.ndim - len(inputs)]
-        features = values.shape[: len(outputs)]
-        contracted = math.prod(values.shape[len(outputs) :])
+    x = x.reshape(*leading, values.shape[1])
+    if platform() == "cpu" and not automatic_axes()[1]:
         multiply = _by_rows if values.dtype == x.dtype else _by_blocks
-        y = multiply(x.reshape(-1, contracted), values.reshape(-1, contracted))
-        y = y.reshape(*leading, *features)
+        y = multiply(x.reshape(-1, values.shape[1]), values)
     else:
-        if values.dtype != x.dtype:
-            # Tied to x: widened outside a loop that draws tokens, all of them would be kept.
+        if values.dtype != x.dtype and platform() != "tpu":
+            # Tied to x: widened outside a loop that draws tokens, all of them would be kept. XLA
+            # for TPUs has no need of it, and would not widen within the product.
             x, values = jax.lax.optimization_barrier((x, values))
-            values = values.astype(x.dtype)
-        turned = f"{first},{''.join(outputs + inputs)}->{out}"
-        y = jnp.einsum(turned, x, values, preferred_element_type=jnp.float32)
-    return (y if scale is None else y * scale).astype(dtype)
+        y = jnp.einsum("...k,fk->...f", x, values.astype(x.dtype), preferred_element_type=sum_dtype)
+    y = (y if scale is None else y * scale).astype(dtype)
+    return y.reshape(*leading, *w.features)
 
 
 def _by_rows(x_NK: jax.Array, w_FK: jax.Array) -> jax.Array:
