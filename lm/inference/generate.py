@@ -364,10 +364,12 @@ class Generation:
                 self._timed(tokens, now - before - spent)
                 before, compiled = now, engine.compile_seconds
                 yield tokens
+                for row in tokens:
+                    del self.steps[row][self._drawn[row] :]  # what follows a stop string
                 for number, row in list(rows.items()):
                     if self.ended[row]:  # by a stop string
                         generator.cancel(number)
-                        del rows[number], self.steps[row][self._drawn[row] :]
+                        del rows[number]
         finally:
             for number in rows:
                 generator.cancel(number)

@@ -49,7 +49,7 @@ class Grammar:
         """
         mask_W = np.zeros(-(-self._vocab_size // 32), "<u4")
         if not self.ended:
-            bits = self._matcher.compute_bitmask()
+            bits = self._matcher.compute_bitmask()[: mask_W.nbytes]  # has room for an id more
             mask_W.view(np.uint8)[: len(bits)] = np.frombuffer(bits, np.uint8)
             for id in () if self._ends else (self._end,):
                 mask_W[id // 32] &= ~np.uint32(1 << id % 32)

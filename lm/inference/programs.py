@@ -210,7 +210,10 @@ class Device:
         def empty():
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._shapes)
 
-        return jax.jit(empty, out_shardings=self._split)()
+        # Where the parameters are, and committed to it as what programs return may be: they would
+        # be compiled once for a cache that is not, and again for the next.
+        at = self._split or jax.tree.leaves(self.params)[0].sharding
+        return jax.jit(empty, out_shardings=at)()
 
     def update(self, params) -> None:
         """Takes other parameters."""

@@ -238,7 +238,8 @@ def test_after_an_update_the_output_is_that_of_a_fresh_engine(tiny):
 
 
 def test_the_number_of_programs_is_fixed_after_a_warm_up(tiny):
-    engine = engine_of(tiny, num_pages=9)
+    model, params = tiny  # as a checkpoint gives them: bound to where they are
+    engine = engine_of((model, jax.device_put(params, jax.devices()[0])), num_pages=9)
     engine.warm_up()
     compiled = engine.num_programs
     rng = np.random.default_rng(0)

@@ -271,8 +271,8 @@ def test_a_stop_string_ends_a_row_and_is_not_part_of_its_text(tiny):
     tokenizer = train(TokenizerConfig(kind="char", vocab_size=40), ["abcdefghijklmnopqrstuvwxyz"])
     generator = Generator(*tiny, FREE, tokenizer)
 
-    def texts(**fields):
-        sampling = SamplingConfig(max_new_tokens=30, num_samples=2, **fields)
+    def texts(most=30, **fields):
+        sampling = SamplingConfig(max_new_tokens=most, num_samples=2, **fields)
         generation, found = generator.generate(PROMPTS, sampling, seed=4), [""] * 6
         for row, piece in generation.texts():
             found[row] += piece
@@ -286,6 +286,8 @@ def test_a_stop_string_ends_a_row_and_is_not_part_of_its_text(tiny):
     for steps, ended in zip(generation.steps, generation.ended):
         whole = tokenizer.decode([step.id for step in steps])
         assert whole.endswith(stop) if ended else len(steps) == 30
+    _, short = texts(most=13, stop=stop)  # of the chunk that the first one's stop string ends in
+    assert short.steps[0] == generation.steps[0]
     assert generator.engine.held == 0
 
 

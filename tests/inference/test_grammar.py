@@ -244,9 +244,9 @@ def test_without_end_of_text_the_grammar_ends_the_text(tokenizer):
     assert grammar.ended and bits(grammar.mask()) == []
 
 
-@pytest.mark.parametrize("kind", ["byte", "char"])
-def test_every_kind_of_vocabulary_can_be_constrained(kind):
-    tokenizer = train(TokenizerConfig(kind=kind, vocab_size=300), [TEXT])
+@pytest.mark.parametrize("kind, size", [("byte", 300), ("char", 300), ("bpe", 288)])
+def test_every_kind_of_vocabulary_can_be_constrained(kind, size):
+    tokenizer = train(TokenizerConfig(kind=kind, vocab_size=size), [TEXT])
     grammar = Grammars(tokenizer, [tokenizer.eos_id]).compile("regex", "é[ab]").start()
     for id in tokenizer.encode("éa"):
         assert id in bits(grammar.mask())
