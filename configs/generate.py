@@ -47,4 +47,5 @@ def get_config():
     c.top_p = 0.95
     c.num_samples = 1
     c.weights = "compute"  # int8: a quarter of the memory, nearly the same probabilities
+    c.cache = "compute"  # int8: the same of keys and values, for long texts and many
     return c

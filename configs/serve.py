@@ -6,11 +6,13 @@
     curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
         -d '{"prompt": "The cat sat on the", "max_tokens": 50}'
 
-    # another model; a conversation with one that has no template of its own; for all to reach
+    # another model; a conversation with one that has no template of its own; for all to reach;
+    # keys and values in eight bits, so that memory holds up to four times as many tokens of texts
     python main.py --config=configs/serve.py --config.init_from=runs/NAME
     python main.py --config=configs/serve.py --config.chat_template=chatml
     python main.py --config=configs/serve.py --config.serve.host=0.0.0.0 \\
         --config.serve.api_key_file=keys.txt
+    python main.py --config=configs/serve.py --config.engine.cache=int8
 
 /v1/models, /v1/completions, /v1/chat/completions and /v1/embeddings are OpenAI's; /tokenize,
 /detokenize, /metrics and more sampling settings are vLLM's; /openapi.json lists them all. On

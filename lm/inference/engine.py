@@ -16,6 +16,7 @@ the context does.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import sys
 import time
@@ -42,8 +43,7 @@ from lm.inference.rows import ALTERNATIVES, LEVELS, Batch
 from lm.inference.sampling import SamplingConfig
 from lm.inference.scheduler import Scheduler, Text
 from lm.models import Model
-from lm.models.attention.paged import Paging
-from lm.models.matmul import compute_dtype
+from lm.models.attention.paged import PagedCache, Paging
 from lm.models.reading import TILE
 from lm.parallel.platform import device_memory
 from lm.tokenizers import Tokenizer
@@ -84,12 +84,17 @@ class Engine:
         self.encodes = model.config.architecture == "encoder_decoder"
         # A recurrent model needs no pages; it is as if a whole text had room on one.
         self._paged = model.config.cell == "attention"
+        check(
+            self._paged or config.cache == "compute",
+            f"cache={config.cache!r} is for Transformers, and config.model.cell="
+            f"{model.config.cell!r} has no keys and values: use cache='compute'",
+        )
         self.page_size = config.page_size if self._paged else self.context
         self._width = -(-self.context // self.page_size)  # pages of a whole context
         mesh, kv_heads = mesh_of(next(iter(params.values()))), model.config.kv_heads
         across = mesh.shape["tensor"] if mesh else 1
         self._devices = across if kv_heads % across == 0 else 1  # that share a page
-        settings = Settings(model, known, config.weights)
+        settings = Settings(model, known, config.weights, config.cache)
         self._device = Device(settings, params, self.page_size, config.decode_chunk)
         chunk = config.prefill_chunk
         self._pieces = [size for size in (chunk // 16, chunk // 4, chunk) if size >= min(8, chunk)]
@@ -155,11 +160,11 @@ class Engine:
         most = round_up(slots, TILE)
         return [*(size for size in (TILE, 4 * TILE) if size < most), most]
 
-    @property
+    @functools.cached_property
     def _page_bytes(self) -> int:
-        config = self.model.config
-        token = 2 * config.num_layers * config.kv_heads * config.head_width
-        return self.page_size * token * compute_dtype(config.compute_dtype).itemsize
+        one = (self.model.config, 1, self.page_size, 1, True, self.config.cache == "int8")
+        pools = jax.eval_shape(lambda: PagedCache.empty(*one).own)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools))
 
     @property
     def fitting(self) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from lm.config import check, view
 from lm.inference.engine import Engine
 from lm.inference.grammar import Grammar, Grammars
-from lm.inference.prepare import Weights
+from lm.inference.prepare import CacheKind, Weights
 from lm.inference.prompts import (
     NOTHING,
     Framing,
@@ -83,6 +83,7 @@ class Generator:
         there is no text, only ids.
       weights: see `lm.inference.prepare.for_reading`.
       chunk: tokens a row draws in one dispatch.
+      cache: see `EngineConfig`; not of searches, whose cache is their own.
 
     Raises:
       ConfigError: an encoder, which predicts no next token; no `decoder_start` where one must be.
@@ -96,12 +97,14 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         weights: Weights = "compute",
         chunk: int = CHUNK,
+        cache: CacheKind = "compute",
     ):
         config = EngineConfig(
             max_slots=1,
             prefill_chunk=256,
             decode_chunk=chunk,
             weights=weights,
+            cache=cache,
             batch_invariant=False,
             read_first=True,
         )

@@ -21,6 +21,7 @@ from lm.parallel.platform import platform
 from lm.parallel.sharding import ACTIVATION_RULES, ParamSpec, parameter_shardings, partition
 
 Weights = Literal["compute", "int8"]  # matrices in the compute dtype, or in eight bits
+CacheKind = Literal["compute", "int8"]  # the same of the engine's keys and values
 
 UNROLLED_LAYERS = 24  # up to here the time to compile them one by one is bearable
 
@@ -236,12 +237,13 @@ def abstract_params(
 def cache_shardings(cache: Any, mesh: Mesh) -> Any:
     """How a mesh shares a cache, leaf by leaf: rows as a batch's, heads over `tensor`.
 
-    Names carry shapes: the letters of a field say what the dimensions of its leaves are; one array
-    a layer lacks the first.
+    Names carry shapes: the letters of the innermost field say what the dimensions of its leaves
+    are; one array a layer lacks the first.
     """
 
     def place(path, leaf) -> NamedSharding:
-        letters = path[0].name.rpartition("_")[2][-leaf.ndim :] if leaf.ndim else ""
+        field = [key.name for key in path if hasattr(key, "name")][-1]
+        letters = field.rpartition("_")[2][-leaf.ndim :] if leaf.ndim else ""
         axes = [_CACHE_AXES.get(letter) for letter in letters]
         return NamedSharding(mesh, partition(axes, leaf.shape, mesh, ACTIVATION_RULES))
 

@@ -34,6 +34,7 @@ class Settings(NamedTuple):
     model: Model  # of `lm.inference.prepare.for_decoding`
     vocab_size: int  # ids from here up are never drawn
     weights: Literal["compute", "int8"] = "compute"  # see `lm.inference.prepare.for_reading`
+    cache: Literal["compute", "int8"] = "compute"  # see `EngineConfig`
 
 
 class Level(NamedTuple):
@@ -195,7 +196,7 @@ class Device:
 
         def new_pages(params):
             model = bound(self._settings.model, params)
-            return model.new_pages(pages, self._page_size, slots)
+            return model.new_pages(pages, self._page_size, slots, self._settings.cache == "int8")
 
         self.__dict__.pop("cache", None)
         self._shapes = jax.eval_shape(new_pages, self.params)

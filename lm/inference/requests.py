@@ -30,6 +30,9 @@ class EngineConfig:
     # pauses in a text while others are read.
     read_first: bool = False
     weights: Literal["compute", "int8"] = "compute"  # see `lm.inference.prepare.for_reading`
+    # Keys and values in the compute dtype, or in eight bits: pages of a quarter of float32's size,
+    # and half of bfloat16's. An encoder-decoder's keys of the source stay in the compute dtype.
+    cache: Literal["compute", "int8"] = "compute"
 
     def validate(self, prefix: str = "config.engine") -> None:
         """Raises ConfigError unless chunks are whole pages."""

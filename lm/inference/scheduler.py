@@ -83,7 +83,8 @@ class Scheduler:
                 pages = self.pages.take(wanted + 1 if self.admitted else wanted)
                 if pages is None:
                     return
-                self.pages.release(pages[wanted:])
+                pages, spare = pages[:wanted], pages[wanted:]
+                self.pages.release(spare)
                 self._restore(pages, text.saved)
                 new = iter(pages)
                 text.pages = [page and next(new) for page in text.pages]

@@ -172,6 +172,12 @@ def search(
         f"{kind}={getattr(config, kind or 'draft')!r} does not go with a json_schema, regex or "
         "grammar: texts that keep to one are drawn token by token",
     )
+    cache = generator.engine.config.cache
+    check(
+        not kind or cache == "compute",
+        f"{kind}={getattr(config, kind or 'draft')!r} does not go with cache={cache!r}: a search "
+        "keeps keys and values in the compute dtype: use cache='compute'",
+    )
     generation = generator.generate(prompts, SamplingConfig(**plain), seed, grammar=grammar)
     if not kind:
         return generation

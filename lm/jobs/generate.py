@@ -23,10 +23,10 @@ from lm.inference import (
     batch,
     search,
 )
-from lm.inference.prepare import Weights
+from lm.inference.prepare import CacheKind, Weights
 
-_OF_BATCHES = ("job", "seed", "init_from", "ignore", "weights", "batch_file", "output_file",
-               "chat_template")  # fmt: skip
+_OF_BATCHES = ("job", "seed", "init_from", "ignore", "weights", "cache", "batch_file",
+               "output_file", "chat_template")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ class GenerateJob(SearchConfig):
     # may be left out though they are not known.
     ignore: str | tuple[str, ...] = ()
     weights: Weights = "compute"  # int8: matrices in eight bits, a quarter of float32's memory
+    cache: CacheKind = "compute"  # int8: keys and values in eight bits; not of a search
     # One at most that the texts keep to: a JSON schema, a regular expression, or a grammar for Lark
     # (`lm.inference.grammar`); the text of it, not a file's name.
     json_schema: str = ""
@@ -96,7 +97,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
     prompt = _read_prompt(job)
     loaded = lm.load(job.init_from, ignore=job.ignore)
     draft = lm.load(job.draft, ignore=job.ignore).generator if job.draft else None
-    generator = loaded.writer(job.weights)
+    generator = loaded.writer(job.weights, job.cache)
     kept = generator.grammar(
         json=job.json_schema or None, regex=job.regex or None, lark=job.grammar or None
     )
@@ -111,7 +112,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
 def _batch(job: GenerateJob) -> None:
     """Does the lines of `batch_file` that `output_file` lacks."""
     loaded = lm.load(job.init_from, ignore=job.ignore)
-    sizes = EngineConfig(weights=job.weights, read_first=True)
+    sizes = EngineConfig(weights=job.weights, cache=job.cache, read_first=True)
     engine = Engine(loaded.skeleton, loaded.params, loaded.framing, loaded.tokenizer, sizes)
     template = functools.cache(lambda: loaded.chat_template(job.chat_template))
 

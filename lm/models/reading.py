@@ -77,10 +77,15 @@ def kept(w: jax.Array, inputs: tuple[int, ...], eight_bits: bool, stacked: bool 
     w = w.reshape(*layers, math.prod(features), -1)
     if not eight_bits:
         return Weight(w, None, features)
+    return Weight(*rounded(w), features)
+
+
+def rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`x` in int8, and what its vectors, along the last axis, are multiples of, float32."""
     import qwix  # thirty milliseconds that others need not wait
 
-    array = qwix.quantize(w.astype(jnp.float32), jnp.int8, channelwise_axes=range(w.ndim - 1))
-    return Weight(array.qvalue, array.scale[..., 0], features)
+    array = qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=range(x.ndim - 1))
+    return array.qvalue, array.scale[..., 0]
 
 
 def product(

@@ -271,9 +271,11 @@ class Recurrent(LanguageModel):
         states_LBD = tuple(map(jnp.stack, zip(*finals)))
         return x_BTD, dataclasses.replace(cache, states_LBD=states_LBD)
 
-    def new_pages(self, pages: int, page_size: int, slots: int) -> RecurrentCache:
+    def new_pages(
+        self, pages: int, page_size: int, slots: int, eight_bits: bool = False
+    ) -> RecurrentCache:
         """A cache with room for the texts of `slots`, for `extend_pages`; it needs no pages."""
-        del pages, page_size
+        del pages, page_size, eight_bits
         if self.config.architecture == "decoder":
             return self.new_cache(slots, 0)
         empty_BS = jnp.zeros((slots, self.config.max_length), jnp.int32)

@@ -285,9 +285,11 @@ class Transformer(LanguageModel, Stack):
             slot=cache.slot + tokens_BT.shape[1],
         )
 
-    def new_pages(self, pages: int, page_size: int, slots: int) -> PagedCache:
+    def new_pages(
+        self, pages: int, page_size: int, slots: int, eight_bits: bool = False
+    ) -> PagedCache:
         """A cache of so many pages, for `extend_pages`, with room for the texts of `slots`."""
-        return PagedCache.empty(self.config, pages, page_size, slots, self.scanned)
+        return PagedCache.empty(self.config, pages, page_size, slots, self.scanned, eight_bits)
 
     def begin(
         self, cache: PagedCache, slot: jax.Array, source_1S: jax.Array, segments_1S: jax.Array

@@ -24,7 +24,7 @@ from lm.inference import (
     fill_spans,
     search,
 )
-from lm.inference.prepare import Weights
+from lm.inference.prepare import CacheKind, Weights
 from lm.models import Model, bind, skeleton
 from lm.runs.directory import CONFIG
 from lm.runs.sources import open_source
@@ -96,6 +96,7 @@ class Run:
         regex: str | None = None,
         grammar: str | None = None,
         weights: Weights = "compute",
+        cache: CacheKind = "compute",
         **settings: Any,
     ) -> str | list[str]:
         """The prompt followed by its continuation, up to end-of-text or `max_new_tokens`.
@@ -113,6 +114,7 @@ class Run:
           json_schema, regex, grammar: at most one that every continuation keeps to: a JSON schema,
             a regular expression, or a grammar in Lark's notation; see `lm.inference.grammar`.
           weights: `int8` reads matrices rounded to eight bits, a quarter of float32's memory.
+          cache: `int8` rounds keys and values so; not of a search, whose cache is its own.
           **settings: fields of `lm.inference.SearchConfig`: `max_new_tokens`, `temperature`,
             `top_p`, `repetition_penalty`, `num_samples`, `num_beams`, `prompt_lookup`, …
 
@@ -137,7 +139,7 @@ class Run:
         read = [self.encode(text) for text in prompts]
         if draft is not None and not isinstance(draft, Run):
             draft = Run.load(draft)
-        generator = self.writer(weights)
+        generator = self.writer(weights, cache)
         kept = generator.grammar(json=json_schema, regex=regex, lark=grammar)
         generation = search(generator, read, config, seed, draft and draft.generator, kept)
         check(
@@ -227,14 +229,20 @@ class Run:
         """The model as a writer, of ids or of text; `generate` returns what it streams."""
         return Generator(self.skeleton, self.params, self.framing, self.tokenizer)
 
-    def writer(self, weights: Weights) -> Generator:
-        """`generator`, or one that reads its matrices as `weights` says."""
+    def writer(self, weights: Weights, cache: CacheKind = "compute") -> Generator:
+        """`generator`, or one whose matrices, keys and values are as asked for."""
         check_choice("weights", weights, get_args(Weights))
-        return self.generator if weights == "compute" else self._eight_bits
+        check_choice("cache", cache, get_args(CacheKind))
+        if weights == cache == "compute":
+            return self.generator
+        if (weights, cache) not in self._writers:
+            parts = self.skeleton, self.params, self.framing, self.tokenizer
+            self._writers[weights, cache] = Generator(*parts, weights, cache=cache)
+        return self._writers[weights, cache]
 
     @functools.cached_property
-    def _eight_bits(self) -> Generator:
-        return Generator(self.skeleton, self.params, self.framing, self.tokenizer, "int8")
+    def _writers(self) -> dict[tuple[Weights, CacheKind], Generator]:
+        return {}
 
     @functools.cached_property
     def _forward(self):

@@ -13,9 +13,11 @@ from tiny_run import general_params, tiny_model
 
 from lm.config import ConfigError
 from lm.inference.engine import Engine, EngineConfig, QueueFull, Request
+from lm.inference.pages import Pages
 from lm.inference.prepare import spread
 from lm.inference.prompts import Framing
 from lm.inference.sampling import SamplingConfig, packed
+from lm.inference.scheduler import Scheduler, Text
 from lm.models import bind
 from lm.parallel.mesh import MeshConfig, make_mesh
 
@@ -123,14 +125,23 @@ arrivals = st.lists(
 )
 
 
-@pytest.fixture(scope="module", params=["local", pytest.param("experts", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("local", "compute"),
+        pytest.param(("experts", "compute"), marks=pytest.mark.slow),
+        pytest.param(("local", "int8"), marks=pytest.mark.slow),
+    ],
+    ids="-".join,
+)
 def engines(request):
     """One with hardly more pages than one text needs, one for requests alone."""
-    model, _ = tiny_model(vocab_size=61, **FAMILIES[request.param])
+    name, cache = request.param
+    model, _ = tiny_model(vocab_size=61, **FAMILIES[name])
     params = general_params(model)
     pair = [
-        Engine(model, params, FRAMING, config=dataclasses.replace(SIZES, num_pages=pages))
-        for pages in (11, None)
+        Engine(model, params, FRAMING, config=dataclasses.replace(SIZES, num_pages=n, cache=cache))
+        for n in (11, None)
     ]
     for engine in pair:
         engine.given = params
@@ -205,6 +216,35 @@ def test_what_is_read_for_one_sample_is_there_for_the_others_and_changes_nothing
     assert engine.held == 0
     alone_in_turn = [run(engine_of(tiny), [request])[0] for request in asked]
     assert together == alone_in_turn
+
+
+def test_keys_and_values_of_eight_bits_are_the_same_alone_in_company_found_and_preempted(tiny):
+    _, params = tiny
+    sampling = SamplingConfig(max_new_tokens=20)
+    asked = [Request((*range(10, 20), n), sampling, seed=n) for n in range(4)]
+    engine, alone = engine_of(tiny, num_pages=9, cache="int8"), []
+    for request in asked:
+        engine.update(params)
+        alone += run(engine, [request])
+    assert engine.stats.preemptions == engine.stats.found_tokens == 0
+    assert run(engine, asked) == alone
+    assert engine.stats.preemptions > 0 and engine.stats.found_tokens > 0
+
+
+def test_a_text_of_the_whole_context_comes_back_to_as_many_pages_as_it_had():
+    saved = []
+    scheduler = Scheduler(
+        Pages(12), 2, 4, 8, 0, list, lambda pages, held: saved.extend((held, pages))
+    )
+    old, new = (Text(n, Request((9,), SamplingConfig()), [9]) for n in range(2))
+    scheduler.waiting.append(new)
+    scheduler.admit()
+    assert scheduler.room(new, 32)
+    scheduler.preempt(new)
+    scheduler.waiting.appendleft(old)
+    scheduler.admit()
+    assert scheduler.admitted == [old, new]
+    assert len(saved[0]) == 8 and saved[1] == new.pages
 
 
 def test_a_prompt_read_before_is_not_read_again(tiny):
@@ -309,14 +349,15 @@ def test_a_mesh_shares_the_heads_of_pages_and_draws_the_same(tiny):
     asked = [Request(ids, sampling) for ids in ((9, 8), tuple(range(8, 25)))]
     mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
     _, shared = spread(model, {name: jnp.copy(x) for name, x in params.items()}, mesh)
-    engine = Engine(model, shared, FRAMING, config=SIZES)
+    engine = Engine(model, shared, FRAMING, config=dataclasses.replace(SIZES, cache="int8"))
     tokens = [
         [[step.id for step in steps] for steps, _ in run(e, asked)]
-        for e in (engine, engine_of(tiny))
+        for e in (engine, engine_of(tiny, cache="int8"))
     ]
     assert tokens[0] == tokens[1]
-    spec = engine._device.cache.keys_PKSC[0].sharding.spec
-    assert spec == PartitionSpec(None, "tensor", None, None)
+    keys = engine._device.cache.keys_PKSC[0]
+    assert keys.values_PKSC.sharding.spec == PartitionSpec(None, "tensor", None, None)
+    assert keys.scale_PKS.sharding.spec == PartitionSpec(None, "tensor", None)
 
 
 def test_a_long_prompt_does_not_stall_those_who_draw(tiny):

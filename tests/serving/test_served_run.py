@@ -159,7 +159,7 @@ def test_main_serves_until_sigterm_and_answers_what_it_accepted(directory):
     process = start(
         ["python", "main.py", "--config=configs/serve.py", f"--config.init_from={directory}"]
         + ["--config.serve.port=0", "--config.warm_up=False"]
-        + [f"--config.engine.{name}={value}" for name, value in SMALL.items()]
+        + [f"--config.engine.{name}={value}" for name, value in {**SMALL, "cache": "int8"}.items()]
     )
     address, told = "", []
     for line in process.stderr:

@@ -5,6 +5,9 @@ pages of their rows, and then see what these hold: page by page in order, with a
 (Milakov & Gimelshein 2018), in which a page that a token sees nothing of changes no bit. What a
 row gets is thus independent of how many pages other rows have. Page 0 belongs to no text: padding
 is written there.
+
+Pages may hold eight-bit numbers, rounded as they are written and widened a page at a time as they
+are read.
 """
 
 from __future__ import annotations
@@ -17,8 +20,8 @@ import jax.numpy as jnp
 
 from lm.models.config import ModelConfig
 from lm.models.matmul import compute_dtype, contract
+from lm.models.reading import rounded
 
-Pool = jax.Array | tuple[jax.Array, ...]
 HIDDEN = -1e30  # a score that is not seen
 
 
@@ -33,6 +36,28 @@ class Paging(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class EightBits:
+    """Keys, or values, in P pages: int8 steps of a float32 scale for each token and head."""
+
+    values_PKSC: jax.Array
+    scale_PKS: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the numbers."""
+        return self.values_PKSC.shape
+
+    def __getitem__(self, pages) -> EightBits:
+        """Some of the pages."""
+        return EightBits(self.values_PKSC[pages], self.scale_PKS[pages])
+
+
+Pool = jax.Array | EightBits
+Pools = Pool | tuple[Pool, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PagedCache:
     """Keys and values of all texts, in P pages; one pair of pools a layer.
 
@@ -40,44 +65,56 @@ class PagedCache:
     encoder-decoder's cache also holds what cross-attention reads, a row for each slot.
     """
 
-    keys_PKSC: Pool
-    values_PKSC: Pool
-    source_keys_LBSKC: Pool | None = None
-    source_values_LBSKC: Pool | None = None
+    keys_PKSC: Pools
+    values_PKSC: Pools
+    source_keys_LBSKC: jax.Array | tuple[jax.Array, ...] | None = None
+    source_values_LBSKC: jax.Array | tuple[jax.Array, ...] | None = None
     source_mask_BS: jax.Array | None = None
 
     @classmethod
     def empty(
-        cls, config: ModelConfig, pages: int, page_size: int, slots: int, scanned: bool
+        cls,
+        config: ModelConfig,
+        pages: int,
+        page_size: int,
+        slots: int,
+        scanned: bool,
+        eight_bits: bool = False,
     ) -> PagedCache:
-        """Pools of so many pages, in the compute dtype; and room for the sources of `slots`."""
-        dtype = compute_dtype(config.compute_dtype)
+        """Pools of so many pages, and room for the sources of `slots`, which are never rounded."""
+        L, dtype = config.num_layers, compute_dtype(config.compute_dtype)
         source = (slots, config.max_length, config.kv_heads, config.head_width)
-        pages *= config.num_layers if scanned else 1
-        shape = (pages, config.kv_heads, page_size, config.head_width)
+        shape = (pages * (L if scanned else 1), config.kv_heads, page_size, config.head_width)
 
-        def zeros(shape, stacked) -> Pool:
+        def pool() -> Pool:
+            if eight_bits:
+                return EightBits(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32))
+            return jnp.zeros(shape, dtype)
+
+        def pools() -> Pools:
+            return pool() if scanned else tuple(pool() for _ in range(L))
+
+        def sources():
             if scanned:
-                return jnp.zeros(stacked, dtype)
-            return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+                return jnp.zeros((L, *source), dtype)
+            return tuple(jnp.zeros(source, dtype) for _ in range(L))
 
-        cache = cls(zeros(shape, shape), zeros(shape, shape))
+        cache = cls(pools(), pools())
         if config.architecture == "decoder":
             return cache
-        sources = [zeros(source, (config.num_layers, *source)) for _ in range(2)]
         return dataclasses.replace(
             cache,
-            source_keys_LBSKC=sources[0],
-            source_values_LBSKC=sources[1],
+            source_keys_LBSKC=sources(),
+            source_values_LBSKC=sources(),
             source_mask_BS=jnp.zeros(source[:2], bool),
         )
 
     @property
-    def own(self) -> tuple[Pool, Pool]:
+    def own(self) -> tuple[Pools, Pools]:
         """Keys and values."""
         return self.keys_PKSC, self.values_PKSC
 
-    def layer(self, index: int) -> tuple[tuple[jax.Array, jax.Array], tuple | None]:
+    def layer(self, index: int) -> tuple[tuple[Pool, Pool], tuple | None]:
         """Layer `index`'s own pools, where each has its own; and what it reads of the source."""
         own = (self.keys_PKSC[index], self.values_PKSC[index])
         if self.source_mask_BS is None:
@@ -119,11 +156,11 @@ class PagedCache:
             source_mask_BS=row(mask_BS, mask_1S, 0),
         )
 
-    def take(self, config: ModelConfig, pages_N: jax.Array) -> tuple[Pool, Pool]:
+    def take(self, config: ModelConfig, pages_N: jax.Array) -> tuple[Pools, Pools]:
         """What these pages hold."""
         return jax.tree.map(lambda pool: pool[self._everywhere(config, pages_N)], self.own)
 
-    def put(self, config: ModelConfig, pages_N: jax.Array, held: tuple[Pool, Pool]) -> PagedCache:
+    def put(self, config: ModelConfig, pages_N: jax.Array, held: tuple[Pools, Pools]) -> PagedCache:
         """With `held`, which `take` returned, in these pages."""
         places = self._everywhere(config, pages_N)
         keys, values = jax.tree.map(lambda pool, x: pool.at[places].set(x), self.own, held)
@@ -146,21 +183,28 @@ class PagedCache:
         return (pages_N + layers_L1 * (self.keys_PKSC.shape[0] // config.num_layers)).ravel()
 
 
-def write(pool_PKSC: jax.Array, new_BTKC: jax.Array, paging: Paging) -> jax.Array:
+def write(pool_PKSC: Pool, new_BTKC: jax.Array, paging: Paging) -> Pool:
     """The pool with the new tokens' keys, or values, in it."""
     size = pool_PKSC.shape[2]
     there_BT = paging.positions_BT >= 0
     places_BT = jnp.where(there_BT, paging.positions_BT, 0)
     pages_BT = jnp.take_along_axis(paging.table_BN, places_BT // size, 1)
     pages_BT = jnp.where(there_BT, pages_BT, 0) + paging.first
-    return pool_PKSC.at[pages_BT, :, places_BT % size].set(new_BTKC.astype(pool_PKSC.dtype))
+
+    def put(pool: jax.Array, new: jax.Array) -> jax.Array:
+        return pool.at[pages_BT, :, places_BT % size].set(new.astype(pool.dtype))
+
+    if not isinstance(pool_PKSC, EightBits):
+        return put(pool_PKSC, new_BTKC)
+    values_BTKC, scale_BTK = rounded(new_BTKC)
+    return EightBits(put(pool_PKSC.values_PKSC, values_BTKC), put(pool_PKSC.scale_PKS, scale_BTK))
 
 
 def attend_pages(
     config: ModelConfig,
     query_BTHC: jax.Array,
-    keys_PKSC: jax.Array,
-    values_PKSC: jax.Array,
+    keys_PKSC: Pool,
+    values_PKSC: Pool,
     context,
 ) -> jax.Array:
     """As `lm.models.attention.attention.attend`, of keys and values in pages.
@@ -186,7 +230,13 @@ def attend_pages(
         column_B = jnp.minimum(start_B + column, paging.table_BN.shape[1] - 1)
         pages_B = jnp.take_along_axis(paging.table_BN, column_B[:, None], 1)[:, 0] + paging.first
         key_BKSC, value_BKSC = keys_PKSC[pages_B], values_PKSC[pages_B]
+        key_scale = value_scale = None
+        if isinstance(keys_PKSC, EightBits):
+            key_scale, value_scale = (x.scale_PKS[:, :, None, None] for x in (key_BKSC, value_BKSC))
+            key_BKSC, value_BKSC = key_BKSC.values_PKSC, value_BKSC.values_PKSC
         scores = contract("bkgtc,bksc->bkgts", query_BKGTC, key_BKSC, jnp.float32)
+        if key_scale is not None:
+            scores *= key_scale
         if cap := config.attention_softcap:
             scores = cap * jnp.tanh(scores / cap)
         slots_BS = (start_B + column)[:, None] * S + jnp.arange(S)
@@ -200,6 +250,8 @@ def attend_pages(
         shares = jnp.where(seen, jnp.exp(scores - now_BKGT[..., None]), 0)
         kept_BKGT = jnp.exp(most_BKGT - now_BKGT)
         total_BKGT = total_BKGT * kept_BKGT + shares.sum(-1)
+        if value_scale is not None:
+            shares *= value_scale
         part = contract(
             "bkgts,bksc->bkgtc", shares.astype(query_BTHC.dtype), value_BKSC, jnp.float32
         )
