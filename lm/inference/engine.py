@@ -36,7 +36,6 @@ from lm.inference.prompts import (
     check_ids,
     check_writes,
     kept_length,
-    round_up,
 )
 from lm.inference.requests import EngineConfig, Event, QueueFull, Request, Stats, Step
 from lm.inference.rows import ALTERNATIVES, LEVELS, Batch
@@ -45,7 +44,7 @@ from lm.inference.scheduler import Scheduler, Text
 from lm.models import Model
 from lm.models.attention.paged import PagedCache, Paging
 from lm.models.reading import TILE
-from lm.parallel.platform import device_memory
+from lm.parallel.platform import device_memory, platform
 from lm.tokenizers import Tokenizer
 
 
@@ -79,17 +78,21 @@ class Engine:
         self.context = model.config.max_length
         self.version, self._next = 0, 0
         self.stats_read = self.stats_drawn = 0
+        # As few rows as programs are compiled for, where they are not batch-invariant: for the last
+        # ones of many texts that is not worth it.
+        self.least_rows = 1
+        self._used: set[int] = set()
         known = tokenizer.vocab_size if tokenizer else model.config.vocab_size
         self.vocab_size = known
         self.encodes = model.config.architecture == "encoder_decoder"
         # A recurrent model needs no pages; it is as if a whole text had room on one.
-        self._paged = model.config.cell == "attention"
+        self.paged = model.config.cell == "attention"
         check(
-            self._paged or config.cache == "compute",
+            self.paged or config.cache == "compute",
             f"cache={config.cache!r} is for Transformers, and config.model.cell="
             f"{model.config.cell!r} has no keys and values: use cache='compute'",
         )
-        self.page_size = config.page_size if self._paged else self.context
+        self.page_size = config.page_size if self.paged else self.context
         self._width = -(-self.context // self.page_size)  # pages of a whole context
         mesh, kv_heads = mesh_of(next(iter(params.values()))), model.config.kv_heads
         across = mesh.shape["tensor"] if mesh else 1
@@ -111,7 +114,7 @@ class Engine:
 
     def check_memory(self) -> None:
         """Raises ConfigError where pages need more memory than there is; none is taken before."""
-        number, page = self.config.num_pages, self._page_bytes
+        number, page = self.config.num_pages, self.page_bytes
         memory = (device_memory() or 0) * self._devices
         check(
             number <= self.fitting,
@@ -142,7 +145,6 @@ class Engine:
         end, length = self.framing.end_of_text or (), self.context + self.config.decode_chunk
         self._batch = Batch(self.vocab_size, end, slots, length)
         self._prompt_steps: dict[int, list[Step]] = {}
-        self._shown = True  # whether what was read has been told before more is drawn
 
     def reset(self) -> None:
         """Forgets all there is; what to do after `step` was interrupted."""
@@ -153,15 +155,13 @@ class Engine:
         slots = self.config.max_slots
         if not self.config.batch_invariant:
             return [*(1 << n for n in range((slots - 1).bit_length())), slots]
-        # Whole tiles of rows give a row the same bits, however many they are: the compiler adds up
-        # in another order where they fill no vector register. Experts' shapes follow from them all.
-        if slots <= TILE or not self._device.invariant or self.model.config.num_experts:
-            return [slots]
-        most = round_up(slots, TILE)
-        return [*(size for size in (TILE, 4 * TILE) if size < most), most]
+        # Another number of rows is another program, in which a row may get other bits. On a CPU
+        # more rows at once win little: more texts draw in several dispatches.
+        return [min(slots, TILE) if platform() == "cpu" else slots]
 
     @functools.cached_property
-    def _page_bytes(self) -> int:
+    def page_bytes(self) -> int:
+        """Of the keys and values of a page, where there are pages."""
         one = (self.model.config, 1, self.page_size, 1, True, self.config.cache == "int8")
         pools = jax.eval_shape(lambda: PagedCache.empty(*one).own)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pools))
@@ -170,8 +170,8 @@ class Engine:
     def fitting(self) -> int:
         """How many pages memory holds, as far as is known."""
         has = device_memory()
-        known = has is not None and self._paged
-        return has * self._devices // self._page_bytes if known else sys.maxsize
+        known = has is not None and self.paged
+        return has * self._devices // self.page_bytes if known else sys.maxsize
 
     # ---- Requests ----------------------------------------------------------------------------
 
@@ -223,7 +223,7 @@ class Engine:
 
     def _name(self, text: Text) -> None:
         """Lets a prompt be found in pages, and be remembered there, where it can be."""
-        shared = self._paged and not self.encodes and not text.drawn
+        shared = self.paged and not self.encodes and not text.drawn
         if shared and text.request.sampling.prompt_logprobs is None:
             self._scheduler.name(text, self._root)
 
@@ -275,39 +275,43 @@ class Engine:
     # ---- One step ----------------------------------------------------------------------------
 
     def step(self) -> list[Event]:
-        """Reads up to a chunk of prompts, or draws up to `decode_chunk` tokens a text, or both.
-
-        First tokens are told as soon as they are there; what draws goes on in the next step.
+        """Reads up to a chunk of prompts, then draws up to `decode_chunk` tokens a text.
 
         Returns:
           What requests have gained; nothing where there was nothing to do.
         """
         events = [Event(number, [], "cancelled") for number in self._cancelled]
         self._cancelled = {}
-        if self._shown:
-            self._scheduler.admit()
-            begun = self._read()
-            events += begun
-        self._shown = not (self._shown and begun)
-        return events + self._decode() if self._shown else events
+        self._scheduler.admit()
+        self._read()
+        return events + self._decode()
 
-    def _read(self) -> list[Event]:
-        """Reads prompts in the order of arrival, a chunk's worth of tokens in all, or all."""
-        events, budget = [], self.config.prefill_chunk
+    def _read(self) -> None:
+        """Reads prompts in the order of arrival, a chunk's worth of tokens in all, or all.
+
+        The last token of each is left to be read where the first one is drawn.
+        """
+        budget = self.config.prefill_chunk
         while budget > 0 or self.config.read_first:
             text = next((text for text in self._scheduler.admitted if text.reading), None)
             if text is None:
                 break
             self._scheduler.find(text)
-            length = min(len(text.ids) - text.cached, self.config.prefill_chunk)
-            piece = next(size for size in self._pieces if size >= length)
-            if not self._scheduler.room(text, text.cached + length):
-                break
-            budget -= piece
-            events += self._read_piece(text, length, piece)
-        return events
+            left = len(text.ids) - 1 - text.cached
+            length = min(left, self.config.prefill_chunk)
+            if length:
+                piece = next(size for size in self._pieces if size >= length)
+                if not self._scheduler.room(text, text.cached + length):
+                    break
+                budget -= piece
+                self._read_piece(text, length, piece)
+            if length == left:
+                alike = [other for other in self._scheduler.admitted if self._same(text, other)]
+                for each in (text, *(other for other in alike if self._copied(text, other))):
+                    each.reading = False
+                    self.stats_read += 1
 
-    def _read_piece(self, text: Text, length: int, piece: int) -> list[Event]:
+    def _read_piece(self, text: Text, length: int, piece: int) -> None:
         self._begin(text)
         start = text.cached
         tokens_T = np.zeros(piece, np.int32)
@@ -317,23 +321,13 @@ class Engine:
         table_1N = np.zeros((1, self._width), np.int32)
         table_1N[0, : len(text.pages)] = text.pages
         paging = Paging(table_1N, positions_T[None], np.array([text.slot], np.int32))
-        x_1TD, x_11D = self._device.read(tokens_T[None], paging, length - 1)
+        x_1TD = self._device.read(tokens_T[None], paging)
         text.cached += length
         self.stats_read += length
         self._scheduler.keep(text)
         self._scheduler.roll(text)
         if text.request.sampling.prompt_logprobs is not None and not text.drawn:
             self._score(text, x_1TD, start, length, piece)
-        if text.cached < len(text.ids):
-            return []
-        events, alike = [], [other for other in self._scheduler.admitted if self._same(text, other)]
-        copies = [other for other in alike if self._copied(text, other)]
-        for each in (text, *copies):
-            level, rows = self._rows([each], 1)
-            drawn = self._device.first(level, x_11D, rows)
-            each.reading = False
-            events.append(self._gained(each, drawn, 0))
-        return events
 
     def _same(self, text: Text, other: Text) -> bool:
         """Whether another text, which still reads, is to read just what this one has read."""
@@ -346,7 +340,7 @@ class Engine:
 
     def _copied(self, text: Text, other: Text) -> bool:
         """Gives another text what one has read, as long as there is a page for it to write on."""
-        part = len(text.ids) % self.page_size if self._paged else 0
+        part = text.cached % self.page_size if self.paged else 0
         if (pages := self._scheduler.copy(text, other, part > 0)) is None:
             return False
         self._device.copy(pages, (text.slot, other.slot))
@@ -355,7 +349,7 @@ class Engine:
 
     def _begin(self, text: Text) -> None:
         """Fills the slot of a text with what it needs besides pages."""
-        if not text.begun and (self.encodes or not self._paged):
+        if not text.begun and (self.encodes or not self.paged):
             length = max(8, 1 << max(len(text.source) - 1, 0).bit_length())
             source = text.source + (0,) * (min(length, self.context) - len(text.source))
             self._device.begin(text.slot, source, len(text.source))
@@ -375,27 +369,35 @@ class Engine:
             steps.append(Step(id, logprob, logprob, top))
 
     def _decode(self) -> list[Event]:
-        """Draws tokens for every text that has read its window."""
+        """Draws tokens for every text that has read its window but for the last token."""
         scheduler, steps = self._scheduler, self.config.decode_chunk
         texts = [text for text in scheduler.admitted if not text.reading]
         if any(text.reading for text in scheduler.admitted):
             steps = max(steps // 2, 1)  # others wait to go on reading
-        if any(text.grammar is not None for text in texts):
-            steps = 1
+        if any(text.grammar is not None or not text.drawn for text in texts):
+            steps = 1  # the first token is told as soon as it is there
         for text in texts:
             if text in scheduler.admitted:  # else it has left its pages to an older one
                 scheduler.room(text, text.cached + self._limit(text, steps))
         texts = [text for text in texts if text in scheduler.admitted]
-        if not texts:
-            return []
         for text in texts:
             self._begin(text)
-        size = next(size for size in self._sizes if size >= len(texts))
+        most, events = self._sizes[-1], []
+        for start in range(0, len(texts), most):
+            events += self._decode_rows(texts[start : start + most], steps)
+        return events
+
+    def _decode_rows(self, texts: list[Text], steps: int) -> list[Event]:
+        """One dispatch of `_decode`."""
+        least = min(self.least_rows, self._sizes[-1])
+        fitting = [size for size in self._sizes if size >= len(texts)]
+        size = next(size for size in fitting if size >= least or size in self._used)
+        self._used.add(size)
         level, rows = self._rows(texts, size, steps)
         drawn = self._device.decode(level, rows, steps)
         for row, text in enumerate(texts):
             text.cached += int((drawn.ids_BN[row] != NOTHING).sum())
-            scheduler.roll(text)
+            self._scheduler.roll(text)
         return [self._gained(text, drawn, row) for row, text in enumerate(texts)]
 
     def _limit(self, text: Text, steps: int) -> int:
@@ -445,6 +447,8 @@ class Engine:
             self._scheduler.restart(text, kept)
         error = text.grammar.error if text.grammar is not None and text.finish == "stop" else ""
         prompt = self._prompt_steps.pop(text.number, None)
+        if text.drawn == len(steps) and sampling.prompt_logprobs is not None:
+            prompt = prompt or []
         return Event(text.number, steps, text.finish, prompt, error)
 
     def warm_up(self) -> None:
@@ -459,16 +463,15 @@ class Engine:
             nothing_1T = np.full((1, piece), NOTHING, np.int32)
             table_1N = np.zeros((1, self._width), np.int32)
             paging = Paging(table_1N, nothing_1T, np.array([slots], np.int32))
-            x_1TD, x_11D = device.read(np.zeros_like(nothing_1T), paging, 0)
+            x_1TD = device.read(np.zeros_like(nothing_1T), paging)
             device.score(ALTERNATIVES, x_1TD, nothing_1T[0])
         for level in LEVELS:
-            device.first(level, x_11D, self._rows([], 1, level=level)[1])
             for size in self._sizes:
                 device.decode(level, self._rows([], size, level=level)[1], 1)
-        if self._paged:
+        if self.paged:
             device.restore([], device.save([]))
         device.copy((0, 0), (slots, slots))
-        if self.encodes or not self._paged:
+        if self.encodes or not self.paged:
             lengths = range(3, (self.context - 1).bit_length() + 1) if self.encodes else (3,)
             for length in lengths:
                 device.begin(slots, (0,) * min(1 << length, self.context), 0)

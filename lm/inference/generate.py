@@ -39,6 +39,7 @@ from lm.tokenizers import Tokenizer
 CHUNK = 8  # tokens a row draws in one dispatch: what a reader sees appear at once
 AT_ONCE = 2**20  # texts that are asked for together
 MOST = 64  # texts that are worked on at the same time
+LITTLE = 2**26  # bytes that are taken for keys and values at once
 
 
 @dataclasses.dataclass
@@ -217,13 +218,17 @@ class Generator:
     def make_room(self, rows: int, length: int) -> None:
         """Lets so many texts of at most `length` tokens be worked on together, where they can be.
 
-        What grows, grows to a power of two, so that programs are compiled for a few sizes.
+        What grows, grows to a power of two, so that programs are compiled for a few sizes: for one
+        where all that can ever be asked for is little.
         """
         engine, size = self.engine, self.engine.page_size
         whole, needed = (-(-tokens // size) for tokens in (self.context, length))
         pages = min(whole, _power_of_two(needed))
         slots = max(1, min(_power_of_two(rows), MOST, engine.fitting // 2 // pages))
-        wanted = max(slots, engine.config.max_slots), max(slots * pages, engine.config.num_pages)
+        engine.least_rows = slots
+        little = min(MOST * whole, LITTLE // engine.page_bytes) if engine.paged else 0
+        number = max(slots * pages, little, engine.config.num_pages)
+        wanted = max(slots, engine.config.max_slots), number
         if wanted != (engine.config.max_slots, engine.config.num_pages) and not engine.under_way:
             engine.resize(*wanted)
 

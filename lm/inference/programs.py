@@ -23,9 +23,7 @@ from lm.inference.sampling import Scores, row_keys, sample, scores
 from lm.inference.warpers import History, Kind, Warping
 from lm.models import Model
 from lm.models.attention.paged import PagedCache, Paging
-from lm.models.reading import Weight
 from lm.parallel.mesh import replicated
-from lm.parallel.platform import platform
 
 
 class Settings(NamedTuple):
@@ -75,21 +73,14 @@ def begin(settings: Settings, params, cache, slot, source_1S, segments_1S):
     return bound(settings.model, params).begin(cache, slot, source_1S, segments_1S)
 
 
-def read(settings: Settings, params, cache, tokens_1T, paging: Paging, last):
-    """Reads a piece of one text, up to its token `last`, into the text's pages.
+def read(settings: Settings, params, cache, tokens_1T, paging: Paging):
+    """Reads a piece of one text into the text's pages.
 
     Returns:
-      The cache, the last residual stream [1, T, D], and that of token `last` [1, 1, D].
+      The cache, and the last residual stream [1, T, D].
     """
     x_1TD, cache = bound(settings.model, params).extend_pages(tokens_1T, paging, cache)
-    return cache, x_1TD, jax.lax.dynamic_slice_in_dim(x_1TD, last, 1, 1)
-
-
-def first(settings: Settings, level: Level, params, x_11D, rows: Rows) -> Drawn:
-    """The token of one row that comes after the last one that `read` has read."""
-    model = bound(settings.model, params)
-    drawn = _draw(settings, level, model, x_11D, rows, rows.history, rows.count_B)
-    return jax.tree.map(lambda x: x[:, None], drawn)
+    return cache, x_1TD
 
 
 def score(settings: Settings, alternatives: int, params, x_1TD, tokens_T):
@@ -200,9 +191,10 @@ class Device:
 
         self.__dict__.pop("cache", None)
         self._shapes = jax.eval_shape(new_pages, self.params)
-        if self._mesh:
-            self._split = cache_shardings(self._shapes, self._mesh)
-            self._compiled.clear()  # what they return may be split in another way
+        split = cache_shardings(self._shapes, self._mesh) if self._mesh else None
+        if split != self._split:
+            self._compiled.clear()
+        self._split = split
 
     @functools.cached_property
     def cache(self) -> PagedCache:
@@ -220,14 +212,6 @@ class Device:
         """Takes other parameters."""
         self.params = for_reading(self._settings.model, params, self._settings.weights)
 
-    @property
-    def invariant(self) -> bool:
-        """Whether a row's results are the same bits in any number of whole tiles of rows."""
-        if self._mesh or platform() != "cpu":
-            return False
-        leaves = jax.tree.leaves(self.params, is_leaf=lambda x: isinstance(x, Weight))
-        return any(isinstance(x, Weight) for x in leaves)
-
     def begin(self, slot: int, source: Sequence[int], length: int) -> None:
         """Makes a slot ready for a new text, whose source, if it has one, is so long."""
         source_1S = np.array([source], np.int32)
@@ -235,17 +219,11 @@ class Device:
         program = self._program(begin, donated=(1,), out=self._split)
         self.cache = program(self.params, self.cache, np.int32(slot), source_1S, segments_1S)
 
-    def read(self, tokens_1T: np.ndarray, paging: Paging, last: int) -> tuple:
+    def read(self, tokens_1T: np.ndarray, paging: Paging) -> jax.Array:
         """What `read` returns but the cache, still on the device."""
-        out = (self._split, self._whole, self._whole)
-        program = self._program(read, donated=(1,), out=out)
-        arguments = (tokens_1T, paging, np.int32(last))
-        self.cache, *streams = program(self.params, self.cache, *arguments)
-        return tuple(streams)
-
-    def first(self, level: Level, x_11D: jax.Array, rows: Rows) -> Drawn:
-        """What `first` returns, on the host."""
-        return jax.device_get(self._program(first, level)(self.params, x_11D, rows))
+        program = self._program(read, donated=(1,), out=(self._split, self._whole))
+        self.cache, x_1TD = program(self.params, self.cache, tokens_1T, paging)
+        return x_1TD
 
     def score(self, alternatives: int, x_1TD: jax.Array, tokens_T: np.ndarray) -> Scores:
         """What `score` returns, on the host."""

@@ -12,6 +12,7 @@ from lm.inference.sampling import SamplingConfig, warping
 from lm.inference.scheduler import Text
 from lm.inference.warpers import History, Kind, Warping
 
+REMEMBERED = 8  # groups of texts that draw together, and their warpers' values
 ALTERNATIVES = 20  # most that a request may ask for beside each token
 # What programs can do, from little to all: few, so that few are compiled.
 LEVELS = (
@@ -34,8 +35,7 @@ class Batch:
     def __init__(self, vocab_size: int, end_of_text: Sequence[int], nobody: int, length: int):
         self._vocab_size, self._end_of_text = vocab_size, end_of_text
         self._nobody, self._length = nobody, length
-        self._key: tuple | None = None
-        self._level, self._warping = LEVELS[0], None
+        self._known: dict[tuple, tuple[Level, Warping]] = {}
 
     def rows(
         self,
@@ -52,9 +52,11 @@ class Batch:
           limit: how many tokens a text may draw now.
         """
         key = (size, least, *(text.number for text in texts))
-        if self._key != key:
-            self._level, self._warping = self._warped(texts, size, least)
-            self._key = key
+        if key not in self._known:
+            while len(self._known) >= REMEMBERED:
+                del self._known[next(iter(self._known))]
+            self._known[key] = self._warped(texts, size, least)
+        level, warping = self._known[key]
         filled = [*texts, *[None] * (size - len(texts))]
 
         def ints(of: Callable[[Text], int], nobody: int = 0) -> np.ndarray:
@@ -74,10 +76,10 @@ class Batch:
             sample_B=ints(lambda text: text.request.sample),
             table_BN=table_BN,
             slot_B=ints(lambda text: text.slot, self._nobody),
-            warping=self._allowing(texts),
-            history=self._history(filled) if self._level.kind.history else None,
+            warping=_allowing(texts, warping),
+            history=self._history(filled) if level.kind.history else None,
         )
-        return self._level, rows
+        return level, rows
 
     def _warped(self, texts: Sequence[Text], size: int, least: Level) -> tuple[Level, Warping]:
         """The least of `LEVELS` that serves the texts, and their warpers' values."""
@@ -93,17 +95,6 @@ class Batch:
         settings += [SamplingConfig(temperature=0)] * (size - len(texts))
         return level, warping(settings, self._vocab_size, self._end_of_text, level.kind)[0]
 
-    def _allowing(self, texts: Sequence[Text]) -> Warping:
-        """The warpers, with what the texts' grammars allow next."""
-        if all(text.grammar is None for text in texts):
-            return self._warping
-        allowed_BW = self._warping.allowed_BW.copy()
-        for row, text in enumerate(texts):
-            if text.grammar is not None:
-                mask_W = np.asarray(text.grammar.mask(), np.uint32)
-                allowed_BW[row] &= mask_W[: allowed_BW.shape[1]]
-        return self._warping._replace(allowed_BW=allowed_BW)
-
     def _history(self, texts: Sequence[Text | None]) -> History:
         """What each window holds, and where what was drawn begins in it."""
         tokens_BL = np.full((len(texts), self._length), NOTHING, np.int32)
@@ -114,3 +105,15 @@ class Batch:
                 end_B[row] = len(text.ids)
                 output_B[row] = len(text.ids) - text.window_drawn
         return History(tokens_BL, output_B, end_B)
+
+
+def _allowing(texts: Sequence[Text], warping: Warping) -> Warping:
+    """The warpers, with what the texts' grammars allow next."""
+    if all(text.grammar is None for text in texts):
+        return warping
+    allowed_BW = warping.allowed_BW.copy()
+    for row, text in enumerate(texts):
+        if text.grammar is not None:
+            mask_W = np.asarray(text.grammar.mask(), np.uint32)
+            allowed_BW[row] &= mask_W[: allowed_BW.shape[1]]
+    return warping._replace(allowed_BW=allowed_BW)

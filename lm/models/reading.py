@@ -7,12 +7,13 @@ that decides:
 
 - The weights are the left operand, (out, in). As the right one they would be packed anew in every
   product, which takes longer than multiplying; barriers keep XLA from turning the product round.
-- Rows are filled up to a multiple of `TILE`, from where on the kernel, and so the order, is one.
+- Rows are filled up to a multiple of `TILE`.
 
-From 2 rows on, the float32 product of a row is then bitwise the same whatever the number of rows
-and wherever it stands among them. One row alone is a product of a matrix and a vector, at the speed
-of memory and with sums in another order. What comes between products keeps a row's bits only where
-rows are whole tiles: who needs them pads to that.
+The float32 product of 2 to `TILE` rows is then bitwise the same for a row, however many there are
+and wherever it stands among them. Of more rows another kernel may be chosen (with AVX-512, that of
+32 rows adds up in another order than that of 16 and of 48), and one row alone is a product of a
+matrix and a vector, at the speed of memory. What comes between products keeps a row's bits only
+where the number of rows is the same: who needs them fills up to `TILE`.
 
 Axes that are summed over are one, and so are those that are not: devices of a mesh share whole rows
 or columns, and what a TPU tiles is the matrix that it multiplies.

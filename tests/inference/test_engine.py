@@ -212,7 +212,8 @@ def test_what_is_read_for_one_sample_is_there_for_the_others_and_changes_nothing
     engine = engine_of(tiny, num_pages=pages)
     together = run(engine, asked)
     assert engine.stats.prompt_tokens == 3 * 13
-    assert engine.stats_read == (13 if pages is None else engine.stats_read)
+    if pages is None:  # of each, the last token is read where the first is drawn
+        assert engine.stats_read == 12 + 3
     assert engine.held == 0
     alone_in_turn = [run(engine_of(tiny), [request])[0] for request in asked]
     assert together == alone_in_turn

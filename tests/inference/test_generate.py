@@ -1,6 +1,7 @@
 """Generation: what one compiled loop draws is what a plain loop would, row by row."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -229,7 +230,8 @@ def test_a_prompt_is_read_once_for_all_its_samples(tiny):
     generator = Generator(*tiny, FREE)
     sampling = SamplingConfig(max_new_tokens=12, num_samples=5)
     together = rows(generator.generate(PROMPTS, sampling, seed=3))
-    assert generator.engine.stats_read == sum(map(len, PROMPTS))
+    # But for the last token, which is read where the first is drawn.
+    assert generator.engine.stats_read == sum(len(ids) - 1 + 5 for ids in PROMPTS)
     assert len({tuple(row) for row in together}) == 15
     alone = rows(generator.generate(PROMPTS[:1], dataclasses.replace(sampling, num_samples=1), 3))
     assert alone == together[:1]
@@ -240,10 +242,9 @@ def test_two_texts_may_be_written_in_turns(generator):
     sampling = SamplingConfig(max_new_tokens=20)
     expected = [rows(generator.generate(PROMPTS[:1], sampling, seed)) for seed in (1, 2)]
     both = [iter(generator.generate(PROMPTS[:1], sampling, seed)) for seed in (1, 2)]
-    pairs = list(zip(*both, strict=True))
+    pairs = list(itertools.zip_longest(*both))
     for number, each in enumerate(expected):
-        drawn = np.concatenate([pair[number] for pair in pairs], 1)
-        assert drawn.tolist() == each
+        assert rows(pair[number] for pair in pairs if pair[number] is not None) == each
 
 
 def test_what_is_left_or_interrupted_leaves_nothing_behind(generator, monkeypatch):
