@@ -4,8 +4,9 @@
     npm pack @node-llama-cpp/linux-x64 && tar xzf node-llama-cpp-linux-x64-*.tgz
     python benchmarks/decode_cpu.py --llama=package/bins/linux-x64       # GPT-2 124M, 1 and 8 rows
     python benchmarks/decode_cpu.py --shape=small                        # nanoGPT's CPU shape
+    python benchmarks/decode_cpu.py --ours --prompt=900 --rows=8         # keys and values in int8
 
-All draw greedily after a prompt, from models of the same shape with random weights. They take turns
+All draw greedily after prompts, from models of the same shape with random weights. They take turns
 of a few tokens in one process, so that a machine whose speed drifts slows all of them; quote the
 ratios, which are medians of ratios within a turn. The share of bandwidth is the bytes of all
 matrices a token must read, per second, over the bytes per second that a sum over an array reads in
@@ -28,7 +29,11 @@ SHAPES = {
     "gpt2": dict(num_layers=12, num_heads=12, width=768, vocab_size=50257, max_length=1024),
     "small": dict(num_layers=4, num_heads=4, width=128, vocab_size=65, max_length=256),
 }
-PROMPT = 16  # tokens
+
+
+def prompts(rows: int, length: int, vocab_size: int) -> np.ndarray:
+    """One for each row, and no two alike: what is read of one is of no use to another."""
+    return (np.arange(length, dtype=np.int32) + np.arange(rows)[:, None]) % vocab_size
 
 
 def read_bandwidth(array: np.ndarray) -> float:
@@ -59,7 +64,7 @@ def read_bytes(params: dict) -> int:
 class Ours:
     """`lm.inference`: a turn is a dispatch of decode."""
 
-    def __init__(self, shape: dict, rows: int, tokens: int, weights: str = "compute"):
+    def __init__(self, shape: dict, prompts_BT: np.ndarray, tokens: int, **kinds: str):
         import jax
 
         from lm.inference import Framing, Generator, SamplingConfig
@@ -67,11 +72,12 @@ class Ours:
 
         model = skeleton(ModelConfig(**shape, positions="learned", norm="layernorm", bias=True))
         params = init(param_specs(model), jax.random.key(0))
-        generator = Generator(model, params, Framing(end_of_text=()), None, weights, tokens)
+        framing = Framing(end_of_text=())
+        generator = Generator(model, params, framing, chunk=tokens, **kinds)
         self.bytes = read_bytes(generator.params)
-        sampling = SamplingConfig(max_new_tokens=shape["max_length"] - PROMPT, temperature=0.0)
-        prompts = [list(range(1, PROMPT + 1))] * rows
-        self._start = lambda: iter(generator.generate(prompts, sampling))
+        most = shape["max_length"] - prompts_BT.shape[1]
+        sampling = SamplingConfig(max_new_tokens=most, temperature=0.0)
+        self._start = lambda: iter(generator.generate(prompts_BT.tolist(), sampling))
         self._steps, self.tokens = iter(()), tokens
 
     def prepare(self) -> None:
@@ -87,7 +93,7 @@ class Ours:
 class Transformers:
     """`transformers`' generate; a turn goes on from a cache that holds the prompt."""
 
-    def __init__(self, shape: dict, rows: int, tokens: int, dtype: str):
+    def __init__(self, shape: dict, prompts_BT: np.ndarray, tokens: int, dtype: str):
         import torch
         import transformers
 
@@ -102,7 +108,7 @@ class Transformers:
             eos_token_id=None,
         )
         self.model = transformers.GPT2LMHeadModel(config).to(getattr(torch, dtype)).eval()
-        self.prompt = torch.arange(1, PROMPT + 1).repeat(rows, 1)
+        self.prompt = torch.from_numpy(prompts_BT).long()
         self.tokens = tokens
 
     def _generate(self, ids, tokens: int, **more):
@@ -177,7 +183,9 @@ def write_gguf(path: pathlib.Path, shape: dict) -> None:
 class Llama:
     """llama.cpp by ctypes; a turn is `tokens` calls of `llama_decode`, and numpy's argmax."""
 
-    def __init__(self, folder: str, file: pathlib.Path, shape: dict, rows: int, tokens: int):
+    def __init__(
+        self, folder: str, file: pathlib.Path, shape: dict, prompts_BT: np.ndarray, tokens: int
+    ):
         places = pathlib.Path(folder).resolve()
         for name in ("libggml-base.so", *sorted(p.name for p in places.glob("libggml.*so*"))):
             ctypes.CDLL(str(places / name), mode=ctypes.RTLD_GLOBAL)
@@ -199,14 +207,16 @@ class Llama:
         )
         chosen = library.llama_context_default_params()
         # n_ctx, n_batch, n_ubatch, n_seq_max
-        chosen.head[0:4] = [shape["max_length"] * rows, 512, 512, rows]
+        rows, length = prompts_BT.shape
+        chosen.head[0:4] = [shape["max_length"] * rows, max(512, rows * length), 512, rows]
         self.context = ctypes.c_void_p(
             library.llama_init_from_model(ctypes.c_void_p(model), chosen)
         )
         cores = len(os.sched_getaffinity(0))
         library.llama_set_n_threads(self.context, cores, cores)
         library.llama_decode.argtypes = [ctypes.c_void_p, _Batch]
-        self.rows, self.tokens, self.vocab = rows, tokens, shape["vocab_size"]
+        self.prompts_BT, self.rows, self.tokens = prompts_BT, rows, tokens
+        self.vocab = shape["vocab_size"]
         self.drawn, self.position = np.full(rows, 1, np.int32), 0
 
     def _extend(self, tokens_BT: np.ndarray) -> None:
@@ -238,7 +248,7 @@ class Llama:
         memory = self.library.llama_get_memory(self.context)
         self.library.llama_memory_clear(ctypes.c_void_p(memory), True)
         self.position = 0
-        self._extend(np.tile(np.arange(1, PROMPT + 1), (self.rows, 1)))
+        self._extend(self.prompts_BT)
 
     def turn(self) -> None:
         """Draws `tokens` tokens a row."""
@@ -279,6 +289,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=8, help="a row draws in a turn")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--prompt", type=int, default=16, help="tokens of a row's prompt")
+    parser.add_argument("--ours", action="store_true", help="leave other libraries out")
     parser.add_argument("--llama", default="", help="folder of libllama and libggml")
     arguments = parser.parse_args()
     shape, tokens = SHAPES[arguments.shape], arguments.tokens
@@ -288,14 +300,16 @@ def main() -> None:
         if arguments.llama:
             write_gguf(file, shape)
         for rows in arguments.rows:
+            asked = prompts(rows, arguments.prompt, shape["vocab_size"]), tokens
             peers = {
-                "ours": Ours(shape, rows, tokens),
-                "ours int8": Ours(shape, rows, tokens, "int8"),
+                "ours": Ours(shape, *asked),
+                "ours int8": Ours(shape, *asked, weights="int8"),
+                "ours int8 cache": Ours(shape, *asked, cache="int8"),
             }
-            for dtype in ("float32", "bfloat16"):
-                peers[f"transformers {dtype}"] = Transformers(shape, rows, tokens, dtype)
+            for dtype in () if arguments.ours else ("float32", "bfloat16"):
+                peers[f"transformers {dtype}"] = Transformers(shape, *asked, dtype)
             if arguments.llama:
-                peers["llama.cpp float32"] = Llama(arguments.llama, file, shape, rows, tokens)
+                peers["llama.cpp float32"] = Llama(arguments.llama, file, shape, *asked)
             found[f"{rows} rows"] = compare(peers, rows, tokens, arguments.rounds, array)
     print(json.dumps(found))
 
