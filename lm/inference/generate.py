@@ -39,7 +39,7 @@ from lm.tokenizers import Tokenizer
 CHUNK = 8  # tokens a row draws in one dispatch: what a reader sees appear at once
 AT_ONCE = 2**20  # texts that are asked for together
 MOST = 64  # texts that are worked on at the same time
-LITTLE = 2**26  # bytes that are taken for keys and values at once
+LITTLE = 2**24  # bytes that are taken for keys and values at once
 
 
 @dataclasses.dataclass
