@@ -5,6 +5,12 @@
     python main.py --config=configs/plan.py --config.search.meshes=4     # try meshes, rank them
     python main.py --config=configs/plan.py --config.decode.enabled=True # prefill and decoding, too
 
+    # no training step, but what the engine runs: tokens a second at three batch sizes, beside what
+    # the bandwidth of HBM allows
+    python main.py --config=configs/plan.py --config.preset=llama2_70b \
+        --config.topology=v5e:4x4 --config.data.block_size=2048 --config.decode.only=True \
+        --config.decode.weights=int8 --config.decode.batch_sizes=1,8,64
+
     # another model (lm.models.presets), another TPU: v4, v5e, v5p, v6e, tpu7x; another batch
     python main.py --config=configs/plan.py --config.preset=llama2_70b \\
         --config.topology=v5p:4x8x8 --config.data.block_size=4096 --config.data.rows_per_device=4 \\

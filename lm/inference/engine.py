@@ -73,7 +73,8 @@ class Engine:
     ):
         config = view(EngineConfig, config or EngineConfig(), "config.engine")
         check_writes(model.config, framing)
-        self.model = model = for_decoding(model)
+        mesh = mesh_of(next(iter(params.values())))
+        self.model = model = for_decoding(model, mesh)
         self.framing, self.tokenizer, self.config = framing, tokenizer, config
         self.context = model.config.max_length
         self.version, self._next = 0, 0
@@ -94,8 +95,7 @@ class Engine:
         )
         self.page_size = config.page_size if self.paged else self.context
         self._width = -(-self.context // self.page_size)  # pages of a whole context
-        mesh, kv_heads = mesh_of(next(iter(params.values()))), model.config.kv_heads
-        across = mesh.shape["tensor"] if mesh else 1
+        kv_heads, across = model.config.kv_heads, mesh.shape["tensor"] if mesh else 1
         self._devices = across if kv_heads % across == 0 else 1  # that share a page
         settings = Settings(model, known, config.weights, config.cache)
         self._device = Device(settings, params, self.page_size, config.decode_chunk)

@@ -29,11 +29,15 @@ UNROLLED_LAYERS = 24  # up to here the time to compile them one by one is bearab
 _FLOAT32 = ("positions", "types", "router")
 # Whose products can be taken of weights kept for reading (`lm.models.reading`), by their last name.
 _KEPT = ("query", "key", "value", "output", "up", "gate", "down", "projection", "head", "tokens")
-_CACHE_AXES = {"B": "batch", "K": "kv_heads"}  # of the letters that name a cache's dimensions
+# Of the letters that name a cache's dimensions.
+_CACHE_AXES = {"B": "batch", "K": "kv_heads", "J": "kv_heads"}
 
 
-def for_decoding(model: Model) -> Model:
+def for_decoding(model: Model, mesh: Mesh | None = None) -> Model:
     """The same skeleton, set up for reading all its weights for every token.
+
+    Where `tensor` splits a mesh further than there are key/value heads, these are repeated, so
+    that each device keeps the one that its queries ask, and not all of them.
 
     On the CPU that means float32 unless the config names a dtype: a product with few rows spends
     its time reading weights, and widening bfloat16 ones takes longer than reading twice the bytes.
@@ -46,9 +50,11 @@ def for_decoding(model: Model) -> Model:
     if dtype == "auto" and platform() == "cpu":
         dtype = "float32"
     many = max(config.num_layers, config.encoder_layers) > UNROLLED_LAYERS
-    return skeleton(
-        dataclasses.replace(config, compute_dtype=dtype, scan_layers=many, capacity_factor=0.0)
-    )
+    fields = {"compute_dtype": dtype, "scan_layers": many, "capacity_factor": 0.0}
+    ways, kv_heads = mesh.shape["tensor"] if mesh else 1, config.kv_heads
+    if ways > kv_heads and ways % kv_heads == 0 and config.num_heads % ways == 0:
+        fields["num_kv_heads"] = ways
+    return skeleton(dataclasses.replace(config, **fields))
 
 
 def for_reading(
@@ -179,9 +185,21 @@ def in_compute_dtype(
         return not stays and len(set(spec.axes) - {"layers"}) >= 2
 
     return {
-        name: jnp.asarray(params[name], dtype if multiplied(name, spec) else None)
+        name: _repeated(jnp.asarray(params[name], dtype if multiplied(name, spec) else None), spec)
         for name, spec in param_specs(model).items()
     }
+
+
+def _repeated(x: jax.Array, spec: ParamSpec) -> jax.Array:
+    """With as many key/value heads as the model has, split over `tensor`: see `for_decoding`."""
+    if x.shape == spec.shape:
+        return x
+    axis = spec.axes.index("kv_heads")
+    entries = [*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec))]
+    entries[axis] = "tensor"
+    times = spec.shape[axis] // x.shape[axis]
+    split = NamedSharding(x.sharding.mesh, PartitionSpec(*entries))
+    return jax.jit(lambda x: jnp.repeat(x, times, axis), out_shardings=split)(x)
 
 
 # ---- On a mesh -------------------------------------------------------------------------------
@@ -245,6 +263,8 @@ def cache_shardings(cache: Any, mesh: Mesh) -> Any:
         field = [key.name for key in path if hasattr(key, "name")][-1]
         letters = field.rpartition("_")[2][-leaf.ndim :] if leaf.ndim else ""
         axes = [_CACHE_AXES.get(letter) for letter in letters]
-        return NamedSharding(mesh, partition(axes, leaf.shape, mesh, ACTIVATION_RULES))
+        # Of J, a key and a value of each head, both are on one device.
+        shape = [size // 2 if letter == "J" else size for letter, size in zip(letters, leaf.shape)]
+        return NamedSharding(mesh, partition(axes, shape, mesh, ACTIVATION_RULES))
 
     return jax.tree_util.tree_map_with_path(place, cache)

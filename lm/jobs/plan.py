@@ -93,7 +93,9 @@ def _plan(job: PlanJob, console: Console) -> dict[str, Any]:
     workload = _workload(job, topology)
     mesh, zero = resolve(job.strategy, job.mesh, job.zero)
     result: dict[str, Any] = {"config": to_dict(job), "topology": topology.name}
-    if job.search.meshes:
+    if job.decode.only:
+        report.header(console, topology, workload, job.preset)
+    elif job.search.meshes:
         report.header(console, topology, workload, job.preset, f"searched for, zero {zero}")
         result["ranking"], workload, program = ranked(
             job.search, workload, mesh, zero, topology, console
@@ -104,8 +106,9 @@ def _plan(job: PlanJob, console: Console) -> dict[str, Any]:
         words = f"{report.layout_words(layout)}, zero {zero}"
         report.header(console, topology, workload, job.preset, words)
         program = train_program(workload, topology)
-    result["training"] = report.show_training(console, workload, topology, program)
-    if job.decode.enabled:
+    if not job.decode.only:
+        result["training"] = report.show_training(console, workload, topology, program)
+    if job.decode.enabled or job.decode.only:
         result["decoding"] = decoding(
             job.decode, workload.model, workload.block_size, topology, console
         )

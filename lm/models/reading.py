@@ -112,6 +112,9 @@ def product(
             x, values = jax.lax.optimization_barrier((x, values))
         y = jnp.einsum("...k,fk->...f", x, values.astype(x.dtype), preferred_element_type=sum_dtype)
     y = (y if scale is None else y * scale).astype(dtype)
+    if platform() == "tpu":
+        # Or XLA takes heads apart in the weights: it copies them out of their stack first.
+        y = jax.lax.optimization_barrier(y)
     return y.reshape(*leading, *w.features)
 
 

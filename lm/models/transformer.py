@@ -311,8 +311,8 @@ class Transformer(LanguageModel, Stack):
             across = _across(here.source_mask_BS, tokens_BT)
         context = Context.of_pages(self.config, paging, self.score_bias(), across)
         x_BTD = self.embedding(text, self.embedding.tokens[...], None, no_tap)
-        x_BTD, (keys, values), _ = self.run(x_BTD, context, here)
-        return x_BTD, dataclasses.replace(cache, keys_PKSC=keys, values_PKSC=values)
+        x_BTD, own, _ = self.run(x_BTD, context, here)
+        return x_BTD, cache.with_own(own)
 
     def readout(self, x_BTD: jax.Array) -> jax.Array:
         """What the output head multiplies, of the last residual stream."""

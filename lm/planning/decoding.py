@@ -1,24 +1,40 @@
-"""What decoding takes: prefill, and a step of it, compiled for a topology."""
+"""What decoding takes: the engine's own programs, compiled for a topology.
+
+`read` reads a piece of one prompt, `decode` draws a token for every row; pages of keys and values
+are as the engine keeps them (`lm.inference.programs`). Of what `decode` repeats for several tokens,
+one round counts.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from lm.config import Size, SizeOrZero, check
-from lm.inference.prepare import abstract_params, bound, cache_shardings, for_decoding
+from lm.inference import programs
+from lm.inference.prepare import (
+    Weights,
+    abstract_params,
+    bound,
+    cache_shardings,
+    for_decoding,
+)
+from lm.inference.requests import EngineConfig
+from lm.inference.rows import LEVELS, Batch
 from lm.models import ModelConfig, costs, param_specs, skeleton
+from lm.models.attention.paged import Paging
 from lm.models.matmul import compute_dtype
-from lm.parallel.mesh import BATCH_AXES, MeshConfig, batch_ways, describe, make_mesh
+from lm.parallel.mesh import MeshConfig, describe, make_mesh, replicated
 from lm.parallel.platform import compiling_for
 from lm.parallel.sharding import WHOLE_RULES, parameter_shardings
 from lm.planning import report
-from lm.planning.programs import Program, compile_program
+from lm.planning.programs import Program, compile_program, device_bytes
 from lm.planning.search import divisors
 from lm.planning.topology import Topology
 
@@ -28,10 +44,24 @@ class DecodePlan:
     """Inference with the same model on the same devices."""
 
     enabled: bool = False  # compile prefill and a decoding step too
-    batch_size: SizeOrZero = 0  # rows, over all devices; 0: 8 for each share of the mesh
+    only: bool = False  # compile these and no training step
+    batch_sizes: tuple[Size, ...] = (8,)  # rows, over all devices: a decoding step for each
     prompt_length: Size = 1024  # tokens read at once by prefill
-    cache_length: SizeOrZero = 0  # tokens the cache has room for; 0: data.block_size
+    cache_length: SizeOrZero = 0  # tokens of each row in the cache, which is full; 0: block_size
+    weights: Weights = "compute"  # int8: matrices in eight bits
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)  # as it is: chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """What all programs share."""
+
+    config: ModelConfig
+    settings: programs.Settings
+    params: Any  # abstract
+    mesh: Mesh
+    topology: Topology
+    page_size: int
 
 
 def decoding(
@@ -41,92 +71,159 @@ def decoding(
 
     Raises:
       ConfigError: the model is no decoder, the prompt is longer than the cache, the mesh does not
-        fit the devices, or the batch the mesh.
+        fit the devices, or the model has no eight-bit weights.
     """
     check(
         model.architecture == "decoder" and model.cell == "attention",
         f"config.decode.enabled=True is for decoders, not {model.architecture!r} of "
         f"{model.cell!r} cells",
     )
-    config = plan.mesh if plan.mesh != MeshConfig() else decode_mesh(model, topology)
-    mesh = make_mesh(config, topology.devices)
-    ways, prompt = batch_ways(mesh), plan.prompt_length
-    rows, length = plan.batch_size or 8 * ways, plan.cache_length or block_size
+    check(len(plan.batch_sizes) > 0, "config.decode.batch_sizes=() must name at least one size")
+    prompt, length = plan.prompt_length, plan.cache_length or block_size
     check(
         prompt <= length,
         f"config.decode.prompt_length={prompt} is longer than the cache's {length}",
     )
-    check(
-        rows % ways == 0,
-        f"config.decode.batch_size={rows} must be a multiple of the {ways} devices that share it",
-    )
-    results: dict[str, Any] = {"mesh": describe(mesh), "rows": rows, "cache_length": length}
-    for name, tokens, context, seen in (
-        ("prefill", prompt, f"{prompt:,} tokens", prompt),
-        ("decoding step", 1, f"a cache of {length:,}", length),
-    ):
-        with jax.set_mesh(mesh), compiling_for(topology.platform):
-            program = _program(name, model, mesh, topology, rows, tokens, length)
+    config = plan.mesh
+    if config == MeshConfig():
+        config = decode_mesh(model, topology, 1 if plan.weights == "int8" else 2)
+    mesh = make_mesh(config, topology.devices)
+    with jax.set_mesh(mesh), compiling_for(topology.platform):
+        planned = _planned(plan.weights, dataclasses.replace(model, max_length=length), topology)
+        prefill = _prefill(planned, prompt)
+        steps = {rows: _step(planned, rows) for rows in plan.batch_sizes}
+        dtype = compute_dtype(model.compute_dtype)
+    words = f"{describe(mesh)}, weights in {'int8' if plan.weights == 'int8' else dtype}"
+    least = _read_weights(planned)
+
+    def show(title: str, program: Program, rows: int, tokens: int) -> float:
+        """Of one device, the bytes that must be read."""
+        cache = costs.cache_bytes(model, tokens, dtype) * rows / mesh.size
         console.print()
-        title = f"{name}, {describe(mesh)}: {rows} rows, {context}"
-        cache = costs.cache_bytes(model, seen, "bfloat16") * rows / mesh.size
-        report.show(console, title, program, program.memory.parameters + cache)
-        results[name] = program.figures()
-    return results
+        report.show(console, f"{title}, {words}", program, least + cache)
+        return least + cache
+
+    show(f"prefill of {prompt:,} tokens", prefill, 1, prompt)
+    table = []
+    for rows, program in steps.items():
+        context = f"decoding step: {rows} rows, a cache of {length:,}"
+        bytes_read = show(context, program, rows, length)
+        table.append(_figures(rows, program, bytes_read / topology.chip.bandwidth))
+    console.print()
+    report.show_decoding(console, words, table)
+    return {
+        "mesh": describe(mesh),
+        "weights": plan.weights,
+        "cache_length": length,
+        "prefill": prefill.figures(),
+        "steps": table,
+    }
 
 
-def decode_mesh(model: ModelConfig, topology: Topology) -> MeshConfig:
-    """Tensor parallel over as few devices as hold the weights twice over, the rest data."""
+def _figures(rows: int, program: Program, limit: float) -> dict[str, Any]:
+    """A step in numbers; tokens a second are of all devices together."""
+    found = program.estimate
+    rates = {"limit": limit}
+    if found is not None:
+        rates |= {"roofline": found.roofline, "estimate": found.seconds}
+    rates = {f"tokens_per_second_{name}": rows / seconds for name, seconds in rates.items()}
+    return {"rows": rows, **rates, **program.figures()}
+
+
+def decode_mesh(model: ModelConfig, topology: Topology, weight_bytes: int) -> MeshConfig:
+    """Tensor parallel as wide as there are key/value heads, the rest data.
+
+    Or over as few devices as hold the weights, of so many bytes each, twice over, if they are more.
+    """
     devices = len(topology.devices)
-    weights = 2 * costs.parameters(model).total
+    weights = weight_bytes * costs.parameters(model).total
     fitting = [n for n in divisors(devices) if model.num_heads % n == 0]
     enough = [n for n in fitting if weights / n < topology.chip.memory / 2]
-    tensor = enough[0] if enough else fitting[-1]
-    grouped = [n for n in fitting if n >= tensor and model.kv_heads % n == 0]
-    tensor = grouped[0] if grouped else tensor
+    grouped = [n for n in fitting if model.kv_heads % n == 0]
+    tensor = max(grouped[-1], enough[0] if enough else fitting[-1])
     return MeshConfig(data=devices // tensor, tensor=tensor)
 
 
-def _program(
-    name: str, config: ModelConfig, mesh, topology: Topology, rows: int, length: int, cache: int
-) -> Program:
-    """Reads `length` tokens of every row into a cache of so many, to the logits of the last one.
-
-    Parameters are in the compute dtype, split over `tensor` and `expert`; rows of the cache are
-    split as a batch's, its heads over `tensor`.
-    """
+def _planned(weights: Weights, config: ModelConfig, topology: Topology) -> _Planned:
+    mesh = jax.sharding.get_mesh()
     dtype = compute_dtype(config.compute_dtype).name  # the platform's, not this machine's
-    model = for_decoding(skeleton(dataclasses.replace(config, compute_dtype=dtype)))
-    params = abstract_params(model, parameter_shardings(param_specs(model), mesh, WHOLE_RULES))
-    empty = jax.eval_shape(lambda: model.new_cache(rows, cache))
-    kept = cache_shardings(empty, mesh)
-    tokens_BT = jax.ShapeDtypeStruct(
-        (rows, length), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(BATCH_AXES))
-    )
+    config = dataclasses.replace(config, compute_dtype=dtype)
+    model = for_decoding(skeleton(config), mesh)
+    shardings = parameter_shardings(param_specs(model), mesh, WHOLE_RULES)
+    params = abstract_params(model, shardings, weights)
+    settings = programs.Settings(model, config.vocab_size, weights)
+    return _Planned(config, settings, params, mesh, topology, EngineConfig().page_size)
 
-    def extend(cache, params, tokens_BT, positions_BT):
-        bound_model = bound(model, params)
-        x_BTD, cache = bound_model.extend(tokens_BT, positions_BT, cache)
-        return cache, bound_model.unembed(x_BTD[:, -1:])[:, 0]
 
-    cached = jax.tree.map(
+def _cache(planned: _Planned, rows: int) -> Any:
+    """Pages for so many texts of the whole length, and one that is nobody's, as the mesh shares."""
+    pages = 1 + rows * _pages(planned)
+
+    def new_pages(params):
+        model = bound(planned.settings.model, params)
+        return model.new_pages(pages, planned.page_size, rows + 1)
+
+    empty = jax.eval_shape(new_pages, planned.params)
+    return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         empty,
-        kept,
+        cache_shardings(empty, planned.mesh),
     )
-    if name == "prefill":
-        each = costs.prefill_flops_per_token(config, length)
-    else:
-        each = costs.decode_flops_per_token(config, cache)
-    here = rows * length / mesh.size
+
+
+def _pages(planned: _Planned) -> int:
+    """Of one text."""
+    return -(-planned.config.max_length // planned.page_size)
+
+
+def _compiled(
+    planned: _Planned, function, cache, rest, outputs: int, seen: float, flops: float, tokens: int
+) -> Program:
+    """One of the engine's functions, given the parameters, the cache and what `rest` is like."""
+    whole = replicated(planned.mesh)
+    kept = jax.tree.map(lambda leaf: leaf.sharding, cache)
+    rest = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(np.shape(x), np.result_type(x), sharding=whole), tuple(rest)
+    )
+    here = tokens / planned.mesh.size
     return compile_program(
-        jax.jit(extend, donate_argnums=0, out_shardings=(kept, None)),
-        (cached, params, tokens_BT, tokens_BT),
-        (params, ()),
-        topology,
-        mesh,
-        0.5,
-        name=name,
-        model_flops=each * here,
+        jax.jit(function, donate_argnums=1, out_shardings=(kept, *[whole] * outputs)),
+        (planned.params, cache, *rest),
+        (planned.params, ()),
+        planned.topology,
+        planned.mesh,
+        seen,
+        name=function.func.__name__,
+        model_flops=flops * here,
         tokens=here,
     )
+
+
+def _prefill(planned: _Planned, length: int) -> Program:
+    """Reads so many tokens of one text."""
+    tokens_1T = np.zeros((1, length), np.int32)
+    table_1N = np.zeros((1, _pages(planned)), np.int32)
+    paging = Paging(table_1N, tokens_1T, np.zeros(1, np.int32), np.int32(0))
+    function = functools.partial(programs.read, planned.settings)
+    flops = costs.prefill_flops_per_token(planned.config, length)
+    rest = tokens_1T, paging, np.int32(0)
+    return _compiled(planned, function, _cache(planned, 1), rest, 2, 0.5, flops, length)
+
+
+def _step(planned: _Planned, rows: int) -> Program:
+    """Draws a token for each of so many rows."""
+    most = EngineConfig().decode_chunk
+    batch = Batch(planned.config.vocab_size, (0,), rows, planned.config.max_length)
+    level, texts = batch.rows([], rows, _pages(planned), lambda text: 0, LEVELS[0])
+    function = functools.partial(programs.decode, planned.settings, level, most)
+    flops = costs.decode_flops_per_token(planned.config, planned.config.max_length)
+    rest = texts, np.int32(1)
+    return _compiled(planned, function, _cache(planned, rows), rest, 1, 1.0, flops, rows)
+
+
+def _read_weights(planned: _Planned) -> float:
+    """Bytes of one device's weights that every step reads: all but a table that is looked up."""
+    table = 0.0
+    if not planned.config.tie_embeddings:
+        table = device_bytes(planned.params["embedding.tokens"])
+    return device_bytes(planned.params) - table

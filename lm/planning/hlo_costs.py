@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -114,7 +115,11 @@ def attention_flops(instruction: Instruction) -> float:
     """
     if 'custom_call_target="tpu_custom_call"' not in instruction.attributes:
         return 0.0
-    if stated(instruction, "flops") or not re.search("splash|flash|ring", instruction.name):
+    if stated(instruction, "flops"):
+        return 0.0
+    if pages := _Pages.of(instruction):
+        return pages.flops
+    if not re.search("splash|flash|ring", instruction.name):
         return 0.0
     arrays = [array for operand in instruction.operands for array in operand.arrays]
     ranked = [a.dims for a in arrays if len(a.dims) == 4]
@@ -129,6 +134,35 @@ def flops_of(instruction: Instruction) -> float:
     return sum(map(product_flops, products(instruction))) + stated(instruction, "flops")
 
 
+class _Pages(NamedTuple):
+    """What JAX's kernel for attention over pages is given; all rows have all their pages."""
+
+    tokens: int  # of all rows
+    heads: int
+    width: int  # of one
+    keys: int  # that each token sees; of rows that are read, their own
+    page: float  # bytes of a page for each token that it holds
+    rows: int
+
+    @classmethod
+    def of(cls, instruction: Instruction) -> _Pages | None:
+        if not instruction.name.startswith("ragged_paged_attention"):
+            return None
+        table, query, pool = (instruction.operands[i].arrays[0] for i in (1, -2, -1))
+        rows, pages = table.dims
+        keys = pages * pool.dims[1] if query.dims[0] == rows else query.dims[0] // rows
+        token = pool.moved / pool.dims[0] / pool.dims[1]
+        return cls(*query.dims, keys, token, rows)
+
+    @property
+    def flops(self) -> float:
+        return 4.0 * self.tokens * self.heads * self.width * self.keys
+
+    @property
+    def bytes(self) -> float:
+        return self.rows * self.keys * self.page
+
+
 # ---- Bytes -----------------------------------------------------------------------------------
 
 
@@ -140,6 +174,8 @@ def bytes_of(instruction: Instruction) -> float:
     if opcode == "custom-call" and 'custom_call_target="AllocateBuffer"' in instruction.attributes:
         return 0.0
     result = instruction.moved
+    if opcode == "custom-call" and (pages := _Pages.of(instruction)):
+        return result + pages.bytes + sum(operand.moved for operand in operands[:-1])
     if opcode == "fusion":
         parameters = instruction.called[0].parameters
         read = sum(
@@ -171,8 +207,12 @@ def read_of(value: Instruction) -> float:
             total += user.bytes
         elif user.opcode == "dynamic-update-slice" and user.operands[0] is value:
             continue
+        elif user.opcode == "scatter" and user.operands[0] is value:
+            continue
         elif user.opcode in ("bitcast", "get-tuple-element", "copy-start", "copy-done"):
             total += read_of(user)
+        elif user.opcode == "fusion" and user.attribute("output_to_operand_aliasing"):
+            total += read_of(user)  # the same array, tiled otherwise
         elif user.opcode == "fusion":
             parameters = user.called[0].parameters
             for number, operand in enumerate(user.operands):
@@ -202,4 +242,6 @@ def updated(value: Instruction) -> float | None:
     if value.opcode == "fusion":
         root = value.called[0].root
         return updated(root) if root.opcode != "tuple" else None
+    if value.opcode == "scatter":
+        return 2 * value.operands[-1].arrays[0].bytes  # what is there is read, too
     return value.operands[1].arrays[0].bytes if value.opcode == "dynamic-update-slice" else None

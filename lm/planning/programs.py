@@ -156,7 +156,7 @@ def _batch(workload: Workload, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     return batch
 
 
-def _bytes(tree: Any) -> float:
+def device_bytes(tree: Any) -> float:
     """Bytes on one device of sharded abstract arrays, without those in its host's memory."""
     return float(
         sum(
@@ -180,8 +180,8 @@ def compile_program(
       named: the first fields of the `Program`.
     """
     start = time.perf_counter()
-    parameters, optimizer = map(_bytes, given)
-    rest, limit = _bytes(arguments) - parameters - optimizer, topology.chip.memory
+    parameters, optimizer = map(device_bytes, given)
+    rest, limit = device_bytes(arguments) - parameters - optimizer, topology.chip.memory
     lowered = jitted.lower(*arguments)
     try:
         compiled = lowered.compile()

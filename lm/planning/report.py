@@ -87,21 +87,25 @@ def plain_table(*columns: str, title: str = "") -> Table:
 
 
 def header(
-    console: Console, topology: Topology, workload: Workload, preset: str, mesh: str
+    console: Console, topology: Topology, workload: Workload, preset: str, mesh: str = ""
 ) -> None:
-    """What is planned, and for what; `preset` is the model's name or "", `mesh` in words."""
+    """What is planned, and for what; `preset` is the model's name or "".
+
+    Of training where there is a `mesh`, in words.
+    """
     chip, parts = topology.chip, workload.train.accumulation
     with compiling_for(topology.platform):
         model = model_line(workload.model)
     slices = f"{topology.slices} slices of " if topology.slices > 1 else ""
     table = facts_table()
     table.add_row("model", f"{preset}: {model}" if preset else model)
-    table.add_row(
-        "workload",
-        f"{workload.batch_size:,} × {workload.block_size:,} tokens a step"
-        + (f" in {parts} parts" if parts > 1 else "")
-        + f", {workload.optimizer.name}, remat {workload.model.remat}",
-    )
+    if mesh:
+        table.add_row(
+            "workload",
+            f"{workload.batch_size:,} × {workload.block_size:,} tokens a step"
+            + (f" in {parts} parts" if parts > 1 else "")
+            + f", {workload.optimizer.name}, remat {workload.model.remat}",
+        )
     table.add_row("topology", f"{slices}{topology.name}: {len(topology.devices):,} devices")
     if topology.platform == "cpu":
         table.add_row("device", "a fake one: times below are of no machine in particular")
@@ -111,7 +115,8 @@ def header(
         f"{chip.bandwidth / 1e9:,.0f} GB/s, {2 * chip.dimensions} links at "
         f"{chip.link / 1e9:,.0f} GB/s each way",
     )
-    table.add_row("mesh", mesh)
+    if mesh:
+        table.add_row("mesh", mesh)
     console.print(table)
 
 
@@ -146,6 +151,35 @@ def show(
         f"compiled in {program.compile_seconds:.0f} s; the compiler's own analysis counts loop "
         f"bodies once, {si(program.compiler_flops)}FLOPs, and some memory twice, "
         f"{si(program.compiler_temporaries)}B of temporaries",
+        style="dim",
+    )
+
+
+def show_decoding(console: Console, words: str, steps: Sequence[Mapping[str, Any]]) -> None:
+    """Prints decoding steps side by side: tokens a second beside what HBM allows.
+
+    Args:
+      console: where to.
+      words: what they have in common.
+      steps: for each its rows, whether it fits, and tokens a second of all devices.
+    """
+    console.rule(f"decoding, {words}: {LABEL}", align="left")
+    columns = ("HBM limit", "roofline", "estimate", "of the limit", "a step", "memory", "")
+    table = plain_table("tokens a second by rows", *columns)
+    for step in steps:
+        limit, rate = (step.get(f"tokens_per_second_{n}") for n in ("limit", "estimate"))
+        row = [f"{step['rows']:,}", f"{limit:,.0f}"]
+        if rate:
+            row += [f"{step['tokens_per_second_roofline']:,.0f}", f"{rate:,.0f}"]
+            row += [f"{rate / limit:.0%}", seconds(step["rows"] / rate)]
+        else:
+            row += [""] * 4
+        memory = binary(step["memory"]["total"])
+        table.add_row(*row, memory, "fits" if step["fits"] else "does not fit")
+    console.print(table)
+    console.print(
+        "HBM limit: weights and keys and values of a full cache, read once by the devices that "
+        "share them",
         style="dim",
     )
 

@@ -209,12 +209,12 @@ class Estimate:
     @property
     def roofline(self) -> float:
         """By the rule, without the compiler's cycles."""
-        return self.operation_seconds + self.exposed
+        return max(self.operation_seconds + self.exposed, self.ideal)
 
     @property
     def seconds(self) -> float:
-        """By the rule."""
-        return self.compiler_seconds + self.exposed
+        """By the rule; copies that run beside operations cannot make it less than the bound."""
+        return max(self.compiler_seconds + self.exposed, self.ideal)
 
     def mfu(self, model_flops: float) -> float:
         """The share of the chip's peak that a program of so many model FLOPs reaches."""

@@ -96,7 +96,11 @@ def test_int8_holds_a_quarter_and_no_matrix_twice():
 SPLIT = {"width": 64, "num_heads": 8, "num_kv_heads": 4, "vocab_size": 264}
 
 
-@pytest.mark.parametrize("tensor, fields", [(8, {}), (2, UNTIED)], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    "tensor, fields",
+    [(8, {}), (2, UNTIED)],  # of eight devices, two share each key/value head
+    ids=["tied", "untied"],
+)
 def test_eight_devices_draw_in_eight_bits_what_one_draws(tensor, fields):
     model, params = tiny_model(**SPLIT, **fields)
     mesh = make_mesh(MeshConfig(data=-1, tensor=tensor), jax.devices()[:8])

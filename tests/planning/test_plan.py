@@ -15,6 +15,7 @@ from lm.models import ModelConfig, costs, param_specs, skeleton
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import BATCH_AXES, MeshConfig, mesh_sizes
 from lm.planning import topology
+from lm.planning.decoding import decode_mesh
 from lm.planning.programs import _refused, train_program
 from lm.planning.search import advice, candidates, meshes, over
 from lm.planning.sketch import sketch
@@ -131,16 +132,35 @@ def test_the_plan_is_printed_and_written(tmp_path, capsys):
     assert result["training"]["fits"]
 
 
-@pytest.mark.slow
-def test_decoding_is_planned_with_its_cache(tmp_path, capsys):
-    fields = {"decode.enabled": True, "decode.prompt_length": 8, "decode.mesh.tensor": 2}
-    result = plan.run(config(**fields), str(tmp_path))["decoding"]
-    assert result["mesh"] == "data=4 × tensor=2" and result["rows"] == 32
-    cache = costs.cache_bytes(MODEL, 16, "float32") * 32 / 8
-    for name in ("prefill", "decoding step"):
-        memory = result[name]["memory"]
-        assert memory["arguments"] == pytest.approx(cache, rel=0.05)
-    assert "prefill" in capsys.readouterr().out
+@pytest.mark.parametrize("weights", ["compute", "int8"])
+def test_decoding_is_planned_by_itself_beside_what_memory_allows(weights, tmp_path, capsys):
+    fields = {
+        **{"decode.only": True, "decode.batch_sizes": (2, 4), "decode.prompt_length": 8},
+        **{"decode.weights": weights, "decode.mesh.tensor": 2, "topology": "cpu:2"},
+        **{"data.block_size": 128, "model.max_length": 128},
+    }
+    result = plan.run(config(**fields), str(tmp_path))
+    said = capsys.readouterr().out
+    assert "training" not in result and "HBM limit" in said and "optimizer" not in said
+    found = result["decoding"]
+    assert found["mesh"] == "tensor=2" and [step["rows"] for step in found["steps"]] == [2, 4]
+    numbers = costs.parameters(MODEL).total / 2  # nearly all are of matrices that two devices share
+    size = numbers * (1.3 if weights == "int8" else 4)  # with a scale for 32 numbers or 64
+    for step in found["steps"]:
+        page = costs.cache_bytes(MODEL, 64, "float32")
+        cache = (1 + 2 * step["rows"]) * page / 2  # two pages a row, and nobody's
+        assert step["memory"]["arguments"] == pytest.approx(cache, rel=0.1)
+        assert step["memory"]["parameters"] == pytest.approx(size, rel=0.1)
+        read = step["memory"]["parameters"] + step["rows"] * page  # half of two pages
+        limit = step["rows"] / (read / topology._CPU.bandwidth)
+        assert step["tokens_per_second_limit"] == pytest.approx(limit)
+
+
+def test_key_value_heads_are_repeated_where_devices_are_more():
+    topology, model = open_topology("cpu:4"), ModelConfig(**{**TINY, "num_kv_heads": 2})
+    assert decode_mesh(model, topology, 4) == MeshConfig(data=2, tensor=2)
+    small = dataclasses.replace(topology, chip=dataclasses.replace(topology.chip, memory=5e4))
+    assert decode_mesh(model, small, 4) == MeshConfig(data=1, tensor=4)
 
 
 def test_what_does_not_fit_is_reported_with_what_to_change(tmp_path, capsys, monkeypatch):
@@ -233,6 +253,8 @@ def test_advice_is_ordered_by_what_fits_and_how_fast(planned):
         ({"strategy": "zero4"}, "config.strategy='zero4' is not one of"),
         ({"search.meshes": 2, "data.batch_size": 7}, "no mesh of 8 devices divides a batch of 7"),
         ({"decode.enabled": True, "decode.prompt_length": 99}, "longer than the cache's 16"),
+        ({"decode.only": True, "decode.batch_sizes": ()}, "batch_sizes=.* at least one size"),
+        ({"decode.only": True, "decode.batch_sizes": (0,)}, r"batch_sizes\[0\]=0 must be"),
         ({"scaling.presets": ("llama9",)}, r"config.scaling.presets\[0\]='llama9' is not one of"),
     ],
 )

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lm.models.attention import kernels
 from lm.models.attention.context import Context
 from lm.models.attention.paged import attend_pages, write
+from lm.models.attention.paged_tpu import attend_pairs
 from lm.models.config import ModelConfig
 from lm.models.hooks import Tap, no_tap, within
 from lm.models.layers import Norm, dropout, weight_initializer
@@ -125,6 +126,9 @@ class Attention(nnx.Module):
         query_BTHC, *pair = contract_each("btd,dhc->bthc", x_BTD, weights, quantization=kind)
         query_BTHC = self._query(query_BTHC, context.rotary, tap)
         pair = self._pair(*pair, context.rotary, tap)
+        if context.paging is not None and len(cache) == 1:
+            heads_BTHC, pool = attend_pairs(self.config, query_BTHC, pair, *cache, context)
+            return self._project(heads_BTHC, tap), (pool,)
         if context.paging is not None:
             cache = tuple(write(pool, new, context.paging) for pool, new in zip(cache, pair))
             heads_BTHC = attend_pages(self.config, query_BTHC, *cache, context)

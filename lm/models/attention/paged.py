@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lm.models.attention.paged_tpu import paired
 from lm.models.config import ModelConfig
 from lm.models.matmul import compute_dtype, contract
 from lm.models.reading import rounded
@@ -61,15 +62,17 @@ Pools = Pool | tuple[Pool, ...]
 class PagedCache:
     """Keys and values of all texts, in P pages; one pair of pools a layer.
 
-    For layers that are scanned, the pools of all L layers are one, of L·P pages. An
-    encoder-decoder's cache also holds what cross-attention reads, a row for each slot.
+    For layers that are scanned, the pools of all L layers are one, of L·P pages. On a TPU the two
+    may be one pool (`lm.models.attention.paged_tpu`). An encoder-decoder's cache also holds what
+    cross-attention reads, a row for each slot.
     """
 
-    keys_PKSC: Pools
-    values_PKSC: Pools
+    keys_PKSC: Pools | None
+    values_PKSC: Pools | None
     source_keys_LBSKC: jax.Array | tuple[jax.Array, ...] | None = None
     source_values_LBSKC: jax.Array | tuple[jax.Array, ...] | None = None
     source_mask_BS: jax.Array | None = None
+    pairs_PSJC: Pools | None = None  # J: two of each key/value head
 
     @classmethod
     def empty(
@@ -99,6 +102,9 @@ class PagedCache:
                 return jnp.zeros((L, *source), dtype)
             return tuple(jnp.zeros(source, dtype) for _ in range(L))
 
+        if not eight_bits and paired(config, scanned):
+            shape = (shape[0], page_size, 2 * config.kv_heads, config.head_width)
+            return cls(None, None, pairs_PSJC=pools())
         cache = cls(pools(), pools())
         if config.architecture == "decoder":
             return cache
@@ -110,13 +116,21 @@ class PagedCache:
         )
 
     @property
-    def own(self) -> tuple[Pools, Pools]:
-        """Keys and values."""
+    def own(self) -> tuple[Pools, ...]:
+        """Keys and values, or both in one."""
+        if self.pairs_PSJC is not None:
+            return (self.pairs_PSJC,)
         return self.keys_PKSC, self.values_PKSC
 
-    def layer(self, index: int) -> tuple[tuple[Pool, Pool], tuple | None]:
+    def with_own(self, own: tuple[Pools, ...]) -> PagedCache:
+        """With other keys and values."""
+        if self.pairs_PSJC is not None:
+            return dataclasses.replace(self, pairs_PSJC=own[0])
+        return dataclasses.replace(self, keys_PKSC=own[0], values_PKSC=own[1])
+
+    def layer(self, index: int) -> tuple[tuple[Pool, ...], tuple | None]:
         """Layer `index`'s own pools, where each has its own; and what it reads of the source."""
-        own = (self.keys_PKSC[index], self.values_PKSC[index])
+        own = tuple(pool[index] for pool in self.own)
         if self.source_mask_BS is None:
             return own, None
         return own, (self.source_keys_LBSKC[index], self.source_values_LBSKC[index])
@@ -156,15 +170,14 @@ class PagedCache:
             source_mask_BS=row(mask_BS, mask_1S, 0),
         )
 
-    def take(self, config: ModelConfig, pages_N: jax.Array) -> tuple[Pools, Pools]:
+    def take(self, config: ModelConfig, pages_N: jax.Array) -> tuple[Pools, ...]:
         """What these pages hold."""
         return jax.tree.map(lambda pool: pool[self._everywhere(config, pages_N)], self.own)
 
-    def put(self, config: ModelConfig, pages_N: jax.Array, held: tuple[Pools, Pools]) -> PagedCache:
+    def put(self, config: ModelConfig, pages_N: jax.Array, held: tuple[Pools, ...]) -> PagedCache:
         """With `held`, which `take` returned, in these pages."""
         places = self._everywhere(config, pages_N)
-        keys, values = jax.tree.map(lambda pool, x: pool.at[places].set(x), self.own, held)
-        return dataclasses.replace(self, keys_PKSC=keys, values_PKSC=values)
+        return self.with_own(jax.tree.map(lambda pool, x: pool.at[places].set(x), self.own, held))
 
     def copy(self, config: ModelConfig, pages_2: jax.Array, slots_2: jax.Array) -> PagedCache:
         """With the first page, and the source of the first slot, copied to the second of each."""
@@ -177,10 +190,11 @@ class PagedCache:
 
     def _everywhere(self, config: ModelConfig, pages_N: jax.Array) -> jax.Array:
         """These pages in a pool: of each of its layers where they share it."""
-        if isinstance(self.keys_PKSC, tuple):
+        pool = self.own[0]
+        if isinstance(pool, tuple):
             return pages_N
         layers_L1 = jnp.arange(config.num_layers)[:, None]
-        return (pages_N + layers_L1 * (self.keys_PKSC.shape[0] // config.num_layers)).ravel()
+        return (pages_N + layers_L1 * (pool.shape[0] // config.num_layers)).ravel()
 
 
 def write(pool_PKSC: Pool, new_BTKC: jax.Array, paging: Paging) -> Pool:
