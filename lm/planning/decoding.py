@@ -177,9 +177,12 @@ def _pages(planned: _Planned) -> int:
 
 
 def _compiled(
-    planned: _Planned, function, cache, rest, outputs: int, seen: float, flops: float, tokens: int
+    planned: _Planned, function, cache, rest, seen: float, flops: float, tokens: int
 ) -> Program:
-    """One of the engine's functions, given the parameters, the cache and what `rest` is like."""
+    """One of the engine's functions, given the parameters, the cache and what `rest` is like.
+
+    `seen` is the share of keys that tokens see.
+    """
     whole = replicated(planned.mesh)
     kept = jax.tree.map(lambda leaf: leaf.sharding, cache)
     rest = jax.tree.map(
@@ -187,7 +190,7 @@ def _compiled(
     )
     here = tokens / planned.mesh.size
     return compile_program(
-        jax.jit(function, donate_argnums=1, out_shardings=(kept, *[whole] * outputs)),
+        jax.jit(function, donate_argnums=1, out_shardings=(kept, whole)),
         (planned.params, cache, *rest),
         (planned.params, ()),
         planned.topology,
@@ -206,8 +209,8 @@ def _prefill(planned: _Planned, length: int) -> Program:
     paging = Paging(table_1N, tokens_1T, np.zeros(1, np.int32), np.int32(0))
     function = functools.partial(programs.read, planned.settings)
     flops = costs.prefill_flops_per_token(planned.config, length)
-    rest = tokens_1T, paging, np.int32(0)
-    return _compiled(planned, function, _cache(planned, 1), rest, 2, 0.5, flops, length)
+    rest = tokens_1T, paging
+    return _compiled(planned, function, _cache(planned, 1), rest, 0.5, flops, length)
 
 
 def _step(planned: _Planned, rows: int) -> Program:
@@ -218,7 +221,7 @@ def _step(planned: _Planned, rows: int) -> Program:
     function = functools.partial(programs.decode, planned.settings, level, most)
     flops = costs.decode_flops_per_token(planned.config, planned.config.max_length)
     rest = texts, np.int32(1)
-    return _compiled(planned, function, _cache(planned, rows), rest, 1, 1.0, flops, rows)
+    return _compiled(planned, function, _cache(planned, rows), rest, 1.0, flops, rows)
 
 
 def _read_weights(planned: _Planned) -> float:
