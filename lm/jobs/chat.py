@@ -11,6 +11,7 @@ import lm
 from lm.config import ConfigError, Path, Seed, check, view
 from lm.inference import SamplingConfig
 from lm.inference.conversation import Conversation
+from lm.parallel.platform import keep_programs
 
 HELP = """\
 /reset       forget the conversation
@@ -57,6 +58,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[dict[str, str]]
       ConfigError: no such run, no chat template, or a model that cannot chat.
     """
     job = view(ChatJob, config)
+    keep_programs()
     loaded = lm.load(job.init_from, ignore=job.ignore)
     template = loaded.chat_template(job.chat_template)
     talk = Conversation(loaded.generator, template, job, job.system, job.seed)

@@ -24,6 +24,7 @@ from lm.inference import (
     search,
 )
 from lm.inference.prepare import CacheKind, Weights
+from lm.parallel.platform import keep_programs
 
 _OF_BATCHES = ("job", "seed", "init_from", "ignore", "weights", "cache", "batch_file",
                "output_file", "chat_template")  # fmt: skip
@@ -91,6 +92,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
         a model that cannot generate.
     """
     job = view(GenerateJob, config)
+    keep_programs()
     if job.batch_file:
         _batch(job)
         return []

@@ -14,6 +14,7 @@ from lm.inference import embed
 from lm.inference.engine import Engine
 from lm.inference.grammar import Grammars
 from lm.inference.requests import EngineConfig
+from lm.parallel.platform import keep_programs
 from lm.runs.run import Run
 
 try:
@@ -58,6 +59,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> None:
       ConfigError: no such run, no such template, or an address that is taken.
     """
     job = view(ServeJob, config)
+    keep_programs()
     app = make_app(job, lm.load(job.init_from, ignore=job.ignore))
     settings = uvicorn.Config(
         app.asgi,

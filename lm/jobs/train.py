@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 import pathlib
 import signal
 import time
@@ -22,7 +21,7 @@ from lm.jobs.finish import check_prompts, finish
 from lm.parallel import hosts
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import batch_sharding, local_rows
-from lm.parallel.platform import keep_buffers
+from lm.parallel.platform import keep_buffers, keep_programs
 from lm.runs.config import TrainJob
 from lm.runs.directory import CHECKPOINTS, Claim, check_place
 from lm.runs.inherited import Origin, inherit
@@ -69,9 +68,7 @@ def _run(job: TrainJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
     if jax.default_backend() == "cpu":
         keep_buffers()
     if job.train.compilation_cache:
-        cache = os.path.expanduser(job.train.compilation_cache)
-        jax.config.update("jax_compilation_cache_dir", cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        keep_programs(job.train.compilation_cache)
     layout = lay_out(job.strategy, job.mesh, job.zero)
     job, note = job.with_even_batch(layout, origin.saved)
     if note:

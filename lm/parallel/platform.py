@@ -18,6 +18,7 @@ import jax
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h
 _MADV_HUGEPAGE = 14  # mman.h
 _HUGE_PAGE = 2**21
+PROGRAMS = "~/.cache/lm/xla"  # compiled ones
 
 _assumed: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
@@ -45,6 +46,16 @@ def device_memory() -> int | None:
     if "SC_PHYS_PAGES" not in os.sysconf_names:
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
+def keep_programs(directory: str = "") -> None:
+    """Keeps compiled programs that took half a second or more for the next processes.
+
+    In `directory`; "": where JAX was told to, or in `PROGRAMS`.
+    """
+    directory = directory or jax.config.jax_compilation_cache_dir or PROGRAMS
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 from tiny_run import write_talker
 
@@ -142,3 +143,17 @@ def test_another_batchs_output_is_not_touched(generate, tmp_path):
     ]:
         code, _, errors = generate([{"prompt": "a"}], **fields)
         assert code == 2 and says in errors
+
+
+@pytest.mark.parametrize("job", ["generate", "chat", "serve"])
+def test_programs_are_kept_for_the_next_command(job, tmp_path, monkeypatch):
+    directory, home = jax.config.jax_compilation_cache_dir, str(tmp_path)
+    monkeypatch.setenv("HOME", home)
+    words = [f"--config=configs/{job}.py", f"--config.init_from={home}/none"]
+    try:
+        for told, kept in ((None, f"{home}/.cache/lm/xla"), (f"{home}/own", f"{home}/own")):
+            jax.config.update("jax_compilation_cache_dir", told)
+            assert guarded(run, words) == 2
+            assert jax.config.jax_compilation_cache_dir == kept
+    finally:
+        jax.config.update("jax_compilation_cache_dir", directory)
