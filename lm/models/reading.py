@@ -36,6 +36,7 @@ from lm.parallel.platform import platform
 from lm.parallel.sharding import automatic_axes
 
 BLOCK_BYTES = 3 * 2**17  # of widened weights at a time, within a second-level cache
+SUBLANES = 8  # rows that a TPU's registers hold
 TILE = 16  # rows; a multiple of what the CPU's kernels multiply at once
 
 
@@ -110,7 +111,11 @@ def product(
             # Tied to x: widened outside a loop that draws tokens, all of them would be kept. XLA
             # for TPUs has no need of it, and would not widen within the product.
             x, values = jax.lax.optimization_barrier((x, values))
+        alone = platform() == "tpu" and math.prod(leading) == 1
+        if alone:  # one row's product would be taken beside the matrix unit, several times as slow
+            x = jax.lax.optimization_barrier(jnp.repeat(x, SUBLANES, len(leading) - 1))
         y = jnp.einsum("...k,fk->...f", x, values.astype(x.dtype), preferred_element_type=sum_dtype)
+        y = y[..., :1, :] if alone else y
     y = (y if scale is None else y * scale).astype(dtype)
     if platform() == "tpu":
         # Or XLA takes heads apart in the weights: it copies them out of their stack first.

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tpu_compiler import needs_libtpu
 
 from lm.config import ConfigError
 from lm.jobs import plan
@@ -154,6 +155,25 @@ def test_decoding_is_planned_by_itself_beside_what_memory_allows(weights, tmp_pa
         read = step["memory"]["parameters"] + step["rows"] * page  # half of two pages
         limit = step["rows"] / (read / topology._CPU.bandwidth)
         assert step["tokens_per_second_limit"] == pytest.approx(limit)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("weights", ["compute", "int8"])
+def test_a_tpu_reads_weights_and_pages_once(weights, tmp_path):
+    """No copies of either: not of layers out of their stack, nor of pages beside the kernel."""
+    heads = {"num_heads": 16, "num_kv_heads": 8, "width": 2048, "mlp_width": 8192}
+    fields = {
+        **{f"model.{name}": size for name, size in heads.items()},
+        **{"model.num_layers": 25, "model.vocab_size": 1024, "model.max_length": 2048},
+        **{"model.compute_dtype": "bfloat16", "data.block_size": 2048, "topology": "v5e:2x4"},
+        **{"decode.only": True, "decode.batch_sizes": (1, 8), "decode.mesh.tensor": 8},
+        **{"decode.weights": weights},
+    }
+    for step in plan.run(config(**fields), str(tmp_path))["decoding"]["steps"]:
+        least = step["rows"] / step["tokens_per_second_limit"] * 819e9
+        assert least * 0.95 < step["bytes"] < least * 1.1
+        assert step["tokens_per_second_estimate"] < step["tokens_per_second_limit"]
 
 
 def test_key_value_heads_are_repeated_where_devices_are_more():
