@@ -77,12 +77,15 @@ class Pages:
         return list(pages)
 
     def keep(self, name: bytes, before: bytes, pages: Sequence[int]) -> None:
-        """Remembers a chunk that has been read into `pages`, behind the chunk `before`."""
-        if name in self._kept:
+        """Remembers a chunk that has been read into `pages`, behind the chunk `before`.
+
+        Unless that is forgotten: nobody would find this one.
+        """
+        if name in self._kept or (before and before not in self._kept):
             return
         self._kept[name] = _Kept(list(pages), before)
         self.hold(pages)
-        if before in self._kept:
+        if before:
             self._kept[before].after += 1
 
     def forget_all(self) -> None:
@@ -95,7 +98,7 @@ class Pages:
         for name, chunk in self._kept.items():
             if chunk.after == 0 and (even_held or (self._holders[chunk.pages] == 1).all()):
                 del self._kept[name]
-                if chunk.before in self._kept:
+                if chunk.before:
                     self._kept[chunk.before].after -= 1
                 self.release(chunk.pages)
                 return True
