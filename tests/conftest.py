@@ -1,9 +1,12 @@
 """Eight fake devices, set before JAX starts, so that sharding is tested on every machine."""
 
+import gc
 import importlib.metadata
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Nobody reads where in the source an operation comes from, and to find out takes time.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 _flags = [
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
@@ -16,3 +19,9 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     # newer, and end the process at a flag that they do not know.
     _flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join(_flags)
+
+
+def pytest_collection_finish():
+    """What has been imported stays: the collector need not look at it again, nor so often."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)

@@ -97,7 +97,7 @@ class Engine:
         self._width = -(-self.context // self.page_size)  # pages of a whole context
         kv_heads, across = model.config.kv_heads, mesh.shape["tensor"] if mesh else 1
         self._devices = across if kv_heads % across == 0 else 1  # that share a page
-        settings = Settings(model, known, config.weights, config.cache)
+        settings = Settings(model.config, known, config.weights, config.cache)
         self._device = Device(settings, params, self.page_size, config.decode_chunk)
         chunk = config.prefill_chunk
         self._pieces = [size for size in (chunk // 16, chunk // 4, chunk) if size >= min(8, chunk)]

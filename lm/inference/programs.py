@@ -21,7 +21,7 @@ from lm.inference.prepare import bound, cache_shardings, for_reading, mesh_of
 from lm.inference.prompts import NOTHING
 from lm.inference.sampling import Scores, row_keys, sample, scores
 from lm.inference.warpers import History, Kind, Warping
-from lm.models import Model
+from lm.models import Model, ModelConfig, skeleton
 from lm.models.attention.paged import PagedCache, Paging
 from lm.parallel.mesh import replicated
 
@@ -29,10 +29,15 @@ from lm.parallel.mesh import replicated
 class Settings(NamedTuple):
     """What the functions are compiled for."""
 
-    model: Model  # of `lm.inference.prepare.for_decoding`
+    config: ModelConfig  # of `lm.inference.prepare.for_decoding`
     vocab_size: int  # ids from here up are never drawn
     weights: Literal["compute", "int8"] = "compute"  # see `lm.inference.prepare.for_reading`
     cache: Literal["compute", "int8"] = "compute"  # see `EngineConfig`
+
+    @property
+    def model(self) -> Model:
+        """The skeleton that the config describes."""
+        return skeleton(self.config)
 
 
 class Level(NamedTuple):
@@ -147,17 +152,17 @@ def _draw(settings: Settings, level: Level, model: Model, x_B1D, rows: Rows, his
 
 def take(settings: Settings, cache: PagedCache, pages_N):
     """What some pages hold."""
-    return cache.take(settings.model.config, pages_N)
+    return cache.take(settings.config, pages_N)
 
 
 def put(settings: Settings, cache: PagedCache, pages_N, held) -> PagedCache:
     """The cache with what `take` returned in some pages."""
-    return cache.put(settings.model.config, pages_N, held)
+    return cache.put(settings.config, pages_N, held)
 
 
 def copy(settings: Settings, cache: PagedCache, pages_2, slots_2) -> PagedCache:
     """The cache with one page, and what is kept for one slot, copied to another of each."""
-    return cache.copy(settings.model.config, pages_2, slots_2)
+    return cache.copy(settings.config, pages_2, slots_2)
 
 
 class Device:
@@ -174,7 +179,7 @@ class Device:
 
     def __init__(self, settings: Settings, params, page_size: int, most: int):
         self._settings, self._page_size, self._most = settings, page_size, most
-        self.most_pages = -(-settings.model.config.max_length // page_size)  # of one text
+        self.most_pages = -(-settings.config.max_length // page_size)  # of one text
         self._compiled: dict[tuple, Callable] = {}
         self.compile_seconds = 0.0
         self.update(params)
@@ -263,11 +268,8 @@ class Device:
         """One of the functions above, compiled for each shape it meets."""
         key = (function, *static)
         if key not in self._compiled:
-            self._compiled[key] = jax.jit(
-                functools.partial(function, self._settings, *static),
-                donate_argnums=donated,
-                out_shardings=(out or self._whole) if self._mesh else None,
-            )
+            leaves, tree = jax.tree.flatten((out or self._whole) if self._mesh else None)
+            self._compiled[key] = _jitted(key, self._settings, donated, tuple(leaves), tree)
 
         program = self._compiled[key]
 
@@ -280,3 +282,14 @@ class Device:
             return out
 
         return call
+
+
+@functools.lru_cache(maxsize=256)
+def _jitted(key: tuple, settings: Settings, donated: tuple, leaves: tuple, tree) -> Callable:
+    """A function and its static arguments, compiled once for all models of one config."""
+    function, *static = key
+    return jax.jit(
+        functools.partial(function, settings, *static),
+        donate_argnums=donated,
+        out_shardings=jax.tree.unflatten(tree, leaves),
+    )

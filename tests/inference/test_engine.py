@@ -135,14 +135,12 @@ arrivals = st.lists(
     ids="-".join,
 )
 def engines(request):
-    """One with hardly more pages than one text needs, one for requests alone."""
+    """One for many requests, one for requests alone; hardly more pages than one text needs."""
     name, cache = request.param
     model, _ = tiny_model(vocab_size=61, **FAMILIES[name])
     params = general_params(model)
-    pair = [
-        Engine(model, params, FRAMING, config=dataclasses.replace(SIZES, num_pages=n, cache=cache))
-        for n in (11, None)
-    ]
+    sizes = dataclasses.replace(SIZES, num_pages=11, cache=cache)
+    pair = [Engine(model, params, FRAMING, config=sizes) for _ in range(2)]
     for engine in pair:
         engine.given = params
     return pair
@@ -190,7 +188,7 @@ def test_a_larger_batch_changes_no_bit_at_the_sizes_of_real_models():
     sizes = EngineConfig(max_slots=20, page_size=16, prefill_chunk=64, decode_chunk=8)
     engine = Engine(model, general_params(model), FRAMING, config=sizes)
     requests = [
-        Request(tuple(range(10, 12 + n)), SamplingConfig(max_new_tokens=12, logprobs=1), seed=n)
+        Request(tuple(range(10, 12 + n)), SamplingConfig(max_new_tokens=12), seed=n)
         for n in range(20)
     ]
     together = run(engine, requests)
@@ -294,7 +292,8 @@ def test_after_an_update_the_output_is_that_of_a_fresh_engine(tiny):
 
 def test_the_number_of_programs_is_fixed_after_a_warm_up(tiny):
     model, params = tiny  # as a checkpoint gives them: bound to where they are
-    engine = engine_of((model, jax.device_put(params, jax.devices()[0])), num_pages=9)
+    # Pages as no other test has them: what another has compiled is not compiled anew.
+    engine = engine_of((model, jax.device_put(params, jax.devices()[0])), num_pages=10)
     engine.warm_up()
     compiled = engine.num_programs
     rng = np.random.default_rng(0)
@@ -303,6 +302,14 @@ def test_the_number_of_programs_is_fixed_after_a_warm_up(tiny):
         lengths = rng.integers(1, 20, 5)
         run(engine, [Request((9,) * int(n), sampling, seed=int(n)) for n in lengths])
     assert engine.num_programs == compiled
+
+
+def test_engines_of_one_config_share_what_is_compiled(tiny):
+    request = Request((9, 8), SamplingConfig(max_new_tokens=3))
+    drawn = run(engine_of(tiny), [request])
+    other = engine_of(tiny_model(seed=1, vocab_size=61))
+    assert run(other, [request]) != drawn
+    assert other.compile_seconds == 0
 
 
 def test_a_prompt_has_log_probabilities_too(tiny):

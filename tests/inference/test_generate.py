@@ -109,7 +109,11 @@ def slid(tiny, ids, new, begin=()):
     return drawn
 
 
-@pytest.mark.parametrize("fields", [{}, {"positions": "learned"}, {"cell": "lstm"}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"cell": "lstm"}, pytest.param({"positions": "learned"}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_text_that_outgrows_the_context_slides(fields):
     tiny = tiny_model(vocab_size=61, **fields)
     prompts = [[1] * 30, [5, 7], list(range(32)), list(range(2, 40))]

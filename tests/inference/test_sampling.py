@@ -179,7 +179,7 @@ def alone():
 def test_a_row_draws_the_same_in_any_company():
     everybody = list(range(len(ROWS)))
     assert drawn(everybody) == alone()
-    for numbers in ([3, 1], [16, 0, 5, 5], [8, 2, 11], everybody[::-1]):
+    for numbers in ([16, 0, 5, 5], everybody[::-1]):
         assert drawn(numbers) == [alone()[n] for n in numbers]
 
 

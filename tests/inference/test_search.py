@@ -117,7 +117,7 @@ def beams_by_definition(next_logits, width, groups, diversity, penalty, early, l
         ("windowed", 2, 1, 2.0, "never"),
         ("lstm", 4, 2, 1.0, True),
         ("bart", 5, 1, -1.0, True),
-        ("bart", 4, 1, 0.5, "never"),
+        pytest.param("bart", 4, 1, 0.5, "never", marks=pytest.mark.slow),
     ],
 )
 def test_beams_are_those_of_the_definition(name, width, groups, penalty, early):
@@ -174,7 +174,7 @@ def test_drawn_beams_follow_the_seed_and_the_filters():
     assert counts_V[order[0]] > counts_V[order[1]] > 0 == counts_V[order[2:]].sum()
 
 
-@pytest.mark.parametrize("name", ["llama", "lstm", "bart"])
+@pytest.mark.parametrize("name", ["llama", "lstm", pytest.param("bart", marks=pytest.mark.slow)])
 def test_contrastive_search_is_that_of_the_paper(name):
     alpha, k = 0.6, 4
     result, rows = found(name, penalty_alpha=alpha, top_k=k, max_new_tokens=8)
@@ -199,11 +199,11 @@ def test_contrastive_search_is_that_of_the_paper(name):
 # ---- Speculation -----------------------------------------------------------------------------
 
 GUESSING = [
-    ("llama", "draft", 4),
     ("windowed", "draft", 3),
-    ("bart", "draft", 2),
-    ("llama", "lookup", 3),
     ("bart", "lookup", 2),
+    pytest.param("llama", "draft", 4, marks=pytest.mark.slow),
+    pytest.param("bart", "draft", 2, marks=pytest.mark.slow),
+    pytest.param("llama", "lookup", 3, marks=pytest.mark.slow),
 ]
 
 
@@ -248,8 +248,9 @@ def test_the_model_keeps_all_its_own_guesses():
     assert result.timing.passes == 3 * 4
 
 
-@pytest.mark.parametrize("name, kind", [("llama", "draft"), ("llama", "lookup")])
-def test_guessing_does_not_change_the_distribution(name, kind):
+@pytest.mark.parametrize("kind", ["draft", pytest.param("lookup", marks=pytest.mark.slow)])
+def test_guessing_does_not_change_the_distribution(kind):
+    name = "llama"
     fields, draft = guessing(name, kind, 2)
     settings = {"temperature": 1.3, "top_k": 8, "top_p": 0.9}
     samples, prompt = 4000, (4, 1, 4, 1, 5, 4)
