@@ -67,10 +67,13 @@ def forward(name):
     return of
 
 
+distribution = jax.jit(log_distribution, static_argnums=2)
+
+
 def share_of(logits_V, **fields):
     """What a token is drawn from, after logits."""
     warpers, kind = warping([SamplingConfig(**fields)], VOCABULARY)
-    return np.exp(np.asarray(log_distribution(jnp.asarray(logits_V)[None], warpers, kind)))[0]
+    return np.exp(np.asarray(distribution(jnp.asarray(logits_V)[None], warpers, kind)))[0]
 
 
 def log_softmax(logits_V):

@@ -25,6 +25,7 @@ transformers.logging.disable_progress_bar()
 
 NEW = 14  # past Gemma's window of 5
 NAMES = ["gpt2", "llama", "gemma2", "t5", "bart"]
+FAST = ("gemma2", "t5")
 # width, length penalty, early stopping
 SETTINGS = [
     (4, 1.0, False),
@@ -34,6 +35,14 @@ SETTINGS = [
     (6, 0.6, "never"),
     (8, 1.0, True),
 ]
+
+
+def cases():
+    """The first settings for every model, and for each two others, so that each meets two."""
+    for i, name in enumerate(NAMES):
+        yield pytest.param(name, *SETTINGS[0], marks=() if name in FAST else pytest.mark.slow)
+        for other in (i % 5, (i + 2) % 5):
+            yield pytest.param(name, *SETTINGS[1 + other], marks=pytest.mark.slow)
 
 
 @dataclasses.dataclass
@@ -54,7 +63,10 @@ class Both:
         return dataclasses.replace(self, prompts=[self.prompts[prompt]], inputs=inputs)
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in NAMES],
+)
 def both(request, tmp_path_factory):
     name, directory = request.param, tmp_path_factory.mktemp("original")
     decodes = name in decoder_oracles.CASES
@@ -109,10 +121,7 @@ def ours(both, **fields):
     return [[t for t in row if t != NOTHING] for row in drawn_BN.tolist()], found
 
 
-@pytest.mark.parametrize(
-    "width, penalty, early",
-    [SETTINGS[0], *(pytest.param(*fields, marks=pytest.mark.slow) for fields in SETTINGS[1:])],
-)
+@pytest.mark.parametrize("both, width, penalty, early", list(cases()), indirect=["both"])
 def test_texts_and_scores_are_those_of_transformers(both, width, penalty, early):
     fields = {"num_beams": width, "length_penalty": penalty, "early_stopping": early}
     expected, scores = theirs(both, num_return_sequences=width, **fields)
@@ -130,7 +139,9 @@ def test_guesses_change_nothing_of_greedy_search(both):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prompt", [0, 1])
+@pytest.mark.parametrize(
+    "both, prompt", [(name, i % 2) for i, name in enumerate(NAMES)], indirect=["both"]
+)
 def test_beams_heed_penalties_as_those_of_transformers_do(both, prompt):
     one, fields = both.alone(prompt), {"num_beams": 4}
     fields |= {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2, "min_new_tokens": 5}
