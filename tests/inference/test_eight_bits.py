@@ -105,7 +105,8 @@ SPLIT = {"width": 64, "num_heads": 8, "num_kv_heads": 4, "vocab_size": 264}
 
 @pytest.mark.parametrize(
     "tensor, fields",
-    [(8, {}), (2, UNTIED)],  # of eight devices, two share each key/value head
+    # Of eight devices, two share each key/value head.
+    [pytest.param(8, {}, marks=pytest.mark.slow), (2, UNTIED)],
     ids=["tied", "untied"],
     indirect=["fields"],
 )

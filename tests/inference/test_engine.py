@@ -43,7 +43,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def tiny():
-    return tiny_model(vocab_size=61)
+    return tiny_model(vocab_size=61, num_layers=1)
 
 
 def engine_of(tiny, **fields):
@@ -75,10 +75,7 @@ def alone(engine, request):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in ("local", "experts") else pytest.mark.slow)
-        for name in FAMILIES
-    ],
+    [pytest.param(name, marks=() if name == "local" else pytest.mark.slow) for name in FAMILIES],
 )
 def test_greedy_tokens_and_log_probabilities_are_those_of_full_forward_passes(name):
     model, _ = tiny_model(vocab_size=61, **FAMILIES[name])
@@ -307,7 +304,7 @@ def test_the_number_of_programs_is_fixed_after_a_warm_up(tiny):
 def test_engines_of_one_config_share_what_is_compiled(tiny):
     request = Request((9, 8), SamplingConfig(max_new_tokens=3))
     drawn = run(engine_of(tiny), [request])
-    other = engine_of(tiny_model(seed=1, vocab_size=61))
+    other = engine_of(tiny_model(seed=1, vocab_size=61, num_layers=1))
     assert run(other, [request]) != drawn
     assert other.compile_seconds == 0
 
@@ -393,7 +390,7 @@ def test_a_long_prompt_does_not_stall_those_who_draw(tiny):
 
 def test_pages_are_as_many_as_memory_holds(tiny, monkeypatch):
     assert engine_of(tiny).stats.pages == 24  # three texts of the context's 32 tokens
-    monkeypatch.setattr("lm.inference.engine.device_memory", lambda: 40 * 2048)
+    monkeypatch.setattr("lm.inference.engine.device_memory", lambda: 40 * 1024)
     assert engine_of(tiny).stats.pages == 20
     assert engine_of(tiny, num_pages=40).stats.pages == 40
     with pytest.raises(ConfigError, match=r"num_pages=41 of 4 tokens need .* GiB"):

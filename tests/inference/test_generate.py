@@ -24,7 +24,7 @@ PROMPTS = [[5, 6, 7], [9], [3, 1, 4, 1, 5, 9, 2, 6, 5]]
 
 @pytest.fixture(scope="module")
 def tiny():
-    return tiny_model(vocab_size=61)
+    return tiny_model(vocab_size=61, num_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_seeds_that_would_be_taken_for_others_are_refused(generator, seed):
 def test_more_rows_than_memory_holds_take_turns(tiny, generator, monkeypatch):
     sampling = SamplingConfig(max_new_tokens=12, num_samples=5)
     expected = rows(generator.generate(PROMPTS, sampling, seed=3))
-    monkeypatch.setattr("lm.inference.engine.device_memory", lambda: 6 * 2**15)
+    monkeypatch.setattr("lm.inference.engine.device_memory", lambda: 6 * 2**14)
     small = Generator(*tiny, FREE)
     assert rows(small.generate(PROMPTS, sampling, seed=3)) == expected
     assert small.engine.config.max_slots == 3, "half of six pages"

@@ -203,7 +203,7 @@ def test_contrastive_search_is_that_of_the_paper(name):
 
 GUESSING = [
     ("windowed", "draft", 3),
-    ("bart", "lookup", 2),
+    pytest.param("bart", "lookup", 2, marks=pytest.mark.slow),
     pytest.param("llama", "draft", 4, marks=pytest.mark.slow),
     pytest.param("bart", "draft", 2, marks=pytest.mark.slow),
     pytest.param("llama", "lookup", 3, marks=pytest.mark.slow),
