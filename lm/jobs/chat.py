@@ -46,6 +46,9 @@ class ChatJob(SamplingConfig):
             self.num_samples == 1,
             f"{prefix}.num_samples={self.num_samples} must be 1: a message has one reply",
         )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            check(value is None, f"{prefix}.{name}={value} is not part of a reply: leave it out")
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> list[dict[str, str]]:

@@ -68,6 +68,13 @@ class GenerateJob(SearchConfig):
             f"{prefix}.batch_file={self.batch_file!r} and {prefix}.output_file="
             f"{self.output_file!r} must both be set, to different files, or neither",
         )
+        for name in ("prompt_logprobs", *(() if self.batch_file else ("logprobs",))):
+            value = getattr(self, name)
+            check(
+                value is None,
+                f"{prefix}.{name}={value} is not part of a text: leave it out. A batch's lines "
+                "have logprobs, and what Run.generator.generate gives has both",
+            )
         if self.batch_file:
             sampled = {field.name for field in dataclasses.fields(SamplingConfig)}
             for field in dataclasses.fields(GenerateJob):

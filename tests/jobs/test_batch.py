@@ -145,6 +145,16 @@ def test_another_batchs_output_is_not_touched(generate, tmp_path):
         assert code == 2 and says in errors
 
 
+def test_what_no_text_tells_is_refused(generate, talker, capsys):
+    words = ["--config=configs/generate.py", f"--config.init_from={talker}"]
+    assert guarded(run, [*words, "--config.logprobs=2"]) == 2
+    assert "config.logprobs=2 is not part of a text" in capsys.readouterr().err
+    assert guarded(run, ["--config=configs/chat.py", *words[1:], "--config.logprobs=2"]) == 2
+    assert "config.logprobs=2 is not part of a reply" in capsys.readouterr().err
+    code, _, errors = generate(['{"prompt": "a"}'], prompt_logprobs=2)
+    assert code == 2 and "config.prompt_logprobs=2 is not part of a text" in errors
+
+
 @pytest.mark.parametrize("job", ["generate", "chat", "serve"])
 def test_programs_are_kept_for_the_next_command(job, tmp_path, monkeypatch):
     directory, home = jax.config.jax_compilation_cache_dir, str(tmp_path)
