@@ -32,6 +32,9 @@ it is measured.
 Llama 3 8B on 64 chips, 2 sequences of 8,192 tokens each: 11.4 GiB of 95.7, of which 1.4 GiB are
 parameters and optimizer state; 2.73 s a step, an MFU of 67 %, with --config.train.compiler=tuned
 (`lm.parallel.compiler.options`, which no TPU has run yet). Two CPU cores: a minute a mesh.
+
+Llama 2 70B in int8 on 16 chips of v5e, 8 rows and 2,048 tokens each, draws at most 1,386 tokens/s
+by the bandwidth of HBM, 922 by the roofline, 434 by the compiler's cycles.
 """
 
 from lm.config import defaults

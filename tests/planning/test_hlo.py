@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from lm.planning import hlo
-from lm.planning.hlo_costs import bytes_of, flops_of, stated
+from lm.planning.hlo_costs import attention_flops, bytes_of, flops_of, stated
 from lm.planning.hlo_runs import runs
 
 SIDE, LAYERS = 32, 7
@@ -197,3 +197,58 @@ def test_the_text_of_a_tpu_program_is_understood():
 def test_what_is_not_hlo_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("module @jit_f { func.func public @main() }")
+
+
+def test_a_layer_of_a_stack_that_is_tiled_anew_is_all_that_is_read_of_it():
+    """As a TPU's compiler reads int8 weights under a loop."""
+    text = """
+%retiled (input: s8[16,8,128]) -> s8[16,8,128] {
+  %input = s8[16,8,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %copy.8 = s8[16,8,128]{2,1,0:T(8,128)(4,1)} copy(%input)
+}
+
+%layer (stack: s8[16,8,128], index: s32[]) -> s8[1,8,128] {
+  %stack = s8[16,8,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %fusion.1 = s8[16,8,128]{2,1,0} fusion(%stack), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%retiled
+  %index = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = s8[1,8,128]{2,1,0} dynamic-slice(%fusion.1, %index, %zero, %zero), dynamic_slice_sizes={1,8,128}
+}
+
+ENTRY %main (stack.1: s8[16,8,128], index.1: s32[]) -> s8[1,8,128] {
+  %stack.1 = s8[16,8,128]{2,1,0} parameter(0)
+  %index.1 = s32[]{:T(128)S(6)} parameter(1)
+  ROOT %out = s8[1,8,128]{2,1,0} fusion(%stack.1, %index.1), kind=kLoop, calls=%layer
+}
+"""  # noqa: E501
+    assert bytes_of(hlo.parse(text).root) == 2 * 8 * 128
+
+
+def test_the_kernel_of_pages_reads_those_of_its_table_and_a_scatter_writes_in_place():
+    text = """
+%write (pool: bf16[90,64,2,128], at: s32[8,2], new: bf16[8,2,128]) -> bf16[90,64,2,128] {
+  %pool = bf16[90,64,2,128]{3,2,1,0} parameter(0)
+  %at = s32[8,2]{1,0} parameter(1)
+  %new = bf16[8,2,128]{2,1,0} parameter(2)
+  ROOT %scatter = bf16[90,64,2,128]{3,2,1,0} scatter(%pool, %at, %new), to_apply=%add
+}
+
+ENTRY %main (p0: bf16[90,64,2,128], p1: s32[8,2], p2: bf16[8,2,128], p3: s32[8], p4: s32[8,4], p5: s32[9], p6: s32[2], p7: s32[1], p8: bf16[8,4,128]) -> bf16[8,4,128] {
+  %p0 = bf16[90,64,2,128]{3,2,1,0} parameter(0)
+  %p1 = s32[8,2]{1,0:S(1)} parameter(1)
+  %p2 = bf16[8,2,128]{2,1,0:S(1)} parameter(2)
+  %p3 = s32[8]{0:S(6)} parameter(3)
+  %p4 = s32[8,4]{1,0:S(6)} parameter(4)
+  %p5 = s32[9]{0:S(6)} parameter(5)
+  %p6 = s32[2]{0:S(6)} parameter(6)
+  %p7 = s32[1]{0:S(6)} parameter(7)
+  %p8 = bf16[8,4,128]{2,1,0:S(1)} parameter(8)
+  %written = bf16[90,64,2,128]{3,2,1,0} fusion(%p0, %p1, %p2), kind=kCustom, calls=%write
+  ROOT %ragged_paged_attention_kernel.1 = bf16[8,4,128]{2,1,0:S(1)} custom-call(%p3, %p4, %p5, %p6, %p7, %p8, %written), custom_call_target="tpu_custom_call"
+}
+"""  # noqa: E501
+    kernel = hlo.parse(text).root
+    pages = 8 * 4 * 64 * 2 * 128 * 2  # four of each row
+    assert bytes_of(kernel) == pages
+    assert attention_flops(kernel) == 4 * 8 * 4 * 128 * (4 * 64)
+    assert bytes_of(kernel.operands[-1]) == 2 * 8 * 2 * 128 * 2  # what was there is read
