@@ -151,7 +151,7 @@ def _planned(weights: Weights, config: ModelConfig, topology: Topology) -> _Plan
     model = for_decoding(skeleton(config), mesh)
     shardings = parameter_shardings(param_specs(model), mesh, WHOLE_RULES)
     params = abstract_params(model, shardings, weights)
-    settings = programs.Settings(model, config.vocab_size, weights)
+    settings = programs.Settings(model.config, config.vocab_size, weights)
     return _Planned(config, settings, params, mesh, topology, EngineConfig().page_size)
 
 
