@@ -24,9 +24,9 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 @pytest.mark.parametrize("inputs, outputs", [(768, 300), (60, 100), (200, 64), (33, 17), (8, 1)])
 def test_a_row_is_bitwise_the_same_in_any_company_and_at_any_place(inputs, outputs, eight_bits):
     w = reading.kept(jnp.asarray(normal(0, inputs, outputs)), (0,), eight_bits)
-    rows = normal(1, 64, inputs)
-    wanted = np.asarray(product("nd,df->nf", rows[:8], w))[3]
-    for count in (2, 3, 4, 7, 8, 9, 15, 16, 17, 24, 33, 48, 64):
+    rows = normal(1, 8, inputs)
+    wanted = np.asarray(product("nd,df->nf", rows, w))[3]
+    for count in (2, 3, 4, 7, 8, 9, 15, reading.TILE):
         for place in {0, count // 2, count - 1}:
             company = normal(count, count, inputs)
             company[place] = rows[3]
