@@ -22,7 +22,9 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 @pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("inputs, outputs", [(768, 300), (60, 100), (200, 64), (33, 17), (8, 1)])
-def test_a_row_is_bitwise_the_same_in_any_company_and_at_any_place(inputs, outputs, eight_bits):
+def test_a_row_is_bitwise_the_same_in_a_tile_of_any_company_and_at_any_place(
+    inputs, outputs, eight_bits
+):
     w = reading.kept(jnp.asarray(normal(0, inputs, outputs)), (0,), eight_bits)
     rows = normal(1, 8, inputs)
     wanted = np.asarray(product("nd,df->nf", rows, w))[3]
