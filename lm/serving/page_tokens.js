@@ -93,9 +93,13 @@ export function showCard(target) {
   target.setAttribute("aria-label", `${name}, ${percent(token)}, rank ${rank}`);
   target.setAttribute("aria-describedby", "card");
   target.classList.add("shown");
-  const card = $("card");
-  card.hidden = false;
-  const at = target.getClientRects()[0], gap = 8, { width, height } = card.getBoundingClientRect();
+  $("card").hidden = false;
+  place();
+}
+
+function place() {
+  const card = $("card"), { width, height } = card.getBoundingClientRect();
+  const at = cardOf.getClientRects()[0], gap = 8;
   const under = at.bottom + gap + height < innerHeight || at.top < innerHeight - at.bottom;
   const top = under ? at.bottom + gap : at.top - gap - height;
   card.style.top = `${Math.max(12, Math.min(top, innerHeight - height - 12))}px`;
@@ -174,7 +178,9 @@ $("card").addEventListener("pointerenter", () => clearTimeout(leaving));
 $("card").addEventListener("pointerleave", leave);
 $("card").addEventListener("focusout", leave);
 addEventListener("scroll", () => {
-  if (!cardOf?.matches(":focus")) hideCard();
+  // The page may scroll by itself, under a pointer that rests.
+  if (cardOf?.matches(":focus, :hover")) place();
+  else hideCard();
 }, { passive: true });
 addEventListener("pointerdown", (event) => {
   if (!event.target.closest(".token, #card")) hideCard();

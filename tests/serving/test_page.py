@@ -163,6 +163,8 @@ def test_a_token_tells_its_probability_its_rank_and_its_alternatives(served, vis
     page.locator(".token").nth(4).hover()
     card = page.locator("#card")
     expect(card).to_be_visible()
+    page.evaluate("dispatchEvent(new Event('scroll'))")  # as the page does by itself
+    expect(card).to_be_visible()
     shares = [float(share.strip("< %")) for share in card.locator(".share").all_text_contents()]
     assert len(shares) >= 8 and shares[:8] == sorted(shares[:8], reverse=True)
     drawn = card.locator(".drawn")
