@@ -334,7 +334,7 @@ def generate(run, name):
         for leaf in jax.tree.leaves(value)
         if key not in looked_up
     )
-    dtype = generator.params["blocks.attention.query"][0].dtype
+    dtype = jax.tree.leaves(generator.params["blocks.attention.query"])[0].dtype
     bandwidth = run.of("bandwidth").get("gb_s", math.nan) * 1e9
     peak = run.of("matmul bfloat16").get("tflops", math.nan) * 1e12
     greedy = SamplingConfig(0, max_new_tokens=new, stop_at_end_of_text=False)

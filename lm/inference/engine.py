@@ -82,7 +82,6 @@ class Engine:
         # As few rows as programs are compiled for, where they are not batch-invariant: for the last
         # ones of many texts that is not worth it.
         self.least_rows = 1
-        self._used: set[int] = set()
         known = tokenizer.vocab_size if tokenizer else model.config.vocab_size
         self.vocab_size = known
         self.encodes = model.config.architecture == "encoder_decoder"
@@ -140,6 +139,7 @@ class Engine:
             device.restore,
         )
         self._sizes = self._row_sizes()
+        self._used: set[int] = set()
         self._cancelled: dict[int, Text] = {}
         self._texts: dict[int, Text] = {}
         end, length = self.framing.end_of_text or (), self.context + self.config.decode_chunk

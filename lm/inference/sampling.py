@@ -353,8 +353,10 @@ def _of_candidates(
 
     if scaled_BV.shape[1] <= HEAD:
         return left(warpers.ranked(scaled_BV))
-    # The barrier keeps XLA from slicing what would then be a sort of the whole vocabulary.
-    head = Candidates(*jax.lax.optimization_barrier(jax.lax.top_k(scaled_BV, HEAD)))
+    # The barrier keeps XLA from slicing what would then be a sort of the whole vocabulary. A third
+    # array is in it, as XLA's own TopK on a mesh fails where a tuple of its two results is taken.
+    *top, total_B1 = jax.lax.optimization_barrier((*jax.lax.top_k(scaled_BV, HEAD), total_B1))
+    head = Candidates(*top)
     enough_B = warpers.within(head.logits_BN, warping, total_B1) | spared_B
     return jax.lax.cond(enough_B.all(), lambda: left(head), lambda: left(warpers.ranked(scaled_BV)))
 

@@ -59,13 +59,14 @@ export const spanOf = (token) =>
 // ── The card of a token ─────────────────────────────────────────────────────────────────────────
 
 export let cardOf = null; // the span whose card is shown
-let leaving = 0;
+let leaving = 0, shownAt = 0; // shownAt: how far the page was scrolled
 
 export function showCard(target) {
   clearTimeout(leaving);
   if (cardOf === target) return;
   hideCard();
   cardOf = target;
+  shownAt = scrollY;
   const [token, i] = tokenOf.get(target);
   const branching = !!target.closest(".sheet");
   const rank = token.rank ?? `> ${ALTERNATIVES}`;
@@ -93,13 +94,9 @@ export function showCard(target) {
   target.setAttribute("aria-label", `${name}, ${percent(token)}, rank ${rank}`);
   target.setAttribute("aria-describedby", "card");
   target.classList.add("shown");
-  $("card").hidden = false;
-  place();
-}
-
-function place() {
-  const card = $("card"), { width, height } = card.getBoundingClientRect();
-  const at = cardOf.getClientRects()[0], gap = 8;
+  const card = $("card");
+  card.hidden = false;
+  const at = target.getClientRects()[0], gap = 8, { width, height } = card.getBoundingClientRect();
   const under = at.bottom + gap + height < innerHeight || at.top < innerHeight - at.bottom;
   const top = under ? at.bottom + gap : at.top - gap - height;
   card.style.top = `${Math.max(12, Math.min(top, innerHeight - height - 12))}px`;
@@ -178,9 +175,8 @@ $("card").addEventListener("pointerenter", () => clearTimeout(leaving));
 $("card").addEventListener("pointerleave", leave);
 $("card").addEventListener("focusout", leave);
 addEventListener("scroll", () => {
-  // The page may scroll by itself, under a pointer that rests.
-  if (cardOf?.matches(":focus, :hover")) place();
-  else hideCard();
+  // The event may be late, of a scroll before the card was there.
+  if (scrollY !== shownAt && !cardOf?.matches(":focus")) hideCard();
 }, { passive: true });
 addEventListener("pointerdown", (event) => {
   if (!event.target.closest(".token, #card")) hideCard();

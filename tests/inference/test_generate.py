@@ -77,6 +77,16 @@ def test_a_mesh_shares_parameters_and_cache_and_draws_the_same(tiny, generator):
     assert spec == PartitionSpec(None, "tensor", None, None), "two heads"
 
 
+def test_a_mesh_draws_by_filters_from_a_large_vocabulary():
+    """Where the filters look at the head of the vocabulary alone."""
+    model, params = tiny_model(vocab_size=300, num_layers=1)
+    sampling = SamplingConfig(max_new_tokens=6, top_k=20, top_p=0.9)
+    expected = rows(Generator(model, params, FREE).generate(PROMPTS, sampling))
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
+    _, shared = spread(model, {name: jnp.copy(x) for name, x in params.items()}, mesh)
+    assert rows(Generator(model, shared, FREE).generate(PROMPTS, sampling)) == expected
+
+
 def test_a_row_stops_at_end_of_text_and_the_others_go_on(tiny, generator):
     sampling = SamplingConfig(temperature=0, max_new_tokens=20)
     free = rows(generator.generate(PROMPTS, sampling))
