@@ -4,7 +4,30 @@ Division happens once, over the global batch, so packing, accumulation, data par
 cannot change the loss.
 """
 
-from lm.objectives.config import OBJECTIVES, ObjectiveConfig, check_objective
-from lm.objectives.tokens import token_loss
+from __future__ import annotations
 
-__all__ = ["OBJECTIVES", "ObjectiveConfig", "check_objective", "token_loss"]
+import jax
+
+from lm.models import Model
+from lm.objectives.config import OBJECTIVES, ObjectiveConfig, check_objective
+from lm.objectives.tokens import Batch, token_loss
+
+__all__ = ["OBJECTIVES", "ObjectiveConfig", "check_objective", "loss", "token_loss"]
+
+
+def loss(
+    model: Model,
+    batch: Batch,
+    config: ObjectiveConfig,
+    dropout_key: jax.Array | None = None,
+    max_targets: int = 0,
+    rows_B: jax.Array | None = None,
+    reference: Model | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Summed loss of a batch by `config.name`, and summed metrics: see `token_loss`.
+
+    Args:
+      model: bound.
+      reference: the frozen model, bound, that some objectives compare with.
+    """
+    return token_loss(model, batch, config, dropout_key, max_targets, rows_B)

@@ -2,41 +2,55 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from lm.data.batches import EvaluationBatches
-from lm.models import bind
-from lm.objectives import ObjectiveConfig, token_loss
+from lm.objectives import loss
 from lm.training.setup import Training
-from lm.training.step import State
+from lm.training.step import Frozen, State, models
+
+_PLAIN = dict(z_loss=0.0, label_smoothing=0.0, chunk=0)  # an objective without its regularisers
+# Metrics of every batch of tokens, of which the loss alone is asked for.
+_OF_TOKENS = {"nats", "weight", "tokens", "load_balancing", "router_z", "dropped", "max_load"}
 
 
 def make_evaluate(
-    training: Training, batches: EvaluationBatches
+    training: Training, batches: EvaluationBatches, frozen: Frozen | None = None
 ) -> Callable[[State], dict[str, float]]:
     """A function from a training state to its loss on every validation target once.
 
     Without dropout and regularisers. It returns `eval_loss` (nats per target token), `eval_tokens`
     and, where all of a text is predicted, `eval_bits_per_byte` (all nats, end-of-text tokens'
-    included, over the bytes of the text).
+    included, over the bytes of the text); of an objective that measures more, that too.
+
+    Args:
+      frozen: as `training.step` reads it.
     """
     most = training.workload.max_targets
+    objective = dataclasses.replace(training.workload.objective, **_PLAIN)
 
     @jax.jit
-    def measure(params, batch):
-        model = bind(training.model, params)
-        return token_loss(model, batch, ObjectiveConfig(), max_targets=most)[1]
+    def measure(params, frozen, batch):
+        model, reference = models(training.model, params, frozen)
+        return loss(model, batch, objective, max_targets=most, reference=reference)[1]
 
     def evaluate(state: State) -> dict[str, float]:
-        nats = weight = 0.0
-        sums = (measure(state["params"], training.put(batch, batches)) for batch in batches)
-        for done in _one_behind(sums):
-            nats, weight = nats + float(done["nats"]), weight + float(done["weight"])
-        results = {"eval_loss": nats / weight, "eval_tokens": weight}
+        sums: Counter[str] = Counter()
+        batch_sums = (
+            measure(state["params"], frozen or {}, training.put(batch, batches))
+            for batch in batches
+        )
+        for done in _one_behind(batch_sums):
+            sums.update({name: float(total) for name, total in done.items()})
+        nats, weight = sums["nats"], sums["weight"]
+        more = {f"eval_{name}": sums[name] / weight for name in sums.keys() - _OF_TOKENS}
+        results = {"eval_loss": nats / weight, "eval_tokens": weight, **more}
         if batches.num_bytes is not None:
             results["eval_bits_per_byte"] = nats / math.log(2) / max(1, batches.num_bytes)
         return results

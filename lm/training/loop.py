@@ -35,7 +35,7 @@ from lm.training.config import TrainConfig, TrainingStopped, check_dispatch
 from lm.training.metrics import MetricsWriter
 from lm.training.progress import Progress
 from lm.training.setup import Training
-from lm.training.step import OF_A_STEP, State
+from lm.training.step import OF_A_STEP, Frozen, State
 from lm.training.workload import Workload
 
 
@@ -51,6 +51,7 @@ class Loop:
     writer: MetricsWriter
     progress: Progress
     directory: pathlib.Path  # for the profile
+    frozen: Frozen = dataclasses.field(default_factory=dict)  # what steps read beside the state
     clock: Callable[[], float] = time.perf_counter
 
     left_by: int = 0  # the signal that ended the run before its last step
@@ -129,7 +130,7 @@ class Loop:
             dispatch.look(self.clock())
         if not self._compiled:
             self.progress.compiling(True)
-        state, metrics = self.training.step(state, batch)
+        state, metrics = self.training.step(state, batch, self.frozen)
         self._step += self._stride
         if not self._compiled:
             jax.block_until_ready(metrics)

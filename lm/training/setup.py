@@ -27,9 +27,9 @@ class Training(NamedTuple):
     specs: dict[str, ParamSpec]
     optimizer: Optimizer
     abstract: State  # shapes and shardings of the state
-    # (state, batches [N, B, T]) → (state after N steps, metrics [N]): jitted, donates the state;
-    # to be called or lowered within `layout.active()`.
-    step: Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]
+    # (state, batches [N, B, T], frozen) → (state after N steps, metrics [N]): jitted, donates the
+    # state; to be called or lowered within `layout.active()`. See `lm.training.step.Frozen`.
+    step: Callable[..., tuple[State, dict[str, jax.Array]]]
 
     def create_state(self, params: Mapping[str, Any] | None = None) -> State:
         """The state before the first step, created in place on its devices.

@@ -15,12 +15,15 @@ import optax
 from jax.sharding import NamedSharding
 
 from lm.models import Model, bind
-from lm.objectives import token_loss
+from lm.objectives import loss
 from lm.training.optimizer import Optimizer, global_norm
 from lm.training.workload import Workload
 
 State = dict[str, Any]
 Batch = Mapping[str, jax.Array]
+# Parameters that a step reads and does not change, by what they are for: `reference`, of the model
+# that the objective compares with.
+Frozen = Mapping[str, Mapping[str, jax.Array]]
 Shardings = dict[str, NamedSharding]  # by parameter
 # (summed gradients, what divides them, the norm of that mean, the optimizer's state, parameters,
 # whether to skip this step, learning rate) → the next parameters and state: as they were where the
@@ -90,15 +93,15 @@ def whole_update(optimizer: Optimizer) -> Update:
 
 def make_train_step(
     workload: Workload, model: Model, optimizer: Optimizer, update: Update, shardings: Shardings
-) -> Callable[[State, Batch], tuple[State, dict[str, jax.Array]]]:
-    """A function (state, batches [N, B, T]) → (state after N steps, metrics [N]).
+) -> Callable[..., tuple[State, dict[str, jax.Array]]]:
+    """A function (state, batches [N, B, T], frozen = {}) → (state after N steps, metrics [N]).
 
     Each step's loss is the sum over its batch divided once by its summed weight. A step whose loss
     or gradient is not finite, or whose loss is a spike, changes nothing but the step count; its
     `skipped` metric is 1. The learning rate is that of the step count, so that its decay ends with
     the run however many steps were skipped. Jit it, donating the state.
 
-    Metrics: those of `lm.objectives.token_loss` (sums), `grad_norm`, `skipped`, `learning_rate`.
+    Metrics: those of `lm.objectives.loss` (sums), `grad_norm`, `skipped`, `learning_rate`.
 
     Args:
       update: from gradients to the next state.
@@ -106,24 +109,25 @@ def make_train_step(
     """
     objective, config, most = workload.objective, workload.train, workload.max_targets
 
-    def one_step(state: State, batch: Batch):
+    def one_step(state: State, batch: Batch, frozen: Frozen):
         key = None
         if model.config.dropout:  # made here, since a plan's devices cannot make one
             key = jax.random.fold_in(jax.random.key(workload.seed), state["step"])
 
         def loss_fn(params, batch, rows_B):
-            return token_loss(bind(model, params), batch, objective, key, most, rows_B)
+            bound, reference = models(model, params, frozen)
+            return loss(bound, batch, objective, key, most, rows_B, reference)
 
         summed, metrics = gradients(loss_fn, state["params"], batch, config.accumulation, shardings)
         weight = jnp.maximum(metrics["weight"], 1.0)
-        loss, norm = metrics["nats"] / weight, global_norm(summed) / weight
-        bad = ~(jnp.isfinite(loss) & jnp.isfinite(norm))
+        nats, norm = metrics["nats"] / weight, global_norm(summed) / weight
+        bad = ~(jnp.isfinite(nats) & jnp.isfinite(norm))
         if config.spike_nats:
-            bad |= loss > state["loss_mean"] + config.spike_nats
+            bad |= nats > state["loss_mean"] + config.spike_nats
         rate = optimizer.schedule(state["step"])
         params, kept = update(summed, weight, norm, state["optimizer"], state["params"], bad, rate)
-        settled = jnp.where(jnp.isnan(state["loss_mean"]), loss, state["loss_mean"])
-        loss_mean = LOSS_MEMORY * settled + (1 - LOSS_MEMORY) * loss
+        settled = jnp.where(jnp.isnan(state["loss_mean"]), nats, state["loss_mean"])
+        loss_mean = LOSS_MEMORY * settled + (1 - LOSS_MEMORY) * nats
         new_state = {
             "params": params,
             "optimizer": kept,
@@ -133,10 +137,19 @@ def make_train_step(
         measured = {"grad_norm": norm, "skipped": bad.astype(jnp.int32), "learning_rate": rate}
         return new_state, metrics | measured
 
-    def steps(state: State, batches: Batch):
+    def steps(state: State, batches: Batch, frozen: Frozen | None = None):
+        frozen = frozen or {}
         if jax.tree.leaves(batches)[0].shape[0] == 1:
-            state, metrics = one_step(state, jax.tree.map(lambda x: x[0], batches))
+            state, metrics = one_step(state, jax.tree.map(lambda x: x[0], batches), frozen)
             return state, jax.tree.map(lambda x: x[None], metrics)
-        return jax.lax.scan(one_step, state, batches)
+        return jax.lax.scan(lambda state, batch: one_step(state, batch, frozen), state, batches)
 
     return steps
+
+
+def models(
+    model: Model, params: Mapping[str, jax.Array], frozen: Frozen
+) -> tuple[Model, Model | None]:
+    """The model that is trained, bound, and the one it is compared with, if there is one."""
+    reference = bind(model, frozen["reference"]) if "reference" in frozen else None
+    return bind(model, params), reference

@@ -383,7 +383,7 @@ class Machine:
     def set_state(self, state):
         raise AssertionError("nobody moves it")
 
-    def call(self, state, batch):
+    def call(self, state, batch, frozen):
         stride = len(batch["inputs"])
         self.now += 0.01 if self.began else 100.0
         self.free = max(self.now, self.free) + stride
