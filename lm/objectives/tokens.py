@@ -45,14 +45,7 @@ def token_loss(
       regularisers), `weight` (targets), `tokens` (places that are not padding) and, where there
       are experts, the router's.
     """
-    text = Text.of(
-        batch["inputs"],
-        positions_BT=batch.get("positions"),
-        segments_BT=batch.get("segment_ids"),
-        prefix_BT=batch.get("prefix"),
-        filled_BT=batch.get("filled"),
-        rows_B=rows_B,
-    )
+    text = text_of(batch, rows_B)
     source = None
     if "source" in batch:
         source = Text.of(
@@ -84,6 +77,18 @@ def token_loss(
         routing, routing_metrics = router_loss(router, config, weight)
         loss, metrics = loss + routing, {**metrics, **routing_metrics}
     return loss, metrics
+
+
+def text_of(batch: Batch, rows_B: jax.Array | None = None) -> Text:
+    """The text that a batch's head reads: all of it, but for an encoder-decoder's source."""
+    return Text.of(
+        batch["inputs"],
+        positions_BT=batch.get("positions"),
+        segments_BT=batch.get("segment_ids"),
+        prefix_BT=batch.get("prefix"),
+        filled_BT=batch.get("filled"),
+        rows_B=rows_B,
+    )
 
 
 def router_loss(
