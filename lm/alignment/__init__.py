@@ -1,0 +1,1 @@
+"""Rollouts and rewards to a better policy: PPO, GRPO and their heirs."""
