@@ -68,7 +68,7 @@ class PolicyConfig:
 
 def policy_loss(
     logprob_BT: jax.Array,
-    entropy_BT: jax.Array,
+    entropy_BT: jax.Array | None,
     batch: Mapping[str, jax.Array],
     config: PolicyConfig,
     value_BT: jax.Array | None = None,
@@ -83,7 +83,7 @@ def policy_loss(
 
     Args:
       logprob_BT: of the targets, under the policy that learns.
-      entropy_BT: of its distribution at each place; a gradient goes through it.
+      entropy_BT: of its distribution at each place, where it is wanted; the bonus needs it.
       batch: `weights`, `advantage` and, where there are any, `old_logprob` (under the policy when
         the iteration began; else the ratio is 1), `rollout_logprob` (under the sampler's policy,
         for `importance_cap`), `ref_logprob` (under the reference; needed for `kl_coefficient`),
@@ -93,8 +93,8 @@ def policy_loss(
     Returns:
       The summed loss to differentiate, and summed metrics: `nats` (that loss), `weight`, `tokens`,
       and, which are means once divided by `weight`, `policy_loss`, `ratio`, `clip_fraction`,
-      `approx_kl` (k3 of KL(π_old‖π)), `entropy`; `kl` (k3 of KL(π‖π_ref)) where there is a
-      reference, `importance` where it is capped, and `value_loss`'s.
+      `approx_kl` (k3 of KL(π_old‖π)); and where there is what they are made from, `entropy`, `kl`
+      (k3 of KL(π‖π_ref)), `importance` and `value_loss`'s.
     """
     form, norm = LOSSES[config.loss], _Norm.of(config, batch["weights"])
     logprob_BT, advantage_BT = norm.kept(logprob_BT), norm.kept(batch["advantage"])
@@ -116,8 +116,10 @@ def policy_loss(
         "ratio": norm.metric(jnp.exp(log_BT)),
         "clip_fraction": norm.metric((clipped_BT != log_BT) & (advantage_BT != 0)),
         "approx_kl": norm.metric(jnp.expm1(token_BT) - token_BT),
-        "entropy": norm.metric(norm.kept(entropy_BT)),
     }
+    if entropy_BT is not None:
+        entropy_BT = norm.kept(entropy_BT)
+        metrics["entropy"] = norm.metric(entropy_BT)
     importance_BT = jnp.ones_like(loss_BT)
     if config.importance_cap:
         stale_BT = norm.over_response(old_BT - norm.kept(batch["rollout_logprob"]), form.ratio)
@@ -135,7 +137,7 @@ def policy_loss(
     if config.kl_coefficient:
         loss_BT += config.kl_coefficient * kl_BT
     if config.entropy_coefficient:
-        loss_BT -= config.entropy_coefficient * norm.kept(entropy_BT)
+        loss_BT -= config.entropy_coefficient * entropy_BT
     loss = norm.sum(loss_BT)
     if value_BT is not None:
         critic, of_critic = value_loss(value_BT, batch, config)
