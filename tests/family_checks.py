@@ -16,6 +16,7 @@ from lm.models import bind, skeleton
 from lm.models.hooks import no_tap, reading
 from lm.models.huggingface import to_tensors
 from lm.models.huggingface.read import open_checkpoint
+from lm.models.text import last_places
 
 IGNORED = -100  # a label that does not count
 OUTPUTS, GRADIENTS = 2e-5, 1e-4  # absolute; of the largest number in a tensor
@@ -81,7 +82,7 @@ def outputs(config, params, batch, taps):
         found["logits"] = model.unembed(x_BTD)
         loss += cross_entropy(found["logits"], batch["labels"])
     if "classes" in batch:
-        found["scores"] = model.classify(x_BTD)
+        found["scores"] = model.classify(x_BTD, last_places(batch["mask"]))
         loss += cross_entropy(found["scores"], batch["classes"])
     if "cotangent" in batch:  # no head: any function of the outputs will do
         loss += jnp.mean(x_BTD * batch["cotangent"] * batch["mask"][..., None])

@@ -13,6 +13,7 @@ one finite number for each response; they stay floating-point.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -23,13 +24,17 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lm.config import ConfigError, Count, check, nearest
+from lm.models import param_specs, skeleton
+from lm.parallel.sharding import parameter_shardings
 from lm.runs.directory import CONFIG
 from lm.runs.reward import Prompt
 from lm.runs.run import Run
+from lm.runs.sources import open_source
 
 Function = Callable[..., Any]  # (prompts, responses, **fields) → a number for each response
 
@@ -111,13 +116,19 @@ class Rewards:
     Args:
       config: with one function at least.
       prefix: what errors call the section.
+      mesh: the devices that share a reward model; None: the first one has it.
 
     Raises:
       ConfigError: a function that is not there, cannot be imported or called, or a directory
         without a reward model.
     """
 
-    def __init__(self, config: RewardsConfig, prefix: str = "config.rewards"):
+    def __init__(
+        self,
+        config: RewardsConfig,
+        prefix: str = "config.rewards",
+        mesh: jax.sharding.Mesh | None = None,
+    ):
         choices = ", ".join(map(repr, BUILT_IN))
         check(
             bool(config.names),
@@ -130,7 +141,7 @@ class Rewards:
             for i, name in enumerate(config.names)
         ]  # fmt: skip
         self.functions = [
-            _found(name, config, where) for name, where in zip(config.names, self._where)
+            _found(name, config, where, mesh) for name, where in zip(config.names, self._where)
         ]
         self.weights = config.weights or (1.0,) * len(config.names)
         self.names = _short(config.names)
@@ -213,12 +224,14 @@ def _values(
 # ---- Finding a function ----------------------------------------------------------------------
 
 
-def _found(name: str, config: RewardsConfig, where: str) -> Function:
+def _found(
+    name: str, config: RewardsConfig, where: str, mesh: jax.sharding.Mesh | None
+) -> Function:
     """The function that `name` means."""
     if name in BUILT_IN:
         return BUILT_IN[name](config)
     if (pathlib.Path(name).expanduser() / CONFIG).is_file():
-        return _learned(name, config, where)
+        return _learned(name, config, where, mesh)
     module, colon, attribute = name.rpartition(":")
     if not colon:
         raise ConfigError(
@@ -247,21 +260,27 @@ def _file(path: str) -> Any:
     return module
 
 
-def _learned(directory: str, config: RewardsConfig, where: str) -> Function:
+def _learned(
+    directory: str, config: RewardsConfig, where: str, mesh: jax.sharding.Mesh | None
+) -> Function:
     """The reward model of a run."""
     try:
-        run = Run.load(directory)
+        source = open_source(directory)
+        check(
+            source.model.architecture == "decoder" and source.model.classifier == "sequence",
+            f"has model.classifier={source.model.classifier!r}: a reward model is a decoder with "
+            "'sequence', as configs/align/reward.py trains it",
+        )
+        model = skeleton(source.model)
+        shardings = mesh and parameter_shardings(param_specs(model), mesh)
+        step, params = source.parameters(shardings=shardings)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    model = run.skeleton.config
-    check(
-        model.architecture == "decoder" and model.classifier == "sequence",
-        f"{where} has model.classifier={model.classifier!r}: a reward model is a decoder with "
-        "'sequence', as configs/align/reward.py trains it",
-    )
+    run = Run(source.directory, source.config, source.tokenizer, model, dict(params), step)
 
     def learned(prompts, responses, finished=None, **fields):
-        return run.score(prompts, responses, finished, chat_template=config.chat_template)
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            return run.score(prompts, responses, finished, chat_template=config.chat_template)
 
     return learned
 

@@ -1,7 +1,7 @@
 """From a trained model to text: prefill, decode, draw, stream; to vectors, and to filled masks."""
 
 from lm.inference.engine import Engine
-from lm.inference.fill import Candidate, embed, fill, fill_spans
+from lm.inference.fill import Candidate, embed, fill, fill_spans, score
 from lm.inference.generate import Generation, Generator, Timing
 from lm.inference.prompts import Framing
 from lm.inference.requests import EngineConfig, Event, QueueFull, Request, Step
@@ -25,5 +25,6 @@ __all__ = [
     "embed",
     "fill",
     "fill_spans",
+    "score",
     "search",
 ]

@@ -1,11 +1,11 @@
-"""What a model makes of whole texts: a vector for each, or what a mask or a sentinel hides."""
+"""What a model makes of whole texts: a vector or scores for each, or what a mask hides."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from lm.inference.generate import Generator
 from lm.inference.prompts import NOTHING, Framing, check_ids, padded_after
 from lm.inference.sampling import SamplingConfig
 from lm.models import ModelConfig, bind, skeleton
+from lm.models.text import last_places
 from lm.parallel.sharding import constrain
 from lm.tokenizers import Tokenizer
 
@@ -53,18 +54,79 @@ def embed(
     )
     for ids in texts:
         check_ids("text", ids, config)
-    # With a capacity, padding and other texts could take a token's place at its expert.
-    config = dataclasses.replace(config, capacity_factor=0.0)
-    vectors_ND = np.zeros((len(texts), config.width), np.float32)
+    config = _dropless(config)
+    return _of_texts(
+        texts,
+        config.width,
+        lambda batch: _pooled(config, pooling, params, *padded_after(batch, config.max_length)),
+    )
+
+
+def score(
+    config: ModelConfig,
+    params: Mapping[str, jax.Array],
+    texts: Sequence[Sequence[int]],
+) -> np.ndarray:
+    """What its classifier says of each text, float32 [N, labels]: a reward model's one reward.
+
+    A text's scores do not depend on the others, nor on padding: a decoder's are read from its last
+    token, whatever that is. Texts are padded to the next power of two, so that few programs serve
+    texts of any lengths.
+
+    Args:
+      config, params: a model with a classifier of texts.
+      texts: token ids, complete.
+
+    Raises:
+      ConfigError: no such classifier; a text that is empty or longer than the model's context.
+    """
+    check(
+        config.classifier == "sequence",
+        f"config.model.classifier={config.classifier!r} has no score of a text: it needs "
+        "'sequence', which a reward model has",
+    )
+    for ids in texts:
+        check_ids("text", ids, config)
+    config = _dropless(config)
+
+    def scores(batch: Sequence[Sequence[int]]) -> jax.Array:
+        longest = max(map(len, batch))
+        length = min(config.max_length, max(8, 1 << (longest - 1).bit_length()))
+        tokens_NS, segments_NS = np.zeros((2, len(batch), length), np.int32)
+        for row, ids in enumerate(batch):
+            tokens_NS[row, : len(ids)], segments_NS[row, : len(ids)] = ids, 1
+        return _scores(config, params, tokens_NS, segments_NS)
+
+    return _of_texts(texts, config.num_labels, scores)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _scores(config: ModelConfig, params, tokens_NS, segments_NS):
+    model = bind(skeleton(config), params)
+    x_NSD = model.hidden(tokens_NS, segments_BT=segments_NS)
+    return constrain(model.classify(x_NSD, last_places(segments_NS)), None, None)
+
+
+def _dropless(config: ModelConfig) -> ModelConfig:
+    """Without a capacity: padding and other texts could take a token's place at its expert."""
+    return dataclasses.replace(config, capacity_factor=0.0)
+
+
+def _of_texts(
+    texts: Sequence[Sequence[int]],
+    width: int,
+    function: Callable[[Sequence[Sequence[int]]], jax.Array],
+) -> np.ndarray:
+    """`function` of all texts, float32 [N, width], asked for up to `BATCH` of them at once."""
+    results = np.zeros((len(texts), width), np.float32)
     # Texts of similar lengths are read together, so that little of a batch is padding.
     order = sorted(range(len(texts)), key=lambda n: len(texts[n]))
     for start in range(0, len(texts), BATCH):
         chosen = order[start : start + BATCH]
         rows = min(BATCH, 1 << (len(chosen) - 1).bit_length())  # few shapes, so few compilations
         batch = [texts[n] for n in chosen] + [()] * (rows - len(chosen))
-        pooled = _pooled(config, pooling, params, *padded_after(batch, config.max_length))
-        vectors_ND[chosen] = np.asarray(pooled)[: len(chosen)]
-    return vectors_ND
+        results[chosen] = np.asarray(function(batch))[: len(chosen)]
+    return results
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

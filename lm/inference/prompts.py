@@ -123,6 +123,11 @@ def check_writes(config: ModelConfig, framing: Framing) -> None:
         "ask it for vectors (Run.embed) or for what a mask hides (Run.fill)",
     )
     check(
+        config.has_output_head,
+        "config.model.classifier='sequence' stands in place of a decoder's output head, and the "
+        "model cannot generate: ask it for rewards (Run.score)",
+    )
+    check(
         config.architecture == "decoder" or bool(framing.decoder_start),
         "decoder_start=() must name the token that the decoder starts from",
     )

@@ -1,4 +1,4 @@
-"""What a run shows when training ends: its losses as a picture, samples, right answers."""
+"""What a run shows when training ends: a picture of its losses, samples, right answers."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from rich.console import Console
 
-from lm.config import ConfigError, to_dict
+from lm.alignment.held_out import accuracy, calibration_error, held_out_rewards
+from lm.config import ConfigError, check, to_dict
 from lm.data import pairs
+from lm.data.batches import EvaluationBatches
 from lm.inference import Framing
 from lm.inference.fill import mask_ids, sentinel_ids
 from lm.inference.prepare import spread
@@ -21,34 +22,46 @@ from lm.inference.prompts import check_ids
 from lm.models import skeleton
 from lm.parallel import hosts
 from lm.runs.config import TrainJob
+from lm.runs.reward import FILE as REWARD
+from lm.runs.reward import Scale
 from lm.runs.run import Run
 from lm.runs.sources import open_source
 from lm.tokenizers import Tokenizer
 from lm.training.metrics import MetricsWriter
 from lm.training.plots import plot_losses
+from lm.training.setup import Training
 
 AT_ONCE = 128  # sources translated together
 
 
 def finish(
-    job: TrainJob, directory: pathlib.Path, console: Console, params: dict[str, Any], mesh: Mesh
+    job: TrainJob,
+    directory: pathlib.Path,
+    console: Console,
+    params: dict[str, Any],
+    training: Training,
+    validation: EvaluationBatches | None = None,
 ) -> dict[str, float]:
     """Draws loss.png, writes and prints samples.txt, and counts exact matches.
 
+    Of a reward model, how it ranks the pairs of `validation`, and reward.json.
+
     All processes of the run take part, and process 0 writes: no device may have room for all of the
-    parameters. `params` lie on all devices of the run's `mesh`, and are not to be used afterwards.
+    parameters. `params` lie on all devices of `training`, and are not to be used afterwards.
 
     Returns:
-      `exact_match`, a share, where the job asks for it.
+      `exact_match`, a share, where the job asks for it; `eval_calibration_error` of a reward model.
     """
     first = hosts.index() == 0
     with contextlib.suppress(ConfigError):  # a run too short to have logged a loss
         if first:
             console.print(f"loss curve: {plot_losses(directory)}")
+    if job.objective.name == "reward" and validation is not None:
+        return _judged(job, directory, console, params, training, validation)
     if not job.prompts and not job.exact_match:
         return {}
     source, model = open_source(directory), skeleton(job.model)
-    mesh, params = spread(model, params, mesh)
+    mesh, params = spread(model, params, training.workload.layout.mesh)
     run = Run(directory, source.config, source.tokenizer, model, params, job.train.steps)
     with jax.set_mesh(mesh):
         if job.prompts:
@@ -70,6 +83,32 @@ def finish(
     return results
 
 
+def _judged(
+    job: TrainJob,
+    directory: pathlib.Path,
+    console: Console,
+    params: dict[str, Any],
+    training: Training,
+    validation: EvaluationBatches,
+) -> dict[str, float]:
+    """Ranks the held-out pairs, and writes the scale of their replies' rewards."""
+    with training.workload.layout.active():
+        reward_N2 = held_out_rewards(training, params, validation)
+    right, results = accuracy(reward_N2), {"eval_calibration_error": calibration_error(reward_N2)}
+    scale = Scale.of(reward_N2)
+    console.print(
+        f"held-out pairs: {right:.1%} of {len(reward_N2):,} ranked right, expected calibration "
+        f"error {results['eval_calibration_error']:.3f}\n"
+        f"rewards: mean {scale.mean:.3g}, spread {scale.std:.3g} of their replies, which "
+        f"{REWARD} makes 0 and 1"
+    )
+    if hosts.index() == 0:
+        scale.write(directory)
+        with MetricsWriter(directory, job.train.steps) as writer:
+            writer.write(job.train.steps, results)
+    return results
+
+
 def check_prompts(job: TrainJob, tokenizer: Tokenizer, carried: Mapping[str, Any]) -> None:
     """Raises ConfigError where `finish` could not ask a prompt of the trained model.
 
@@ -77,6 +116,10 @@ def check_prompts(job: TrainJob, tokenizer: Tokenizer, carried: Mapping[str, Any
     """
     config = {"data": {"end_of_text": job.data.end_of_text}, **carried}
     framing = Framing.of_run(config, job.model, tokenizer, "framing")
+    check(
+        job.model.has_output_head or not job.prompts,
+        f"config.prompt={job.prompts!r}: a reward model writes nothing; leave it out",
+    )
     for prompt in job.prompts:
         try:
             if job.objective.name == "masked":

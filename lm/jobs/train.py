@@ -141,5 +141,5 @@ def _run(job: TrainJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
     # ---- Samples
     results = loop.last_eval
     if not loop.left_by:
-        results |= finish(job, directory, console, params, layout.mesh)
+        results |= finish(job, directory, console, params, training, validation)
     return results, loop.left_by

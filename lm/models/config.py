@@ -124,7 +124,10 @@ class ModelConfig:
     output_scale: NotNegative = 1.0  # multiplies what the head reads; 0: width^-½ (T5 when tied)
     logits_softcap: NotNegative = 0.0  # c·tanh(logits/c); 0: none (Gemma 2: 30)
     pooler: bool = False  # encoder: tanh projection of the first token (BERT)
-    classifier: Literal[CLASSIFIERS] = "none"  # none | sequence (reads the first token) | token
+    # none | sequence | token. Of a text an encoder's reads the first token, and a decoder's the
+    # last, in place of the output head: with one label, a reward model. A decoder's of each token
+    # stands beside the output head: with one label, a policy's value head.
+    classifier: Literal[CLASSIFIERS] = "none"
     num_labels: Size = 2  # of the classifier
 
     # How it starts and how it is computed
@@ -177,7 +180,12 @@ class ModelConfig:
         self._needs(prefix, "shared_norm", self.shared_norm, parallel=True)
         self._needs(prefix, "parallel", self.parallel, norm_position="pre", architecture="decoder")
         self._needs(prefix, "pooler", self.pooler, architecture="encoder")
-        self._needs(prefix, "classifier", self.classifier != "none", architecture="encoder")
+        check(
+            self.classifier == "none" or self.architecture != "encoder_decoder",
+            f"{prefix}.classifier={self.classifier!r} needs architecture='decoder' or 'encoder', "
+            "not 'encoder_decoder'",
+        )
+        self._needs(prefix, "classifier", self.classifier != "none", cell="attention")
         self._needs(prefix, "architecture", self.architecture == "encoder", cell="attention")
         self._needs(prefix, "quantization", self.quantization != "none", cell="attention")
         check(
@@ -268,6 +276,11 @@ class ModelConfig:
     def has_final_norm(self) -> bool:
         """Whether the last block's output is normalised."""
         return self.norm_position != "post" if self.final_norm is None else self.final_norm
+
+    @property
+    def has_output_head(self) -> bool:
+        """Whether there are logits: not where a decoder's classifier of texts takes their place."""
+        return self.architecture != "decoder" or self.classifier != "sequence"
 
     def is_local(self, layer: int) -> bool:
         """Whether this layer sees only a window."""

@@ -168,6 +168,22 @@ class Projection(nnx.Module):
         return out.reshape(*x.shape[:-1], -1)
 
 
+class RewardHead(nnx.Module):
+    """A decoder's classifier, without a bias: drawn from N(0, 1/√(D + 1)) (Stiennon et al. 2020).
+
+    It is read in float32, as differences of rewards are smaller than bfloat16's steps.
+    """
+
+    def __init__(self, config: ModelConfig):
+        initializer = jax.nn.initializers.normal(1 / math.sqrt(config.width + 1))
+        shape = (config.width, config.num_labels)
+        self.projection = declare(shape, ("embed", None), initializer)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] → [B, T, labels], float32."""
+        return contract("btd,de->bte", x_BTD.astype(jnp.float32), self.projection[...])
+
+
 def split_key(key: jax.Array | None, number: int):
     """So many keys of one; None is dropout's key where it is off, and so are all of its parts."""
     return (None,) * number if key is None else jax.random.split(key, number)

@@ -80,6 +80,13 @@ def texts(
     return Text.of(targets_BT, **fields), source
 
 
+def last_places(filled_BT: jax.Array) -> jax.Array:
+    """True at the last place of each row that is filled, [B, T]: nowhere where none is."""
+    slots_T = jnp.arange(filled_BT.shape[1])
+    last_B1 = jnp.max(jnp.where(filled_BT > 0, slots_T, -1), axis=1, keepdims=True)
+    return slots_T == last_B1
+
+
 def both_segments(queries: Any, keys: Any) -> tuple[jax.Array | None, jax.Array | None]:
     """The segments of two texts; where only one has any, the other is all document 1."""
     first, second = queries.segments_BT, keys.segments_BT

@@ -153,7 +153,7 @@ class Transformer(LanguageModel, Stack):
         super().__init__(config, config.num_layers, encodes=encodes, crosses=both)
         if config.head_transform:
             self.head_transform = HeadTransform(config)
-        if not config.tie_embeddings:
+        if not config.tie_embeddings and config.has_output_head:
             initializer = layers.weight_initializer(config, config.width, config.vocab_size)
             if config.initializer == "t5":
                 initializer = layers.embedding_initializer(config)
@@ -165,7 +165,9 @@ class Transformer(LanguageModel, Stack):
         if config.pooler:
             self.pooler = layers.Projection(config, config.width)
         if config.classifier != "none":
-            self.classifier = layers.Projection(config, config.num_labels)
+            decodes = config.architecture == "decoder"
+            head = layers.RewardHead(config) if decodes else None
+            self.classifier = head or layers.Projection(config, config.num_labels)
 
     def forward(
         self,
@@ -324,14 +326,29 @@ class Transformer(LanguageModel, Stack):
         """One vector a row [B, D]: BERT's tanh projection of the first token."""
         return jnp.tanh(self.pooler(x_BTD[:, 0]))
 
-    def classify(self, x_BTD: jax.Array) -> jax.Array:
+    def classify(self, x_BTD: jax.Array, last_BT: jax.Array | None = None) -> jax.Array:
         """Scores of the labels, float32: [B, labels] of each row, or [B, T, labels] of each token.
 
-        A row is read from its first token, through the pooler where there is one.
+        An encoder's row is read from its first token, through the pooler where there is one.
+
+        Args:
+          x_BTD: the last residual stream.
+          last_BT: true at the one place of each row that a decoder's is read from: that of its last
+            token (`lm.models.text.last_places`); the row's last place unless given.
         """
+        if self.config.classifier == "sequence" and self.config.architecture == "decoder":
+            if last_BT is None:
+                last_BT = jnp.arange(x_BTD.shape[1]) == x_BTD.shape[1] - 1
+            # Summed, not gathered: a mesh may split the places.
+            scores_BTE = self.classifier(x_BTD)
+            return jnp.sum(jnp.where(last_BT[..., None], scores_BTE, 0), axis=1)
         if self.config.classifier == "sequence":
             x_BTD = self.pool(x_BTD) if self.config.pooler else x_BTD[:, 0]
         return self.classifier(x_BTD).astype(jnp.float32)
+
+    def values(self, x_BTD: jax.Array) -> jax.Array:
+        """What a decoder's classifier of one label says of the text up to each place, [B, T]."""
+        return self.classifier(x_BTD)[..., 0]
 
 
 def _across(mask_BS: jax.Array, tokens_BT: jax.Array) -> Context:

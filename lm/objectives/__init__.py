@@ -10,6 +10,7 @@ import jax
 
 from lm.models import Model
 from lm.objectives.config import OBJECTIVES, ObjectiveConfig, check_objective
+from lm.objectives.reward import reward_loss
 from lm.objectives.tokens import Batch, token_loss
 
 __all__ = ["OBJECTIVES", "ObjectiveConfig", "check_objective", "loss", "token_loss"]
@@ -30,4 +31,6 @@ def loss(
       model: bound.
       reference: the frozen model, bound, that some objectives compare with.
     """
+    if config.name == "reward":
+        return reward_loss(model, batch, config, dropout_key, rows_B)
     return token_loss(model, batch, config, dropout_key, max_targets, rows_B)

@@ -15,6 +15,7 @@ OBJECTIVES = {
     "masked": ("encoder",),  # the tokens that are hidden (Devlin et al. 2019)
     "span_corruption": ("encoder_decoder",),  # the spans that are hidden (Raffel et al. 2020)
     "seq2seq": ("encoder_decoder",),  # a text's counterpart, with teacher forcing
+    "reward": ("decoder",),  # which of two replies is better, by a classifier of one label
 }
 
 
@@ -29,6 +30,8 @@ class ObjectiveConfig:
     load_balancing: NotNegative = 0.01  # experts: coefficient of the load-balancing loss
     router_z: NotNegative = 0.001  # experts: coefficient of the router's z-loss
     chunk: Count = 0  # positions whose logits exist at once; 0 chooses
+    # reward: coefficient of (r_chosen + r_rejected)²; Eisenstein et al. 2023: 0.01
+    centering: NotNegative = 0.0
 
 
 def check_objective(objective: ObjectiveConfig, model: ModelConfig, prefix: str) -> None:
@@ -46,3 +49,16 @@ def check_objective(objective: ObjectiveConfig, model: ModelConfig, prefix: str)
         f"{prefix}.objective.name='prefix' needs {prefix}.model.cell='attention', not "
         f"{model.cell!r}: a recurrent network reads in order",
     )
+    if objective.name == "reward":
+        check(
+            model.classifier == "sequence" and model.num_labels == 1,
+            f"{prefix}.objective.name='reward' needs {prefix}.model.classifier='sequence' and "
+            f"num_labels=1, not {model.classifier!r} and {model.num_labels}",
+        )
+    else:
+        check(
+            model.has_output_head,
+            f"{prefix}.model.classifier={model.classifier!r} stands in place of the output head, "
+            f"which {prefix}.objective.name={objective.name!r} needs: set it to 'none', or the "
+            "objective to 'reward'",
+        )

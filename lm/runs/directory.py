@@ -61,6 +61,7 @@ REFUSED = (
     "data.long_pairs", "data.corruption", "data.packing", "data.end_of_text", "data.shuffle",
     "data.random_offset", "data.document_separator", "objective.name", "objective.z_loss",
     "objective.label_smoothing", "objective.load_balancing", "objective.router_z",
+    "objective.centering",
 )  # fmt: skip
 
 

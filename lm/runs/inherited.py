@@ -2,7 +2,8 @@
 
 The model is the source's: architecture, positions, norms, constants, tokenizer, framing. A field of
 the config's sections `model` and `tokenizer` counts where somebody set it, and it may be set to the
-source's own value, or where it changes nothing of the function that the parameters compute.
+source's own value, or where it changes nothing of the function that the parameters compute. A
+decoder's classifier may be a new one: a reward model's or a policy's value head begins at random.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class Origin:
     def parameters(self, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array] | None:
         """The source's, where `abstract` says; None where there is no source.
 
-        Of a table of learned positions the first rows, where the run needs no more.
+        Of a table of learned positions the first rows, where the run needs no more. Not those of a
+        head that only one of both has.
         """
         if not self.init_from:
             return None
@@ -162,7 +164,8 @@ def inherit(
             f"config.init_from={origin.init_from!r} has {has}, and this config says {says}: model "
             "and tokenizer are those of the source, so leave these fields out (as "
             "configs/finetune.py does) or set them to what it has; of a model only "
-            f"{', '.join(MAY_CHANGE)} may differ, and max_length where positions are not learned"
+            f"{', '.join(MAY_CHANGE)} may differ, a decoder's classifier where it has none, and "
+            "max_length where positions are not learned"
         )
     kept = {name: value for name, value in model.items() if value or name not in _CHOSEN}
     fields["model"] = to_dict(dataclasses.replace(theirs, **kept))
@@ -177,4 +180,6 @@ def _may_have(theirs: ModelConfig, name: str, value: Any) -> bool:
     if name == "max_length":
         table = theirs.positions == "learned" and theirs.cell == "attention"
         return value <= theirs.max_length or not table
+    if name in ("classifier", "num_labels"):
+        return theirs.architecture == "decoder" and theirs.classifier == "none"
     return name in _CHOSEN and value == 0

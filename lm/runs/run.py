@@ -22,11 +22,13 @@ from lm.inference import (
     embed,
     fill,
     fill_spans,
+    score,
     search,
 )
 from lm.inference.prepare import CacheKind, Weights
 from lm.models import Model, bind, skeleton
 from lm.runs.directory import CONFIG
+from lm.runs.reward import Prompt, Scale, pairs_of, reply_ids
 from lm.runs.sources import open_source
 from lm.tokenizers import ChatTemplate, Tokenizer, chat_template
 from lm.training.metrics import read_metrics
@@ -71,6 +73,10 @@ class Run:
         Raises:
           ConfigError: rows of unequal length, too long, or with ids the model does not have.
         """
+        check(
+            self.skeleton.config.has_output_head,
+            "a reward model has no logits: ask it for rewards (Run.score)",
+        )
         both = self.skeleton.config.architecture == "encoder_decoder"
         check(
             both == (targets_BT is not None),
@@ -170,6 +176,46 @@ class Run:
         vectors_ND = embed(self.skeleton.config, self.params, ids, pooling)
         return vectors_ND[0] if isinstance(texts, str) else vectors_ND
 
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        responses: str | Sequence[str],
+        finished: Sequence[bool] | None = None,
+        *,
+        normalized: bool = True,
+        chat_template: str = "",
+    ) -> np.ndarray:
+        """A reward model's reward of each response, float32 [N].
+
+            run.score("Where did the cat sit?", ["On the mat.", "I do not care."])
+
+        A reward is read from the response's last token, its end-of-turn; it does not depend on the
+        other responses.
+
+        Args:
+          prompts: what a user says, or messages; one for all responses, or one for each.
+          responses: one or several replies.
+          finished: whether each ended by itself; of one that did not, the last token is its own.
+          normalized: rewards on the scale of the run's held-out replies (`lm.runs.reward.Scale`).
+          chat_template: as of the method `chat_template`.
+
+        Raises:
+          ConfigError: a model that is no reward model, no chat template, or a conversation longer
+            than the model's context.
+        """
+        config = self.skeleton.config
+        check(
+            config.architecture == "decoder" and config.num_labels == 1,
+            f"config.model.num_labels={config.num_labels} of a {config.architecture} is no reward "
+            "model, which is a decoder with classifier='sequence' and one label",
+        )
+        prompts, responses = pairs_of(prompts, responses)
+        finished = [True] * len(responses) if finished is None else finished
+        template = self.chat_template(chat_template, "chat_template")
+        texts = [reply_ids(template, *each) for each in zip(prompts, responses, finished)]
+        reward_N = score(config, self.params, texts)[:, 0]
+        return self._scale(reward_N) if normalized else reward_N
+
     def fill(self, text: str, top_k: int = 5) -> list[list[Candidate]]:
         """The likeliest tokens in place of each mask in `text`; for an encoder.
 
@@ -239,6 +285,10 @@ class Run:
             parts = self.skeleton, self.params, self.framing, self.tokenizer
             self._writers[weights, cache] = Generator(*parts, weights, cache=cache)
         return self._writers[weights, cache]
+
+    @functools.cached_property
+    def _scale(self) -> Scale:
+        return Scale.read(self.directory)
 
     @functools.cached_property
     def _writers(self) -> dict[tuple[Weights, CacheKind], Generator]:

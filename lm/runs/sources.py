@@ -48,7 +48,7 @@ class Source:
         Args:
           step: see `lm.training.checkpoints.restore_parameters` for this and `lazily`; a Hugging
             Face directory has only step 0, and is read at once.
-          shardings: where each goes; None: all to the first device.
+          shardings: where each goes, and only those that are named; None: all to the first device.
 
         Raises:
           ConfigError: no such checkpoint, or a damaged one.
@@ -66,6 +66,7 @@ class Source:
                 spec.shape, "float32", sharding=device if shardings is None else shardings[name]
             )
             for name, spec in param_specs(skeleton(self.model)).items()
+            if shardings is None or name in shardings
         }
         return restore_parameters(self.directory / CHECKPOINTS, step, abstract, lazily)
 

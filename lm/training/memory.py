@@ -66,7 +66,7 @@ def expected_memory(workload: Workload) -> dict[str, int]:
         "gradients": held(specs, layout, "gradients") * (2 if accumulation > 1 else 1),
         "optimizer": optimizer,
         "activations": activations,
-        "logits": 4 * vocab * (2 * rows * chunk + model.width),
+        "logits": 4 * vocab * (2 * rows * chunk + model.width) * model.has_output_head,
     }
 
 

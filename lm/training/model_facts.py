@@ -26,7 +26,8 @@ def model_facts(
 def _sizes(model: ModelConfig, specs: dict[str, ParamSpec]) -> Iterator[tuple[str, str]]:
     parameters = costs.parameters(model, specs)
     yield "total", f"{parameters.total:,} parameters"
-    head = "" if model.tie_embeddings else " and the untied head"
+    untied = not model.tie_embeddings and model.has_output_head
+    head = " and the untied head" if untied else ""
     yield "embedding", f"{parameters.embedding:,} in tables of tokens, positions and types{head}"
     yield "non-embedding", f"{parameters.non_embedding:,}"
     if model.num_experts:

@@ -154,10 +154,13 @@ def model_line(config: ModelConfig) -> str:
     if config.architecture == "encoder_decoder":
         layers = f"{config.encoder_layers} + {layers}"
     kind = config.architecture.replace("_", "-")
-    head = "tied" if config.tie_embeddings else "untied"
+    head = "tied head" if config.tie_embeddings else "untied head"
+    if config.classifier != "none":
+        labels = f"a classifier of {config.num_labels} label{'s' * (config.num_labels > 1)}"
+        head = f"{head} and {labels}" if config.has_output_head else labels
     if config.cell != "attention":
         looks = ", additive attention" if kind != "decoder" and config.cross_attention else ""
-        return f"{config.cell} {kind} of {layers}, width {config.width}{looks}, {head} head"
+        return f"{config.cell} {kind} of {layers}, width {config.width}{looks}, {head}"
     heads = f"{config.num_heads} heads"
     if config.kv_heads != config.num_heads:
         heads += f" over {config.kv_heads}"
@@ -173,7 +176,7 @@ def model_line(config: ModelConfig) -> str:
     return (
         f"{kind} of {layers}, width {config.width}, {heads} of {config.head_width}{window}, "
         f"{hidden}, {'parallel ' if config.parallel else ''}{config.norm_position}-{config.norm}, "
-        f"{config.positions} positions, {head} head"
+        f"{config.positions} positions, {head}"
     )
 
 

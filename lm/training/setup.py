@@ -35,17 +35,16 @@ class Training(NamedTuple):
         """The state before the first step, created in place on its devices.
 
         Args:
-          params: start from these, not from random ones.
+          params: start from these; those that are missing, such as a new head, are random.
         """
-        shardings = _shardings(self.abstract)
+        given = dict(params or {})
+        new = {name: spec for name, spec in self.specs.items() if name not in given}
 
-        def begin(params):
-            return initial_state(params, self.optimizer)
+        def begin(params, key):
+            return initial_state({**params, **init(new, key)}, self.optimizer)
 
-        if params is not None:
-            return jax.jit(begin, out_shardings=shardings)(dict(params))
-        drawn = jax.jit(lambda key: begin(init(self.specs, key)), out_shardings=shardings)
-        return drawn(jax.random.key(self.workload.seed))
+        begun = jax.jit(begin, out_shardings=_shardings(self.abstract))
+        return begun(given, jax.random.key(self.workload.seed))
 
     def put(
         self, batch: Mapping[str, np.ndarray], batches: BatchIterator | EvaluationBatches, leading=0

@@ -143,15 +143,17 @@ _CLASSES = {
 }
 
 
-def build(name: str, **changes):
+def build(name: str, head: str = "", **changes):
     """The random model: no gain is one, no bias zero, and every number is a float16.
 
     Args:
       name: a case.
+      head: what its class ends in, such as "ForSequenceClassification"; "": of a language model.
       **changes: fields of its config that have other values.
     """
     kind, fields = CASES[name]
     config_class, model_class = _CLASSES.get(kind, (f"{kind}Config", f"{kind}ForCausalLM"))
+    model_class = f"{config_class.removesuffix('Config')}{head}" if head else model_class
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = getattr(transformers, config_class)(**{**fields, **ids, **changes})
     config._attn_implementation = "eager"
@@ -193,9 +195,10 @@ def computed(model, batch, scratch) -> tuple[dict, dict]:
     """
     out = run(model, batch, output_hidden_states=True)
     outputs = {f"hidden.{i}": hidden for i, hidden in enumerate(out.hidden_states)}
-    labels = torch.tensor(batch["labels"]).long()
-    loss = torch.nn.functional.cross_entropy(out.logits.transpose(1, 2), labels)
-    outputs |= {"logits": out.logits, "loss": loss}
+    name = "classes" if "classes" in batch else "labels"
+    scores = out.logits if name == "classes" else out.logits.transpose(1, 2)
+    loss = torch.nn.functional.cross_entropy(scores, torch.tensor(batch[name]).long())
+    outputs |= {"scores" if name == "classes" else "logits": out.logits, "loss": loss}
     model.zero_grad()
     loss.backward()
     parameters = list(model.parameters())

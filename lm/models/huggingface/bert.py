@@ -16,13 +16,16 @@ import numpy as np
 from lm.config import check
 from lm.models.config import ModelConfig
 from lm.models.huggingface.config_fields import (
+    LABELS,
     Field,
     Json,
     Together,
     activation,
     demand,
     only,
+    read_labels,
     with_defaults,
+    write_labels,
 )
 from lm.models.huggingface.family import Family
 from lm.models.huggingface.name_map import Table
@@ -62,23 +65,19 @@ def _head(kind: str) -> Together:
                 demand("hidden_act", values["hidden_act"], "gelu")
             fields |= {"head_transform": True, "head_bias": True}
         elif classifier != "none":
-            counts = len(values["id2label"] or ()), values["num_labels"], values["_num_labels"], 2
-            fields["num_labels"] = next(filter(None, counts))
+            fields["num_labels"] = read_labels(values)
         return fields
 
     def write(config: ModelConfig) -> dict[str, Any]:
         head, fields = "Model", {"tie_word_embeddings": config.tie_embeddings}
         if config.classifier != "none":
-            names = {index: f"LABEL_{index}" for index in range(config.num_labels)}
-            fields["id2label"] = {str(index): name for index, name in names.items()}
-            fields["label2id"] = {name: index for index, name in names.items()}
+            fields |= write_labels(config)
             head = {"sequence": _HEADS[2], "token": _HEADS[3]}[config.classifier]
         if config.head_transform:
             head = _MASKED[config.classifier == "sequence"]
         return {"architectures": [kind + head], **fields}
 
-    silent = dict.fromkeys(("architectures", "id2label", "num_labels", "_num_labels"))
-    return Together({**silent, "tie_word_embeddings": True}, read, write)
+    return Together({**LABELS, "tie_word_embeddings": True}, read, write)
 
 
 def _read_roberta_positions(values: Json) -> dict[str, Any]:

@@ -68,6 +68,43 @@ def demand(name: str, value: Any, *allowed: Any) -> None:
         raise ConfigError(f"config.json: {name}={value!r} is not supported, only {choices}")
 
 
+# ---- Classifiers -----------------------------------------------------------------------------
+
+# What a file may say of labels; `read_labels` and `classified` use them.
+LABELS: Json = dict.fromkeys(("architectures", "id2label", "num_labels", "_num_labels"))
+
+
+def read_labels(values: Json) -> int:
+    """How many labels a classifier has."""
+    counts = len(values["id2label"] or ()), values["num_labels"], values["_num_labels"], 2
+    return next(filter(None, counts))
+
+
+def write_labels(config: ModelConfig) -> dict[str, Any]:
+    """The labels' names, of which there must be some."""
+    names = {index: f"LABEL_{index}" for index in range(config.num_labels)}
+    return {
+        "id2label": {str(index): name for index, name in names.items()},
+        "label2id": {name: index for index, name in names.items()},
+    }
+
+
+def classifier(architecture: str) -> Together:
+    """The classifier of texts in place of a decoder's output head, by the name of its class."""
+
+    def read(values: Json) -> dict[str, Any]:
+        if architecture not in (values["architectures"] or ()):
+            return {}
+        return {"classifier": "sequence", "num_labels": read_labels(values)}
+
+    def write(config: ModelConfig) -> dict[str, Any]:
+        if config.classifier != "sequence":
+            return {}
+        return {"architectures": [architecture], **write_labels(config)}
+
+    return Together(LABELS, read, write)
+
+
 # ACT2FN's names of our nonlinearities, and of the gated MLP around them.
 _PLAIN = {
     "gelu": "gelu",
@@ -204,6 +241,7 @@ _ONLY_IF: dict[str, Callable[[ModelConfig], bool]] = {
     "bias mlp_width": lambda c: c.num_experts == 0 or c.dense_layers > 0,
     "norm_bias": lambda c: c.norm == "layernorm",
     "num_labels": lambda c: c.classifier != "none",
+    "tie_embeddings head_bias output_scale logits_softcap": lambda c: c.has_output_head,
     "cross_attention": lambda c: c.cell != "attention",
 }
 

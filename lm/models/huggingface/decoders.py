@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from lm.models.config import ModelConfig
-from lm.models.huggingface.config_fields import Field, Json, Together, activation, demand, only
+from lm.models.huggingface.config_fields import (
+    Field,
+    Json,
+    Together,
+    activation,
+    classifier,
+    demand,
+    only,
+)
 from lm.models.huggingface.family import Family
 from lm.models.huggingface.name_map import QKV, Linear
 from lm.models.huggingface.rope import ROPE_FIELDS, read_rotary, write_rotary
@@ -14,7 +22,7 @@ from lm.models.huggingface.rope import ROPE_FIELDS, read_rotary, write_rotary
 
 _GPT2 = Family(
     "gpt2",
-    ("GPT2LMHeadModel", "GPT2Model"),
+    ("GPT2LMHeadModel", "GPT2Model", "GPT2ForSequenceClassification"),
     constants={"positions": "learned", "norm": "layernorm", "bias": True, "initializer": "gpt2"},
     fields={
         "vocab_size": Field("vocab_size", 50_257),
@@ -31,6 +39,7 @@ _GPT2 = Family(
         "scale_attn_weights": only(True),
         "scale_attn_by_inverse_layer_idx": only(False),
     },
+    together=(classifier("GPT2ForSequenceClassification"),),
     # Besides dropout elsewhere, that of the residual stream being ours: the precision of scores,
     # which are always float32 here, and the head of a class that we do not read.
     inert=(
@@ -51,6 +60,7 @@ _GPT2 = Family(
         "blocks.mlp.down": Linear("transformer.h.{layer}.mlp.c_proj", conv1d=True),
         "final_norm": "transformer.ln_f",
         "head": "lm_head.weight",
+        "classifier": "score",
     },
     base_prefix="transformer.",
     ignored=(r"\.attn\.(bias|masked_bias)$",),
@@ -77,7 +87,7 @@ def _write_opt_norms(config: ModelConfig) -> dict[str, Any]:
 
 _OPT = Family(
     "opt",
-    ("OPTForCausalLM", "OPTModel"),
+    ("OPTForCausalLM", "OPTModel", "OPTForSequenceClassification"),
     constants={
         "positions": "learned", "position_offset": 2, "norm": "layernorm", "norm_epsilon": 1e-5,
         "norm_bias": True, "initializer": "normal",
@@ -103,6 +113,7 @@ _OPT = Family(
             _read_opt_norms,
             _write_opt_norms,
         ),
+        classifier("OPTForSequenceClassification"),
     ),
     inert=("attention_dropout", "activation_dropout", "layerdrop"),  # than the residual stream's
     written=lambda config: {
@@ -121,6 +132,7 @@ _OPT = Family(
         "blocks.mlp.down": "model.decoder.layers.{layer}.fc2",
         "final_norm": "model.decoder.final_layer_norm",
         "head": "lm_head.weight",
+        "classifier": "score",
     },
     base_prefix="model.",
 )  # fmt: skip
@@ -135,7 +147,7 @@ def _read_bloom_inner(values: Json) -> dict[str, Any]:
 
 _BLOOM = Family(
     "bloom",
-    ("BloomForCausalLM", "BloomModel"),
+    ("BloomForCausalLM", "BloomModel", "BloomForSequenceClassification"),
     constants={
         "embedding_norm": True, "positions": "alibi", "norm": "layernorm",
         "activation": "gelu_tanh", "bias": True, "initializer": "normal",
@@ -152,7 +164,10 @@ _BLOOM = Family(
         "tie_word_embeddings": Field("tie_embeddings", True),
         "apply_residual_connection_post_layernorm": only(False),
     },
-    together=(Together({"n_inner": None}, _read_bloom_inner),),
+    together=(
+        Together({"n_inner": None}, _read_bloom_inner),
+        classifier("BloomForSequenceClassification"),
+    ),
     # Other dropout than that of the residual stream, and how to compute.
     inert=(
         "attention_dropout", "attention_softmax_in_fp32", "bias_dropout_fusion", "offset_alibi",
@@ -173,6 +188,7 @@ _BLOOM = Family(
         "blocks.mlp.down": "transformer.h.{layer}.mlp.dense_4h_to_h",
         "final_norm": "transformer.ln_f",
         "head": "lm_head.weight",
+        "classifier": "score",
     },
     base_prefix="transformer.",
     old_fields={
@@ -199,7 +215,7 @@ def _write_neox_rotary(config: ModelConfig) -> dict[str, Any]:
 
 _NEOX = Family(
     "gpt_neox",
-    ("GPTNeoXForCausalLM", "GPTNeoXModel"),
+    ("GPTNeoXForCausalLM", "GPTNeoXModel", "GPTNeoXForSequenceClassification"),
     constants={"norm": "layernorm", "bias": True, "initializer": "normal"},
     fields={
         "vocab_size": Field("vocab_size", 50_432),
@@ -222,6 +238,7 @@ _NEOX = Family(
             _read_neox_rotary,
             _write_neox_rotary,
         ),
+        classifier("GPTNeoXForSequenceClassification"),
     ),
     # Other dropout than that of the residual stream.
     inert=("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob"),
@@ -236,6 +253,7 @@ _NEOX = Family(
         "blocks.mlp.down": "gpt_neox.layers.{layer}.mlp.dense_4h_to_h",
         "final_norm": "gpt_neox.final_layer_norm",
         "head": "embed_out.weight",
+        "classifier": "score",
     },
     base_prefix="gpt_neox.",
     ignored=(r"\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)$",),

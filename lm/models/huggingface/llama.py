@@ -14,6 +14,7 @@ from lm.models.huggingface.config_fields import (
     Together,
     activation,
     activation_name,
+    classifier,
     demand,
     only,
     with_defaults,
@@ -45,6 +46,7 @@ _BODY = {
     "embedding.tokens": "model.embed_tokens.weight",
     "final_norm": "model.norm",
     "head": "lm_head.weight",
+    "classifier": "score",
     "blocks.attention.query": f"{_LAYER}.self_attn.q_proj",
     "blocks.attention.key": f"{_LAYER}.self_attn.k_proj",
     "blocks.attention.value": f"{_LAYER}.self_attn.v_proj",
@@ -71,6 +73,9 @@ def _family(
     model_type: str, architectures: str, constants: Json | None = None, **attributes
 ) -> Family:
     """A family whose tensors are named as Llama's."""
+    *_, body = architectures.split()
+    scores = f"{body.removesuffix('Model')}ForSequenceClassification"
+    attributes["together"] = (*attributes["together"], classifier(scores))
     attributes["inert"] = (
         # Dropout of attention alone, which ours is not, and how to compute.
         "attention_dropout", "pretraining_tp", "cache_implementation",
@@ -78,7 +83,7 @@ def _family(
     )  # fmt: skip
     return Family(
         model_type,
-        tuple(architectures.split()),
+        (*architectures.split(), scores),
         constants={"norm": "rmsnorm", "initializer": "normal", **(constants or {})},
         base_prefix="model.",
         ignored=(r"rotary_emb\.inv_freq$",),

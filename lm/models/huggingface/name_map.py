@@ -92,7 +92,7 @@ def copies(table: Table, specs: Specs) -> dict[str, str]:
         if isinstance(theirs, str) and ours in specs:
             original, *others = theirs.split()
             found |= dict.fromkeys(others, original)
-    if "head" in table and "head" not in specs:
+    if "head" in table and "head" not in specs and "classifier.projection" not in specs:
         found[table["head"]] = table["embedding.tokens"].split()[0]
     return found
 

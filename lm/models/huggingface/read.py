@@ -130,7 +130,8 @@ class Checkpoint:
         One tensor is read at a time, and of it no more than this process's devices hold.
 
         Args:
-          shardings: where each parameter goes; None: all to the first device.
+          shardings: where each parameter goes, and only those that are named; None: all to the
+            first device.
           dtype: float32, bfloat16 or float16, whatever the files have.
 
         Raises:
@@ -147,8 +148,10 @@ class Checkpoint:
                     "has other numbers",
                 )
             for rule in self.names.rules:
+                if shardings is not None and rule.ours[0] not in shardings:
+                    continue
                 made |= self._load(rule, shardings, PARAMETER_DTYPES[dtype])
-        return {name: made[name] for name in self.names.specs}
+        return {name: made[name] for name in self.names.specs if name in made}
 
     def _load(self, rule: Rule, shardings, dtype: np.dtype) -> dict[str, jax.Array]:
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
