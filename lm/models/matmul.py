@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from lm.models import quantized, reading
+from lm.models.adapted import Adapted, Rounded, widened
 from lm.parallel.layout import current_layout
 from lm.parallel.platform import platform
 
@@ -56,7 +57,7 @@ def compute_dtype(name: str) -> jnp.dtype:
 def contract(
     spec: str,
     x: jax.Array,
-    w: jax.Array | reading.Weight,
+    w: jax.Array | reading.Weight | Adapted,
     dtype: jnp.dtype | None = None,
     *,
     quantization: str = "none",
@@ -69,8 +70,8 @@ def contract(
     Args:
       spec: with an explicit output, e.g. `btd,df->btf`.
       x: the activations; their dtype is the compute dtype.
-      w: the other operand: a float32 parameter, activations, or a weight kept for reading, which
-        has no gradient.
+      w: the other operand: a float32 parameter, activations, a weight kept for reading, which has
+        no gradient, or one that is frozen but for an adapter.
       dtype: of the result; x's own unless given.
       quantization: none, or the name of a recipe of `lm.models.quantized`, by which this product
         and both of its gradients are taken.
@@ -84,7 +85,11 @@ def contract(
     operands, out = spec.split("->")
     first, second = operands.split(",")
     batched = set(first) & set(second) & set(out)
-    product = _contract(spec, jnp.dtype(dtype or x.dtype), quantization, x, w)
+    dtype = jnp.dtype(dtype or x.dtype)
+    if isinstance(w, Adapted):
+        product = _plus_adapter(spec, x, w, _frozen(spec, dtype, quantization, x, (w.weight,)))
+    else:
+        product = _contract(spec, dtype, quantization, x, w)
     # A policy cannot see the dot inside a custom derivative, but it sees the name of its result.
     return checkpoint_name(product, "batched_product" if batched else "product")
 
@@ -92,7 +97,7 @@ def contract(
 def contract_each(
     spec: str,
     x: jax.Array,
-    weights: Sequence[jax.Array | reading.Weight],
+    weights: Sequence[jax.Array | reading.Weight | Adapted],
     *,
     quantization: str = "none",
 ) -> list[jax.Array]:
@@ -112,8 +117,13 @@ def contract_each(
     split = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
     if platform() != "cpu" or split or x.size // contracted < JOINED_ROWS:
         return [contract(spec, x, w, quantization=quantization) for w in weights]
-    joined = jnp.concatenate([w.astype(x.dtype) for w in weights], axis)
     sizes = [w.shape[axis] for w in weights]
+    if isinstance(weights[0], Adapted):  # so are all
+        frozen = tuple(w.weight for w in weights)
+        product = checkpoint_name(_frozen(spec, x.dtype, quantization, x, frozen), "product")
+        parts = jax.lax.split(product, sizes, out_axis)
+        return [_plus_adapter(spec, x, w, part) for w, part in zip(weights, parts)]
+    joined = jnp.concatenate([w.astype(x.dtype) for w in weights], axis)
     product = contract(spec, x, joined, quantization=quantization)
     return list(jax.lax.split(product, sizes, out_axis))
 
@@ -175,6 +185,68 @@ def _contract_backward(spec, dtype, quantization, saved, gradient):
 
 
 _contract.defvjp(_contract_forward, _contract_backward)
+
+
+# ---- Frozen matrices, and adapters beside them ---------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _frozen(spec, dtype, quantization, x, weights):
+    """`_contract` of x alone, of matrices joined along the first dimension that x lacks."""
+    w = _joined(spec, weights, x.dtype)
+    return _einsum(spec, x, w, dtype, quantized.RECIPES[quantization].forward)
+
+
+def _frozen_forward(spec, dtype, quantization, x, weights):
+    (x,) = _settle(x)
+    return _frozen(spec, dtype, quantization, x, weights), (weights, jnp.zeros((), x.dtype))
+
+
+def _frozen_backward(spec, dtype, quantization, saved, gradient):
+    weights, like_x = saved
+    operands, out = spec.split("->")
+    first, second = operands.split(",")
+    gradient = gradient.astype(like_x.dtype)
+    if any(isinstance(w, Rounded) for w in weights):
+        # Or XLA keeps what it widened in the forward pass.
+        gradient, weights = jax.lax.optimization_barrier((gradient, weights))
+    else:
+        (gradient,) = _settle(gradient)
+    w = _joined(spec, weights, like_x.dtype)
+    kinds = quantized.RECIPES[quantization].to_x
+    return _einsum(f"{out},{second}->{first}", gradient, w, like_x.dtype, kinds), None
+
+
+_frozen.defvjp(_frozen_forward, _frozen_backward)
+
+
+def _joined(spec, weights, dtype):
+    first, second, _ = spec.replace("->", ",").split(",")
+    wide = [widened(w, dtype) for w in weights]
+    axis = next(axis for axis, letter in enumerate(second) if letter not in first)
+    return wide[0] if len(wide) == 1 else jnp.concatenate(wide, axis)
+
+
+def _plus_adapter(spec, x, w: Adapted, product):
+    """What an adapted matrix gives, from the product of x and the frozen part of it."""
+    if w.a is None:
+        return product
+    first, second, out = spec.replace("->", ",").split(",")
+    sizes = dict(zip(first, x.shape)) | dict(zip(out, product.shape))
+    rows, inputs, outputs = (
+        "".join(letter for letter in letters if (letter in other) == is_in)
+        for letters, other, is_in in (
+            (first, second, False), (second, first, True), (second, first, False),
+        )
+    )  # fmt: skip
+    a = w.a.reshape(*(sizes[letter] for letter in inputs), -1)
+    b = w.b.reshape(-1, *(sizes[letter] for letter in outputs))
+    low = w.scale * _contract(f"{first},{inputs}z->{rows}z", x.dtype, "none", x, a)
+    product += _contract(f"{rows}z,z{outputs}->{out}", product.dtype, "none", low, b)
+    if w.magnitude is None:
+        return product
+    factor = w.factor().reshape(b.shape[1:])
+    return (product.astype(jnp.float32) * factor).astype(product.dtype)
 
 
 @jax.custom_vjp

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lm.models import layers
+from lm.models.adapted import Adapted
 from lm.models.attention.context import Context
 from lm.models.attention.paged import PagedCache, Paging
 from lm.models.cache import Cache
@@ -62,8 +63,9 @@ class LanguageModel(nnx.Module):
         return x_BTD
 
     def output_weights(self) -> jax.Array:
-        """The output head [V, D]: the token embedding when tied."""
-        return self.embedding.tokens[...] if self.config.tie_embeddings else self.head[...]
+        """The output head [V, D]: the token embedding when tied; with its adapter added in."""
+        head = self.embedding.tokens[...] if self.config.tie_embeddings else self.head[...]
+        return head.whole() if isinstance(head, Adapted) else head
 
     def output_bias(self) -> jax.Array | None:
         """The output head's bias [V], if it has one."""
