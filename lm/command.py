@@ -125,25 +125,29 @@ def find_config(name: str) -> pathlib.Path:
       ConfigError: there is none.
     """
     asked = pathlib.Path(name).expanduser()
-    bare = asked.parent == pathlib.Path() and asked.suffix != ".py"
+    bare = not asked.is_absolute() and (PACKAGED / asked.parent).is_dir() and asked.suffix != ".py"
     here = pathlib.Path("configs")
     tried = [here / f"{name}.py", PACKAGED / f"{name}.py"] if bare else [asked]
-    if asked.parent == here:  # of a clone, asked for from elsewhere
-        tried.append(PACKAGED / asked.name)
+    if asked.is_relative_to(here):  # of a clone, asked for from elsewhere
+        tried.append(PACKAGED / asked.relative_to(here))
     for path in tried:
         if path.is_file():
             return path
     if bare:
-        there = [path.stem for path in _configs()]
+        there = [*_configs()]
     else:
         there = [str(asked.parent / p.name) for t in tried for p in t.parent.glob("*.py")]
     raise ConfigError(f"--config={name} does not exist{nearest(name, there)}")
 
 
-def _configs() -> list[pathlib.Path]:
-    """The configs that a bare name finds."""
-    paths = [*PACKAGED.glob("*.py"), *pathlib.Path("configs").glob("*.py")]
-    return sorted({path.stem: path for path in paths}.values(), key=lambda path: path.stem)
+def _configs() -> dict[str, pathlib.Path]:
+    """The configs that a bare name finds, such as quickstart or align/sft."""
+    found = {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for folder in (PACKAGED, pathlib.Path("configs"))
+        for path in (*folder.glob("*.py"), *folder.glob("*/*.py"))
+    }
+    return dict(sorted(found.items(), key=lambda item: ("/" in item[0], item[0])))
 
 
 def load_config(path: pathlib.Path) -> ml_collections.ConfigDict:
@@ -282,8 +286,11 @@ def help_text(words: Sequence[str], jobs: Mapping[str, str], program: str) -> st
         _show_fields(command.config, command.section, "config", lines)
         return "\n".join(lines)
     configs = _configs()
-    width = max((len(path.stem) for path in configs), default=0)
-    listed = [f"  {p.stem:{width}}  {_docstring(p).partition(chr(10))[0]}" for p in configs]
+    width = max(map(len, configs), default=0)
+    listed = [
+        f"  {name:{width}}  {_docstring(path).partition(chr(10))[0]}"
+        for name, path in configs.items()
+    ]
     usage = f"usage: {program} [--config=NAME] [--workdir=DIR] [--config.FIELD=VALUE ...]"
     flags = __doc__.partition("\n\n")[2].rstrip()
     return "\n".join([usage, "", flags, "", "configs:", *listed])

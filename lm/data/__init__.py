@@ -3,8 +3,12 @@
     config.py     the `data` section
     storage.py    files here and on object stores: found, read, recognised
     files.py      files → documents, and what was left out and why
+    conversations.py  lines of JSON → conversations, preferences, prompts
+    conversation_rows.py  those → tokens with what is to be learnt, and rows
     stdlib.py     the running Python's documentation and source → documents
     storyworld/   generated stories together with what is true in them, and an invented language
+    source.py     what a corpus is
+    lines.py      generated lines of conversations
     corpora.py    corpora by name; training and validation splits
     shards.py     some documents ⇄ tokens on disk
     cache.py      corpora → shards, found again
@@ -25,34 +29,40 @@ In one breath:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from absl import logging
 
 from lm.config import check
+from lm.data import conversation_rows, conversations
 from lm.data.batches import BatchIterator, evaluation_batches, train_batches
 from lm.data.cache import TokenizedCorpus, cache_directory, corpus_fingerprint, tokenize
-from lm.data.config import OBJECTIVES, CorruptionConfig, DataConfig
+from lm.data.config import CONVERSATIONAL, OBJECTIVES, CorruptionConfig, DataConfig
+from lm.data.conversations import Example, examples
 from lm.data.corpora import documents, pairs, sources
 from lm.data.files import CorpusReport
 from lm.data.prefetch import prefetch_to_device
 from lm.parallel import hosts
-from lm.tokenizers import Tokenizer
+from lm.tokenizers import ChatTemplate, Tokenizer
 
 __all__ = [
+    "CONVERSATIONAL",
     "OBJECTIVES",
     "BatchIterator",
     "CorpusReport",
     "CorruptionConfig",
     "DataConfig",
+    "Example",
     "TokenizedCorpus",
     "corpus_fingerprint",
     "documents",
     "evaluation_batches",
+    "examples",
     "pairs",
     "prefetch_to_device",
     "prepare",
     "train_batches",
+    "training_texts",
 ]
 
 
@@ -61,11 +71,14 @@ def prepare(
     tokenizer: Tokenizer,
     seed: int,
     notify: Callable[[str], None] = logging.info,
+    objective: str = "causal",
+    template: ChatTemplate | None = None,
 ) -> tuple[tuple[TokenizedCorpus, ...], tuple[TokenizedCorpus, ...]]:
     """The training and validation corpora of `config`, tokenised, from the cache where possible.
 
     Of several processes the first tokenises, and the others find what it wrote. `seed` is for
-    generated corpora; `notify` receives one line for each thing worth knowing.
+    generated corpora; `notify` receives one line for each thing worth knowing. Objectives of
+    `CONVERSATIONAL` need the tokenizer's chat template.
 
     Returns:
       (training corpora in the order of `config.paths`, validation corpora). The latter is empty
@@ -75,6 +88,8 @@ def prepare(
       ConfigError: a corpus cannot be used, or a split has no documents.
     """
     with hosts.first_alone(cache_directory(config), notify):
+        if objective in CONVERSATIONAL:
+            return conversation_rows.prepare(config, template, seed, objective, notify)
         corpora, held_out = sources(config, seed)
         splits = [tokenize(corpus, tokenizer, notify) for corpus in corpora]
         train = [both["train"] for both in splits]
@@ -87,6 +102,17 @@ def prepare(
     if validation and not any(corpus.num_documents for corpus in validation):
         check(False, _too_few(config, validation[0], "validate"))
     return tuple(train), tuple(c for c in validation if c.num_documents)
+
+
+def training_texts(config: DataConfig, seed: int, objective: str = "causal") -> Iterator[str]:
+    """The texts of all corpora that are trained on: documents, or what is said in conversations.
+
+    Raises:
+      ConfigError: see `documents`.
+    """
+    if objective in CONVERSATIONAL:
+        return conversations.texts(config, seed)
+    return documents(config, "train", seed)
 
 
 def _too_few(config: DataConfig, corpus: TokenizedCorpus, purpose: str) -> str:

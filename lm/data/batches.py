@@ -10,6 +10,7 @@ A batch is a dict of arrays [rows of this host, block_size]: `inputs` and `targe
 float32 (1 for a target, 0 for padding), `segment_ids` int32 (0 for padding, documents from 1) and
 `positions` int32 (from 0 in each segment). Objectives for an encoder and a decoder have `source`,
 `source_segment_ids` and `source_positions` besides, and prefix has `prefix`; see `transforms`.
+Pairs of replies to a prompt have fields [rows, 2, block_size], and `margin` or `label` [rows].
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from absl import logging
 from lm.config import ConfigError, check
 from lm.data import counter_rng
 from lm.data.cache import TokenizedCorpus
-from lm.data.config import DataConfig
+from lm.data.config import CONVERSATIONAL, DataConfig
 from lm.data.packing import Rows
 from lm.data.transforms import Batch, Transform, transform
 from lm.tokenizers import Tokenizer
@@ -145,7 +146,8 @@ class _Batches:
       source_length: length of `source`; 0 for objectives without an encoder's rows.
       max_targets_per_row: the most positions of a row that can have a weight.
       single_segment: no row ever holds two segments, so attention needs no segment mask.
-      num_dropped: pairs left out because they are too long (`long_pairs`).
+      num_dropped: pairs or conversations left out because they are too long.
+      notes: what of the corpora the rows do not hold, one line each.
     """
 
     def __init__(
@@ -168,21 +170,16 @@ class _Batches:
             for i, c in enumerate(corpora)
         ]
         self._gather = _Gather(self.rows, self._transform, _seed(seed or 0, int(training), _HIDING))
-        self.shapes = {name: (len(chosen), n) for name, n in self._transform.lengths.items()}
+        self.shapes = {name: (len(chosen), *s) for name, s in self._transform.shapes.items()}
         self.block_size = self._transform.block_size
         self.source_length = self._transform.source_length
         self.max_targets_per_row = self._transform.max_targets_per_row
         self.single_segment = self._transform.single_segment
         self.num_dropped = sum(getattr(rows, "num_dropped", 0) for rows in self.rows)
-        if self.num_dropped:
-            logging.warning(
-                "%d pairs of %s are left out: longer than data.source_length=%d or "
-                "data.block_size=%d",
-                self.num_dropped,
-                ", ".join(corpus.name for corpus in corpora),
-                self.source_length,
-                self.block_size,
-            )
+        noted = [(corpus.name, rows.note) for corpus, rows in zip(corpora, self.rows)]
+        self.notes = [f"{name}: {note}" for name, note in noted if note]
+        for note in self.notes:
+            logging.warning("%s", note)
 
 
 class BatchIterator(_Batches, Iterator[Batch]):
@@ -322,6 +319,8 @@ class BatchIterator(_Batches, Iterator[Batch]):
             hidden["corruption"] = config["corruption"]
         if self._objective == "seq2seq":
             hidden |= {name: config[name] for name in ("source_length", "long_pairs")}
+        if self._objective in CONVERSATIONAL:
+            hidden["long_conversations"] = config["long_conversations"]
         return {
             "corpus": hashlib.blake2b(keys.encode(), digest_size=16).hexdigest(),
             "weights": list(self._config.weights),

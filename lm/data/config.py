@@ -22,6 +22,17 @@ from lm.config import (
 )
 
 OBJECTIVES = ("causal", "masked", "span_corruption", "seq2seq", "prefix")
+# Objectives that read conversations, and which of their forms (see `lm.data.conversations`).
+CONVERSATIONAL = {
+    **dict.fromkeys(
+        ("sft", "distillation"), ("messages", "alpaca", "prompt_response", "preference")
+    ),
+    **dict.fromkeys(("reward", "dpo", "orpo"), ("preference",)),
+    "kto": ("labelled", "preference"),
+}
+OBJECTIVES += (*CONVERSATIONAL,)
+# How a line writes a conversation; see `lm.data.conversations`.
+FORMS = ("messages", "alpaca", "prompt_response", "preference", "labelled", "prompts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +97,11 @@ class DataConfig:
     source_length: SizeOrZero = 0  # seq2seq: tokens in a sequence of the encoder; 0: block_size
     # seq2seq: pairs longer than that: drop counts them
     long_pairs: Literal["refuse", "drop"] = "refuse"
+    # Conversations: how lines write them (`lm.data.conversations`); "auto": as the first does.
+    format: Literal["auto", *FORMS] = "auto"
+    # Conversations longer than `block_size`: cut loses their ends, and those whose every word to
+    # learn is lost are dropped; both are counted.
+    long_conversations: Literal["cut", "drop", "refuse"] = "cut"
     corruption: CorruptionConfig = dataclasses.field(default_factory=CorruptionConfig)
     packing: Literal["concat", "best_fit", "none"] = "concat"  # none: one document a row
     end_of_text: bool = True  # documents end with end-of-text; False: one stream, no separators

@@ -6,7 +6,6 @@ when the content may have, and its documents in an order that never changes.
 
 from __future__ import annotations
 
-import abc
 import copy
 import dataclasses
 import hashlib
@@ -20,59 +19,11 @@ from lm.config import ConfigError, check, check_choice, printable
 from lm.data import files, stdlib, storage
 from lm.data.config import DataConfig
 from lm.data.files import BadFileError, CorpusReport, Span
+from lm.data.lines import LINES, Lines
+from lm.data.source import Source
 
 Split = str  # "train" or "validation"
 _READER = 2  # raised when the same files give other documents, or others are held out
-
-
-class Source(abc.ABC):
-    """One corpus: a fixed sequence of documents, or of pairs of documents.
-
-    Attributes:
-      path: its name, which the config field `field` gives.
-      config: how it is read and split.
-      pairs: whether each item is a source and its target, not one document.
-    """
-
-    pairs = False
-
-    def __init__(self, path: str, config: DataConfig, field: str):
-        self.path, self.config, self.field = path, config, field
-
-    @abc.abstractmethod
-    def items(self, report: CorpusReport) -> Iterator[tuple[str, ...]]:
-        """Yields (document,) or (source, target), in a fixed order.
-
-        What is left out is noted in `report`.
-        """
-
-    @property
-    def files(self) -> list[str]:
-        """The files whose content the fingerprint covers."""
-        return []
-
-    @property
-    def notes(self) -> list[str]:
-        """What is worth knowing about the whole: for each thing the rest of a line after `path`."""
-        return []
-
-    def documents(self, report: CorpusReport) -> Iterator[str]:
-        """Yields the documents, those of a pair one after the other."""
-        return itertools.chain.from_iterable(self.items(report))
-
-    @abc.abstractmethod
-    def fingerprint(self, sidecar: str | None = None) -> dict[str, Any]:
-        """What the documents depend on, as JSON: equal fingerprints mean equal documents.
-
-        `sidecar` may remember file hashes between calls (see `storage.content_hashes`).
-        """
-
-    def parts(self, size: int) -> list[Source]:
-        """This corpus as consecutive parts of about `size` bytes, as far as it can be cut.
-
-        Their items, one part after the other, are those of the whole.
-        """
-        return [self]
 
 
 def source(path: str, config: DataConfig, seed: int, field: str = "data.path") -> Source:
@@ -83,6 +34,8 @@ def source(path: str, config: DataConfig, seed: int, field: str = "data.path") -
     """
     if path in ("storyworld", "translation"):
         return _Generated(path, config, field, seed)
+    if path in LINES:
+        return Lines(path, config, field, seed)
     kind = _StandardLibrary if path == "stdlib" else _Hub if path.startswith("hf:") else _Files
     return kind(path, config, field)
 
@@ -197,6 +150,10 @@ class _Files(Source):
                 report.num_documents += 1
                 yield item
 
+    def records(self, report: CorpusReport, held_out: bool = False) -> Iterator[tuple[str, Any]]:
+        for span in self.spans:
+            yield from files.records(span, self.config, report)
+
     def parts(self, size: int) -> list[Source]:
         """Files together, or spans of one file."""
         sizes: list[tuple[Span, float]] = []
@@ -248,6 +205,12 @@ class _Hub(Source):
                 yield item
         except BadFileError as error:
             raise ConfigError(f"{self.field}={self.path!r}: {error}") from None
+
+    def records(self, report: CorpusReport, held_out: bool = False) -> Iterator[tuple[str, Any]]:
+        records = itertools.islice(self._records(), self.config.num_documents)
+        for number, record in enumerate(records, 1):
+            report.num_documents += 1
+            yield f"{self.path} record {number}", record
 
     @property
     def files(self) -> list[str]:

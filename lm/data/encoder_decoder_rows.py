@@ -139,6 +139,16 @@ class Pairs(EncoderDecoderRows):
             f"{source_length} and data.block_size={target_length}",
         )
 
+    @property
+    def note(self) -> str:
+        """What is left out; "" for nothing."""
+        return (
+            f"{self.num_dropped:,} pairs are left out: longer than data.source_length="
+            f"{self.source_length} or data.block_size={self.block_size}"
+            if self.num_dropped
+            else ""
+        )
+
     def target_tokens(self) -> np.ndarray:
         """Every target token of an epoch, end-of-texts included."""
         starts = self.corpus.offsets[self._first + 1]

@@ -149,6 +149,39 @@ def read(span: Span, config: DataConfig, report: CorpusReport) -> Iterator[tuple
         reject(span, f"unreadable, {error.strerror or error}", config, report)
 
 
+def records(span: Span, config: DataConfig, report: CorpusReport) -> Iterator[tuple[str, Any]]:
+    """What the records of a whole file hold, each after the place where it stands.
+
+    That is `FILE line 7` of a file of lines. What is no JSON is noted in `report`, or refused.
+
+    Raises:
+      ConfigError: a missing optional package, or a bad file to be refused.
+    """
+    path, kind, name = span.path, suffix(span.path), printable(span.path)
+    try:
+        if storage.stamp(path)[0] == 0:
+            raise BadFileError("empty")
+        if kind.startswith((".jsonl", ".ndjson")):
+            lines = _json_lines(span, config, report)
+            numbered = ((f"{name} line {n}", value) for n, value in lines)
+        elif kind.startswith(".json"):
+            with _decompressed(path) as file:
+                values = _json_array(decode(file.read(), config.encoding))
+            numbered = ((f"{name} record {n}", value) for n, value in enumerate(values, 1))
+        elif kind == ".parquet":
+            values = _parquet_rows(path)
+            numbered = ((f"{name} record {n}", value) for n, value in enumerate(values, 1))
+        else:
+            raise BadFileError("conversations are read from .jsonl, .json and .parquet files")
+        for place, value in numbered:
+            report.num_documents += 1
+            yield place, value
+    except BadFileError as error:
+        reject(span, str(error), config, report)
+    except OSError as error:
+        reject(span, f"unreadable, {error.strerror or error}", config, report)
+
+
 def items(
     records: Iterable[Any], span: Span, config: DataConfig, report: CorpusReport
 ) -> Iterator[tuple[str, ...]]:
@@ -341,17 +374,25 @@ def _has_byte_lines(encoding: str) -> bool:
 
 def _json_records(span: Span, kind: str, config: DataConfig, report: CorpusReport) -> Iterator[Any]:
     if kind.startswith(_LINES):
-        for number, line in _lines(span, config, report):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError):
-                reject(span, "not JSON", config, report, "line", number)
+        for _, value in _json_lines(span, config, report):
+            yield value
         return
     with _decompressed(span.path) as file:
         data = file.read()
     yield from _json_array(decode(data, config.encoding))
+
+
+def _json_lines(span: Span, config: DataConfig, report: CorpusReport) -> Iterator[tuple[int, Any]]:
+    """What each line holds, after its number from 1; those that are no JSON are rejected."""
+    for number, line in _lines(span, config, report):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            reject(span, "not JSON", config, report, "line", number)
+        else:
+            yield number, value
 
 
 def _tsv_records(span: Span, config: DataConfig, report: CorpusReport) -> Iterator[dict[str, str]]:
@@ -417,6 +458,17 @@ def _parquet_records(span: Span, config: DataConfig) -> Iterator[Any]:
                 row_groups=range(span.start, stop),
                 columns=list(config.text_fields),
             ):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise BadFileError(f"not Parquet, {' '.join(str(error).split())}") from None
+
+
+def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
+    """All columns of a Parquet file."""
+    pyarrow = _optional("pyarrow", path, "data")
+    try:
+        with _parquet(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadFileError(f"not Parquet, {' '.join(str(error).split())}") from None

@@ -38,6 +38,7 @@ class Rows(abc.ABC):
 
     num_rows: int
     num_targets: int
+    note = ""  # what of the corpus they do not hold, in words
 
     def __init__(
         self, corpus: TokenizedCorpus, block_size: int, shifted: bool = True, separate: bool = True

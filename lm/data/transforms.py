@@ -5,6 +5,9 @@
     masked            some tokens from all others (Devlin et al. 2019)
     span_corruption   hidden spans from what is left (Raffel et al. 2020)
     seq2seq           the target of a pair from its source
+    sft, distillation  what the assistant says in a conversation
+    dpo, orpo, reward  which of two replies to a prompt is preferred
+    kto               whether a reply is desirable
 
 What is random is drawn by `counter_rng` from the number of the row, which differs in every epoch.
 """
@@ -19,11 +22,13 @@ from lm.config import check, check_choice
 from lm.data import counter_rng
 from lm.data.cache import TokenizedCorpus
 from lm.data.config import OBJECTIVES, DataConfig
+from lm.data.conversation_rows import ConversationRows, Conversations, ReplyPairs
 from lm.data.encoder_decoder_rows import HiddenSpans, Pairs, noise_spans, raw_length, target_length
 from lm.data.packing import Rows, rows_of
 from lm.tokenizers import Tokenizer
 
 Batch = dict[str, np.ndarray]
+_REAL = ("weights", "margin", "label")  # fields that are float32
 _CHOICE, _REPLACEMENT, _WORD, _SPLIT, _ROUNDING = range(8, 13)  # purposes of random numbers
 
 
@@ -74,11 +79,16 @@ class Transform:
             total -= sum(corpus.first_token_bytes for corpus in corpora)
         return total
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Field of a batch → its shape in a row."""
+        return {name: (length,) for name, length in self.lengths.items()}
+
     def empty(self, num_rows: int) -> Batch:
         """A batch of padding: zeros, weighing nothing."""
         return {
-            name: np.zeros((num_rows, length), np.float32 if name == "weights" else np.int32)
-            for name, length in self.lengths.items()
+            name: np.zeros((num_rows, *shape), np.float32 if name in _REAL else np.int32)
+            for name, shape in self.shapes.items()
         }
 
 
@@ -286,12 +296,62 @@ class Seq2Seq(_EncoderDecoder):
         return sum(int(self._byte_lengths[each.target_tokens()].sum()) for each in rows)
 
 
+class Conversation(Transform):
+    """Every token of the assistant's is predicted, and what ends its turns."""
+
+    codes_text = False  # what the others say is given
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None):
+        super().__init__(config, tokenizer)
+        check(
+            config.packing != "concat",
+            "data.packing='concat' cuts anywhere, which conversations do not bear: use 'best_fit' "
+            "or 'none'",
+        )
+
+    def rows(self, corpus: Conversations, seed: int, training: bool) -> Rows:
+        """The rows of one corpus."""
+        return ConversationRows(corpus, self.config)
+
+
+class Pair(Transform):
+    """Two replies to the same prompt stand side by side: fields are [2, block_size] a row.
+
+    The first is the preferred one, and `margin` says by how much (0 where nobody does).
+    """
+
+    codes_text = False
+    value = "margin"
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None):
+        super().__init__(config, tokenizer)
+        self.single_segment = True
+
+    def rows(self, corpus: Conversations, seed: int, training: bool) -> Rows:
+        """The rows of one corpus."""
+        return ReplyPairs(corpus, self.config, self.value)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Field of a batch → its shape in a row."""
+        return {name: (2, length) for name, length in self.lengths.items()} | {self.value: ()}
+
+
+class Labelled(Pair):
+    """The first is a reply to its prompt, `label` 1 where it is desirable; the second another's."""
+
+    value = "label"
+
+
 _TRANSFORMS = {
     "causal": Transform,
     "masked": Masked,
     "span_corruption": SpanCorruption,
     "seq2seq": Seq2Seq,
     "prefix": Prefix,
+    **dict.fromkeys(("sft", "distillation"), Conversation),
+    **dict.fromkeys(("dpo", "orpo", "reward"), Pair),
+    "kto": Labelled,
 }
 assert set(_TRANSFORMS) == set(OBJECTIVES)
 
@@ -307,6 +367,7 @@ def transform(objective: str, config: DataConfig, tokenizer: Tokenizer | None) -
         config.source_length == 0 or objective == "seq2seq",
         f"data.source_length={config.source_length} is for objective 'seq2seq', not {objective!r}",
     )
-    if tokenizer is None and objective not in ("causal", "prefix"):
+    needs = ("masked", "span_corruption", "seq2seq")
+    if tokenizer is None and objective in needs:
         raise ValueError(f"objective {objective!r} needs the tokenizer")
     return _TRANSFORMS[objective](config, tokenizer)

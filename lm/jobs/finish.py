@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import pathlib
 from collections.abc import Mapping
@@ -12,9 +13,11 @@ import jax
 from rich.console import Console
 
 from lm.alignment.held_out import accuracy, calibration_error, held_out_rewards
+from lm.alignment.replies import replies, transcript
 from lm.config import ConfigError, check, to_dict
-from lm.data import pairs
+from lm.data import Example, pairs
 from lm.data.batches import EvaluationBatches
+from lm.data.conversations import held_out
 from lm.inference import Framing
 from lm.inference.fill import mask_ids, sentinel_ids
 from lm.inference.prepare import spread
@@ -26,12 +29,13 @@ from lm.runs.reward import FILE as REWARD
 from lm.runs.reward import Scale
 from lm.runs.run import Run
 from lm.runs.sources import open_source
-from lm.tokenizers import Tokenizer
+from lm.tokenizers import Tokenizer, chat_template
 from lm.training.metrics import MetricsWriter
 from lm.training.plots import plot_losses
 from lm.training.setup import Training
 
 AT_ONCE = 128  # sources translated together
+SHOWN = 4  # conversations held out whose replies are samples
 
 
 def finish(
@@ -58,13 +62,14 @@ def finish(
             console.print(f"loss curve: {plot_losses(directory)}")
     if job.objective.name == "reward" and validation is not None:
         return _judged(job, directory, console, params, training, validation)
-    if not job.prompts and not job.exact_match:
+    shows = job.prompts or (job.converses and job.prompt == () and job.model.has_output_head)
+    if not shows and not job.exact_match:
         return {}
     source, model = open_source(directory), skeleton(job.model)
     mesh, params = spread(model, params, training.workload.layout.mesh)
     run = Run(directory, source.config, source.tokenizer, model, params, job.train.steps)
     with jax.set_mesh(mesh):
-        if job.prompts:
+        if shows:
             text = samples(run, job)
             if first:
                 (directory / "samples.txt").write_text(text, encoding="utf-8")
@@ -74,7 +79,8 @@ def finish(
             return {}
         right, wrong = exact_matches(run, job)
     total = right + len(wrong)
-    console.print(f"exact match: {right} of {total} validation pairs, {right / total:.1%}")
+    what = "conversations" if job.converses else "pairs"
+    console.print(f"exact match: {right} of {total} validation {what}, {right / total:.1%}")
     results = {"exact_match": right / total}
     if first:
         (directory / "mistakes.txt").write_text("\n".join(wrong), encoding="utf-8")
@@ -120,12 +126,15 @@ def check_prompts(job: TrainJob, tokenizer: Tokenizer, carried: Mapping[str, Any
         job.model.has_output_head or not job.prompts,
         f"config.prompt={job.prompts!r}: a reward model writes nothing; leave it out",
     )
+    template = chat_template(tokenizer, begin=framing.before or ()) if job.converses else None
     for prompt in job.prompts:
         try:
             if job.objective.name == "masked":
                 ids = mask_ids(tokenizer, prompt)
             elif job.objective.name == "span_corruption":
                 ids = sentinel_ids(tokenizer, prompt)[1]
+            elif template is not None:
+                ids = template.encode([{"role": "user", "content": prompt}])
             else:
                 ids = framing.encode(tokenizer, prompt)
             if job.model.architecture != "decoder" or not job.sample.truncate_prompt:
@@ -136,6 +145,11 @@ def check_prompts(job: TrainJob, tokenizer: Tokenizer, carried: Mapping[str, Any
 
 def samples(run: Run, job: TrainJob) -> str:
     """What the model makes of each prompt, as its objective would have it."""
+    if job.converses:
+        asked = [Example(({"role": "user", "content": prompt},)) for prompt in job.prompts]
+        asked = asked or held_out(job.data, job.seed, job.objective.name)[:SHOWN]
+        said = replies(run, asked, job.sample, job.seed)
+        return "\n\n".join(map(transcript, asked, said)) + "\n"
     paragraphs = []
     for prompt in job.prompts:
         if job.objective.name == "masked":
@@ -160,6 +174,8 @@ def exact_matches(run: Run, job: TrainJob) -> tuple[int, list[str]]:
     Returns:
       That number, and of those it gets wrong source, target and what came instead.
     """
+    if job.converses:
+        return _exact_replies(run, job)
     chosen = list(itertools.islice(pairs(job.data, "validation", job.seed), job.exact_match))
     chosen.sort(key=lambda pair: len(pair[0]))  # sources of like length share a batch
     wrong = []
@@ -171,3 +187,15 @@ def exact_matches(run: Run, job: TrainJob) -> tuple[int, list[str]]:
             if output.strip() != target.strip():
                 wrong.append(f"{source}\n= {target}\n→ {output}\n")
     return len(chosen) - len(wrong), wrong
+
+
+def _exact_replies(run: Run, job: TrainJob) -> tuple[int, list[str]]:
+    """`exact_matches` of the last replies of conversations."""
+    asked = held_out(job.data, job.seed, job.objective.name)[: job.exact_match]
+    said = replies(run, asked, dataclasses.replace(job.sample, temperature=0.0))
+    wrong = [
+        f"{transcript(one, reply)}\n= {one.answer}\n"
+        for one, reply in zip(asked, said)
+        if reply.strip() != one.answer.strip()
+    ]
+    return len(asked) - len(wrong), wrong

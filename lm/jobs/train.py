@@ -16,13 +16,14 @@ import ml_collections
 from rich.console import Console
 
 from lm.config import to_dict, view
-from lm.data import corpus_fingerprint, documents, evaluation_batches, prepare, train_batches
+from lm.data import corpus_fingerprint, evaluation_batches, prepare, train_batches, training_texts
 from lm.jobs.finish import check_prompts, finish
 from lm.parallel import hosts
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import batch_sharding, local_rows
 from lm.parallel.platform import keep_buffers, keep_programs
 from lm.runs.config import TrainJob
+from lm.runs.conversing import converse
 from lm.runs.directory import CHECKPOINTS, Claim, check_place
 from lm.runs.inherited import Origin, inherit
 from lm.training.checkpoints import Checkpointer
@@ -80,13 +81,13 @@ def _run(job: TrainJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
     check_place(directory)
 
     # ---- Tokenizer: with it the model is whole, and it is known what may be in the directory
-    texts = functools.partial(documents, job.data, "train", job.seed)
+    texts = functools.partial(training_texts, job.data, job.seed, job.objective.name)
     tokenizer = origin.tokenizer(job.tokenizer, texts)
     job = job.with_model_for(tokenizer)
     corpus = functools.partial(corpus_fingerprint, job.data, job.seed)
-    carried = origin.carried(job.data.end_of_text)
+    tokenizer, template, carried, told = converse(job, tokenizer, origin)
     claim = Claim(directory, to_dict(job), to_dict(TrainJob()), tokenizer, corpus, carried)
-    notes = claim.check() + why_not_convertible(job.model, tokenizer)
+    notes = told + claim.check() + why_not_convertible(job.model, tokenizer)
     exactly = "" if tokenizer.lossless else " (does not reproduce every text exactly)"
     say(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens{exactly}")
     check_prompts(job, tokenizer, carried)
@@ -94,7 +95,9 @@ def _run(job: TrainJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
         say(f"note: {note}")
 
     # ---- Data
-    train_corpora, validation_corpora = prepare(job.data, tokenizer, job.seed, say)
+    train_corpora, validation_corpora = prepare(
+        job.data, tokenizer, job.seed, say, job.objective.name, template
+    )
     rows = local_rows(batch_sharding(layout.mesh), job.data.batch_size)
     reading = {"objective": job.objective.name, "tokenizer": tokenizer}
     batches = train_batches(job.data, train_corpora, seed=job.seed, rows=rows, **reading)

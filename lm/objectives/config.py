@@ -15,6 +15,7 @@ OBJECTIVES = {
     "masked": ("encoder",),  # the tokens that are hidden (Devlin et al. 2019)
     "span_corruption": ("encoder_decoder",),  # the spans that are hidden (Raffel et al. 2020)
     "seq2seq": ("encoder_decoder",),  # a text's counterpart, with teacher forcing
+    "sft": ("decoder",),  # what the assistant says in a conversation (Ouyang et al. 2022)
     "reward": ("decoder",),  # which of two replies is better, by a classifier of one label
 }
 

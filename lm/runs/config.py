@@ -6,7 +6,7 @@ import dataclasses
 from typing import Annotated, Any
 
 from lm.config import Bounds, Count, Path, Seed, check
-from lm.data import BatchIterator, DataConfig
+from lm.data import CONVERSATIONAL, BatchIterator, DataConfig
 from lm.inference.sampling import SamplingConfig
 from lm.models import ModelConfig
 from lm.objectives import ObjectiveConfig, check_objective
@@ -32,6 +32,9 @@ class TrainJob:
     # Of a Hugging Face directory: regular expressions of fields of config.json and of tensors that
     # may be left out though they are not known.
     ignore: str | tuple[str, ...] = ()
+    # How conversations are written: "chatml", "llama3", "gemma", "plain", one of several that the
+    # tokenizer has, or a file of Jinja text; "": the tokenizer's own.
+    chat_template: Path = ""
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -46,10 +49,12 @@ class TrainJob:
     # optimizer's state, 2 gradients too, 3 parameters too; -1: what the strategy says, 3 without.
     zero: Annotated[int, Bounds(-1, 3)] = -1
     # When training ends, samples.txt gets continuations of these; or of an encoder's hidden words
-    # the likeliest; or of an encoder-decoder's sources the targets.
+    # the likeliest; or of an encoder-decoder's sources the targets. Where conversations are learnt,
+    # replies to them; to some that are held out if there are none, "" for no samples.
     prompt: str | tuple[str, ...] = ()
     sample: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
-    # seq2seq: validation pairs whose targets are then compared word for word
+    # seq2seq: validation pairs whose targets are then compared word for word; sft: conversations
+    # whose last replies are
     exact_match: Count = 0
 
     def validate(self, prefix: str = "config") -> None:
@@ -64,14 +69,25 @@ class TrainJob:
             )
         check_objective(self.objective, self.model, prefix)
         check(
-            not self.exact_match or self.objective.name == "seq2seq",
-            f"{prefix}.exact_match={self.exact_match} needs {prefix}.objective.name='seq2seq', not "
-            f"{self.objective.name!r}: only pairs of texts have a right answer",
+            not self.exact_match or self.objective.name in ("seq2seq", "sft"),
+            f"{prefix}.exact_match={self.exact_match} needs {prefix}.objective.name='seq2seq' or "
+            f"'sft', not {self.objective.name!r}: other objectives have no right answer",
+        )
+        check(
+            not self.chat_template or self.converses,
+            f"{prefix}.chat_template={self.chat_template!r} is for objectives that read "
+            f"conversations, not {prefix}.objective.name={self.objective.name!r}: leave it out, or "
+            "set tokenizer.chat_template",
         )
         make_schedule(self.optimizer, self.train.steps)  # for its errors, before any work
         train, every = self.train, self.checkpoint.every
         cadences = (train.steps, train.log_every, train.eval_every, every)
         check_dispatch(train.steps_per_dispatch, cadences)
+
+    @property
+    def converses(self) -> bool:
+        """Whether it learns from conversations."""
+        return self.objective.name in CONVERSATIONAL
 
     @property
     def prompts(self) -> tuple[str, ...]:

@@ -87,6 +87,8 @@ def write_huggingface(
             if not origin:
                 where = f"{source.directory / CONFIG}: framing"
                 framing = Framing.of_run(source.config, model, tokenizer, where)
+                if len(framing.end_of_text or ()) > 1:  # of a text, and of a turn
+                    fields["eos_token_id"] = list(framing.end_of_text)
                 data = files["tokenizer.json"]
                 files["tokenizer.json"] = framed(data, framing.before, framing.after)
         except ConfigError as error:

@@ -55,13 +55,13 @@ NOTED = {
 }
 # These make another run of it.
 REFUSED = (
-    "job", "seed", "tokenizer", "model", "optimizer", "data.weights", "data.text_field",
-    "data.num_documents", "data.encoding", "data.on_bad_file", "data.split",
+    "job", "seed", "chat_template", "tokenizer", "model", "optimizer", "data.weights",
+    "data.text_field", "data.num_documents", "data.encoding", "data.on_bad_file", "data.split",
     "data.validation_fraction", "data.batch_size", "data.block_size", "data.source_length",
-    "data.long_pairs", "data.corruption", "data.packing", "data.end_of_text", "data.shuffle",
-    "data.random_offset", "data.document_separator", "objective.name", "objective.z_loss",
-    "objective.label_smoothing", "objective.load_balancing", "objective.router_z",
-    "objective.centering",
+    "data.long_pairs", "data.format", "data.long_conversations", "data.corruption", "data.packing",
+    "data.end_of_text", "data.shuffle", "data.random_offset", "data.document_separator",
+    "objective.name", "objective.z_loss", "objective.label_smoothing",
+    "objective.load_balancing", "objective.router_z", "objective.centering",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from lm.tokenizers.chat import ChatTemplate, chat_template
 from lm.tokenizers.config import KINDS, TokenizerConfig
 from lm.tokenizers.kinds import load, train
 from lm.tokenizers.tiktoken_ranks import as_tiktoken
+from lm.tokenizers.turns import learned
 
 __all__ = [
     "KINDS",
@@ -17,6 +18,7 @@ __all__ = [
     "TokenizerConfig",
     "as_tiktoken",
     "chat_template",
+    "learned",
     "load",
     "train",
 ]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ from lm.tokenizers.chat_built_in import BUILT_IN
 from lm.tokenizers.settings import Settings, template_of_file
 
 Message = Mapping[str, Any]  # "role" and "content", and what else the template knows
+GENERATION = "generation_marks"  # a template's variable; see `lm.tokenizers.turns`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,11 +113,7 @@ class ChatTemplate:
         **variables: Any,
     ) -> list[str | int]:
         """`render`'s text as ids of special tokens and the plain text between them."""
-        data = json.dumps(
-            [list(messages), tools, documents, variables], ensure_ascii=False, default=str
-        )
-        mark = next((c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in data), None)
-        check(mark is not None, "messages have every private character of Unicode")
+        (mark,) = private_characters([list(messages), tools, documents, variables], 1)
         text = self.render(
             [self._marked(message, mark) for message in messages],
             self._marked(tools, mark),
@@ -282,18 +280,35 @@ def read_template(chosen: str, field: str) -> str:
     return template_of_file(read_bytes(path), chosen)
 
 
+def private_characters(data: Any, count: int) -> list[str]:
+    """Private characters of Unicode that occur nowhere in `data`, which JSON can write.
+
+    Raises:
+      ConfigError: there are not so many.
+    """
+    text = json.dumps(data, ensure_ascii=False, default=str)
+    unused = (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in text)
+    found = list(itertools.islice(unused, count))
+    check(len(found) == count, "messages have every private character of Unicode")
+    return found
+
+
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks in a template what the model is to learn: here, nothing."""
+    """`{% generation %}`, around what the model is to learn.
+
+    The variable `GENERATION` has two texts that are written around it, if it is given.
+    """
 
     tags = frozenset({"generation"})
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+        call = self.call_method("_body", [jinja2.nodes.Name(GENERATION, "load")])
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
 
-    def _body(self, caller: Any) -> str:
-        return caller()
+    def _body(self, around: Any, caller: Any) -> str:
+        return f"{around[0]}{caller()}{around[1]}" if around else caller()
 
 
 @functools.lru_cache(32)

@@ -83,8 +83,21 @@ _GEMMA = (
 """
 )
 
+# No roles and no markers: a reply is what follows a text, up to end-of-text.
+_PLAIN = (
+    _CONTENT
+    + """\
+{{- bos_token -}}
+{%- for message in messages -%}
+{{- text(message['content']) -}}
+{%- if message['role'] == 'assistant' -%}{{- eos_token -}}{%- endif -%}
+{%- endfor -%}
+"""
+)
+
 BUILT_IN = {
     "chatml": BuiltIn(_CHATML, ("<|im_start|>", "<|im_end|>")),
     "llama3": BuiltIn(_LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
     "gemma": BuiltIn(_GEMMA, ("<start_of_turn>", "<end_of_turn>")),
+    "plain": BuiltIn(_PLAIN, ()),
 }

@@ -48,7 +48,7 @@ def make_evaluate(
         )
         for done in _one_behind(batch_sums):
             sums.update({name: float(total) for name, total in done.items()})
-        nats, weight = sums["nats"], sums["weight"]
+        nats, weight = sums["nats"], sums["weight"] or 1.0  # where there is nothing to predict
         more = {f"eval_{name}": sums[name] / weight for name in sums.keys() - _OF_TOKENS}
         results = {"eval_loss": nats / weight, "eval_tokens": weight, **more}
         if batches.num_bytes is not None:

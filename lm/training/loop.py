@@ -172,7 +172,10 @@ class Loop:
         for index in np.flatnonzero(~good):
             rollback |= self._spike(step - self._stride + int(index), values, int(index))
         workload = self.training.workload
-        if due(step, workload.train.log_every) and interval.sums["weight"]:
+        for index in np.flatnonzero(good & (values["weight"] == 0)):
+            where = step - self._stride + int(index) + 1
+            self.progress.print(f"step {where}: nothing to learn in this batch: its loss is 0")
+        if due(step, workload.train.log_every) and interval.sums["tokens"]:
             means = interval.means()
             record = {
                 "loss": means.pop("nats"),
@@ -367,7 +370,7 @@ class Interval:
 
     def means(self) -> dict[str, float]:
         """Of each metric, for a target token."""
-        weight = self.sums["weight"]
+        weight = self.sums["weight"] or 1.0
         means = {name: total / weight for name, total in self.sums.items()}
         return {name: mean for name, mean in means.items() if name not in ("weight", "tokens")}
 

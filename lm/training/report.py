@@ -95,10 +95,11 @@ def _devices(mesh) -> str:
 def describe_data(console: Console, batches: BatchIterator) -> None:
     """Prints how much there is to train on."""
     tokens = sum(corpus.num_tokens for corpus in batches.corpora)
-    dropped = f", {batches.num_dropped:,} pairs too long" if batches.num_dropped else ""
+    notes = "".join(f"; {note}" for note in batches.notes)
     console.print(
         f"data: {tokens:,} training tokens, {batches.batches_per_epoch:,} steps an epoch, "
-        f"{batches.padding_fraction:.1%} padding{dropped}"
+        f"{batches.padding_fraction:.1%} padding{notes}",
+        soft_wrap=True,
     )
 
 

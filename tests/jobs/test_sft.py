@@ -1,0 +1,132 @@
+"""Supervised fine-tuning as users run it: a file of conversations, then a model that replies."""
+
+import io
+import json
+import sys
+
+import pytest
+import tiny_jobs
+from test_main import main
+
+import lm
+from lm.alignment.replies import replies
+from lm.data import Example
+from lm.inference import SamplingConfig
+
+FACTS = {"Who sat?": "The cat.", "Where?": "On the mat.", "When?": "Now.", "Why?": "It slept."}
+GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=30)
+SMALL = [
+    "--config.init_from=",
+    "--config.model.num_layers=1",
+    "--config.model.num_heads=2",
+    "--config.model.width=64",
+    "--config.model.compute_dtype=float32",
+    "--config.data.validation_fraction=0.25",
+    "--config.data.block_size=64",
+    "--config.data.batch_size=8",
+    "--config.optimizer.name=muon",
+    "--config.optimizer.learning_rate=1e-2",
+    "--config.train.steps_per_dispatch=10",
+    "--config.train.log_every=50",
+    "--config.train.eval_every=0",
+    "--config.checkpoint.every=0",
+]
+
+
+def tune(place, name, lines, *fields):
+    """Exit code, output and errors of SFT on `lines` into `place / name`."""
+    path = place / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return main(
+        "--config=configs/align/sft.py",
+        f"--workdir={place / name}",
+        f"--config.data.path={path}",
+        f"--config.data.cache_dir={place / 'tokens'}",
+        *SMALL,
+        *fields,
+    )
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A run that has learnt `FACTS`, in conversations of one turn and of two, and its output."""
+    place = tmp_path_factory.mktemp("sft")
+    ask, say = "user", "assistant"
+    lines = []
+    for (question, answer), (other, reply) in zip(FACTS.items(), reversed(FACTS.items())):
+        turns = [(ask, question), (say, answer), (ask, other), (say, reply)]
+        lines += [{"messages": [{"role": r, "content": c} for r, c in turns[:n]]} for n in (2, 4)]
+    fields = ["--config.tokenizer.kind=byte", "--config.tokenizer.chat_template=chatml"]
+    code, out, errors = tune(
+        place, "taught", lines * 2, *fields, "--config.train.steps=150", "--config.exact_match=4"
+    )
+    assert code == 0, errors
+    return place / "taught", out
+
+
+def test_a_tuned_model_answers_right_and_stops_by_itself(taught):
+    directory, out = taught
+    run = lm.load(directory)
+    asked = [Example(({"role": "user", "content": question},)) for question in FACTS]
+    assert replies(run, asked, GREEDY) == list(FACTS.values())
+    assert "exact match: 4 of 4 validation conversations, 100.0%" in out
+    # The end of a turn is an end of text for whatever continues ids.
+    end = run.tokenizer.special_ids["<|im_end|>"]
+    assert run.framing.end_of_text == (run.tokenizer.eos_id, end)
+    prompt = run.chat_template().encode([{"role": "user", "content": "Where?"}])
+    (said,) = [
+        "".join(text for _, text in run.generator.generate([prompt], GREEDY).texts())
+        for _ in range(1)
+    ]
+    assert said == "On the mat."
+
+
+def test_chatting_with_it_needs_nothing_but_its_directory(taught, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who sat?\nWhy?\n"))
+    from lm.__main__ import guarded, run
+
+    words = [f"--config.init_from={taught[0]}", "--config.temperature=0"]
+    assert guarded(run, ["--config=configs/chat.py", *words]) in (0, None)
+    assert capsys.readouterr().out.splitlines() == ["The cat.", "It slept."]
+
+
+def test_samples_are_replies_to_conversations_that_were_held_out(taught):
+    text = (taught[0] / "samples.txt").read_text()
+    first = text.split("\n\n")[0].splitlines()
+    assert first[0].removeprefix("user: ") in FACTS
+    assert first[-1].removeprefix("→ ") in FACTS.values()
+    losses = tiny_jobs.losses(taught[0], "eval_loss")
+    assert losses[-1][1] < 0.2
+
+
+def test_a_base_model_is_given_a_template_that_stays_with_the_run(tmp_path):
+    lines = [{"prompt": question, "response": answer} for question, answer in FACTS.items()]
+    steps = ["--config.train.steps=10", "--config.train.log_every=10"]
+    base = tmp_path / "base"
+    code, _, errors = tune(tmp_path, "base", lines, *steps, "--config.tokenizer.kind=byte")
+    assert code == 2 and "config.chat_template='' must name a chat template" in errors
+    steps += ["--config.data.block_size=128", "--config.prompt=Who sat?"]
+    plain = ["--config.tokenizer.kind=byte", "--config.chat_template=plain"]
+    code, _, errors = tune(tmp_path, "base", lines, *steps, *plain)
+    assert code == 0, errors
+    assert (base / "samples.txt").read_text().startswith("user: Who sat?\n→ ")
+    fields = [f"--config.init_from={base}", "--config.chat_template=chatml"]
+    code, out, errors = tune(tmp_path, "tuned", lines, *steps, *fields)
+    assert code == 0, errors
+    assert "note: the tokenizer has no token <|im_start|> or <|im_end|>" in " ".join(out.split())
+    template = lm.load(tmp_path / "tuned").chat_template()
+    assert template.render([{"role": "user", "content": "a"}]).endswith("<|im_start|>assistant\n")
+    # It goes on, whether or not the command says again how.
+    code, _, errors = tune(tmp_path, "tuned", lines, *steps, *fields, "--config.train.steps=20")
+    assert code == 0, errors
+
+
+def test_what_cannot_be_learnt_from_is_one_line(tmp_path):
+    lines = [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": 3}]
+    fields = ["--config.tokenizer.kind=byte", "--config.chat_template=chatml"]
+    refuse = "--config.data.on_bad_file=refuse"
+    code, _, errors = tune(tmp_path, "bad", lines, *fields, refuse)
+    assert code == 2 and "bad.jsonl line 2: response must be text, not int" in errors
+    code, _, errors = tune(tmp_path, "bad", lines, *fields, "--config.model.architecture=encoder")
+    assert code == 2 and "objective.name='sft', which needs decoder" in errors
+    assert len(errors.splitlines()) == 1
