@@ -20,7 +20,7 @@ import functools
 import hashlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -451,8 +451,8 @@ class Engine:
             prompt = prompt or []
         return Event(text.number, steps, text.finish, prompt, error)
 
-    def warm_up(self) -> None:
-        """Compiles all there is, so that no request waits for it; nothing must be under way.
+    def warm_up(self, levels: Sequence[Level] = LEVELS) -> None:
+        """Compiles all that requests of `levels` need; nothing must be under way.
 
         Raises:
           ConfigError: not even one text of the model's context fits into memory.
@@ -464,8 +464,9 @@ class Engine:
             table_1N = np.zeros((1, self._width), np.int32)
             paging = Paging(table_1N, nothing_1T, np.array([slots], np.int32))
             x_1TD = device.read(np.zeros_like(nothing_1T), paging)
-            device.score(ALTERNATIVES, x_1TD, nothing_1T[0])
-        for level in LEVELS:
+            if levels is LEVELS:
+                device.score(ALTERNATIVES, x_1TD, nothing_1T[0])
+        for level in levels:
             for size in self._sizes:
                 device.decode(level, self._rows([], size, level=level)[1], 1)
         if self.paged:

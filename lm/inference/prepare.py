@@ -115,10 +115,12 @@ def _inputs(name: str, axes: tuple[str | None, ...], tied: bool) -> tuple[int, .
 
 def _layers(x: jax.Array) -> tuple[jax.Array, ...]:
     """One array a layer, split as all of them together."""
-    mesh = mesh_of(x)
-    if mesh is None:
-        return tuple(x)
-    return jax.jit(lambda x: tuple(x), out_shardings=_of_layer(x.sharding))(x)
+    return tuple(x) if mesh_of(x) is None else _layers_split(x, _of_layer(x.sharding))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _layers_split(x: jax.Array, sharding: NamedSharding) -> tuple[jax.Array, ...]:
+    return tuple(jax.lax.with_sharding_constraint(layer, sharding) for layer in x)
 
 
 def _kept(w: jax.Array, inputs: tuple, eight_bits: bool, stacked: bool = False) -> Weight:
@@ -198,8 +200,12 @@ def _repeated(x: jax.Array, spec: ParamSpec) -> jax.Array:
     entries = [*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec))]
     entries[axis] = "tensor"
     times = spec.shape[axis] // x.shape[axis]
-    split = NamedSharding(x.sharding.mesh, PartitionSpec(*entries))
-    return jax.jit(lambda x: jnp.repeat(x, times, axis), out_shardings=split)(x)
+    return _repeated_split(x, times, axis, NamedSharding(x.sharding.mesh, PartitionSpec(*entries)))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _repeated_split(x: jax.Array, times: int, axis: int, sharding: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.repeat(x, times, axis), sharding)
 
 
 # ---- On a mesh -------------------------------------------------------------------------------

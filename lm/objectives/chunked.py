@@ -95,8 +95,11 @@ class Measure(Protocol):
             vocabulary.
         """
 
-    def gradient(self, saved: Any, tokens: Any, *weights: jax.Array) -> jax.Array:
-        """Of Σ weight·value, over the values that have `weights` [B, t], by the logits."""
+    def gradient(self, saved: Any, tokens: Any, *weights: jax.Array | None) -> jax.Array:
+        """Of Σ weight·value, over the values that have `weights` [B, t], by the logits.
+
+        The first has; others may be None or missing.
+        """
 
 
 class Split(NamedTuple):
@@ -239,8 +242,12 @@ def _joined(array):
 
 
 def _work(static: _Static, wanted, x, head, bias, others, first, tokens, weights):
-    """What is `wanted`: all `values`; their weighted `sums`; or these and all `gradients`."""
+    """What is `wanted`: all `values`; their weighted `sums`; or these, and gradients.
+
+    That of `x` alone, or of `x and head` and bias.
+    """
     measure, softcap, chunk, split, vocab = static
+    trained = wanted == "x and head"
 
     def step(carry, here):
         x, tokens, weights = here
@@ -252,25 +259,28 @@ def _work(static: _Static, wanted, x, head, bias, others, first, tokens, weights
         values, saved = measure.values(Part(logits, first, split.vocab, vocab), tokens, others)
         if wanted == "values":
             return carry, values
-        sums, *gradients = carry
+        sums, *head_gradients = carry
         sums = tuple(total + jnp.sum(weights[0] * value) for total, value in zip(sums, values))
         if wanted == "sums":
             return (sums,), None
-        dhead, dbias = gradients
+        dhead, dbias = head_gradients
         dlogits = measure.gradient(saved, tokens, *weights)
         if softcap:
             dlogits *= 1 - (logits / softcap) ** 2
-        if bias is not None:
+        if dbias is not None:
             dbias += dlogits.sum((0, 1))
         dlogits = jax.lax.optimization_barrier(dlogits.astype(x.dtype))
         dx = contract("btv,vd->btd", dlogits, head)
-        dhead += contract("btv,btd->vd", dlogits, x, jnp.float32)
+        if trained:
+            dhead += contract("btv,btd->vd", dlogits, x, jnp.float32)
         return (sums, dhead, dbias), dx
 
     carry = () if wanted == "values" else ((jnp.float32(0),) * measure.num_values,)
-    if wanted == "gradients":
-        dbias = None if bias is None else jnp.zeros(bias.shape, jnp.float32)
-        carry += jnp.zeros(head.shape, jnp.float32), dbias
+    if wanted in ("x", "x and head"):
+        carry += tuple(
+            jnp.zeros(array.shape, jnp.float32) if trained and array is not None else None
+            for array in (head, bias)
+        )
     here = x, tokens, weights
     if chunk == x.shape[1]:
         carry, places = step(carry, here)
@@ -279,7 +289,7 @@ def _work(static: _Static, wanted, x, head, bias, others, first, tokens, weights
         places = jax.tree.map(_joined, places)
     if wanted == "values":
         return places
-    return (*carry, places) if wanted == "gradients" else carry[0]
+    return carry[0] if wanted == "sums" else (*carry, places)
 
 
 def _on_mesh(split: Split, function, out_specs, x, head, bias, others, tokens, weights):
@@ -297,14 +307,14 @@ def _on_mesh(split: Split, function, out_specs, x, head, bias, others, tokens, w
     )(x, head.astype(x.dtype), bias, others, first_V, tokens, weights)
 
 
-def _gradients(static: _Static, x_BTD, head_VD, bias_V, others, tokens, weights):
-    """The sums, and the gradients (dx, dhead, dbias) of Σ weight·value."""
+def _gradients(static: _Static, trained: bool, x_BTD, head_VD, bias_V, others, tokens, weights):
+    """The sums, and the gradients (dx, dhead, dbias) of Σ weight·value.
+
+    A frozen head, as adapters have, gets none: it could be the largest array of all.
+    """
     split = static.split
-    function = functools.partial(_work, static, "gradients")
+    function = functools.partial(_work, static, "x and head" if trained else "x")
     arguments = x_BTD, head_VD, bias_V, others, tokens, weights
-    if not split.names:
-        sums, dhead, dbias, dx = function(*arguments[:4], 0, *arguments[4:])
-        return sums, (dx, dhead.astype(head_VD.dtype), dbias)
 
     def local(*arguments):
         sums, dhead, dbias, dx = function(*arguments)
@@ -313,18 +323,33 @@ def _gradients(static: _Static, x_BTD, head_VD, bias_V, others, tokens, weights)
             dx = jax.lax.psum_scatter(dx, split.vocab, scatter_dimension=1, tiled=True)
         elif split.vocab:
             dx = jax.lax.psum(dx, split.vocab)
+        if not trained:
+            return sums, dhead, dbias, dx
         # Else each device would keep its whole `dhead` until the backward pass is over.
         dhead = summed_over(split.tokens, dhead, split.head)
-        return sums, after(dhead, dx), dhead, dbias
+        return sums, dhead, dbias, after(dhead, dx)
 
-    out_specs = (
-        PartitionSpec(),
-        split.short if split.vocab else split.hidden,
-        PartitionSpec(split.vocab, shared(split.head, split.tokens)[1]),
-        PartitionSpec(split.vocab),
-    )
-    sums, dx, dhead, dbias = _on_mesh(split, local, out_specs, *arguments)
-    return sums, (dx, dhead.astype(head_VD.dtype), dbias)
+    if not split.names:
+        sums, dhead, dbias, dx = function(*arguments[:4], 0, *arguments[4:])
+    else:
+        out_specs = (
+            PartitionSpec(),
+            PartitionSpec(split.vocab, shared(split.head, split.tokens)[1]),
+            PartitionSpec(split.vocab),
+            split.short if split.vocab else split.hidden,
+        )
+        sums, dhead, dbias, dx = _on_mesh(split, local, out_specs, *arguments)
+    return sums, (dx, dhead.astype(head_VD.dtype) if trained else None, dbias)
+
+
+def _primal(x) -> bool:
+    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def _opened(primals):
+    """The arrays, and whether the head or its bias, the second and third, are differentiated."""
+    trained = any(primal.perturbed for primal in jax.tree.leaves(primals[1:3], is_leaf=_primal))
+    return jax.tree.map(lambda primal: primal.value, primals, is_leaf=_primal), trained
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -341,13 +366,18 @@ def _summed(static, x_BTD, head_VD, bias_V, others, tokens, weights):
     return _on_mesh(split, local, PartitionSpec(), *arguments)
 
 
+def _summed_forward(static, *primals):
+    arguments, trained = _opened(primals)
+    return _gradients(static, trained, *arguments)
+
+
 def _summed_backward(static, saved, gradients):
     scale = gradients[0]  # the others are reported, never differentiated; scale is float32
     dx, dhead, dbias = jax.tree.map(lambda array: (array * scale).astype(array.dtype), saved)
     return dx, dhead, dbias, None, None, None
 
 
-_summed.defvjp(_gradients, _summed_backward)
+_summed.defvjp(_summed_forward, _summed_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -360,12 +390,18 @@ def _each(static, x_BTD, head_VD, bias_V, others, tokens):
     return _on_mesh(split, function, places, x_BTD, head_VD, bias_V, others, tokens, ())
 
 
-def _each_forward(static, *arguments):
-    return _each(static, *arguments), arguments
+def _each_forward(static, *primals):
+    arguments, trained = _opened(primals)
+    return _each(static, *arguments), (arguments, () if trained else None)
 
 
-def _each_backward(static, arguments, weights):
-    return *_gradients(static, *arguments, weights)[1], None, None
+def _each_backward(static, saved, weights):
+    arguments, trained = saved
+    zero = jax.custom_derivatives.SymbolicZero
+    first, *rest = (None if isinstance(weight, zero) else weight for weight in weights)
+    if first is None:
+        first = jnp.zeros(weights[0].shape, jnp.float32)
+    return *_gradients(static, trained is not None, *arguments, (first, *rest))[1], None, None
 
 
-_each.defvjp(_each_forward, _each_backward)
+_each.defvjp(_each_forward, _each_backward, symbolic_zeros=True)

@@ -7,6 +7,9 @@ from typing import Literal
 
 from lm.config import Count, NotNegative, ShareBelowOne, check
 from lm.models import ModelConfig
+from lm.objectives.distill import DistillationConfig
+from lm.objectives.policy import PolicyConfig
+from lm.objectives.preference import PreferenceConfig
 
 # What a batch asks of the model (`lm.data` makes it) → the architectures that can answer.
 OBJECTIVES = {
@@ -17,7 +20,15 @@ OBJECTIVES = {
     "seq2seq": ("encoder_decoder",),  # a text's counterpart, with teacher forcing
     "sft": ("decoder",),  # what the assistant says in a conversation (Ouyang et al. 2022)
     "reward": ("decoder",),  # which of two replies is better, by a classifier of one label
+    "policy": ("decoder",),  # what a policy drew, by its advantage (`lm.objectives.policy`)
+    "value": ("decoder",),  # a critic: what reward is still to come
+    "dpo": ("decoder",),  # that one of two replies is preferred (Rafailov et al. 2023)
+    "orpo": ("decoder",),  # the same, and that reply itself, without a reference
+    "kto": ("decoder",),  # that a reply is desirable, or not (Ethayarajh et al. 2024)
+    "distillation": ("decoder",),  # what a teacher predicts
 }
+# Those that compare whole replies; what they read is the section `preference`.
+PREFERENCES = ("dpo", "orpo", "kto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +44,34 @@ class ObjectiveConfig:
     chunk: Count = 0  # positions whose logits exist at once; 0 chooses
     # reward: coefficient of (r_chosen + r_rejected)²; Eisenstein et al. 2023: 0.01
     centering: NotNegative = 0.0
+    policy: PolicyConfig = dataclasses.field(default_factory=PolicyConfig)
+    preference: PreferenceConfig = dataclasses.field(default_factory=PreferenceConfig)
+    distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a frozen model is compared with."""
+        return self.name in ("dpo", "kto", "distillation") and self.preference.loss != "simpo"
+
+    @property
+    def of_whole_batch(self) -> bool:
+        """Whether the loss of a part of a batch depends on all of it; see `whole_batch`."""
+        return self.name == "kto"
+
+    def validate(self, prefix: str = "config.objective") -> None:
+        """Raises ConfigError where a field is set that the objective does not read."""
+        self.preference.check_reads(self.name, f"{prefix}.preference")
+        check(
+            self.name == "distillation" or self.distillation == DistillationConfig(),
+            f"{prefix}.distillation is for {prefix}.name='distillation', not {self.name!r}",
+        )
+        for field in ("z_loss", "label_smoothing"):
+            value = getattr(self, field)
+            check(
+                value == 0 or self.name not in (*PREFERENCES, "reward", "distillation"),
+                f"{prefix}.{field}={value} does nothing for {prefix}.name={self.name!r}: leave it "
+                "out",
+            )
 
 
 def check_objective(objective: ObjectiveConfig, model: ModelConfig, prefix: str) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm.config import Bounds, NotNegative, SizeOrZero, check
+from lm.config import AboveZero, Bounds, NotNegative, SizeOrZero, check
 
 
 class _Form(NamedTuple):
@@ -55,6 +55,7 @@ class PolicyConfig:
     value_clip: NotNegative = 0.2  # how far a value may leave the old one; 0: as far as it likes
     # largest weight of a token in rollouts of an older policy, π_old/π_rollout; 0: no weights
     importance_cap: NotNegative = 0.0
+    temperature: AboveZero = 1.0  # divides the logits; a rollout's own in a job that makes them
     max_response: SizeOrZero = 0  # tokens; what Dr. GRPO divides every response's sum by
 
     def validate(self, prefix: str) -> None:

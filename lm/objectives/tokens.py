@@ -70,9 +70,7 @@ def token_loss(
         chunk=config.chunk if weights_BT is batch["weights"] else 0,
     )
     weight = jnp.sum(batch["weights"])
-    valid_BT = jnp.ones_like(text.tokens_BT) if text.valid_BT is None else text.valid_BT
-    tokens = jnp.sum(valid_BT, dtype=jnp.float32)
-    metrics = {"nats": nats, "weight": weight, "tokens": tokens}
+    metrics = {"nats": nats, "weight": weight, "tokens": num_tokens(text)}
     if router is not None:
         routing, routing_metrics = router_loss(router, config, weight)
         loss, metrics = loss + routing, {**metrics, **routing_metrics}
@@ -89,6 +87,12 @@ def text_of(batch: Batch, rows_B: jax.Array | None = None) -> Text:
         filled_BT=batch.get("filled"),
         rows_B=rows_B,
     )
+
+
+def num_tokens(text: Text) -> jax.Array:
+    """How many of a text's places are not padding, float32."""
+    valid_BT = jnp.ones_like(text.tokens_BT) if text.valid_BT is None else text.valid_BT
+    return jnp.sum(valid_BT, dtype=jnp.float32)
 
 
 def router_loss(

@@ -119,12 +119,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Of arrays [rows, tokens], after `leading` unsplit dimensions: both are split.
+def batch_sharding(mesh: Mesh, leading: int = 0, dims: int = 2) -> NamedSharding:
+    """Of arrays [rows, …, tokens] of so many dimensions, after `leading` unsplit ones.
 
-    Rows over `BATCH_AXES`, tokens over `context`.
+    Rows are split over `BATCH_AXES`, tokens over `context`. One dimension is that of rows.
     """
-    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES, "context"))
+    rest = (*(None,) * (dims - 2), "context")[: dims - 1]
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES, *rest))
 
 
 def batch_ways(mesh: Mesh) -> int:
@@ -150,20 +151,22 @@ def local_rows(
 
 def assemble(
     batch: Mapping[str, np.ndarray],
-    sharding: NamedSharding,
+    mesh: Mesh,
     rows: np.ndarray,
     batch_size: int,
     leading: int = 0,
 ) -> dict[str, jax.Array]:
-    """Global arrays on their devices, from this host's rows of each.
+    """Global arrays on their devices, from this host's rows of each; see `batch_sharding`.
 
-    The transfers are started, not waited for. `batch` holds arrays [..., rows of this host, tokens]
+    The transfers are started, not waited for. `batch` holds arrays [..., rows of this host, ...]
     with `leading` dimensions before the rows; `rows`, from `local_rows`, says which they are.
     """
-    if len(rows) == batch_size and sharding.is_fully_addressable:
-        return jax.device_put(dict(batch), sharding)
+    shardings = {name: batch_sharding(mesh, leading, x.ndim - leading) for name, x in batch.items()}
+    if len(rows) == batch_size and batch_sharding(mesh).is_fully_addressable:
+        return jax.device_put(dict(batch), shardings)
 
-    def whole(local: np.ndarray) -> jax.Array:
+    def whole(name: str) -> jax.Array:
+        local = batch[name]
         shape = (*local.shape[:leading], batch_size, *local.shape[leading + 1 :])
 
         def part(index: tuple[slice, ...]) -> Any:
@@ -171,6 +174,6 @@ def assemble(
             first, last = np.searchsorted(rows, wanted.indices(batch_size)[:2])
             return local[*index[:leading], first:last, *index[leading + 1 :]]
 
-        return jax.make_array_from_callback(shape, sharding, part)
+        return jax.make_array_from_callback(shape, shardings[name], part)
 
-    return {name: whole(local) for name, local in batch.items()}
+    return {name: whole(name) for name in batch}

@@ -30,7 +30,8 @@ from lm.training.metrics import FILE as METRICS
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer", "checkpoints"
 
 # What a run that goes on may have otherwise than it began, by section or field of
-# `lm.runs.config.TrainJob`; a field's own line goes before its section's.
+# `lm.runs.config.TrainJob` or `lm.alignment.config.AlignJob`; a field's own line goes before its
+# section's.
 # These change nothing of what is computed, or only how fast, where and how often.
 FREE = (
     "data.cache_dir", "data.prefetch", "data.num_threads", "data.even_batch", "data.epochs",
@@ -39,7 +40,8 @@ FREE = (
     "train.steps_per_dispatch", "train.log_every", "train.eval_every", "train.eval_batch_size",
     "train.on_spike", "train.spike_nats", "train.max_spikes", "train.profile_start",
     "train.profile_steps", "train.compiler", "train.compilation_cache", "checkpoint", "mesh",
-    "ignore", "hosts", "strategy", "zero", "prompt", "sample", "exact_match",
+    "ignore", "hosts", "strategy", "zero", "prompt", "sample", "exact_match", "rollout.slots",
+    "shown",
 )  # fmt: skip
 # These may change, and it is said what that does.
 _ROUNDED = "was {old}, is {new} from here on: no run without a break ends with the same numbers"
@@ -62,6 +64,8 @@ REFUSED = (
     "data.end_of_text", "data.shuffle", "data.random_offset", "data.document_separator",
     "objective.name", "objective.z_loss", "objective.label_smoothing",
     "objective.load_balancing", "objective.router_z", "objective.centering",
+    "objective.policy", "objective.preference", "objective.distillation", "rollout", "rewards",
+    "advantage", "update",
 )  # fmt: skip
 
 
@@ -96,7 +100,7 @@ def saved_run(directory: pathlib.Path) -> dict[str, Any] | None:
     metrics = directory / METRICS
     begun = bool(saved_paths(directory / CHECKPOINTS))
     begun |= metrics.exists() and metrics.stat().st_size > 0
-    return saved if begun or saved.get("job") != "train" else None
+    return saved if begun or saved.get("job") not in ("train", "align") else None
 
 
 def check_place(directory: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from lm.models import ModelConfig, bind, param_specs, skeleton
 from lm.models.matmul import compute_dtype
-from lm.objectives.cross_entropy import chunk_length
+from lm.objectives.chunked import chunk_length
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import batch_ways
 from lm.parallel.platform import platform

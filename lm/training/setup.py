@@ -11,7 +11,7 @@ import numpy as np
 from lm.data.batches import BatchIterator, EvaluationBatches
 from lm.models import Model, init, param_specs, skeleton
 from lm.parallel import compiler
-from lm.parallel.mesh import assemble, batch_sharding, replicated
+from lm.parallel.mesh import assemble, replicated
 from lm.parallel.sharding import ParamSpec, parameter_shardings, zero_rules
 from lm.training.offload import streamed_update
 from lm.training.optimizer import Optimizer, make_optimizer
@@ -57,8 +57,8 @@ class Training(NamedTuple):
             filled = batch["segment_ids"] > 0
             batch = {k: v for k, v in batch.items() if k not in ("segment_ids", "positions")}
             batch["filled"] = filled
-        sharding = batch_sharding(self.workload.layout.mesh, leading)
-        return assemble(batch, sharding, batches.local_rows, batches.batch_size, leading)
+        mesh = self.workload.layout.mesh
+        return assemble(batch, mesh, batches.local_rows, batches.batch_size, leading)
 
 
 def set_up(workload: Workload) -> Training:

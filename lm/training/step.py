@@ -15,7 +15,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from lm.models import Model, bind
-from lm.objectives import loss
+from lm.objectives import loss, whole_batch
 from lm.training.optimizer import Optimizer, global_norm
 from lm.training.workload import Workload
 
@@ -62,19 +62,24 @@ def gradients(
         grads, metrics = grad_fn(params, batch, rows_B)
         return jax.lax.with_sharding_constraint(grads, shardings), metrics
 
+    return sum_of_parts(summed, batch, accumulation)
+
+
+def sum_of_parts(function: Callable, batch: Batch, accumulation: int) -> Any:
+    """The sum of `function(micro-batch, rows_B)` over as many micro-batches as `gradients` cuts."""
     rows_B = jnp.arange(jax.tree.leaves(batch)[0].shape[0], dtype=jnp.int32)
     if accumulation == 1:
-        return summed(batch, rows_B)
+        return function(batch, rows_B)
 
     def cut(x):
         x = x.reshape(x.shape[0] // accumulation, accumulation, *x.shape[1:])
         return jnp.moveaxis(x, 1, 0)
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, summed(*part)), None
+        return jax.tree.map(jnp.add, total, function(*part)), None
 
     parts = jax.tree.map(cut, (dict(batch), rows_B))
-    shapes = jax.eval_shape(lambda p: summed(*p), jax.tree.map(lambda x: x[0], parts))
+    shapes = jax.eval_shape(lambda p: function(*p), jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, parts)[0]
 
@@ -117,6 +122,16 @@ def make_train_step(
         def loss_fn(params, batch, rows_B):
             bound, reference = models(model, params, frozen)
             return loss(bound, batch, objective, key, most, rows_B, reference)
+
+        if objective.of_whole_batch and config.accumulation > 1:
+
+            def of_part(part, rows_B):
+                bound, reference = models(model, state["params"], frozen)
+                return whole_batch(bound, part, objective, reference)
+
+            totals = sum_of_parts(of_part, batch, config.accumulation)
+            rows = jax.tree.leaves(batch)[0].shape[:1]
+            batch = {**batch, **{name: jnp.full(rows, x) for name, x in totals.items()}}
 
         summed, metrics = gradients(loss_fn, state["params"], batch, config.accumulation, shardings)
         weight = jnp.maximum(metrics["weight"], 1.0)

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import tiny_jobs
 
+from lm.alignment.config import AlignJob
 from lm.config import ConfigError
 from lm.jobs.train import TrainJob
 from lm.runs.directory import FREE, NOTED, REFUSED, classified
@@ -49,7 +50,7 @@ def leaves(section, prefix=""):
 
 
 def test_every_field_of_a_run_is_free_noted_or_refused():
-    fields = list(leaves(TrainJob()))
+    fields = [*leaves(TrainJob()), *leaves(AlignJob())]
     assert [f for f in fields if not classified(f)] == [], "say in lm/runs/directory.py"
     listed = [*FREE, *NOTED, *REFUSED]
     assert len({*listed}) == len(listed)

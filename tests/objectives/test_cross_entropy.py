@@ -7,7 +7,8 @@ import pytest
 import tiny_models
 
 from lm.config import ConfigError
-from lm.objectives.cross_entropy import CHUNK_ELEMENTS, chunk_length, linear_cross_entropy
+from lm.objectives.chunked import CHUNK_ELEMENTS, chunk_length
+from lm.objectives.cross_entropy import linear_cross_entropy
 
 B, T, D, V = 2, 12, 8, 30
 

@@ -67,11 +67,20 @@ def test_hosts_read_what_their_devices_hold_and_together_everything(shape, order
 )
 def test_the_global_array_is_the_batch(sizes, leading):
     mesh = mesh_of([sizes.get(axis, 1) for axis in AXES], order=[3, 1, 7, 5, 0, 2, 6, 4])
-    whole = np.arange(3**leading * 16 * 4).reshape((3,) * leading + (16, 4))
     rows = local_rows(batch_sharding(mesh), 16)
-    placed = assemble({"inputs": whole}, batch_sharding(mesh, leading), rows, 16, leading)
-    np.testing.assert_array_equal(placed["inputs"], whole)
-    assert placed["inputs"].sharding == batch_sharding(mesh, leading)
+    inner = {"inputs": (4,), "pairs": (2, 4), "label": ()}
+    batch = {
+        name: np.arange(3**leading * 16 * np.prod(shape, dtype=int)).reshape(
+            (3,) * leading + (16, *shape)
+        )
+        for name, shape in inner.items()
+    }
+    placed = assemble(batch, mesh, rows, 16, leading)
+    for name, whole in batch.items():
+        np.testing.assert_array_equal(placed[name], whole)
+        assert placed[name].sharding == batch_sharding(mesh, leading, 1 + len(inner[name]))
+    assert placed["pairs"].sharding.spec[leading:] == (BATCH_AXES, None, "context")
+    assert placed["label"].sharding.spec[leading:] == (BATCH_AXES,)
 
 
 def test_a_host_needs_no_other_rows_than_its_own(monkeypatch):
@@ -91,7 +100,7 @@ def test_a_host_needs_no_other_rows_than_its_own(monkeypatch):
                 seen[device] = (part(index), whole[index])
 
     monkeypatch.setattr(jax, "make_array_from_callback", make)
-    assemble({"inputs": whole[rows]}, sharding, rows, 8)
+    assemble({"inputs": whole[rows]}, mesh, rows, 8)
     assert len(seen) == 4
     for placed, wanted in seen.values():
         np.testing.assert_array_equal(placed, wanted)

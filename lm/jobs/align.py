@@ -1,0 +1,147 @@
+"""Learning from rewards: a model that follows instructions to one that does so well.
+
+One linear story: config, devices, prompts and rewards, training steps, state, loop, samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import signal
+import time
+
+import jax
+import ml_collections
+from rich.console import Console
+
+from lm.alignment.config import AlignJob
+from lm.alignment.curves import plot_curves
+from lm.alignment.loop import Loop
+from lm.alignment.page import keep_before, write_page
+from lm.alignment.prompts import PromptOrder, PromptReader, fields_of, fingerprint
+from lm.alignment.rewards import Rewards
+from lm.alignment.rollouts import Sampler
+from lm.alignment.scoring import Scorer
+from lm.alignment.start import critic_training, first_state, reference_parameters
+from lm.config import to_dict, view
+from lm.inference import Framing
+from lm.parallel import hosts
+from lm.parallel.layout import lay_out
+from lm.parallel.platform import keep_buffers, keep_programs
+from lm.runs.directory import CHECKPOINTS, CONFIG, Claim, check_place
+from lm.runs.inherited import Origin, inherit
+from lm.training.checkpoints import Checkpointer
+from lm.training.config import TrainingInterrupted
+from lm.training.metrics import MetricsWriter
+from lm.training.progress import Progress
+from lm.training.report import describe_run
+from lm.training.setup import set_up
+from lm.training.workload import check_layout, check_memory, check_offload
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
+    """Learns as `config` says, or goes on where `workdir` left off.
+
+    Returns:
+      The last evaluation: `eval_reward` and others, where there are held-out prompts.
+
+    Raises:
+      TrainingInterrupted: SIGTERM came to a host before the last iteration, and the run saved.
+      KeyboardInterrupt: likewise after Ctrl-C.
+      TrainingStopped: learning cannot go on.
+    """
+    directory = pathlib.Path(workdir)
+    fields, origin = inherit(config, directory)
+    job = view(AlignJob, fields).with_value_head()
+    with hosts.together(job.hosts):
+        results, left_by = _run(job, directory, origin)
+    if left_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    if left_by:
+        raise TrainingInterrupted("the run was asked to leave; the same command goes on")
+    return results
+
+
+def _run(job: AlignJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[str, float], int]:
+    """The last evaluation, and the signal that ended the run before its last iteration."""
+    console = Console(soft_wrap=False, highlight=False, quiet=hosts.index() > 0)
+    say = functools.partial(console.print, markup=False, soft_wrap=True)  # names are names
+
+    # ---- Devices: what they cannot share or hold is said before any work
+    if jax.default_backend() == "cpu":
+        keep_buffers()
+    if job.train.compilation_cache:
+        keep_programs(job.train.compilation_cache)
+    layout = lay_out(job.strategy, job.mesh, job.zero)
+    workload = job.workload(layout)
+    check_layout(workload)
+    check_memory(workload)
+    check_offload(workload)
+    check_place(directory)
+
+    # ---- Prompts and rewards: what may be in the directory is known with them
+    tokenizer = origin.tokenizer(job.tokenizer, lambda: ())
+    theirs = origin.source.config if origin.saved is None else origin.saved
+    framing = Framing.of_run(theirs, job.model, tokenizer, f"{job.init_from}/{CONFIG}: framing")
+    reader = PromptReader(tokenizer, framing, job.chat_template, job.longest_prompt)
+    prompts, held_out = reader.read(job.data, job.seed, say)
+    rewards = Rewards(job.rewards)
+    rewards.try_out([prompt.text for prompt in prompts[:2]], **fields_of(prompts[:2]))
+    carried = origin.carried(False) | {"framing": dataclasses.asdict(framing)}
+    corpus = functools.partial(fingerprint, prompts + held_out)
+    claim = Claim(directory, to_dict(job), to_dict(AlignJob()), tokenizer, corpus, carried)
+    for note in claim.check():
+        say(f"note: {note}")
+
+    # ---- Training steps: shapes and shardings, and nothing allocated yet
+    policy = set_up(workload)
+    critic = critic_training(job, layout, tokenizer) if job.critic == "separate" else None
+    abstract = policy.abstract | ({"critic": critic.abstract} if critic else {})
+    with layout.active():
+        describe_run(console, policy)
+        with Checkpointer(directory / CHECKPOINTS, job.checkpoint) as checkpointer:
+            # ---- State: the directory is ours from here on
+            claim.write()
+            found = checkpointer.restore_latest(abstract)
+            if found is not None:
+                start, state, extra = found
+                say(f"resuming at step {start} of {job.train.steps}")
+            else:
+                start, extra = 0, {}
+                state, extra["reference_step"] = first_state(job, policy, critic, origin)
+            reference = None
+            if job.update.reference:
+                reference = reference_parameters(policy, origin, extra["reference_step"], job.seed)
+
+            # ---- Loop
+            began, steps = time.perf_counter(), job.train.steps
+            length, known = job.data.block_size, tokenizer.vocab_size
+            parts = policy.model, state["params"], framing, tokenizer
+            with MetricsWriter(directory, start) as writer, Progress(steps, start) as progress:
+                loop = Loop(
+                    job=job,
+                    policy=policy,
+                    critic=critic,
+                    sampler=Sampler(*parts, job.rollout, length, reader.ends),
+                    scorer=Scorer(policy, critic, job.rollout, known),
+                    rewards=rewards,
+                    tokenizer=tokenizer,
+                    prompts=PromptOrder(prompts, job.seed),
+                    held_out=held_out,
+                    reference=reference,
+                    frozen={},
+                    checkpointer=checkpointer,
+                    writer=writer,
+                    progress=progress,
+                )
+                asked = (held_out or prompts)[: job.shown]
+                if start == 0:
+                    keep_before(directory, loop.shown(state, asked))
+                state, step = loop.run(state, start, extra)
+                say(f"{step - start} iterations in {time.perf_counter() - began:.1f} s")
+                if not loop.left_by:
+                    write_page(directory, asked, loop.shown(state, asked))
+    if hosts.index() == 0 and plot_curves(directory):
+        say(f"curves: {directory / 'curves.png'}")
+    return loop.last_eval, loop.left_by

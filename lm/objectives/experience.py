@@ -1,0 +1,90 @@
+"""What a policy drew, read again by the policy that learns from it, and by its critic.
+
+Scoring and training read through the same function, so that before the first update every ratio of
+the two is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+
+from lm.models import Model
+from lm.models.moe.experts import RouterStats
+from lm.objectives.config import ObjectiveConfig
+from lm.objectives.logprobs import linear_logprobs
+from lm.objectives.policy import policy_loss, value_loss
+from lm.objectives.tokens import router_loss, text_of
+
+
+class Reading(NamedTuple):
+    """What a policy makes of a batch."""
+
+    logprob_BT: jax.Array  # of the targets, among the tokens of the batch's `support`
+    entropy_BT: jax.Array
+    value_BT: jax.Array | None  # of a value head beside the output head
+    router: RouterStats | None
+
+
+def read(
+    model: Model,
+    batch: Mapping[str, jax.Array],
+    config: ObjectiveConfig,
+    rows_B: jax.Array | None = None,
+) -> Reading:
+    """Reads a batch of responses with a bound policy.
+
+    Args:
+      batch: see `lm.objectives.token_loss`; `support`, where there is one, is
+        `linear_logprobs`'s.
+      config: its `policy.temperature` divides the logits.
+    """
+    x_BTD, router = model.forward(text_of(batch, rows_B))
+    logprob_BT, entropy_BT = linear_logprobs(
+        model.readout(x_BTD),
+        model.output_weights(),
+        batch["targets"],
+        batch["weights"],
+        bias_V=model.output_bias(),
+        softcap=model.config.logits_softcap,
+        temperature=config.policy.temperature,
+        support_BTW=batch.get("support"),
+        entropy=True,
+        chunk=config.chunk,
+    )
+    value_BT = model.values(x_BTD) if model.config.classifier == "token" else None
+    return Reading(logprob_BT, entropy_BT, value_BT, router)
+
+
+def experience_loss(
+    model: Model,
+    batch: Mapping[str, jax.Array],
+    config: ObjectiveConfig,
+    rows_B: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`policy_loss` of a bound policy, with its routers' losses."""
+    found = read(model, batch, config, rows_B)
+    loss, metrics = policy_loss(
+        found.logprob_BT, found.entropy_BT, batch, config.policy, found.value_BT
+    )
+    if found.router is not None:
+        routing, more = router_loss(found.router, config, metrics["weight"])
+        loss, metrics = loss + routing, {**metrics, **more}
+    return loss, metrics
+
+
+def critic_loss(
+    model: Model,
+    batch: Mapping[str, jax.Array],
+    config: ObjectiveConfig,
+    rows_B: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`value_loss` of a bound critic, a model with a head of one label."""
+    x_BTD, router = model.forward(text_of(batch, rows_B))
+    loss, metrics = value_loss(model.values(x_BTD), batch, config.policy)
+    if router is not None:
+        routing, more = router_loss(router, config, metrics["weight"])
+        loss, metrics = loss + routing, {**metrics, **more}
+    return loss, metrics

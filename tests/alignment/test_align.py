@@ -1,0 +1,129 @@
+"""Learning from rewards, from the command to the run directory that it leaves."""
+
+import signal
+
+import jax
+import numpy as np
+import pytest
+import tiny_align
+import tiny_jobs
+from tiny_align import measured
+
+import lm
+from lm.config import ConfigError
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny_align.write_source(tmp_path_factory.mktemp("align") / "source")
+
+
+@pytest.fixture(scope="module")
+def learned(source):
+    """GRPO for 8 iterations, its compilations counted after the first."""
+    compiled, records = [], source.parent / "grpo" / "metrics.jsonl"
+
+    def count(name, *_, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled.append(len(records.read_text().splitlines()) if records.exists() else 0)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        directory = tiny_align.run(source, "grpo", train__steps=8)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    return directory, compiled
+
+
+def test_grpo_raises_the_reward(learned):
+    rewards = measured(learned[0], "reward")
+    assert len(rewards) == 8
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2
+
+
+def test_the_first_update_meets_the_policy_that_wrote(learned, source):
+    directory = tiny_align.run(source, "one", train__steps=1, data__batch_size=32)
+    for name, value in {"ratio": 1, "approx_kl": 0, "clip_fraction": 0, "kl": 0}.items():
+        assert measured(directory, name) == [value]
+
+
+def test_nothing_compiles_after_the_first_iteration(learned):
+    _, compiled = learned
+    # But for the checksums of the first checkpoint, after the second.
+    assert compiled and {lines for lines in compiled if lines} <= {2}
+
+
+def test_the_run_directory_explains_itself(learned):
+    directory, _ = learned
+    run = lm.load(directory)
+    assert run.step == 8 and run.config["job"] == "align"
+    assert run.generate("Say a: ", max_new_tokens=4).startswith("Say a: ")
+    names = {"reward", "entropy", "clip_fraction", "response_length", "end_rate", "kl"}
+    names |= {"rollout_seconds", "scoring_seconds", "update_seconds", "loss", "learning_rate"}
+    assert names <= run.metrics[0].keys()
+    page = (directory / "samples.html").read_text()
+    assert "before" in page and "http" not in page and "Say a: " in page
+    assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((directory / "tensorboard").iterdir())
+
+
+def test_a_run_that_goes_on_is_one_without_a_break_bit_for_bit(source):
+    name, fields = "grpo", {"advantage__kl_coefficient": 0.1, "advantage__kl_target": 1.0}
+    whole = tiny_align.run(source, f"whole_{name}", train__steps=4, **fields)
+    broken = tiny_align.run(source, f"broken_{name}", train__steps=4, **fields)
+    for step in tiny_jobs.checkpoint_steps(broken)[1:]:
+        path = broken / "checkpoints" / f"{step:08d}"
+        path.rename(path.with_suffix(".deleting"))
+    tiny_align.run(source, f"broken_{name}", train__steps=4, **fields)
+    tiny_jobs.assert_same_run(whole, broken)
+    for field in ("reward", "kl", "kl_coefficient", "response_length"):
+        assert measured(whole, field) == measured(broken, field)
+
+
+def test_a_prompt_that_is_none_is_named_by_file_line_and_field(source, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+    with pytest.raises(ConfigError, match=r"bad.jsonl, line 2, field 'prompt'"):
+        tiny_align.run(source, "bad", data__path=str(tmp_path / "bad.jsonl"))
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_goes_on(source):
+    process = tiny_align.start(source, "left", train__steps=40, checkpoint__every=0)
+    for line in process.stdout:
+        if line.startswith("step"):
+            process.send_signal(signal.SIGTERM)
+            break
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "SIGTERM: saved step" in out
+    assert len(tiny_jobs.checkpoint_steps(source.parent / "left")) == 1
+    again = tiny_align.start(source, "left", train__steps=40, checkpoint__every=0)
+    assert again.wait(timeout=200) == 0, again.stderr.read()
+    whole = tiny_align.start(source, "unbroken", train__steps=40, checkpoint__every=0)
+    assert whole.wait(timeout=200) == 0
+    tiny_jobs.assert_same_run(source.parent / "left", source.parent / "unbroken")
+
+
+@pytest.mark.slow
+def test_a_mesh_learns_as_one_device_does_to_rounding(source):
+    fields = {"train__steps": 2, "rollout__temperature": 1.0, "update__epochs": 2}
+    alone = tiny_align.run(source, "alone", **fields)
+    split = tiny_align.run(
+        source, "split", num_devices=8, mesh__data=1, mesh__fsdp=4, mesh__tensor=2, **fields
+    )
+    for field in ("loss", "reward", "entropy"):
+        np.testing.assert_allclose(
+            measured(alone, field)[:1], measured(split, field)[:1], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_configs_are_checked_before_any_work(source):
+    for fields, message in (
+        ({"rollout__prompts": 3}, "data.batch_size=16 must divide the 24 responses"),
+        ({"rollout__samples": 1, "rollout__prompts": 16}, "needs 2 at least"),
+        ({"rollout__max_new_tokens": 99}, "leaves no room for a prompt"),
+        ({"rewards__functions": "nothing"}, "rewards.functions='nothing'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            tiny_align.run(source, "refused", **fields)
+    assert not (source.parent / "refused" / "config.json").exists()

@@ -1,0 +1,80 @@
+"""Runs of learning from rewards that take seconds: a byte model is paid for letters."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import pathlib
+import subprocess
+from collections.abc import Iterator
+from unittest import mock
+
+import jax
+import letters
+import tiny_jobs
+from tiny_run import write_tiny_run
+
+from lm.jobs import align
+from lm.parallel.layout import lay_out
+
+PROMPTS = ("Say a: ", "And now? ", "More, please: ", "a?")
+
+
+def write_source(directory: pathlib.Path, **fields) -> pathlib.Path:
+    """A policy to start from, and prompts beside it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tiny_run(directory, **{"max_length": 48, "initializer_std": 0.1, **fields})
+    lines = [json.dumps({"prompt": prompt, "number": i}) for i, prompt in enumerate(PROMPTS)]
+    (directory / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+PPO = {
+    "objective__policy__loss": "ppo",
+    "advantage__name": "gae",
+    "advantage__kl_coefficient": 0.01,
+    "update__epochs": 2,
+}
+
+
+def config(source: pathlib.Path, **fields):
+    """The tiny config with `section__field=value` changed."""
+    result = letters.get_config()
+    own = {"init_from": str(source), "data__path": str(source / "prompts.jsonl")}
+    fields = {**own, "train__compilation_cache": "", **fields}
+    result.update_from_flattened_dict({n.replace("__", "."): v for n, v in fields.items()})
+    return result
+
+
+@contextlib.contextmanager
+def devices(count: int) -> Iterator[None]:
+    """Jobs run in this process see `count` of its fake devices."""
+    some = functools.partial(lay_out, devices=jax.devices()[:count])
+    with mock.patch.object(align, "lay_out", some):
+        yield
+
+
+def run(source: pathlib.Path, name: str, num_devices: int = 1, **fields) -> pathlib.Path:
+    """Learns in this process; the run directory beside the source."""
+    with devices(num_devices):
+        align.run(config(source, **fields), str(source.parent / name))
+    return source.parent / name
+
+
+def start(source: pathlib.Path, name: str, **fields) -> subprocess.Popen[str]:
+    """The same as `python main.py`, its output to be read."""
+    fields = {
+        "init_from": source,
+        "data__path": source / "prompts.jsonl",
+        "train__compilation_cache": source.parent / "xla",
+        **fields,
+    }
+    words = [f"--config.{field.replace('__', '.')}={value}" for field, value in fields.items()]
+    place = ["--config=tests/alignment/letters.py", f"--workdir={source.parent / name}"]
+    return tiny_jobs.start([*tiny_jobs.command(source.parent, name)[:2], *place, *words])
+
+
+def measured(directory: pathlib.Path, field: str) -> list[float]:
+    """A metric of every record that has it."""
+    return [value for _, value in tiny_jobs.losses(directory, field)]
