@@ -125,7 +125,6 @@ def policy_loss(
     if config.importance_cap:
         stale_BT = norm.over_response(old_BT - norm.kept(batch["rollout_logprob"]), form.ratio)
         importance_BT = jnp.minimum(jnp.exp(stale_BT), config.importance_cap)
-        importance_BT = jax.lax.stop_gradient(importance_BT)
         metrics["importance"] = norm.metric(importance_BT)
         loss_BT *= importance_BT
     metrics["policy_loss"] = norm.metric(loss_BT)

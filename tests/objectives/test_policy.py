@@ -94,6 +94,9 @@ def test_the_quantities_of_ppo_are_those_of_plain_loops():
     for name, value in expected.items():
         np.testing.assert_allclose(means[name], value, atol=1e-5, err_msg=name)
     assert 0 < means["clip_fraction"] < 1 and 0 < means["value_clip_fraction"] < 1
+    # Where nothing is to be gained, nothing is cut off.
+    equal = given | {"advantage": np.zeros_like(MASK_BT)}
+    assert run(equal, PolicyConfig())[1]["clip_fraction"] == 0
 
 
 @EACH
