@@ -45,6 +45,7 @@ CONFIGS = {
     "bert_tiny": ("bert_tiny", BPE),
     "t5_tiny": ("t5_tiny", {"tokenizer.vocab_size": 400, "tokenizer.num_sentinels": 20}),
     "finetune": ("finetune", {"init_from": "quickstart"}),
+    "sft": ("align/sft", BPE | {"init_from": "", "chat_template": "plain", "data.block_size": 256}),
     "translate": ("translate", BPE | PAIRS | {"data.long_pairs": "drop"}),
 }
 PRODUCTS = {
@@ -58,6 +59,7 @@ WAYS = {name: {"strategy": name} for name in STRATEGIES} | PRODUCTS
 KINDS = {
     "mixture": ("zero3", "expert", "context=4", "zero2,stage=2"),
     "finetune": ("zero3", "megatron_3d", "context"),
+    "sft": ("zero3", "context=4", "zero2,stage=2"),
     "lstm": ("zero3", "megatron_3d", "context", "expert", "zero2,stage=2"),
 }
 FAST = [("story", way) for way in STRATEGIES]
@@ -90,7 +92,7 @@ def train(place, name, way, devices):
     file, fields = CONFIGS[name]
     caches = {"data.cache_dir": place / "tokens", "train.compilation_cache": ""}
     fields = SMALL | fields | way | caches
-    if "init_from" in fields:
+    if fields.get("init_from"):
         on_one_device(place, fields["init_from"])
         fields["init_from"] = place / f"{fields['init_from']}-1"
     flags = [f"--config.{field}={value}" for field, value in fields.items()]

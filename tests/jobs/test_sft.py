@@ -42,6 +42,7 @@ def tune(place, name, lines, *fields):
         f"--workdir={place / name}",
         f"--config.data.path={path}",
         f"--config.data.cache_dir={place / 'tokens'}",
+        f"--config.train.compilation_cache={place / 'xla'}",
         *SMALL,
         *fields,
     )
@@ -99,6 +100,7 @@ def test_samples_are_replies_to_conversations_that_were_held_out(taught):
     assert losses[-1][1] < 0.2
 
 
+@pytest.mark.slow
 def test_a_base_model_is_given_a_template_that_stays_with_the_run(tmp_path):
     lines = [{"prompt": question, "response": answer} for question, answer in FACTS.items()]
     steps = ["--config.train.steps=10", "--config.train.log_every=10"]
