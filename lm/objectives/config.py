@@ -95,7 +95,7 @@ def check_objective(objective: ObjectiveConfig, model: ModelConfig, prefix: str)
             f"{prefix}.objective.name='reward' needs {prefix}.model.classifier='sequence' and "
             f"num_labels=1, not {model.classifier!r} and {model.num_labels}",
         )
-    else:
+    elif objective.name != "value":
         check(
             model.has_output_head,
             f"{prefix}.model.classifier={model.classifier!r} stands in place of the output head, "

@@ -10,7 +10,7 @@ import numpy as np
 
 from lm.config import ConfigError, check
 from lm.files import read_json, write_json
-from lm.tokenizers import ChatTemplate
+from lm.tokenizers import ChatTemplate, learned
 
 FILE = "reward.json"
 Prompt = str | Sequence[Mapping[str, Any]]  # what a user says, or messages
@@ -72,15 +72,10 @@ def reply_ids(
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     reply = {"role": "assistant", "content": response}
-    parts = template.parts([*messages, reply], add_generation_prompt=False)
-    ids, texts = template.ends
-    last = max((i for i, part in enumerate(parts) if part in ids), default=None)
-    if last is not None:
-        return template.tokenizer.encode_parts(parts[: last + finished])
-    if texts and isinstance(parts[-1], str) and texts[0] in parts[-1]:
-        before, end, _ = parts[-1].rpartition(texts[0])
-        parts[-1] = before + end * finished
-    return template.tokenizer.encode_parts(parts)
+    ids, learnt = learned(template, [*messages, reply], given=len(messages))
+    ids = ids[: len(learnt) - learnt[::-1].index(True)]
+    ends = template.ends[0] or (template.tokenizer.eos_id,)
+    return ids[:-1] if not finished and ids[-1] in ends else ids
 
 
 def pairs_of(
