@@ -56,15 +56,8 @@ class PolicyConfig:
     # largest weight of a token in rollouts of an older policy, π_old/π_rollout; 0: no weights
     importance_cap: NotNegative = 0.0
     temperature: AboveZero = 1.0  # divides the logits; a rollout's own in a job that makes them
-    max_response: SizeOrZero = 0  # tokens; what Dr. GRPO divides every response's sum by
-
-    def validate(self, prefix: str) -> None:
-        """Raises ConfigError for Dr. GRPO without its constant."""
-        check(
-            self.loss != "dr_grpo" or self.max_response > 0,
-            f"{prefix}.max_response={self.max_response} must be above 0 for {prefix}.loss="
-            "'dr_grpo': the most tokens that a response can have",
-        )
+    # tokens; what Dr. GRPO divides every response's sum by; a rollout's own most, likewise
+    max_response: SizeOrZero = 0
 
 
 def policy_loss(
@@ -96,6 +89,9 @@ def policy_loss(
       and, which are means once divided by `weight`, `policy_loss`, `ratio`, `clip_fraction`,
       `approx_kl` (k3 of KL(π_old‖π)); and where there is what they are made from, `entropy`, `kl`
       (k3 of KL(π‖π_ref)), `importance` and `value_loss`'s.
+
+    Raises:
+      ConfigError: Dr. GRPO without `max_response`.
     """
     form, norm = LOSSES[config.loss], _Norm.of(config, batch["weights"])
     logprob_BT, advantage_BT = norm.kept(logprob_BT), norm.kept(batch["advantage"])
@@ -190,6 +186,11 @@ class _Norm(NamedTuple):
         mask_BT = weights_BT > 0
         length_B1 = jnp.sum(mask_BT, 1, keepdims=True, dtype=jnp.float32)
         mean = LOSSES[config.loss].mean
+        check(
+            mean != "constant" or config.max_response > 0,
+            f"config.objective.policy.max_response={config.max_response} must be above 0 for "
+            f"loss={config.loss!r}: the most tokens that a response can have",
+        )
         if mean == "tokens":
             return cls(mask_BT, 1.0, 1.0, jnp.sum(length_B1))
         # Rows that pad a batch hold no response.
