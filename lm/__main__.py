@@ -19,6 +19,7 @@ from lm.training.config import TrainingInterrupted, TrainingStopped
 JOBS = {
     "train": "lm.jobs.train.TrainJob",  # text → a trained model that writes
     "align": "lm.jobs.align.AlignJob",  # a model and rewards → one that earns more of them
+    "best_of_n": "lm.jobs.best_of_n.BestOfNJob",  # prompts → their best replies, to learn from
     "generate": "lm.jobs.generate.GenerateJob",  # a run directory and a prompt → text
     "chat": "lm.jobs.chat.ChatJob",  # a model and what you say → replies
     "serve": "lm.jobs.serve.ServeJob",  # a run directory → the OpenAI API and a page to talk to it
