@@ -18,6 +18,7 @@ def load(
     directory: str | os.PathLike[str],
     step: int | str | None = None,
     ignore: str | Sequence[str] = (),
+    base: str | os.PathLike[str] | None = None,
 ) -> Run:
     """Opens a run directory, or a Hugging Face directory: config, tokenizer, parameters, metrics.
 
@@ -30,11 +31,14 @@ def load(
       step: which checkpoint: a step, "best" (the lowest evaluation loss), or the latest.
       ignore: of a Hugging Face model, regular expressions of fields of config.json, and of tensors,
         that may be left out though they are not known.
+      base: of adapters, which are added in, the model they stand beside; where they say unless
+        given.
 
     Raises:
       ConfigError: neither of them, no such checkpoint, or one that its tokenizer does not fit; a
-        Hugging Face model that is not understood to the last tensor and field.
+        Hugging Face model that is not understood to the last tensor and field; adapters of another
+        base.
     """
     from lm.runs.run import Run  # JAX is imported when it is needed
 
-    return Run.load(directory, step, ignore)
+    return Run.load(directory, step, ignore, base)

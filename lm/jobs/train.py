@@ -26,6 +26,7 @@ from lm.runs.config import TrainJob
 from lm.runs.conversing import converse
 from lm.runs.directory import CHECKPOINTS, Claim, check_place
 from lm.runs.inherited import Origin, inherit
+from lm.runs.start import begin
 from lm.training.checkpoints import Checkpointer
 from lm.training.config import TrainingInterrupted
 from lm.training.evaluate import make_evaluate
@@ -114,10 +115,11 @@ def _run(job: TrainJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
     training = set_up(workload)
     with layout.active():
         describe_run(console, training)
+        begun = begin(origin, training)
         with Checkpointer(directory / CHECKPOINTS, job.checkpoint) as checkpointer:
             # ---- State: the directory is ours from here on, and not before, so that a mistake
             # above can simply be mended
-            claim.write()
+            claim.write(begun.facts)
             found = checkpointer.restore_latest(training.abstract)
             if found is not None:
                 start, state, extra = found
@@ -125,21 +127,23 @@ def _run(job: TrainJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
                 say(resuming(workload, start, origin.saved, directory))
             else:
                 start, extra = 0, {}
-                params = origin.parameters(training.abstract["params"])
-                state = training.create_state(params)
+                state = training.create_state(begun.params())
 
             # ---- Loop
-            evaluate = make_evaluate(training, validation) if validation is not None else None
+            frozen = begun.frozen
+            evaluate = None if validation is None else make_evaluate(training, validation, frozen)
             saving, steps, began = job.checkpoint.every, job.train.steps, time.perf_counter()
             with MetricsWriter(directory, start) as writer, Progress(steps, start) as progress:
                 loop = Loop(
-                    training, batches, evaluate, checkpointer, saving, writer, progress, directory
-                )
+                    training, batches, evaluate, checkpointer, saving, writer, progress, directory,
+                    frozen,
+                )  # fmt: skip
                 state, step = loop.run(state, start, extra)
             if step > start:
                 say(f"trained {step - start} steps in {time.perf_counter() - began:.1f} s")
-            params = state.pop("params")
-            del state  # the optimizer's, which the samples leave no room for
+            params = training.whole(state.pop("params"), frozen)
+            frozen.clear()  # for this, and the optimizer's state, the samples leave no room
+            del state, begun
 
     # ---- Samples
     results = loop.last_eval

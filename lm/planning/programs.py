@@ -119,7 +119,7 @@ def train_program(workload: Workload, topology: Topology) -> Program:
         tokens = workload.tokens / mesh.size
         return compile_program(
             training.step,
-            (abstract, _batch(workload, mesh)),
+            (abstract, _batch(workload, mesh), training.frozen),
             (abstract["params"], abstract["optimizer"]),
             topology,
             mesh,

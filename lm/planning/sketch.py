@@ -115,7 +115,8 @@ def sketch(workload: Workload, topology: Topology) -> Sketch:
 
 def _parameters(workload: Workload, zero: int) -> float:
     """How many parameters lie on a device where ZeRO's stage is `zero`."""
-    specs, _ = arrays(workload.model, workload.optimizer, workload.train.steps)
+    train = workload.train
+    specs, _ = arrays(workload.model, workload.optimizer, train.steps, workload.adapter)
     return held(specs, workload.layout._replace(zero=zero), "parameters") / 4
 
 

@@ -9,6 +9,7 @@ from lm.config import Bounds, Count, Path, Seed, check
 from lm.data import CONVERSATIONAL, BatchIterator, DataConfig
 from lm.inference.sampling import SamplingConfig
 from lm.models import ModelConfig
+from lm.models.adapters import AdapterConfig
 from lm.objectives import ObjectiveConfig, check_objective
 from lm.parallel.cluster import HostsConfig
 from lm.parallel.layout import Layout
@@ -39,6 +40,7 @@ class TrainJob:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
@@ -68,6 +70,11 @@ class TrainJob:
                 f"{longest}: set it to {longest}",
             )
         check_objective(self.objective, self.model, prefix)
+        kind = self.adapter.kind
+        check(
+            kind == "none" or bool(self.init_from),
+            f"{prefix}.adapter.kind={kind!r} needs {prefix}.init_from: a model to adapt",
+        )
         check(
             not self.exact_match or self.objective.name in ("seq2seq", "sft"),
             f"{prefix}.exact_match={self.exact_match} needs {prefix}.objective.name='seq2seq' or "
@@ -156,6 +163,7 @@ class TrainJob:
             self.model,
             **sizes,
             objective=self.objective,
+            adapter=self.adapter,
             optimizer=self.optimizer,
             train=self.train,
             seed=self.seed,

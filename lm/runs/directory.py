@@ -57,7 +57,7 @@ NOTED = {
 }
 # These make another run of it.
 REFUSED = (
-    "job", "seed", "chat_template", "tokenizer", "model", "optimizer", "data.weights",
+    "job", "seed", "chat_template", "tokenizer", "model", "adapter", "optimizer", "data.weights",
     "data.text_field", "data.num_documents", "data.encoding", "data.on_bad_file", "data.split",
     "data.validation_fraction", "data.batch_size", "data.block_size", "data.source_length",
     "data.long_pairs", "data.format", "data.long_conversations", "data.corruption", "data.packing",
@@ -174,8 +174,11 @@ class Claim:
             if field in NOTED
         ]
 
-    def write(self) -> None:
+    def write(self, more: dict[str, Any] | None = None) -> None:
         """Writes config.json and, into a new run directory, the tokenizer; process 0 does, for all.
+
+        Args:
+          more: facts that were not known before.
 
         Raises:
           ConfigError: as `check`, for another run may have begun here since; or the directory
@@ -184,17 +187,17 @@ class Claim:
         self.check()
         if hosts.index() == 0:
             try:
-                self._write()
+                self._write(more or {})
             except OSError as error:
                 raise unwritable(self.directory, error) from error
         hosts.barrier()
 
-    def _write(self) -> None:
+    def _write(self, more: dict[str, Any]) -> None:
         directory, own = self.directory, self.directory / TOKENIZER
         wanted = {**self.config, "tokenizer_fingerprint": self.tokenizer.fingerprint}
         if self.corpus:
             wanted["corpus_fingerprint"] = self.corpus()
-        wanted |= self.facts
+        wanted |= {**self.facts, **more}
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / CONFIG).exists() and saved_run(directory) is None:  # of a failed start
             shutil.rmtree(own, ignore_errors=True)

@@ -23,10 +23,11 @@ import ml_collections
 from lm import tokenizers
 from lm.config import ConfigError, check, fields_set, to_dict
 from lm.models import ModelConfig
+from lm.models.adapters import AdapterConfig
 from lm.models.huggingface.config_fields import essence
 from lm.parallel import hosts
 from lm.runs.directory import CONFIG, TOKENIZER, saved_run
-from lm.runs.sources import Source, open_source
+from lm.runs.sources import Base, Source, open_source, run_base
 from lm.tokenizers import Tokenizer, TokenizerConfig
 
 # Sections of a run's config.json that say how texts are framed and where the model is from.
@@ -75,6 +76,13 @@ class Origin:
             if "huggingface" in carried:
                 carried["huggingface"].setdefault("generation", {})["eos_token_id"] = ends
         return carried
+
+    @property
+    def base(self) -> Base:
+        """What the run's adapters stand beside: what they have from the start, or the source's."""
+        if self.saved is not None:
+            return run_base(self.directory, self.saved, ignore=self.ignore)
+        return self.source.base or Base(self.source, AdapterConfig())
 
     def parameters(self, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array] | None:
         """The source's, where `abstract` says; None where there is no source.
@@ -136,7 +144,9 @@ def inherit(
         fields_set(section, config, name)
         for name, section in (("model", ModelConfig), ("tokenizer", TokenizerConfig))
     )
+    adapter = fields_set(AdapterConfig, config, "adapter")
     if saved is not None:
+        fields["adapter"] = {**saved.get("adapter", {}), **adapter}
         fields["model"] = {**saved["model"], **model}
         fields["tokenizer"] = {**saved["tokenizer"], **tokenizer}
         return fields, origin
@@ -167,6 +177,8 @@ def inherit(
             f"{', '.join(MAY_CHANGE)} may differ, a decoder's classifier where it has none, and "
             "max_length where positions are not learned"
         )
+    if source.base is not None and adapter.get("kind") != "none":
+        fields["adapter"] = _adapter(origin, adapter)
     kept = {name: value for name, value in model.items() if value or name not in _CHOSEN}
     fields["model"] = to_dict(dataclasses.replace(theirs, **kept))
     fields["tokenizer"] = {**tokenizer, "kind": source.tokenizer.kind, "path": where}
@@ -183,3 +195,18 @@ def _may_have(theirs: ModelConfig, name: str, value: Any) -> bool:
     if name in ("classifier", "num_labels"):
         return theirs.architecture == "decoder" and theirs.classifier == "none"
     return name in _CHOSEN and value == 0
+
+
+def _adapter(origin: Origin, ours: dict[str, Any]) -> dict[str, Any]:
+    """The section `adapter` of a run that goes on with its source's adapters."""
+    theirs = to_dict(origin.source.base.adapter)
+    wrong = [name for name in ours if ours[name] != theirs[name] and name != "base"]
+    if wrong:
+        has = ", ".join(f"adapter.{name}={theirs[name]!r}" for name in wrong)
+        says = ", ".join(repr(ours[name]) for name in wrong)
+        raise ConfigError(
+            f"config.init_from={origin.init_from!r} has {has}, and this config says {says}: its "
+            "adapters go on as they are, so leave these fields out, or say "
+            "--config.adapter.kind=none to train all of the model that they and their base make"
+        )
+    return {**theirs, **ours}

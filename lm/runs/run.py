@@ -51,9 +51,10 @@ class Run:
         directory: str | os.PathLike[str],
         step: int | str | None = None,
         ignore: str | Sequence[str] = (),
+        base: str | os.PathLike[str] | None = None,
     ) -> Run:
         """See `lm.load`."""
-        source = open_source(directory, ignore)
+        source = open_source(directory, ignore, base)
         step, params = source.parameters(step)
         model = skeleton(source.model)
         return cls(source.directory, source.config, source.tokenizer, model, params, step)

@@ -16,7 +16,9 @@ from lm import tokenizers
 from lm.config import ConfigError, check, nearest, to_dict, view
 from lm.files import read_json
 from lm.models import ModelConfig, param_specs, skeleton
+from lm.models.adapters import AdapterConfig, adapter_specs, fingerprint, freeze, merged
 from lm.models.huggingface.read import Checkpoint, is_checkpoint, open_checkpoint
+from lm.parallel.sharding import ParamSpec, parameter_shardings
 from lm.runs.directory import CHECKPOINTS, CONFIG, TOKENIZER
 from lm.tokenizers import Tokenizer
 from lm.tokenizers.kinds import framing_of_pieces, has_tokenizer
@@ -36,6 +38,7 @@ class Source:
     model: ModelConfig
     tokenizer: Tokenizer | None  # None where a Hugging Face directory has none
     checkpoint: Checkpoint | None = None  # the Hugging Face directory, if it is one
+    base: Base | None = None  # what it adapts, if all that it has is adapters
 
     def parameters(
         self,
@@ -43,7 +46,7 @@ class Source:
         shardings: Mapping[str, jax.sharding.Sharding] | None = None,
         lazily: bool = False,
     ) -> tuple[int, Mapping[str, jax.Array]]:
-        """The step and the parameters, float32, of a checkpoint.
+        """The step and the parameters, float32, of a checkpoint; with adapters added in.
 
         Args:
           step: see `lm.training.checkpoints.restore_parameters` for this and `lazily`; a Hugging
@@ -54,21 +57,39 @@ class Source:
           ConfigError: no such checkpoint, or a damaged one.
         """
         self.check_parameters()
+        if self.base is not None:
+            return self._merged(step, shardings)
         if self.checkpoint is not None:
             check(
                 step in (None, "latest", 0),
                 f"step={step!r}: {self.directory} is a Hugging Face model, of a single step 0",
             )
             return 0, self.checkpoint.parameters(shardings)
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = {
-            name: jax.ShapeDtypeStruct(
-                spec.shape, "float32", sharding=device if shardings is None else shardings[name]
-            )
-            for name, spec in param_specs(skeleton(self.model)).items()
-            if shardings is None or name in shardings
-        }
+        abstract = _abstract(param_specs(skeleton(self.model)), shardings)
         return restore_parameters(self.directory / CHECKPOINTS, step, abstract, lazily)
+
+    def adapters(
+        self,
+        step: int | str | None = None,
+        shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    ) -> tuple[int, dict[str, jax.Array]]:
+        """The step and the adapters of a checkpoint of one that has a `base`; as `parameters`."""
+        specs = adapter_specs(self.base.adapter, param_specs(skeleton(self.model)))
+        abstract = _abstract(specs, shardings)
+        return restore_parameters(self.directory / CHECKPOINTS, step, abstract)
+
+    def _merged(self, step, shardings) -> tuple[int, dict[str, jax.Array]]:
+        specs, adapter = param_specs(skeleton(self.model)), self.base.adapter
+        mesh = next(iter(shardings.values())).mesh if shardings else None
+        own = parameter_shardings(adapter_specs(adapter, specs), mesh) if mesh else None
+        step, adapters = self.adapters(step, own)
+
+        def whole(params, adapters):
+            params = merged(adapters, freeze(adapter, specs, params, jax.numpy.float32))
+            return {name: params[name] for name in shardings or params}
+
+        params, _ = self.base.read(specs, mesh)
+        return step, jax.jit(whole, out_shardings=shardings)(params, adapters)
 
     def check_parameters(self) -> None:
         """Raises ConfigError where there are none: a run that has not saved any yet."""
@@ -79,21 +100,122 @@ class Source:
         )
 
 
-def open_source(directory: str | os.PathLike[str], ignore: str | Sequence[str] = ()) -> Source:
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The model that adapters stand beside."""
+
+    source: Source
+    adapter: AdapterConfig
+    step: int | None = None  # of its checkpoint; None: the latest
+    fingerprint: str = ""  # of its parameters; "": nothing is said of them
+
+    def read(
+        self, specs: Mapping[str, ParamSpec], mesh: jax.sharding.Mesh | None = None
+    ) -> tuple[dict[str, jax.Array], Base]:
+        """Its parameters, and this base with step and fingerprint filled in.
+
+        Of a model with `specs`, of which it may have not all, such as a new head. Of a table of
+        learned positions the first rows, where the model needs no more.
+
+        Args:
+          mesh: whose devices share them; None: all on the first device.
+
+        Raises:
+          ConfigError: they are not those that the adapters were trained beside.
+        """
+        own = param_specs(skeleton(self.source.model))
+        shardings = parameter_shardings(own, mesh) if mesh else None
+        step, params = self.source.parameters(self.step, shardings)
+        found = fingerprint(params)
+        check(
+            self.fingerprint in ("", found),
+            f"{self.source.directory} is not the base that these adapters were trained beside: "
+            f"its parameters' fingerprint is {found}, and that of the base {self.fingerprint}",
+        )
+        params = {
+            n: x[: specs[n].shape[0]] if n.endswith("embedding.positions") else x
+            for n, x in params.items()
+            if n in specs
+        }
+        return params, dataclasses.replace(self, step=step, fingerprint=found)
+
+    def facts(self, directory: pathlib.Path) -> dict[str, Any]:
+        """What the config.json of a run in `directory` says of its base."""
+        there = self.source.directory.absolute()
+        return {
+            "directory": str(there),
+            "relative": os.path.relpath(there, directory.absolute()),
+            "step": self.step,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def run_base(
+    directory: pathlib.Path,
+    config: Mapping[str, Any],
+    given: str | os.PathLike[str] | None = None,
+    ignore: str | Sequence[str] = (),
+) -> Base | None:
+    """The base of the run in `directory`, if it has adapters; in `given`, or where it says.
+
+    It is looked for where it stood beside the run, which both may have moved, and where it was.
+    """
+    where = f"{directory / CONFIG}"
+    adapter = view(AdapterConfig, config.get("adapter", {}), f"{where}: adapter")
+    if adapter.kind == "none":
+        check(given is None, f"{directory} has no adapters, and so no base={str(given)!r}")
+        return None
+    said = config.get("base")
+    check(
+        isinstance(said, dict) and {"directory", "step", "fingerprint"} <= said.keys(),
+        f"{where} says adapter.kind={adapter.kind!r}, and not what its base is",
+    )
+    places = [given] if given else [directory / said.get("relative", "."), said["directory"]]
+    found = next((p for p in map(pathlib.Path, places) if (p / CONFIG).is_file()), None)
+    check(
+        found is not None,
+        f"{directory} holds adapters of the model in {places[-1]}, which is not there: put it back,"
+        f" write in {where} where its 'base' is, or say lm.load(…, base=DIR)",
+    )
+    source = open_source(found, ignore)
+    return Base(source, adapter, said["step"], said["fingerprint"])
+
+
+def _abstract(specs, shardings) -> dict[str, jax.ShapeDtypeStruct]:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return {
+        name: jax.ShapeDtypeStruct(
+            spec.shape, "float32", sharding=device if shardings is None else shardings[name]
+        )
+        for name, spec in specs.items()
+        if shardings is None or name in shardings
+    }
+
+
+def open_source(
+    directory: str | os.PathLike[str],
+    ignore: str | Sequence[str] = (),
+    base: str | os.PathLike[str] | None = None,
+) -> Source:
     """Opens a run directory or a Hugging Face directory.
 
     Args:
       directory: where it is.
       ignore: of a Hugging Face directory; see `lm.models.huggingface.read.open_checkpoint`.
+      base: of adapters, the directory of the model they stand beside, if it is not where they say.
 
     Raises:
-      ConfigError: neither of them, or one that is damaged, or does not fit its tokenizer.
+      ConfigError: neither of them, or one that is damaged, or does not fit its tokenizer; or
+        adapters whose base is not there.
     """
     path = pathlib.Path(directory).expanduser()
-    return _open_huggingface(path, ignore) if is_checkpoint(path) else _open_run(path)
+    if not is_checkpoint(path):
+        return _open_run(path, ignore, base)
+    check(base is None, f"{path} has no adapters, and so no base={str(base)!r}")
+    return _open_huggingface(path, ignore)
 
 
-def _open_run(path: pathlib.Path) -> Source:
+def _open_run(path: pathlib.Path, ignore: str | Sequence[str], base) -> Source:
     if not path.exists():
         siblings = []
         if path.parent.is_dir():
@@ -127,7 +249,7 @@ def _open_run(path: pathlib.Path) -> Source:
             f"{path / TOKENIZER} has {tokenizer.vocab_size} tokens but the model only "
             f"{model.vocab_size}: put the tokenizer back that the model was trained with",
         )
-    return Source(path, config, model, tokenizer)
+    return Source(path, config, model, tokenizer, base=run_base(path, config, base, ignore))
 
 
 def _open_huggingface(path: pathlib.Path, ignore: str | Sequence[str]) -> Source:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from lm.config import ConfigError
 from lm.data import BatchIterator
-from lm.models import ModelConfig, count
+from lm.models import ModelConfig, count, param_specs
 from lm.models.huggingface.families import family_for
 from lm.models.matmul import compute_dtype
 from lm.parallel.chips import peak_flops
@@ -56,6 +56,8 @@ def describe_run(console: Console, training: Training) -> None:
     if pipeline := layout.pipeline(workload.microbatch):
         facts.add_row("pipeline", _pipeline(layout, *pipeline))
     facts.add_row("model", f"{model_line(model)}, computed in {dtype.name}")
+    if workload.adapter.kind != "none":
+        facts.add_row("adapters", _adapters(training))
     console.print(facts)
     console.print(parameters_table(specs, console.width, mesh))
     facts = facts_table()
@@ -79,6 +81,18 @@ def _pipeline(layout: Layout, microbatches: int, bubble: float) -> str:
         f"{microbatches} micro-batches through {stages} stages"
         + (f", {rounds} times" if rounds > 1 else "")
         + f": idle for {bubble:.1%} = (S - 1)/({times}M + S - 1)"
+    )
+
+
+def _adapters(training: Training) -> str:
+    adapter, trained = training.workload.adapter, count(training.specs)
+    model = param_specs(training.model).items()
+    frozen = count({name: spec for name, spec in model if name not in training.specs})
+    base = jax.tree.leaves(training.frozen["base"])
+    takes = binary(sum(leaf.size * leaf.dtype.itemsize for leaf in base))
+    return (
+        f"{adapter.kind} of rank {adapter.rank}: {trained:,} parameters are trained, beside "
+        f"{frozen:,} frozen ones ({adapter.base}: {takes})"
     )
 
 

@@ -10,12 +10,14 @@ import numpy as np
 
 from lm.data.batches import BatchIterator, EvaluationBatches
 from lm.models import Model, init, param_specs, skeleton
+from lm.models.adapters import base_shardings, begun, freeze, merged, whole_names
+from lm.models.matmul import compute_dtype
 from lm.parallel import compiler
 from lm.parallel.mesh import assemble, replicated
 from lm.parallel.sharding import ParamSpec, parameter_shardings, zero_rules
 from lm.training.offload import streamed_update
 from lm.training.optimizer import Optimizer, make_optimizer
-from lm.training.step import Batch, State, initial_state, make_train_step, whole_update
+from lm.training.step import Batch, Frozen, State, initial_state, make_train_step, whole_update
 from lm.training.workload import HOST, Workload
 
 
@@ -24,9 +26,10 @@ class Training(NamedTuple):
 
     workload: Workload
     model: Model
-    specs: dict[str, ParamSpec]
+    specs: dict[str, ParamSpec]  # of what is trained: the model's parameters, or adapters
     optimizer: Optimizer
     abstract: State  # shapes and shardings of the state
+    frozen: Frozen  # and of the base of adapters
     # (state, batches [N, B, T], frozen) → (state after N steps, metrics [N]): jitted, donates the
     # state; to be called or lowered within `layout.active()`. See `lm.training.step.Frozen`.
     step: Callable[..., tuple[State, dict[str, jax.Array]]]
@@ -45,6 +48,34 @@ class Training(NamedTuple):
 
         begun = jax.jit(begin, out_shardings=_shardings(self.abstract))
         return begun(given, jax.random.key(self.workload.seed))
+
+    def adapt(self, params: dict[str, jax.Array]) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        """Of a model's parameters: the base of adapters, and these before the first step.
+
+        What is trained whole may be missing in `params`, and is then left to `create_state`.
+        """
+        adapter, specs = self.workload.adapter, param_specs(self.model)
+        dtype = compute_dtype(self.workload.model.compute_dtype)
+
+        def divided(params, key):
+            base = freeze(adapter, specs, params, dtype)
+            return base, begun(adapter, specs, params, base, key)
+
+        trained = self.abstract["params"].items()
+        new = set(whole_names(adapter, specs)) - params.keys()
+        begin = {name: leaf for name, leaf in trained if name not in new}
+        shardings = _shardings((self.frozen["base"], begin))
+        key = jax.random.key(self.workload.seed)
+        return jax.jit(divided, out_shardings=shardings)(params, key)
+
+    def whole(self, params: dict[str, jax.Array], frozen: Frozen) -> dict[str, jax.Array]:
+        """All of the model's parameters, of those that are trained: with adapters added in."""
+        if "base" not in frozen:
+            return params
+        mesh, zero = self.workload.layout.mesh, self.workload.layout.zero
+        specs = param_specs(self.model)
+        shardings = parameter_shardings(specs, mesh, zero_rules(zero, "parameters"))
+        return jax.jit(merged, out_shardings=shardings)(params, frozen["base"])
 
     def put(
         self, batch: Mapping[str, np.ndarray], batches: BatchIterator | EvaluationBatches, leading=0
@@ -69,8 +100,7 @@ def set_up(workload: Workload) -> Training:
         `train.compiler`.
     """
     train, layout = workload.train, workload.layout
-    model = skeleton(workload.model)
-    specs = param_specs(model)
+    model, specs = skeleton(workload.model), workload.trained
     optimizer = make_optimizer(workload.optimizer, train.steps, specs)
     memory, update = None, whole_update(optimizer)
     if train.offload_optimizer:
@@ -89,7 +119,29 @@ def set_up(workload: Workload) -> Training:
         out_shardings=(_shardings(abstract), replicated(layout.mesh)),
         compiler_options=options,
     )
-    return Training(workload, model, specs, optimizer, abstract, jitted)
+    return Training(workload, model, specs, optimizer, abstract, abstract_frozen(workload), jitted)
+
+
+def abstract_frozen(workload: Workload) -> Frozen:
+    """The base of adapters as `jax.ShapeDtypeStruct`s with shardings; nothing where there are none.
+
+    It is split as parameters are.
+    """
+    if workload.adapter.kind == "none":
+        return {}
+    specs = param_specs(skeleton(workload.model))
+    dtype = compute_dtype(workload.model.compute_dtype)
+    shapes = {n: jax.ShapeDtypeStruct(spec.shape, "float32") for n, spec in specs.items()}
+    base = jax.eval_shape(lambda params: freeze(workload.adapter, specs, params, dtype), shapes)
+    rules = zero_rules(workload.layout.zero, "parameters")
+    shardings = base_shardings(base, specs, workload.layout.mesh, rules)
+    return {
+        "base": jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            base,
+            shardings,
+        )
+    }
 
 
 def abstract_state(

@@ -15,15 +15,17 @@ import optax
 from jax.sharding import NamedSharding
 
 from lm.models import Model, bind
+from lm.models.adapters import applied
 from lm.objectives import loss, whole_batch
 from lm.training.optimizer import Optimizer, global_norm
 from lm.training.workload import Workload
 
 State = dict[str, Any]
 Batch = Mapping[str, jax.Array]
-# Parameters that a step reads and does not change, by what they are for: `reference`, of the model
-# that the objective compares with.
-Frozen = Mapping[str, Mapping[str, jax.Array]]
+# Parameters that a step reads and does not change, by what they are for: `base`, what adapters
+# stand beside (`lm.models.adapters.freeze`); `reference`, of the model that the objective compares
+# with: all of them, or adapters of the same base.
+Frozen = Mapping[str, Mapping[str, Any]]
 Shardings = dict[str, NamedSharding]  # by parameter
 # (summed gradients, what divides them, the norm of that mean, the optimizer's state, parameters,
 # whether to skip this step, learning rate) → the next parameters and state: as they were where the
@@ -166,5 +168,8 @@ def models(
     model: Model, params: Mapping[str, jax.Array], frozen: Frozen
 ) -> tuple[Model, Model | None]:
     """The model that is trained, bound, and the one it is compared with, if there is one."""
-    reference = bind(model, frozen["reference"]) if "reference" in frozen else None
-    return bind(model, params), reference
+
+    def bound(params):
+        return bind(model, applied(params, frozen["base"]) if "base" in frozen else params)
+
+    return bound(params), bound(frozen["reference"]) if "reference" in frozen else None

@@ -9,11 +9,13 @@ import jax
 
 from lm.config import check
 from lm.models import ModelConfig, count, param_specs, skeleton
-from lm.models.costs import training_flops_per_token
+from lm.models.adapters import AdapterConfig, adapter_specs
+from lm.models.costs import forward_flops_per_token, training_flops_per_token
 from lm.objectives import ObjectiveConfig
 from lm.parallel.layout import Layout
 from lm.parallel.mesh import batch_ways
 from lm.parallel.pipeline import check_layers
+from lm.parallel.sharding import ParamSpec
 from lm.training.config import OptimizerConfig, TrainConfig
 
 HOST = "pinned_host"  # the kind of memory of `train.offload_optimizer`
@@ -29,6 +31,7 @@ class Workload:
     source_length: int = 0  # tokens of an encoder-decoder's source; 0: no source
     packed: bool = False  # rows hold several documents, with segments and positions
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     max_targets: int = 0  # no row has more targets than this; 0: any number
@@ -46,11 +49,25 @@ class Workload:
         return self.batch_size * self.block_size
 
     @property
+    def trained(self) -> dict[str, ParamSpec]:
+        """The parameters that are trained: the model's, or adapters.
+
+        Raises:
+          ConfigError: adapters of what the model has not.
+        """
+        specs = param_specs(skeleton(self.model))
+        return specs if self.adapter.kind == "none" else adapter_specs(self.adapter, specs)
+
+    @property
     def flops_per_token(self) -> float:
-        """Model FLOPs of training, by `lm.models.costs`."""
-        return training_flops_per_token(
-            self.model, self.block_size, self.source_length or None, self.max_targets
-        )
+        """Model FLOPs of training, by `lm.models.costs`.
+
+        Frozen matrices get no gradient: two thirds, and those of what stands beside them.
+        """
+        sizes = self.model, self.block_size, self.source_length or None, self.max_targets
+        if self.adapter.kind == "none":
+            return training_flops_per_token(*sizes)
+        return 2 * forward_flops_per_token(*sizes) + 6 * count(self.trained)
 
 
 def check_layout(workload: Workload) -> None:
@@ -102,8 +119,8 @@ def check_layout(workload: Workload) -> None:
 def check_memory(workload: Workload) -> None:
     """Raises ConfigError where not even all devices together hold one copy of what must be there.
 
-    That is the parameters and their gradients in float32, and a batch's inputs and targets. What
-    passes may still not fit: see the report at the start.
+    That is the parameters and, where they are trained, their gradients in float32, and a batch's
+    inputs and targets. What passes may still not fit: see the report at the start.
     """
     device = jax.local_devices()[0]
     if device.platform == "cpu":
@@ -114,9 +131,12 @@ def check_memory(workload: Workload) -> None:
         ) * jax.local_device_count()
     memory = here * jax.process_count()
     parameters = count(param_specs(skeleton(workload.model)))
+    each, said = 8, "parameters and their gradients take"
+    if workload.adapter.kind != "none":
+        each, said = 4, "frozen parameters, read in float32, take"
     rows, length = workload.batch_size, workload.block_size + workload.source_length
     for needed, what in (
-        (8 * parameters, f"config.model: {parameters:,} parameters and their gradients take"),
+        (each * parameters, f"config.model: {parameters:,} {said}"),
         (8 * rows * length, f"config.data.batch_size={rows}: a batch takes"),
     ):
         check(

@@ -1,0 +1,126 @@
+"""Adapters from a config file: trained, taken up again, gone on with, opened."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny_jobs
+
+import lm
+from lm.config import ConfigError
+from lm.models.adapters import fingerprint
+from lm.runs.sources import open_source
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A run to adapt."""
+    place = tmp_path_factory.mktemp("base")
+    fields = dict(train__steps=8, checkpoint__every=8, model__tie_embeddings=False)
+    return tiny_jobs.run(place, "base", **fields)
+
+
+def adapt(place, base, name="adapted", devices=1, **fields):
+    """A run of eight steps that starts from `base` with adapters."""
+    steps = dict(train__steps=8, checkpoint__every=4, optimizer__learning_rate=1e-2)
+    fields = {
+        "init_from": str(base),
+        "adapter__kind": "lora",
+        "adapter__rank": 4,
+        "adapter__alpha": 8.0,
+        **fields,
+    }
+    return tiny_jobs.run(place, name, devices, **{**steps, **fields})
+
+
+def saved(directory):
+    """The arrays of the latest checkpoint: name → number of elements, of all it holds."""
+    source = open_source(directory)
+    return source.adapters()[1]
+
+
+def test_it_trains_and_its_base_stays_as_it_is(tmp_path, base):
+    before = tiny_jobs.parameters(base)
+    adapted = adapt(tmp_path, base, train__steps=24, adapter__targets=("mlp", "head"))
+    losses = [loss for _, loss in tiny_jobs.losses(adapted)]
+    assert losses[-1] < losses[0] - 0.1
+    for name, value in tiny_jobs.parameters(base).items():
+        assert value.tobytes() == before[name].tobytes()
+    # Its checkpoints are the adapters' alone, and with them the model is another.
+    held = saved(adapted)
+    assert all(".lora_" in name for name in held)
+    assert np.abs(tiny_jobs.parameters(adapted)["blocks.mlp.up"] - before["blocks.mlp.up"]).max()
+    config = json.loads((adapted / "config.json").read_text())
+    assert config["base"]["fingerprint"] == fingerprint(before)
+    assert config["base"]["step"] == 8
+    assert lm.load(adapted).generate("The cat", max_new_tokens=3).startswith("The cat")
+
+
+@pytest.mark.parametrize("fields", [{}, {"adapter__kind": "dora", "adapter__base": "int8"}])
+def test_interrupted_and_resumed_it_is_the_same_run_to_the_bit(tmp_path, base, fields):
+    part = adapt(tmp_path, base, "part", train__steps=4, optimizer__decay_steps=8, **fields)
+    whole = adapt(tmp_path, base, "whole", optimizer__decay_steps=8, **fields)
+    adapt(tmp_path, base, "part", optimizer__decay_steps=8, **fields)
+    one, other = saved(whole), saved(part)
+    for name in one:
+        assert np.asarray(one[name]).tobytes() == np.asarray(other[name]).tobytes(), name
+
+
+def test_a_mesh_is_one_device(tmp_path, base):
+    one = adapt(tmp_path, base, "one", adapter__kind="dora")
+    mesh = dict(mesh__data=1, mesh__fsdp=4, mesh__tensor=2)
+    many = adapt(tmp_path, base, "many", 8, adapter__kind="dora", **mesh)
+    np.testing.assert_allclose(
+        [loss for _, loss in tiny_jobs.losses(one)],
+        [loss for _, loss in tiny_jobs.losses(many)],
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("kind, near", [("int8", 0.01), ("nf4", 0.1)])
+def test_a_rounded_base_learns_nearly_the_same(tmp_path, base, kind, near):
+    full, rounded = (
+        tiny_jobs.losses(adapt(tmp_path, base, name, adapter__base=name))
+        for name in ("compute", kind)
+    )
+    assert abs(full[-1][1] - rounded[-1][1]) < near
+
+
+def test_the_next_run_goes_on_with_the_same_adapters(tmp_path, base):
+    first = adapt(tmp_path, base)
+    second = tiny_jobs.run(
+        tmp_path, "second", init_from=str(first), train__steps=2, optimizer__learning_rate=0.0
+    )
+    one, other = saved(first), saved(second)
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+    configs = [json.loads((d / "config.json").read_text()) for d in (first, second)]
+    assert configs[0]["adapter"] == configs[1]["adapter"]
+    assert configs[0]["base"]["fingerprint"] == configs[1]["base"]["fingerprint"]
+    with pytest.raises(ConfigError, match=r"adapter\.rank=4, and this config says 8"):
+        tiny_jobs.run(tmp_path, "third", init_from=str(first), adapter__rank=8)
+
+
+def test_another_base_is_refused(tmp_path, base):
+    place = tmp_path / "here"
+    shutil.copytree(base, place / "base")
+    adapted = adapt(place, place / "base")
+    moved = tmp_path / "there"
+    place.rename(moved)
+    whole = tiny_jobs.parameters(moved / "adapted")  # they moved together
+    shutil.rmtree(moved / "base")
+    with pytest.raises(ConfigError, match="which is not there"):
+        lm.load(moved / adapted.name)
+    found = lm.load(moved / adapted.name, base=base).params
+    for name, value in whole.items():
+        np.testing.assert_array_equal(found[name], value)
+    fields = dict(train__steps=8, checkpoint__every=8, model__tie_embeddings=False)
+    tiny_jobs.run(moved, "base", seed=5, **fields)
+    with pytest.raises(ConfigError, match="not the base that these adapters were trained beside"):
+        lm.load(moved / adapted.name)
+
+
+def test_adapters_need_a_model(tmp_path):
+    with pytest.raises(ConfigError, match="a model to adapt"):
+        tiny_jobs.run(tmp_path, "none", adapter__kind="lora")
