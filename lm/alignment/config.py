@@ -44,11 +44,10 @@ class AlignJob:
     seed: Seed = 0  # of rollouts, shuffles and new heads
     init_from: Path = ""  # the policy at the start, and the reference: a run or Hugging Face's
     ignore: str | tuple[str, ...] = ()  # see `lm.runs.config.TrainJob`
+    chat_template: Path = ""  # how prompts are written; a text's start is "plain"
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     # Prompts; `batch_size` responses make an update, `block_size` tokens hold a prompt and its own
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    # How messages are written; "": the model's own way, or none, where a prompt is a text's start
-    chat_template: str = ""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     rewards: RewardsConfig = dataclasses.field(default_factory=RewardsConfig)
@@ -117,6 +116,11 @@ class AlignJob:
     def longest_prompt(self) -> int:
         """Tokens of a prompt that leave a response its room."""
         return self.data.block_size + 1 - self.rollout.max_new_tokens
+
+    @property
+    def converses(self) -> bool:
+        """Whether what it learns is written by a template."""
+        return True
 
     @property
     def critic(self) -> str:

@@ -43,11 +43,11 @@ class RolloutConfig:
         """Of an iteration."""
         return self.prompts * self.samples
 
-    def sampling(self, ends: Sequence[int] = ()) -> SamplingConfig:
-        """How the engine draws; `ends` are ids that end a response."""
+    def sampling(self) -> SamplingConfig:
+        """How the engine draws."""
         names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
         drawn = {name: getattr(self, name) for name in names}
-        return SamplingConfig(**drawn, stop_ids=tuple(ends), truncate_prompt=False)
+        return SamplingConfig(**drawn, truncate_prompt=False)
 
 
 class Sample(NamedTuple):
@@ -68,7 +68,6 @@ class Sampler:
       framing, tokenizer: see `lm.inference.engine.Engine`.
       config: how much is written, and how it is drawn.
       length: the most tokens of a prompt and its response.
-      ends: ids that end a response besides end-of-text, such as a template's end of turn.
     """
 
     def __init__(
@@ -79,10 +78,8 @@ class Sampler:
         tokenizer: Tokenizer | None,
         config: RolloutConfig,
         length: int,
-        ends: Sequence[int] = (),
     ):
-        ends = set(ends) - set(framing.end_of_text or ())
-        self.config, self.sampling = config, config.sampling(sorted(ends))
+        self.config, self.sampling = config, config.sampling()
         slots = config.slots or min(64, config.responses)
         each, whole = (-(-tokens // PAGE) for tokens in (length + 1, model.config.max_length))
         sizes = EngineConfig(

@@ -5,7 +5,6 @@ One linear story: config, devices, prompts and rewards, training steps, state, l
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import pathlib
 import signal
@@ -19,7 +18,7 @@ from lm.alignment.config import AlignJob
 from lm.alignment.curves import plot_curves
 from lm.alignment.loop import Loop
 from lm.alignment.page import keep_before, write_page
-from lm.alignment.prompts import PromptOrder, PromptReader, fields_of, fingerprint
+from lm.alignment.prompts import PromptOrder, fields_of, fingerprint, read_prompts
 from lm.alignment.rewards import Rewards
 from lm.alignment.rollouts import Sampler
 from lm.alignment.scoring import Scorer
@@ -29,7 +28,8 @@ from lm.inference import Framing
 from lm.parallel import hosts
 from lm.parallel.layout import lay_out
 from lm.parallel.platform import keep_buffers, keep_programs
-from lm.runs.directory import CHECKPOINTS, CONFIG, Claim, check_place
+from lm.runs.conversing import converse
+from lm.runs.directory import CHECKPOINTS, Claim, check_place
 from lm.runs.inherited import Origin, inherit
 from lm.training.checkpoints import Checkpointer
 from lm.training.config import TrainingInterrupted
@@ -82,16 +82,15 @@ def _run(job: AlignJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
 
     # ---- Prompts and rewards: what may be in the directory is known with them
     tokenizer = origin.tokenizer(job.tokenizer, lambda: ())
-    theirs = origin.source.config if origin.saved is None else origin.saved
-    framing = Framing.of_run(theirs, job.model, tokenizer, f"{job.init_from}/{CONFIG}: framing")
-    reader = PromptReader(tokenizer, framing, job.chat_template, job.longest_prompt)
-    prompts, held_out = reader.read(job.data, job.seed, say)
+    tokenizer, template, carried, told = converse(job, tokenizer, origin)
+    framed = {"data": {"end_of_text": job.data.end_of_text}, **carried}
+    framing = Framing.of_run(framed, job.model, tokenizer, "framing")
+    prompts, held_out = read_prompts(job.data, job.seed, template, job.longest_prompt, say)
     rewards = Rewards(job.rewards)
     rewards.try_out([prompt.text for prompt in prompts[:2]], **fields_of(prompts[:2]))
-    carried = origin.carried(False) | {"framing": dataclasses.asdict(framing)}
     corpus = functools.partial(fingerprint, prompts + held_out)
     claim = Claim(directory, to_dict(job), to_dict(AlignJob()), tokenizer, corpus, carried)
-    for note in claim.check():
+    for note in told + claim.check():
         say(f"note: {note}")
 
     # ---- Training steps: shapes and shardings, and nothing allocated yet
@@ -116,15 +115,14 @@ def _run(job: AlignJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
 
             # ---- Loop
             began, steps = time.perf_counter(), job.train.steps
-            length, known = job.data.block_size, tokenizer.vocab_size
             parts = policy.model, state["params"], framing, tokenizer
             with MetricsWriter(directory, start) as writer, Progress(steps, start) as progress:
                 loop = Loop(
                     job=job,
                     policy=policy,
                     critic=critic,
-                    sampler=Sampler(*parts, job.rollout, length, reader.ends),
-                    scorer=Scorer(policy, critic, job.rollout, known),
+                    sampler=Sampler(*parts, job.rollout, job.data.block_size),
+                    scorer=Scorer(policy, critic, job.rollout, tokenizer.vocab_size),
                     rewards=rewards,
                     tokenizer=tokenizer,
                     prompts=PromptOrder(prompts, job.seed),

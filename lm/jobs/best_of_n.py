@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from lm.alignment.best_of_n import best, best_and_worst, kl_bound
-from lm.alignment.prompts import Prompt, PromptReader, fields_of
+from lm.alignment.prompts import Prompt, fields_of, read_prompts
 from lm.alignment.rewards import Rewards, RewardsConfig
 from lm.alignment.rollouts import RolloutConfig, Sampler
 from lm.config import ConfigError, Path, Seed, Size, check, view
@@ -80,14 +80,17 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
         keep_programs(job.compilation_cache)
     source = Run.load(job.init_from, ignore=job.ignore)
     longest = job.data.block_size + 1 - job.rollout.max_new_tokens
-    reader = PromptReader(source.tokenizer, source.framing, job.chat_template, longest)
-    prompts = reader.read(job.data, job.seed, print)[0]
+    template, framing = source.chat_template(job.chat_template), source.framing
+    ends = (*(framing.end_of_text or ()), *template.ends[0])
+    framing = dataclasses.replace(framing, end_of_text=ends)
+    every = dataclasses.replace(job.data, validation_fraction=0.0)
+    prompts = read_prompts(every, job.seed, template, longest, print)[0]
     rewards = Rewards(job.rewards)
     rewards.try_out([prompt.text for prompt in prompts[:2]], **fields_of(prompts[:2]))
     path = pathlib.Path(job.output_file).expanduser()
     start = _begin(path)
-    parts = source.skeleton, source.params, source.framing, source.tokenizer
-    sampler = Sampler(*parts, job.rollout, job.data.block_size, reader.ends)
+    parts = source.skeleton, source.params, framing, source.tokenizer
+    sampler = Sampler(*parts, job.rollout, job.data.block_size)
     n, each = job.rollout.samples, job.rollout.prompts
     drawn, kept = [], []
     with path.open("a", encoding="utf-8") as file:

@@ -11,6 +11,8 @@ def share(prompts, responses, **fields):
 
 def get_config():
     config = defaults(AlignJob)
+    config.chat_template = "plain"
+    config.data.validation_fraction = 0.0
     config.data.batch_size = 16
     config.data.block_size = 32
     config.rollout.prompts = 4

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_align
 import tiny_jobs
-from tiny_align import measured
+from tiny_align import PPO, measured
 
 import lm
 from lm.config import ConfigError
@@ -41,6 +41,24 @@ def test_grpo_raises_the_reward(learned):
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2
 
 
+def test_ppo_with_a_critic_raises_the_reward(source):
+    directory = tiny_align.run(source, "ppo", train__steps=8, **PPO)
+    rewards = measured(directory, "reward")
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2
+    assert measured(directory, "kl")[0] == 0
+    losses = measured(directory, "value_loss")
+    assert losses[-1] < losses[0]
+    assert all(value <= 1 for value in measured(directory, "explained_variance"))
+
+
+@pytest.mark.slow
+def test_a_critic_may_be_a_head_of_the_policy(source):
+    fields = {**PPO, "update__critic": "shared", "train__steps": 4}
+    directory = tiny_align.run(source, "shared", **fields)
+    assert len(measured(directory, "value_loss")) == 4
+    assert isinstance(lm.load(directory).generate("a", max_new_tokens=3), str)
+
+
 def test_the_first_update_meets_the_policy_that_wrote(learned, source):
     directory = tiny_align.run(source, "one", train__steps=1, data__batch_size=32)
     for name, value in {"ratio": 1, "approx_kl": 0, "clip_fraction": 0, "kl": 0}.items():
@@ -67,8 +85,13 @@ def test_the_run_directory_explains_itself(learned):
     assert list((directory / "tensorboard").iterdir())
 
 
-def test_a_run_that_goes_on_is_one_without_a_break_bit_for_bit(source):
-    name, fields = "grpo", {"advantage__kl_coefficient": 0.1, "advantage__kl_target": 1.0}
+ADAPTED = {**PPO, "advantage__kl_target": 1.0}
+
+
+@pytest.mark.parametrize(
+    "name, fields", [("grpo", {}), pytest.param("ppo", ADAPTED, marks=pytest.mark.slow)]
+)
+def test_a_run_that_goes_on_is_one_without_a_break_bit_for_bit(source, name, fields):
     whole = tiny_align.run(source, f"whole_{name}", train__steps=4, **fields)
     broken = tiny_align.run(source, f"broken_{name}", train__steps=4, **fields)
     for step in tiny_jobs.checkpoint_steps(broken)[1:]:
@@ -81,8 +104,8 @@ def test_a_run_that_goes_on_is_one_without_a_break_bit_for_bit(source):
 
 
 def test_a_prompt_that_is_none_is_named_by_file_line_and_field(source, tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
-    with pytest.raises(ConfigError, match=r"bad.jsonl, line 2, field 'prompt'"):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 3}\n')
+    with pytest.raises(ConfigError, match=r"bad.jsonl line 1: prompt must be text"):
         tiny_align.run(source, "bad", data__path=str(tmp_path / "bad.jsonl"))
 
 
@@ -106,12 +129,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(source):
 
 @pytest.mark.slow
 def test_a_mesh_learns_as_one_device_does_to_rounding(source):
-    fields = {"train__steps": 2, "rollout__temperature": 1.0, "update__epochs": 2}
+    fields = {"train__steps": 2, "rollout__temperature": 1.0, **PPO}
     alone = tiny_align.run(source, "alone", **fields)
     split = tiny_align.run(
         source, "split", num_devices=8, mesh__data=1, mesh__fsdp=4, mesh__tensor=2, **fields
     )
-    for field in ("loss", "reward", "entropy"):
+    for field in ("loss", "reward", "entropy", "value_loss"):
         np.testing.assert_allclose(
             measured(alone, field)[:1], measured(split, field)[:1], rtol=1e-4, atol=1e-5
         )
