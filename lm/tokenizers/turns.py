@@ -91,6 +91,7 @@ class _Writer:
         own = self._marked_by_template()
         found = dict(zip(replies, own)) if own is not None and len(own) == len(replies) else {}
         items, spans = [*self._whole], {}
+        ids, texts = self._template.ends
         for number in replies:
             if number < given or not self._messages[number].get("weight", 1):
                 continue
@@ -104,15 +105,16 @@ class _Writer:
                     "one that does, such as chatml",
                 )
             if not ended and all(map(_blank, items[stop:])):
-                ids, texts = self._template.ends
                 end = ids or texts[:1] or (self._template.tokenizer.eos_id,)
                 items[stop:] = [x for e in end for x in ([e] if isinstance(e, int) else e)]
                 stop = len(items)
-            elif not ended and number + 1 < len(self._messages):
-                opened = _common(self._whole, self._without(number + 1))
+            elif not ended:
+                last = number + 1 == len(self._messages)
+                opened = len(items) if last else _common(self._whole, self._without(number + 1))
                 line = "".join(x if isinstance(x, str) else "\n" for x in items[stop:opened])
-                opening = re.match(r"\s*\S[^\n]*", line)
-                stop += len(opening.group().rstrip()) if opening else 0
+                usual = next((text for text in texts if line.startswith(text)), None)
+                opening = usual or re.match(r"\s*\S[^\n]*|", line).group().rstrip()
+                stop += len(opening)
             spans[number] = (start, stop)
         return items, spans
 
@@ -124,7 +126,11 @@ class _Writer:
 
     def _without(self, number: int) -> Items:
         """The whole, in which all that one message says is a character that occurs nowhere."""
-        said = {"role": self._messages[number]["role"], "content": self._marks[0]}
+        message, said = self._messages[number], self._marks[0]
+        parts = isinstance(message.get("content"), list | tuple)
+        content = [{"type": "text", "text": said}] if parts else said
+        kept = {} if message["role"] == "assistant" else message  # a call is all gone
+        said = {**kept, "role": message["role"], "content": content}
         return self._items([said if i == number else m for i, m in enumerate(self._messages)])
 
     def _marked_by_template(self) -> list[tuple[int, int, bool]] | None:
@@ -149,7 +155,12 @@ class _Writer:
         outside = behind < len(whole) and isinstance(whole[behind], int)
         if inside and (whole[last - 1] in ids or not (outside and whole[behind] in ids)):
             return start, last, True
-        return (start, behind + 1, True) if outside else (start, stop, False)
+        return (start, self._closed(behind), True) if outside else (start, stop, False)
+
+    def _closed(self, at: int) -> int:
+        """Where a turn is over whose end begins with the special token at `at`."""
+        closing = _closing(self._template)
+        return at + max(1, len(closing) if self._whole[at : at + len(closing)] == closing else 1)
 
     def _found(self, number: int) -> tuple[int, int, bool]:
         """Where a reply starts and stops, and whether a special token is its turn's end there."""
@@ -160,11 +171,9 @@ class _Writer:
         try:
             other = self._without(number)
         except ConfigError:  # where results of tools must follow a call, for one
-            until = self._items(self._messages[: number + 1])
-            if start is None or whole[: len(until)] != until:
+            if start is None:
                 raise
-            stop = len(until) - _blanks(until[::-1])
-            return start, stop, isinstance(whole[stop - 1], int)
+            return self._until(number, start)
         check(
             other.count(self._marks[0]) == 1,
             f"messages[{number}]: the chat template does not write it once: choose one that writes "
@@ -177,11 +186,48 @@ class _Writer:
         same = min(_common(whole[::-1], other[::-1]), most)
         end = _blanks(tail)
         if end == len(tail) or isinstance(tail[end], str):
-            return start, len(whole) - same, False
-        if end >= len(tail) - same:
-            return start, len(whole) - len(tail) + end + 1, True
-        # Behind a call another token may end the turn than behind words.
-        return start, len(whole) - same - _blanks(whole[start : len(whole) - same][::-1]), True
+            found = start, len(whole) - same, False
+        elif end >= len(tail) - same:
+            found = start, self._closed(len(whole) - len(tail) + end), True
+        else:  # behind a call another token ends the turn than behind words
+            last = len(whole) - same
+            found = start, last - _blanks(whole[start:last][::-1]), True
+        calls = self._messages[number].get("tool_calls") and number + 1 < len(self._messages)
+        if calls and _common(whole, self._without(number + 1)) < found[1]:
+            return self._until(number, start)  # results stand within the turn
+        return found
+
+    def _until(self, number: int, start: int) -> tuple[int, int, bool]:
+        """`_found`, by the conversation up to the reply, which must be the whole's beginning."""
+        until, whole = self._items(self._messages[: number + 1]), self._whole
+        stop = _common(whole, until)
+        rest = [x for x in until[stop:] if not _blank(x)]
+        check(
+            stop > start and all(isinstance(x, int) for x in rest),
+            f"messages[{number}]: it cannot be found out of the chat template what of its turn is "
+            "the assistant's: choose one that has {% generation %} around it",
+        )
+        stop -= _blanks(whole[:stop][::-1])
+        if rest and isinstance(whole[stop], int):  # what comes next ends it, not what would
+            return start, stop + 1, True
+        return start, stop, isinstance(whole[stop - 1], int)
+
+
+@functools.lru_cache(8)
+def _closing(template: ChatTemplate) -> Items:
+    """What stands behind a reply at the end of a conversation, from the first special token on."""
+    (said,) = private_characters(dict(template.texts), 1)
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": said}]
+    try:
+        parts = template.parts(messages, add_generation_prompt=False)
+    except ConfigError:
+        return []
+    items = [x for part in parts for x in (part if isinstance(part, str) else [part])]
+    if items.count(said) != 1:
+        return []
+    tail = items[items.index(said) + 1 :]
+    tail = tail[_blanks(tail) : len(tail) - _blanks(tail[::-1])]
+    return tail if tail and all(isinstance(x, int) or _blank(x) for x in tail) else []
 
 
 def _common(one: Items, other: Items) -> int:

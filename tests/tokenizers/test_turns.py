@@ -140,8 +140,10 @@ def test_nothing_that_is_said_changes_what_is_learnt(name, evil):
 def test_any_words_come_back(name, said):
     chat = template(name)
     talk = [{**m, "content": text} for m, text in zip(TALK, said)]
-    found = turns(chat, *learned(chat, talk))
-    assert found == expected(name, [said[1], said[3]])
+    found, wanted = turns(chat, *learned(chat, talk)), expected(name, [said[1], said[3]])
+    if name in ("plain", "lines"):  # see above
+        found, wanted = ([turn.lstrip(" ") for turn in each] for each in (found, wanted))
+    assert found == wanted
 
 
 def test_calls_are_learnt_and_their_results_are_not():
@@ -182,6 +184,17 @@ def test_two_replies_share_every_token_of_their_prompt(name, kind):
         ids, flags = learned(chat, [TALK[0], {"role": "assistant", "content": said}], given=1)
         assert ids[: len(prompt)] == prompt
         assert not any(flags[: len(prompt)]) and flags[len(prompt)]
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma"])
+def test_markers_that_a_vocabulary_has_not_are_learnt_as_text(name):
+    for kind in ("byte", "bpe"):
+        text = "the cat sat on the mat. " * 20
+        tokenizer = train(TokenizerConfig(kind=kind, vocab_size=290), [text])
+        chat = chat_template(tokenizer, name)
+        ids, flags = learned(chat, TALK)
+        assert ids == chat.encode(TALK, add_generation_prompt=False)
+        assert turns(chat, ids, flags) == expected(name, [TALK[1]["content"], TALK[3]["content"]])
 
 
 def test_a_template_that_hides_a_reply_is_refused():

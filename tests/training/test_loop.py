@@ -204,6 +204,15 @@ def assert_finite(directory):
     assert all(np.isfinite(value) for _, value in tiny_jobs.losses(directory, "tokens"))
 
 
+def test_a_batch_with_nothing_to_learn_has_loss_0_and_a_warning(place, monkeypatch, capsys):
+    poison(monkeypatch, {4: weightless, 5: weightless})
+    directory = tiny_jobs.run(place, "weightless", train__steps=8)
+    losses = dict(tiny_jobs.losses(directory))
+    assert losses[6] == 0 and min(losses[4], losses[8]) > 1
+    assert "step 5: nothing to learn in this batch: its loss is 0" in capsys.readouterr().out
+    assert_finite(directory)
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_skip_leaves_out_the_step_and_names_its_data(place, monkeypatch, capsys, stride):
     poison(monkeypatch, {10: infinite})
