@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny_jobs
-from tiny_run import write_talker
+from tiny_run import write_tiny_run
 
 import lm
 from lm.__main__ import run
@@ -14,6 +14,7 @@ from lm.config import ConfigError, view
 from lm.data.conversations import held_out
 from lm.runs.config import TrainJob
 from lm.runs.reward import Scale
+from lm.tokenizers import TokenizerConfig, train
 
 KIND, RUDE = "please", "never"
 
@@ -59,7 +60,9 @@ def trained(tmp_path_factory):
     """A run of a random model that can chat, the pairs, and the reward model learned from both."""
     tmp_path = tmp_path_factory.mktemp("reward")
     (tmp_path / "talker").mkdir()
-    write_talker(tmp_path / "talker", 64)
+    tokenizer = train(TokenizerConfig(kind="byte", chat_template="chatml"), [])
+    llama = {"activation": "swiglu", "tie_embeddings": False, "max_length": 64}
+    write_tiny_run(tmp_path / "talker", tokenizer=tokenizer, **llama)
     write_pairs(tmp_path / "pairs.jsonl")
     return command(tmp_path, "reward")
 
@@ -115,6 +118,25 @@ def test_its_directory_is_a_reward(trained):
     np.testing.assert_allclose(worth.total_N, worth.parts["reward"] + [0, -1], rtol=1e-6)
     with pytest.raises(ConfigError, match="classifier='none'"):
         Rewards(RewardsConfig(functions=str(trained.parent / "talker")))
+
+
+def test_it_goes_to_hugging_face_and_judges_there_as_here(trained, tmp_path):
+    convert = ["--config=configs/convert.py", "--config.to=hf"]
+    run([*convert, f"--config.init_from={trained}", f"--workdir={tmp_path / 'out'}"])
+    replies = [f"abc {KIND}", f"abc {RUDE}", "ab"]
+    expected = lm.load(trained).score("12", replies, normalized=False)
+    back = lm.load(tmp_path / "out")  # which may compute in bfloat16
+    np.testing.assert_allclose(back.score("12", replies), expected, rtol=0.02)
+    torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for reply, reward in zip(replies, expected):
+        messages = [{"role": "user", "content": "12"}, {"role": "assistant", "content": reply}]
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+        end = len(ids) - ids[::-1].index(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        with torch.no_grad():
+            found = model(torch.tensor([ids[:end]])).logits
+        assert found.item() == pytest.approx(reward, abs=1e-4)
 
 
 def test_it_goes_on_where_it_was_left_and_begins_as_the_source_with_a_new_head(trained, tmp_path):
