@@ -137,6 +137,5 @@ def _workload(job: PlanJob, topology: Topology) -> Workload:
     model = dataclasses.replace(model, max_length=max(model.max_length, block, source))
     check_objective(job.objective, model, "config")
     rows = job.data.batch_size or job.data.rows_per_device * len(topology.devices)
-    return Workload(
-        model, block, rows, source, job.data.packed, job.objective, job.optimizer, job.train
-    )
+    sections = {name: getattr(job, name) for name in ("objective", "optimizer", "train")}
+    return Workload(model, block, rows, source, job.data.packed, **sections)

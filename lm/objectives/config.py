@@ -54,6 +54,11 @@ class ObjectiveConfig:
         return self.name in ("dpo", "kto", "distillation") and self.preference.loss != "simpo"
 
     @property
+    def texts_per_row(self) -> int:
+        """Texts side by side in a row of a batch: of a pair of replies both."""
+        return 2 if self.name in (*PREFERENCES, "reward") else 1
+
+    @property
     def of_whole_batch(self) -> bool:
         """Whether the loss of a part of a batch depends on all of it; see `whole_batch`."""
         return self.name == "kto"

@@ -89,11 +89,12 @@ def pair_rewards(
 
     Args:
       batch: `inputs`, `targets` and `weights` [P, 2, T], and `segment_ids` with `positions`, or
-        `filled`; 0 is the chosen reply, 1 the rejected one. A row is one document.
+        `filled`, or neither where there is no padding; 0 is the chosen reply, 1 the rejected one.
+        A row is one document.
       model, dropout_key, rows_P: as of `reward_loss`.
     """
     rows = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items() if x.ndim == 3}
-    filled = rows["segment_ids"] > 0 if "segment_ids" in rows else rows["filled"]
+    filled = rows["segment_ids"] > 0 if "segment_ids" in rows else rows.get("filled", True)
     ends_RT = last_places(rows["weights"])
     # The last target may stand nowhere among the inputs: it goes behind the input that predicts it.
     # Where no place is left there, the row's first token makes room.

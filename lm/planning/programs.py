@@ -149,10 +149,12 @@ def _batch(workload: Workload, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
             continue
         if workload.packed:
             names = (*names, f"{side}segment_ids", f"{side}positions")
-        shape = (1, workload.batch_size, lengths[side])
+        texts = (2,) if workload.objective.texts_per_row == 2 else ()
+        shape = (1, workload.batch_size, *texts, lengths[side])
+        sharding = batch_sharding(mesh, 1, len(shape) - 1)
         for name in names:
             dtype = jnp.float32 if name == "weights" else jnp.int32
-            batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh, 1))
+            batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     return batch
 
 

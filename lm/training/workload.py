@@ -27,7 +27,7 @@ class Workload:
 
     model: ModelConfig  # with vocab_size and max_length set
     block_size: int  # tokens a sequence; of an encoder-decoder, of its target
-    batch_size: int  # sequences a step, over all devices
+    batch_size: int  # sequences a step, or pairs of replies, over all devices
     source_length: int = 0  # tokens of an encoder-decoder's source; 0: no source
     packed: bool = False  # rows hold several documents, with segments and positions
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
@@ -41,12 +41,12 @@ class Workload:
     @property
     def microbatch(self) -> int:
         """Sequences whose gradient is taken at once, over all devices."""
-        return self.batch_size // self.train.accumulation
+        return self.batch_size * self.objective.texts_per_row // self.train.accumulation
 
     @property
     def tokens(self) -> int:
         """Tokens a step."""
-        return self.batch_size * self.block_size
+        return self.batch_size * self.objective.texts_per_row * self.block_size
 
     @property
     def trained(self) -> dict[str, ParamSpec]:

@@ -13,6 +13,7 @@ from tpu_compiler import needs_libtpu
 from lm.config import ConfigError
 from lm.jobs import plan
 from lm.models import ModelConfig, costs, param_specs, skeleton
+from lm.objectives import ObjectiveConfig
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import BATCH_AXES, MeshConfig, mesh_sizes
 from lm.planning import topology
@@ -122,6 +123,16 @@ def test_flops_are_the_analytic_ones():
     masked = 12 * MODEL.num_heads * MODEL.head_width * (length - (length + 1) / 2)
     each = costs.training_flops_per_token(MODEL, length) + MODEL.num_layers * masked
     assert program.estimate.flops == pytest.approx(each * 16 * length, rel=0.05)
+
+
+def test_a_reward_models_step_counts_both_replies_of_a_pair():
+    model = dataclasses.replace(MODEL, classifier="sequence", num_labels=1)
+    pairs = dataclasses.replace(workload(model), objective=ObjectiveConfig(name="reward"))
+    program = compiled(pairs, MeshConfig(data=1), 0, open_topology("cpu:1"))
+    assert program.tokens == 2 * 16 * MODEL.max_length
+    one = costs.training_flops_per_token(model, MODEL.max_length)
+    assert program.model_flops == pytest.approx(program.tokens * one)
+    assert program.estimate.flops == pytest.approx(program.model_flops, rel=0.1)
 
 
 def test_the_plan_is_printed_and_written(tmp_path, capsys):
