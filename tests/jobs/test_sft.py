@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -12,6 +13,8 @@ import lm
 from lm.alignment.replies import replies
 from lm.data import Example
 from lm.inference import SamplingConfig
+from lm.tokenizers import TokenizerConfig, train
+from lm.tokenizers.export import huggingface_files
 
 FACTS = {"Who sat?": "The cat.", "Where?": "On the mat.", "When?": "Now.", "Why?": "It slept."}
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=30)
@@ -22,12 +25,12 @@ SMALL = [
     "--config.model.width=64",
     "--config.model.compute_dtype=float32",
     "--config.data.validation_fraction=0.25",
-    "--config.data.block_size=64",
+    "--config.data.block_size=96",
     "--config.data.batch_size=8",
     "--config.optimizer.name=muon",
     "--config.optimizer.learning_rate=1e-2",
     "--config.train.steps_per_dispatch=10",
-    "--config.train.log_every=50",
+    "--config.train.log_every=10",
     "--config.train.eval_every=0",
     "--config.checkpoint.every=0",
 ]
@@ -59,7 +62,7 @@ def taught(tmp_path_factory):
         lines += [{"messages": [{"role": r, "content": c} for r, c in turns[:n]]} for n in (2, 4)]
     fields = ["--config.tokenizer.kind=byte", "--config.tokenizer.chat_template=chatml"]
     code, out, errors = tune(
-        place, "taught", lines * 2, *fields, "--config.train.steps=150", "--config.exact_match=4"
+        place, "taught", lines * 2, *fields, "--config.train.steps=80", "--config.exact_match=4"
     )
     assert code == 0, errors
     return place / "taught", out
@@ -121,6 +124,45 @@ def test_a_base_model_is_given_a_template_that_stays_with_the_run(tmp_path):
     # It goes on, whether or not the command says again how.
     code, _, errors = tune(tmp_path, "tuned", lines, *steps, *fields, "--config.train.steps=20")
     assert code == 0, errors
+
+
+@pytest.mark.slow
+def test_a_model_of_hugging_face_goes_back_and_ends_its_turns_there(tmp_path):
+    source = tmp_path / "llama"
+    shutil.copytree(tiny_jobs.REPOSITORY / "tests" / "golden" / "llama", source)
+    config = TokenizerConfig(kind="char", chat_template="chatml", bos_token="<s>")
+    tokenizer = train(config, ["".join(FACTS) + "".join(FACTS.values()) + "user assistant\n"])
+    for name, data in huggingface_files(tokenizer).items():
+        (source / name).write_bytes(data)
+    lines = [{"prompt": question, "response": answer} for question, answer in FACTS.items()]
+    fields = [f for f in SMALL if "model" not in f and "init_from" not in f]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, _, errors = main(
+        "--config=configs/align/sft.py",
+        f"--workdir={tmp_path / 'tuned'}",
+        f"--config.init_from={source}",
+        f"--config.data.path={path}",
+        f"--config.data.cache_dir={tmp_path / 'tokens'}",
+        *fields,
+        "--config.data.block_size=32",
+        "--config.train.steps=10",
+    )
+    assert code == 0, errors
+    out = tmp_path / "out"
+    words = [f"--config.init_from={tmp_path / 'tuned'}", "--config.to=hf", f"--workdir={out}"]
+    code, _, errors = main("--config=configs/convert.py", *words)
+    assert code == 0, errors
+    ends = [tokenizer.eos_id, tokenizer.special_ids["<|im_end|>"]]
+    written = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert set(ends) <= set(written)
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    assert set(ends) <= set(model.generation_config.eos_token_id)
+    asked = [{"role": "user", "content": "Where?"}]
+    ids = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
+    assert list(ids) == lm.load(tmp_path / "tuned").chat_template().encode(asked)
 
 
 def test_what_cannot_be_learnt_from_is_one_line(tmp_path):
