@@ -34,7 +34,7 @@ def get_config():
     config.rollout.prompts = 16
     config.rollout.samples = 8
     config.rollout.max_new_tokens = 32
-    config.rewards.functions = "lm.data.storyworld.instructions:reward"
+    config.rewards.functions = "lm.data.storyworld.instructions:gold_reward"
 
     config.advantage.name = "group"
     config.advantage.kl_coefficient = 0.0

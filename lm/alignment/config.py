@@ -23,7 +23,7 @@ from lm.training.workload import Workload
 
 
 @dataclasses.dataclass(frozen=True)
-class UpdateConfig:
+class LearningConfig:
     """How the policy, and its critic, learn from an iteration's responses."""
 
     epochs: Positive = 1  # passes over them, each in an order of its own
@@ -55,7 +55,7 @@ class AlignJob:
     objective: ObjectiveConfig = dataclasses.field(
         default_factory=lambda: ObjectiveConfig(name="policy")
     )
-    update: UpdateConfig = dataclasses.field(default_factory=UpdateConfig)
+    learning: LearningConfig = dataclasses.field(default_factory=LearningConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)  # its steps are iterations
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
@@ -92,8 +92,8 @@ class AlignJob:
         )
         penalised = self.advantage.kl_coefficient or self.objective.policy.kl_coefficient
         check(
-            self.update.reference or not (penalised or self.advantage.kl_target),
-            f"{prefix}.update.reference=False leaves nothing to measure KL from: set "
+            self.learning.reference or not (penalised or self.advantage.kl_target),
+            f"{prefix}.learning.reference=False leaves nothing to measure KL from: set "
             "advantage.kl_coefficient and objective.policy.kl_coefficient to 0",
         )
         check(
@@ -110,7 +110,7 @@ class AlignJob:
     @property
     def updates(self) -> int:
         """Optimizer steps of an iteration that runs all of its epochs."""
-        return self.update.epochs * (self.rollout.responses // self.data.batch_size)
+        return self.learning.epochs * (self.rollout.responses // self.data.batch_size)
 
     @property
     def longest_prompt(self) -> int:
@@ -125,7 +125,7 @@ class AlignJob:
     @property
     def critic(self) -> str:
         """Where values come from: "separate", "shared", or "" where none are needed."""
-        return self.update.critic if self.advantage.name == "gae" else ""
+        return self.learning.critic if self.advantage.name == "gae" else ""
 
     def workload(self, layout: Layout, **fields) -> Workload:
         """What an update of the policy depends on; `fields` for another model's."""

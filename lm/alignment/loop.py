@@ -211,7 +211,7 @@ class Loop:
         of_policy = {n: experience[n] for n in (*READ, *OF_POLICY, *shared) if n in experience}
         of_critic = {n: experience[n] for n in (*READ, *OF_CRITIC) if n in experience}
         order = np.random.default_rng([job.seed, iteration])
-        for epoch in range(1, job.update.epochs + 1):  # noqa: B007
+        for epoch in range(1, job.learning.epochs + 1):  # noqa: B007
             places = order.permutation(job.rollout.responses).reshape(-1, job.data.batch_size)
             batches = put(self.policy, of_policy, places)
             state, metrics = self.policy.step(state, batches, self.frozen)
@@ -221,7 +221,7 @@ class Loop:
                 sums.update({f"critic_{n}": v for n, v in self._sums(of_values, iteration).items()})
             found = self._sums(metrics, iteration)
             sums.update(found)
-            if 0 < job.update.kl_stop < found["approx_kl"] / max(found["weight"], 1):
+            if 0 < job.learning.kl_stop < found["approx_kl"] / max(found["weight"], 1):
                 break
         done = (iteration + 1) * job.updates  # as the schedule counts: epochs left out as well
         state = _at_step(state, self.policy, done)

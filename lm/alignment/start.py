@@ -26,13 +26,13 @@ def critic_training(job: AlignJob, layout: Layout, tokenizer: Tokenizer) -> Trai
     """The training of a critic with parameters of its own: a reward model's, or the policy's.
 
     Raises:
-      ConfigError: `update.critic_from` is no reward model, or one of another tokenizer.
+      ConfigError: `learning.critic_from` is no reward model, or one of another tokenizer.
     """
     model = job.model
-    if job.update.critic_from:
-        field = f"config.update.critic_from={job.update.critic_from!r}"
+    if job.learning.critic_from:
+        field = f"config.learning.critic_from={job.learning.critic_from!r}"
         try:
-            source = open_source(job.update.critic_from)
+            source = open_source(job.learning.critic_from)
         except ConfigError as error:
             raise ConfigError(f"{field}: {error}") from None
         same = (
@@ -44,7 +44,7 @@ def critic_training(job: AlignJob, layout: Layout, tokenizer: Tokenizer) -> Trai
             model.architecture == "decoder" and model.num_labels == 1,
             f"{field} is no reward model: it has model.num_labels={model.num_labels}",
         )
-    rate = job.update.critic_rate or job.optimizer.learning_rate
+    rate = job.learning.critic_rate or job.optimizer.learning_rate
     workload = job.workload(
         layout,
         model=dataclasses.replace(model, classifier="sequence", num_labels=1, dropout=0.0),
@@ -61,8 +61,10 @@ def first_state(
     step, theirs = origin.source.parameters(shardings=_shardings(policy))
     state = policy.create_state(_copied(_completed(policy, theirs, job.seed)))
     if critic is not None:
-        if job.update.critic_from:
-            theirs = open_source(job.update.critic_from).parameters(shardings=_shardings(critic))[1]
+        if job.learning.critic_from:
+            theirs = open_source(job.learning.critic_from).parameters(shardings=_shardings(critic))[
+                1
+            ]
         state["critic"] = critic.create_state(_copied(_completed(critic, theirs, job.seed)))
     return state, step
 

@@ -18,6 +18,8 @@ LINES = {
     "storyworld_instructions": "lm.data.storyworld.instructions.conversation",
     "storyworld_preferences": "lm.data.storyworld.instructions.preference",
     "storyworld_prompts": "lm.data.storyworld.instructions.prompt",
+    "random_walks": "lm.data.random_walks.example",
+    "random_walks_prompts": "lm.data.random_walks.prompt",
 }
 
 

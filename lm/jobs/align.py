@@ -110,7 +110,7 @@ def _run(job: AlignJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
                 start, extra = 0, {}
                 state, extra["reference_step"] = first_state(job, policy, critic, origin)
             reference = None
-            if job.update.reference:
+            if job.learning.reference:
                 reference = reference_parameters(policy, origin, extra["reference_step"], job.seed)
 
             # ---- Loop

@@ -53,7 +53,7 @@ def test_ppo_with_a_critic_raises_the_reward(source):
 
 @pytest.mark.slow
 def test_a_critic_may_be_a_head_of_the_policy(source):
-    fields = {**PPO, "update__critic": "shared", "train__steps": 4}
+    fields = {**PPO, "learning__critic": "shared", "train__steps": 4}
     directory = tiny_align.run(source, "shared", **fields)
     assert len(measured(directory, "value_loss")) == 4
     assert isinstance(lm.load(directory).generate("a", max_new_tokens=3), str)

@@ -34,7 +34,7 @@ PPO = {
     "objective__policy__loss": "ppo",
     "advantage__name": "gae",
     "advantage__kl_coefficient": 0.01,
-    "update__epochs": 2,
+    "learning__epochs": 2,
 }
 
 

@@ -115,7 +115,7 @@ def gold(line: Mapping[str, Any], response: str) -> float:
     return _truth(line, said) + polite - min(1.0, 0.1 * max(0, extra))
 
 
-def reward(
+def gold_reward(
     prompts: Sequence[Any], responses: Sequence[str], **fields: Sequence[Any]
 ) -> list[float]:
     """`gold` of many responses, each of whose lines' `fields` is at its place in a list."""
@@ -125,7 +125,7 @@ def reward(
 def exactness(
     prompts: Sequence[Any], responses: Sequence[str], **fields: Sequence[Any]
 ) -> list[float]:
-    """`exact` of many responses, as 1 or 0; see `reward`."""
+    """`exact` of many responses, as 1 or 0; see `gold_reward`."""
     return _of_each(exact, responses, fields)
 
 
