@@ -1,10 +1,22 @@
-r"""The worked example of alignment: DPO, straight from preferences, without a reward model.
+r"""A model learns which of two replies is preferred, without a reward model: DPO, and its kin.
 
     python main.py --config=configs/align/dpo.py --config.init_from=runs/sft --workdir=runs/dpo
 
-A line of the data is as configs/align/reward.py says. The reference is the model of init_from as it
-is. Other losses: --config.objective.preference.loss=ipo (hinge, robust, simpo), and
---config.objective.name=orpo or kto.
+    # your own: lines of {"prompt": …, "chosen": …, "rejected": …}, texts or messages
+    python main.py --config=configs/align/dpo.py --config.init_from=DIR \
+        --config.data.path=pairs.jsonl --workdir=runs/dpo
+
+The model that it starts from is also what it is compared with, frozen. So the first loss is
+ln 2 = 0.693, whatever the model; `accuracy` is the share of pairs whose chosen reply has gained
+more probability than the rejected one, `margin` by how much, times beta. With adapters
+(--config.adapter.kind=lora) the reference is the adapters that it starts from, or none.
+
+    --config.objective.preference.loss=ipo      # robust, hinge; simpo needs no reference
+    --config.objective.name=orpo                # no reference: in place of SFT, with its rate
+    --config.objective.name=kto                 # also {"prompt": …, "completion": …, "label": true}
+    --config.objective.name=distillation --config.objective.distillation.teacher=DIR
+
+Hardware: what the model needs, and its parameters once more.
 """
 
 from lm.config import defaults
@@ -21,9 +33,11 @@ def get_config():
     config.data.packing = "none"  # a reply a row
     config.data.block_size = 160
     config.data.batch_size = 32  # pairs
+    config.data.even_batch = True  # more where more devices share it
+    config.model.dropout = 0.0  # or the log-ratios of two models that are the same are not 0
 
     config.objective.name = "dpo"
-    config.objective.preference.beta = 0.1
+    config.objective.preference.beta = 0.1  # lower: farther from the reference
 
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 5e-5

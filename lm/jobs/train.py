@@ -26,7 +26,7 @@ from lm.runs.config import TrainJob
 from lm.runs.conversing import converse
 from lm.runs.directory import CHECKPOINTS, Claim, check_place
 from lm.runs.inherited import Origin, inherit
-from lm.runs.start import begin
+from lm.runs.start import begin, open_teacher
 from lm.training.checkpoints import Checkpointer
 from lm.training.config import TrainingInterrupted
 from lm.training.evaluate import make_evaluate
@@ -92,6 +92,7 @@ def _run(job: TrainJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
     exactly = "" if tokenizer.lossless else " (does not reproduce every text exactly)"
     say(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens{exactly}")
     check_prompts(job, tokenizer, carried)
+    teacher = open_teacher(job, tokenizer)
     for note in notes:
         say(f"note: {note}")
 
@@ -103,7 +104,7 @@ def _run(job: TrainJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
     reading = {"objective": job.objective.name, "tokenizer": tokenizer}
     batches = train_batches(job.data, train_corpora, seed=job.seed, rows=rows, **reading)
     describe_data(console, batches)
-    workload = job.workload(layout, batches)
+    workload = job.workload(layout, batches, teacher.model if teacher else None)
     validation = None
     if validation_corpora:
         size = job.train.eval_batch_size or job.data.batch_size
@@ -115,7 +116,7 @@ def _run(job: TrainJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
     training = set_up(workload)
     with layout.active():
         describe_run(console, training)
-        begun = begin(origin, training)
+        begun = begin(origin, training, teacher)
         with Checkpointer(directory / CHECKPOINTS, job.checkpoint) as checkpointer:
             # ---- State: the directory is ours from here on, and not before, so that a mistake
             # above can simply be mended

@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from lm.config import AboveZero, Share, check
+from lm.config import AboveZero, Path, Share, check
 from lm.models.matmul import contract
 from lm.objectives.chunked import Part, summed
 
@@ -22,6 +22,7 @@ from lm.objectives.chunked import Part, summed
 class DistillationConfig:
     """The `objective.distillation` section."""
 
+    teacher: Path = ""  # a run or a Hugging Face directory, of the same tokenizer
     # forward: KL(teacher‖student), which covers all that the teacher may say (Hinton et al. 2015);
     # reverse: KL(student‖teacher), which seeks what it mostly says (Gu et al. 2023); jsd: between
     # them, each against a mixture of both (Agarwal et al. 2023, eq. 1)

@@ -86,6 +86,14 @@ class TrainJob:
             f"conversations, not {prefix}.objective.name={self.objective.name!r}: leave it out, or "
             "set tokenizer.chat_template",
         )
+        taught = self.objective.name == "distillation"
+        source = ("objective.distillation.teacher", self.objective.distillation.teacher)
+        name, value = source if taught else ("init_from", self.init_from)
+        check(
+            not self.objective.has_reference or bool(value),
+            f"{prefix}.{name}='' must name the model that {prefix}.objective.name="
+            f"{self.objective.name!r} compares with: a run or a Hugging Face directory",
+        )
         make_schedule(self.optimizer, self.train.steps)  # for its errors, before any work
         train, every = self.train, self.checkpoint.every
         cadences = (train.steps, train.log_every, train.eval_every, every)
@@ -136,7 +144,12 @@ class TrainJob:
         model = dataclasses.replace(self.model, vocab_size=vocab_size, max_length=length)
         return dataclasses.replace(self, model=model)
 
-    def workload(self, layout: Layout, batches: BatchIterator | None = None) -> Workload:
+    def workload(
+        self,
+        layout: Layout,
+        batches: BatchIterator | None = None,
+        teacher: ModelConfig | None = None,
+    ) -> Workload:
         """What is trained; without batches, as far as the config alone says it.
 
         Raises:
@@ -168,4 +181,5 @@ class TrainJob:
             train=self.train,
             seed=self.seed,
             layout=layout,
+            teacher=teacher,
         )

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from lm.data.batches import EvaluationBatches
+from lm.models import skeleton
 from lm.objectives import loss
 from lm.training.setup import Training
 from lm.training.step import Frozen, State, models
@@ -32,12 +33,14 @@ def make_evaluate(
     Args:
       frozen: as `training.step` reads it.
     """
-    most = training.workload.max_targets
-    objective = dataclasses.replace(training.workload.objective, **_PLAIN)
+    workload = training.workload
+    most = workload.max_targets
+    objective = dataclasses.replace(workload.objective, **_PLAIN)
+    teacher = workload.teacher and skeleton(workload.teacher)
 
     @jax.jit
     def measure(params, frozen, batch):
-        model, reference = models(training.model, params, frozen)
+        model, reference = models(training.model, params, frozen, teacher)
         return loss(model, batch, objective, max_targets=most, reference=reference)[1]
 
     def evaluate(state: State) -> dict[str, float]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from lm.models import Model, bind
+from lm.models import Model, bind, skeleton
 from lm.models.adapters import applied
 from lm.objectives import loss, whole_batch
 from lm.training.optimizer import Optimizer, global_norm
@@ -115,6 +115,7 @@ def make_train_step(
       shardings: of the gradients.
     """
     objective, config, most = workload.objective, workload.train, workload.max_targets
+    teacher = workload.teacher and skeleton(workload.teacher)
 
     def one_step(state: State, batch: Batch, frozen: Frozen):
         key = None
@@ -122,13 +123,13 @@ def make_train_step(
             key = jax.random.fold_in(jax.random.key(workload.seed), state["step"])
 
         def loss_fn(params, batch, rows_B):
-            bound, reference = models(model, params, frozen)
+            bound, reference = models(model, params, frozen, teacher)
             return loss(bound, batch, objective, key, most, rows_B, reference)
 
         if objective.of_whole_batch and config.accumulation > 1:
 
             def of_part(part, rows_B):
-                bound, reference = models(model, state["params"], frozen)
+                bound, reference = models(model, state["params"], frozen, teacher)
                 return whole_batch(bound, part, objective, reference)
 
             totals = sum_of_parts(of_part, batch, config.accumulation)
@@ -165,11 +166,18 @@ def make_train_step(
 
 
 def models(
-    model: Model, params: Mapping[str, jax.Array], frozen: Frozen
+    model: Model, params: Mapping[str, jax.Array], frozen: Frozen, teacher: Model | None = None
 ) -> tuple[Model, Model | None]:
-    """The model that is trained, bound, and the one it is compared with, if there is one."""
+    """The model that is trained, bound, and the one it is compared with, if there is one.
+
+    Args:
+      teacher: what the parameters of the latter are of; None: of the same model.
+    """
 
     def bound(params):
         return bind(model, applied(params, frozen["base"]) if "base" in frozen else params)
 
-    return bound(params), bound(frozen["reference"]) if "reference" in frozen else None
+    if "reference" not in frozen:
+        return bound(params), None
+    reference = frozen["reference"]
+    return bound(params), bound(reference) if teacher is None else bind(teacher, reference)

@@ -37,6 +37,7 @@ class Workload:
     max_targets: int = 0  # no row has more targets than this; 0: any number
     seed: int = 0  # of the initial parameters and dropout
     layout: Layout | None = None  # of the devices; None where a plan is still looking for it
+    teacher: ModelConfig | None = None  # what is compared with, where it is another model
 
     @property
     def microbatch(self) -> int:

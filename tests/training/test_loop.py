@@ -102,9 +102,9 @@ def test_padding_changes_no_statistic_of_routers_and_is_no_token(place):
 def test_evaluation_counts_every_validation_target_once(place, monkeypatch):
     seen = []
 
-    def spy(training, batches):
+    def spy(training, batches, frozen):
         seen.append((batches.num_targets, len(batches)))
-        return make_evaluate(training, batches)
+        return make_evaluate(training, batches, frozen)
 
     monkeypatch.setattr(train, "make_evaluate", spy)
     fields = {
