@@ -12,20 +12,23 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from absl import logging
 
-from lm.config import ConfigError, check
-from lm.data import storage
-from lm.data.cache import TokenizedCorpus, cache_directory
+from lm.config import ConfigError, check, printable
+from lm.data import corpora, storage
+from lm.data.cache import HASHES, TokenizedCorpus, cache_directory
 from lm.data.config import DataConfig
-from lm.data.conversations import Example, examples, fingerprint
+from lm.data.conversations import Example, split
 from lm.data.packing import Pieces, Placement, RowItems, Rows
+from lm.data.shards import SPLITS
 from lm.tokenizers import ChatTemplate, learned
 
 _Document = tuple[np.ndarray, np.ndarray]  # tokens, and which of them are to be learnt
-_VERSION = 1  # raised when the same examples give other tokens
+_ARRAYS = ("tokens", "learned", "offsets", "values")  # of `Conversations`
+_VERSION = 2  # raised when the same examples give other tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,72 +65,79 @@ def prepare(
     Raises:
       ConfigError: a corpus cannot be read, or written by the template, or has nothing to learn.
     """
-    sides = []
-    for side, corpora in zip(("train", "validation"), examples(config, seed, objective, notify)):
-        names = config.paths
-        if side == "validation" and config.validation_paths:
-            names = config.validation_paths
-        sides.append(
-            tuple(
-                tokenize(found, config, template, objective, f"{name} ({side})", notify)
-                for name, found in zip(names, corpora)
-                if found
-            )
-        )
-    return sides[0], sides[1]
+    training, held_out = corpora.sources(config, seed)
+    both = [tokenize(source, template, objective, notify) for source in training]
+    validation = [tokenize(source, template, objective, notify)["train"] for source in held_out]
+    if not held_out and config.validation_fraction:
+        validation = [found["validation"] for found in both]
+    return tuple(found["train"] for found in both), tuple(v for v in validation if len(v.tokens))
 
 
 def tokenize(
-    found: Sequence[Example],
-    config: DataConfig,
+    source: corpora.Source,
     template: ChatTemplate,
     objective: str,
-    name: str = "conversations",
     notify: Callable[[str], None] = logging.info,
-) -> Conversations:
-    """Examples as tokens; those with nothing to learn are left out.
-
-    Raises:
-      ConfigError: the template cannot write one of them, and `data.on_bad_file` refuses that or it
-        is the first; or there is nothing to learn in any.
-    """
-    tokenizer = template.tokenizer
-    beside = {n: d.decode("utf-8", "replace") for n, d in tokenizer.extra_files().items()}
+) -> dict[str, Conversations]:
+    """The splits of a corpus as tokens, from the cache or made now; see `prepare`."""
+    config, tokenizer = source.config, template.tokenizer
+    folder = cache_directory(config)
     kind = {"sft": "whole", "distillation": "whole", "kto": "labelled"}.get(objective, "pairs")
-    facts = [fingerprint(found), tokenizer.fingerprint, beside, dict(template.texts)]
-    facts += [[*template.begin], kind, _VERSION]
+    facts = {
+        "version": _VERSION,
+        "corpus": source.fingerprint(str(folder / HASHES)),
+        "read": [config.format, config.on_bad_file, config.split, config.validation_fraction],
+        "tokenizer": tokenizer.fingerprint,
+        "beside": {n: d.decode("utf-8", "replace") for n, d in tokenizer.extra_files().items()},
+        "template": [dict(template.texts), [*template.begin]],
+        "kind": kind,
+    }
     key = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
-    folder = cache_directory(config) / "conversations"
-    entry = str(folder / f"{key}.npz")
-    arrays = None
-    if storage.size_or_nothing(entry):
-        try:
-            with np.load(entry) as file:
-                arrays = dict(file)
-        except (OSError, ValueError, zipfile.BadZipFile):
-            notify(f"{entry} is damaged and is made again")
+    entry = folder / "conversations" / f"{key}.npz"
+    arrays = _opened(entry, notify)
     if arrays is None:
-        arrays = _arrays(found, config, template, kind, name, notify)
+        notes: list[str] = []
+        arrays = {}
+        for side, found in zip(SPLITS, split(source, objective, notes.append)):
+            notify(f"tokenising {printable(source.path)} ({side})")
+            name = f"{source.field}: {printable(source.path)} ({side})"
+            made = _arrays(found, config, template, kind, name, notes.append)
+            arrays |= {f"{side}_{what}": array for what, array in made.items()}
+        arrays["notes"] = np.array(notes, np.str_)
         try:
-            storage.make_folder(folder)
-            with storage.create(entry) as file:
+            storage.make_folder(entry.parent)
+            with storage.create(str(entry)) as file:
                 np.savez(file, **arrays)
         except OSError as error:
             notify(f"{entry} cannot be kept: {error.strerror or error}")
-    lost = len(found) * (1 + (kind != "whole")) - (len(arrays["offsets"]) - 1)
-    if kind == "whole" and lost:
-        notify(f"{name}: {lost:,} conversations without a word to learn are left out")
-    return Conversations(
-        **arrays,
-        num_bytes=0,
-        first_token_bytes=0,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        end_of_text=True,
-        name=name,
-        key=key,
-        pairs=kind != "whole",
-    )
+    for note in arrays["notes"]:  # each run hears what is done to its data
+        notify(str(note))
+    return {
+        side: Conversations(
+            **{what: arrays[f"{side}_{what}"] for what in _ARRAYS},
+            num_bytes=0,
+            first_token_bytes=0,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            end_of_text=True,
+            name=f"{printable(source.path)} ({side})",
+            key=f"{key}-{side}",
+            pairs=kind != "whole",
+        )
+        for side in SPLITS
+    }
+
+
+def _opened(entry: Path, notify: Callable[[str], None]) -> dict[str, np.ndarray] | None:
+    """The arrays of an entry of the cache, or None if there is none or it is damaged."""
+    if not entry.exists():
+        return None
+    try:
+        with np.load(entry) as file:
+            return dict(file)
+    except (OSError, ValueError, zipfile.BadZipFile):
+        notify(f"{entry} is damaged and is made again")
+        return None
 
 
 def _arrays(
@@ -139,10 +149,12 @@ def _arrays(
     notify: Callable[[str], None],
 ) -> dict[str, np.ndarray]:
     """`Conversations`' own arrays."""
-    notify(f"tokenising {name}")
+    if not found:
+        types = {"tokens": np.int32, "learned": bool, "offsets": np.int64, "values": np.float32}
+        return {what: np.zeros(int(what == "offsets"), types[what]) for what in _ARRAYS}
     bos = template.tokenizer.bos_id
     items: list[tuple[float, list[_Document]]] = []
-    skipped = 0
+    skipped = silent = 0
     for one in _singly(found) if kind == "labelled" else found:
         try:
             written = []
@@ -156,14 +168,18 @@ def _arrays(
                 written.append((np.array(ids[:last], np.int32), np.array(flags[:last], bool)))
         except ConfigError as error:
             if config.on_bad_file == "refuse" or not items:
-                raise ConfigError(f"data.path: {one.place}: {error}") from None
+                raise ConfigError(f"{name}: {one.place}: {error}") from None
             skipped += 1
             if skipped <= 20:
                 notify(f"skipped {one.place}: {error}")
             continue
         if all(len(ids) for ids, _ in written):
             items.append((one.margin if kind == "pairs" else float(one.label), written))
-    check(bool(items), f"data.path: {name} has no word of an assistant to learn")
+        else:
+            silent += 1
+    check(bool(items), f"{name} has no word of an assistant to learn")
+    if silent:
+        notify(f"{name}: {silent:,} without a word to learn are left out")
     if skipped > 20:
         notify(f"skipped {skipped - 20:,} more, {skipped:,} in all")
     documents = [document for _, written in items for document in written]

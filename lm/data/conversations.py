@@ -17,7 +17,6 @@ be learnt.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -297,35 +296,49 @@ def examples(
     Raises:
       ConfigError: see `read`.
     """
+    training, apart = corpora.sources(config, seed)
+    both = [split(source, objective, notify) for source in training]
+    validation = [split(source, objective, notify)[0] for source in apart]
+    if not apart and config.validation_fraction:
+        validation = [held_out for _, held_out in both]
+    return [found for found, _ in both], validation
+
+
+def split(
+    source: corpora.Source,
+    objective: str = "",
+    notify: Callable[[str], None] = logging.info,
+    train: bool = True,
+) -> tuple[list[Example], list[Example]]:
+    """The examples of one corpus, to train on and to validate on: see `examples`.
+
+    With `train` False the first may be left out.
+    """
     forms = CONVERSATIONAL.get(objective, tuple(_KNOWN_BY))
     purpose = f"objective {objective!r}" if objective else "a prompt"
-    training, held_out = corpora.sources(config, seed)
+    fraction = source.config.validation_fraction
 
-    def all_of(source: corpora.Source, apart: bool = False) -> list[Example]:
+    def all_of(held_out: bool = False) -> list[Example]:
         report = CorpusReport()
-        found = list(read(source, report, forms, purpose, apart))
+        found = list(read(source, report, forms, purpose, held_out))
         for line in report.lines():
             notify(line)
         return found
 
-    train, validation = [], [all_of(source) for source in held_out]
-    for source in training:
-        found, fraction = all_of(source), source.config.validation_fraction
-        apart: list[Example] = []
-        if fraction and source.has_held_out:
-            apart = all_of(source, True)
-        elif fraction:
-            found, apart = _divided(found, source.config)
-        train.append(found)
-        validation += [apart] if fraction else []
-    return train, validation
+    if fraction and source.has_held_out:
+        return all_of() if train else [], all_of(True)
+    return _divided(all_of(), source.config) if fraction else (all_of(), [])
 
 
 def held_out(config: DataConfig, seed: int, objective: str = "") -> list[Example]:
     """The examples of all corpora to validate on, or, where there are none, those to train on."""
-    train, validation = examples(config, seed, objective, lambda line: None)
-    chosen = validation if any(validation) else train
-    return [one for corpus in chosen for one in corpus]
+    training, apart = corpora.sources(config, seed)
+    quiet = [objective, lambda line: None]
+    found = [split(source, *quiet)[0] for source in apart]
+    found = found or [split(source, *quiet, train=False)[1] for source in training]
+    if not any(found):
+        found = [split(source, *quiet)[0] for source in training]
+    return [one for corpus in found for one in corpus]
 
 
 def _divided(found: list[Example], config: DataConfig) -> tuple[list[Example], list[Example]]:
@@ -341,15 +354,6 @@ def _divided(found: list[Example], config: DataConfig) -> tuple[list[Example], l
         return sides["train"], sides["validation"]
     count = min(max(1, round(len(found) * config.validation_fraction)), len(found) - 1)
     return found[: len(found) - count], found[len(found) - count :]
-
-
-def fingerprint(found: Sequence[Example]) -> str:
-    """Digest of what examples hold, but for their fields and places."""
-    digest = hashlib.blake2b(digest_size=16)
-    for one in found:
-        held = [one.prompt, one.replies, one.tools, one.label, one.margin]
-        digest.update(json.dumps(held, default=str).encode())
-    return digest.hexdigest()
 
 
 def texts(config: DataConfig, seed: int) -> Iterator[str]:

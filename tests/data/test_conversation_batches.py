@@ -156,7 +156,7 @@ def test_conversations_without_an_assistant_are_left_out_and_counted(tmp_path):
     data = config(tmp_path, [silent, *TALKS[:3], silent])
     (corpus,) = corpora(data, notify=told.append)
     assert corpus.num_documents == 3
-    assert any("2 conversations without a word to learn" in line for line in told)
+    assert any("2 without a word to learn are left out" in line for line in told)
     with pytest.raises(ConfigError, match="no word of an assistant to learn"):
         corpora(config(tmp_path, [silent]))
 
