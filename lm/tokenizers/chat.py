@@ -259,7 +259,10 @@ def chat_template(
         texts = {"default": read_template(chosen, field)}
     template = ChatTemplate(tokenizer, texts, tuple(begin))
     for name in texts:
-        template._compiled(name)
+        try:
+            template._compiled(name)
+        except ConfigError as error:
+            raise ConfigError(f"{field}={chosen!r}: {error}" if chosen else str(error)) from None
     return template
 
 

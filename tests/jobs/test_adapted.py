@@ -8,6 +8,8 @@ import pytest
 import tiny_jobs
 
 import lm
+from lm import command
+from lm.__main__ import JOBS
 from lm.config import ConfigError
 from lm.models.adapters import fingerprint
 from lm.runs.sources import open_source
@@ -54,6 +56,8 @@ def test_it_trains_and_its_base_stays_as_it_is(tmp_path, base):
     config = json.loads((adapted / "config.json").read_text())
     assert config["base"]["fingerprint"] == fingerprint(before)
     assert config["base"]["step"] == 8
+    alone = command.read([f"--workdir={adapted}"], JOBS).config  # goes on
+    assert (alone.job, list(alone.adapter.targets)) == ("train", ["mlp", "head"])
     assert lm.load(adapted).generate("The cat", max_new_tokens=3).startswith("The cat")
 
 
