@@ -26,7 +26,14 @@ from lm.config import ConfigError  # noqa: E402
 from lm.models import bind, skeleton  # noqa: E402
 from lm.models.huggingface import to_tensors  # noqa: E402
 from lm.objectives import ObjectiveConfig, loss  # noqa: E402
-from lm.tokenizers import ChatTemplate, TokenizerConfig, learned, train  # noqa: E402
+from lm.tokenizers import (  # noqa: E402
+    ChatTemplate,
+    TokenizerConfig,
+    chat_template,
+    learned,
+    train,
+)
+from lm.tokenizers.export import huggingface_files  # noqa: E402
 
 LENGTH = 24
 
@@ -167,3 +174,35 @@ def test_what_is_learnt_of_a_template_is_what_its_marked_copy_says(name):
     assert len(found) == 2 and "look" in found[0]
     assert not any(RESULT["content"] in turn for turn in found)
     assert expected[1].endswith(found[1]) and "The end" in found[1]
+
+
+# ---- The border between prompt and replies ----------------------------------------------------
+
+
+def test_replies_are_compared_after_the_prompt_that_a_model_reads_where_trl_drops_its_end(tmp_path):
+    """A word joins the space before it into one token: then TRL's prompt ends before that space."""
+    datasets = pytest.importorskip("datasets")
+    transformers = pytest.importorskip("transformers")
+    text = "the cat sat on the mat " * 20
+    config = TokenizerConfig(kind="bpe", vocab_size=290, chat_template="plain")
+    tokenizer = train(config, [text])
+    for name, data in huggingface_files(tokenizer).items():
+        (tmp_path / name).write_bytes(data)
+    asked = [{"role": "user", "content": "the cat "}]
+    said = [[{"role": "assistant", "content": word}] for word in ("sat", "mat")]
+    line = {"prompt": asked, "chosen": said[0], "rejected": said[1]}
+    args = types.SimpleNamespace(dataset_num_proc=None, max_length=None)
+    (row,) = trl.DPOTrainer._prepare_dataset(
+        types.SimpleNamespace(),
+        datasets.Dataset.from_list([line]),
+        transformers.AutoTokenizer.from_pretrained(tmp_path),
+        args,
+        "train",
+    )
+    chat = chat_template(tokenizer, begin=[tokenizer.bos_id])
+    read = chat.encode(asked)
+    assert row["prompt_ids"] == read[:-1]  # not what the model reads before it replies
+    for reply, word in zip(said, ("sat", "mat")):
+        ids, flags = learned(chat, asked + reply, given=1)
+        assert ids[: len(read)] == read and not any(flags[: len(read)])
+        assert tokenizer.decode(ids[len(read) :]) == word and all(flags[len(read) :])
