@@ -117,6 +117,7 @@ class Rewards:
       config: with one function at least.
       prefix: what errors call the section.
       mesh: the devices that share a reward model; None: the first one has it.
+      length: tokens of most conversations: a reward model compiles once for all of up to these.
 
     Raises:
       ConfigError: a function that is not there, cannot be imported or called, or a directory
@@ -128,6 +129,7 @@ class Rewards:
         config: RewardsConfig,
         prefix: str = "config.rewards",
         mesh: jax.sharding.Mesh | None = None,
+        length: int = 0,
     ):
         choices = ", ".join(map(repr, BUILT_IN))
         check(
@@ -141,7 +143,8 @@ class Rewards:
             for i, name in enumerate(config.names)
         ]  # fmt: skip
         self.functions = [
-            _found(name, config, where, mesh) for name, where in zip(config.names, self._where)
+            _found(name, config, where, mesh, length)
+            for name, where in zip(config.names, self._where)
         ]
         self.weights = config.weights or (1.0,) * len(config.names)
         self.names = _short(config.names)
@@ -225,13 +228,13 @@ def _values(
 
 
 def _found(
-    name: str, config: RewardsConfig, where: str, mesh: jax.sharding.Mesh | None
+    name: str, config: RewardsConfig, where: str, mesh: jax.sharding.Mesh | None, length: int
 ) -> Function:
     """The function that `name` means."""
     if name in BUILT_IN:
         return BUILT_IN[name](config)
     if (pathlib.Path(name).expanduser() / CONFIG).is_file():
-        return _learned(name, config, where, mesh)
+        return _learned(name, config, where, mesh, length)
     module, colon, attribute = name.rpartition(":")
     if not colon:
         raise ConfigError(
@@ -261,7 +264,7 @@ def _file(path: str) -> Any:
 
 
 def _learned(
-    directory: str, config: RewardsConfig, where: str, mesh: jax.sharding.Mesh | None
+    directory: str, config: RewardsConfig, where: str, mesh: jax.sharding.Mesh | None, length: int
 ) -> Function:
     """The reward model of a run."""
     try:
@@ -280,7 +283,8 @@ def _learned(
 
     def learned(prompts, responses, finished=None, **fields):
         with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-            return run.score(prompts, responses, finished, chat_template=config.chat_template)
+            template = config.chat_template
+            return run.score(prompts, responses, finished, chat_template=template, length=length)
 
     return learned
 

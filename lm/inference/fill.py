@@ -66,6 +66,7 @@ def score(
     config: ModelConfig,
     params: Mapping[str, jax.Array],
     texts: Sequence[Sequence[int]],
+    length: int = 0,
 ) -> np.ndarray:
     """What its classifier says of each text, float32 [N, labels]: a reward model's one reward.
 
@@ -76,6 +77,7 @@ def score(
     Args:
       config, params: a model with a classifier of texts.
       texts: token ids, complete.
+      length: to which shorter texts are padded, so that one program serves them all.
 
     Raises:
       ConfigError: no such classifier; a text that is empty or longer than the model's context.
@@ -91,8 +93,9 @@ def score(
 
     def scores(batch: Sequence[Sequence[int]]) -> jax.Array:
         longest = max(map(len, batch))
-        length = min(config.max_length, max(8, 1 << (longest - 1).bit_length()))
-        tokens_NS, segments_NS = np.zeros((2, len(batch), length), np.int32)
+        places = length if longest <= length else max(8, 1 << (longest - 1).bit_length())
+        shape = len(batch), min(config.max_length, places)
+        tokens_NS, segments_NS = np.zeros((2, *shape), np.int32)
         for row, ids in enumerate(batch):
             tokens_NS[row, : len(ids)], segments_NS[row, : len(ids)] = ids, 1
         return _scores(config, params, tokens_NS, segments_NS)

@@ -86,7 +86,7 @@ def _run(job: AlignJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
     framed = {"data": {"end_of_text": job.data.end_of_text}, **carried}
     framing = Framing.of_run(framed, job.model, tokenizer, "framing")
     prompts, held_out = read_prompts(job.data, job.seed, template, job.longest_prompt, say)
-    rewards = Rewards(job.rewards)
+    rewards = Rewards(job.rewards, length=job.data.block_size + 1)
     rewards.try_out([prompt.text for prompt in prompts[:2]], **fields_of(prompts[:2]))
     corpus = functools.partial(fingerprint, prompts + held_out)
     claim = Claim(directory, to_dict(job), to_dict(AlignJob()), tokenizer, corpus, carried)

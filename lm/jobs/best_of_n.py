@@ -85,7 +85,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     framing = dataclasses.replace(framing, end_of_text=ends)
     every = dataclasses.replace(job.data, validation_fraction=0.0)
     prompts = read_prompts(every, job.seed, template, longest, print)[0]
-    rewards = Rewards(job.rewards)
+    rewards = Rewards(job.rewards, length=job.data.block_size + 1)
     rewards.try_out([prompt.text for prompt in prompts[:2]], **fields_of(prompts[:2]))
     path = pathlib.Path(job.output_file).expanduser()
     start = _begin(path)

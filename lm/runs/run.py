@@ -185,6 +185,7 @@ class Run:
         *,
         normalized: bool = True,
         chat_template: str = "",
+        length: int = 0,
     ) -> np.ndarray:
         """A reward model's reward of each response, float32 [N].
 
@@ -199,6 +200,7 @@ class Run:
           finished: whether each ended by itself; of one that did not, the last token is its own.
           normalized: rewards on the scale of the run's held-out replies (`lm.runs.reward.Scale`).
           chat_template: as of the method `chat_template`.
+          length: tokens to which shorter conversations are padded, for one program to serve all.
 
         Raises:
           ConfigError: a model that is no reward model, no chat template, or a conversation longer
@@ -214,7 +216,7 @@ class Run:
         finished = [True] * len(responses) if finished is None else finished
         template = self.chat_template(chat_template, "chat_template")
         texts = [reply_ids(template, *each) for each in zip(prompts, responses, finished)]
-        reward_N = score(config, self.params, texts)[:, 0]
+        reward_N = score(config, self.params, texts, length)[:, 0]
         return self._scale(reward_N) if normalized else reward_N
 
     def fill(self, text: str, top_k: int = 5) -> list[list[Candidate]]:

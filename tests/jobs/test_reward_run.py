@@ -12,6 +12,7 @@ from lm.__main__ import run
 from lm.alignment.rewards import Rewards, RewardsConfig
 from lm.config import ConfigError, view
 from lm.data.conversations import held_out
+from lm.parallel.mesh import MeshConfig, make_mesh
 from lm.runs.config import TrainJob
 from lm.runs.reward import Scale
 from lm.tokenizers import TokenizerConfig, train
@@ -116,6 +117,9 @@ def test_its_directory_is_a_reward(trained):
     assert set(worth.parts) == {"reward", "length"}
     assert worth.parts["reward"][0] > 0 > worth.parts["reward"][1]
     np.testing.assert_allclose(worth.total_N, worth.parts["reward"] + [0, -1], rtol=1e-6)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    shared = Rewards(RewardsConfig(functions=str(trained)), mesh=mesh)(["1", "2"], replies)
+    np.testing.assert_allclose(shared.total_N, worth.parts["reward"], atol=1e-4)
     with pytest.raises(ConfigError, match="classifier='none'"):
         Rewards(RewardsConfig(functions=str(trained.parent / "talker")))
 
@@ -159,3 +163,13 @@ def test_what_it_cannot_do_is_said_before_any_work(trained, tmp_path):
     with pytest.raises(ConfigError, match="output head"):
         command(tmp_path, "sft", "--config.objective.name=causal")
     assert not any((tmp_path / name).exists() for name in ("two", "prompted", "sft"))
+
+
+def test_it_learns_with_adapters_and_a_whole_head(trained, tmp_path):
+    for name in ("talker", "pairs.jsonl"):
+        (tmp_path / name).symlink_to(trained.parent / name)
+    lora = command(tmp_path, "lora", "--config.adapter.kind=lora", "--config.adapter.rank=4")
+    assert tiny_jobs.losses(lora, "eval_accuracy")[-1][1] > 0.9
+    reward = lm.load(lora)
+    good, bad = reward.score("12", [f"abc {KIND}", f"abc {RUDE}"])
+    assert good > 0 > bad

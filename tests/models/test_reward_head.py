@@ -79,6 +79,9 @@ def test_texts_of_many_lengths_are_scored_by_few_programs():
     for length in range(65, 129, 7):
         score(config, params, [[9] * length] * 2)
     assert scores._cache_size() == before + 1
+    for length in (1, 10, 100, 200):
+        score(config, params, [[9] * length] * 2, length=200)
+    assert scores._cache_size() == before + 2
 
 
 def test_a_head_in_place_of_the_output_head_has_no_bias_and_starts_as_published():
