@@ -137,11 +137,8 @@ class Rewards:
             f"{prefix}.functions=() must name a reward: one of {choices}, 'module:function', "
             "'file.py:function', or the directory of a reward model's run",
         )
-        self._where = [
-            f"{prefix}.functions[{i}]={name!r}" if len(config.names) > 1 else
-            f"{prefix}.functions={name!r}"
-            for i, name in enumerate(config.names)
-        ]  # fmt: skip
+        numbers = [f"[{i}]" for i in range(len(config.names))] if len(config.names) > 1 else [""]
+        self._where = [f"{prefix}.functions{i}={name!r}" for i, name in zip(numbers, config.names)]
         self.functions = [
             _found(name, config, where, mesh, length)
             for name, where in zip(config.names, self._where)
@@ -150,7 +147,7 @@ class Rewards:
         self.names = _short(config.names)
 
     def __call__(
-        self, prompts: Sequence[Prompt], responses: Sequence[str], **fields: Sequence[Any]
+        self, prompts: Sequence[Prompt], responses: Sequence[str], /, **fields: Sequence[Any]
     ) -> Worth:
         """What the responses are worth.
 
@@ -161,6 +158,12 @@ class Rewards:
         Raises:
           ConfigError: a function raises an error, or returns anything but N finite numbers.
         """
+        for name in ("prompts", "responses"):
+            check(
+                name not in fields,
+                f"the prompts' lines have a field {name!r}, which reward functions know as another "
+                "thing: give it another name",
+            )
         check(
             len(prompts) == len(responses),
             f"{len(prompts)} prompts and {len(responses)} responses: there must be one for each",
@@ -172,7 +175,7 @@ class Rewards:
         total_N = sum(weight * part for weight, part in zip(self.weights, parts.values()))
         return Worth(np.asarray(total_N, np.float32), parts)
 
-    def try_out(self, prompts: Sequence[Prompt], **fields: Sequence[Any]) -> None:
+    def try_out(self, prompts: Sequence[Prompt], /, **fields: Sequence[Any]) -> None:
         """Calls every function on an empty reply to each prompt, so that a mistake costs no work.
 
         Raises:

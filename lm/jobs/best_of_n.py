@@ -136,11 +136,7 @@ def _begin(path: pathlib.Path) -> int:
 
 
 def _lines(
-    job: BestOfNJob,
-    prompt: Prompt,
-    texts: Sequence[str],
-    worth_N: np.ndarray,
-    ended: Sequence[bool],
+    job: BestOfNJob, prompt: Prompt, texts: Sequence[str], worth_N: np.ndarray, ended: list[bool]
 ) -> Iterator[dict[str, Any]]:
     """What is kept of the replies to one prompt."""
     given = {**prompt.fields, "prompt": prompt.text}

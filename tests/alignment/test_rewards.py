@@ -102,6 +102,8 @@ def test_a_function_is_tried_out_before_any_work(file):
     with pytest.raises(ConfigError, match=r"counts.*raised TypeError.*answer"):
         rewards(f"{file}:counts").try_out(PROMPTS)
     rewards(f"{file}:counts").try_out(PROMPTS, answer=["2", "4"])
+    with pytest.raises(ConfigError, match="lines have a field 'responses'"):
+        rewards(f"{file}:share").try_out(PROMPTS, responses=["2", "4"])
 
 
 @pytest.mark.parametrize(
