@@ -7,7 +7,7 @@ import functools
 import os
 import pathlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import jax
@@ -18,6 +18,7 @@ from lm.inference import (
     Candidate,
     Framing,
     Generator,
+    SamplingConfig,
     SearchConfig,
     embed,
     fill,
@@ -32,6 +33,8 @@ from lm.runs.reward import Prompt, Scale, pairs_of, reply_ids
 from lm.runs.sources import open_source
 from lm.tokenizers import ChatTemplate, Tokenizer, chat_template
 from lm.training.metrics import read_metrics
+
+AT_ONCE = 128  # prompts replied to together
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -218,6 +221,52 @@ class Run:
         texts = [reply_ids(template, *each) for each in zip(prompts, responses, finished)]
         reward_N = score(config, self.params, texts, length)[:, 0]
         return self._scale(reward_N) if normalized else reward_N
+
+    def reply(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        tools: Sequence[Sequence[Any] | None] | None = None,
+        *,
+        seed: int = 0,
+        chat_template: str = "",
+        **settings: Any,
+    ) -> str | list[str]:
+        """What the model replies to a user, or to several, up to the end of its turn.
+
+            run.reply("Where did the cat sit?", temperature=0)
+
+        Past a decoder's context the oldest tokens are left out.
+
+        Args:
+          prompts: what a user says, or messages; one, or several that are replied to together.
+          tools: for each prompt the JSON schemas of functions that may be called, or None.
+          seed: of the random draws.
+          chat_template: as of the method `chat_template`.
+          **settings: fields of `lm.inference.SamplingConfig`.
+
+        Raises:
+          ConfigError: no chat template, messages that it cannot write, or a model that does not
+            write.
+        """
+        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Mapping))
+        several = [prompts] if one else list(prompts)
+        sampling = view(SamplingConfig, settings, "sampling")
+        check(sampling.num_samples == 1, "num_samples must be 1: give the prompt several times")
+        template = self.chat_template(chat_template, "chat_template")
+        if sampling.stop_at_end_of_text:
+            ids, texts = template.ends
+            ends = {"stop": (*sampling.stop, *texts), "stop_ids": (*sampling.stop_ids, *ids)}
+            sampling = dataclasses.replace(sampling, **ends)
+        said = [p if not isinstance(p, str) else [{"role": "user", "content": p}] for p in several]
+        read = [template.encode(*pair) for pair in zip(said, tools or [None] * len(said))]
+        replies = [""] * len(read)
+        order = sorted(range(len(read)), key=lambda i: len(read[i]))  # alike in length together
+        for first in range(0, len(order), AT_ONCE):
+            part = order[first : first + AT_ONCE]
+            generation = self.generator.generate([read[i] for i in part], sampling, seed)
+            for row, text in generation.texts():
+                replies[part[row]] += text
+        return replies[0] if one else replies
 
     def fill(self, text: str, top_k: int = 5) -> list[list[Candidate]]:
         """The likeliest tokens in place of each mask in `text`; for an encoder.

@@ -77,12 +77,13 @@ def test_a_tuned_model_answers_right_and_stops_by_itself(taught):
     # The end of a turn is an end of text for whatever continues ids.
     end = run.tokenizer.special_ids["<|im_end|>"]
     assert run.framing.end_of_text == (run.tokenizer.eos_id, end)
-    prompt = run.chat_template().encode([{"role": "user", "content": "Where?"}])
-    (said,) = [
-        "".join(text for _, text in run.generator.generate([prompt], GREEDY).texts())
-        for _ in range(1)
-    ]
-    assert said == "On the mat."
+    asked = [{"role": "user", "content": "Where?"}]
+    settings = {"temperature": 0, "max_new_tokens": 30}
+    assert run.reply("Where?", **settings) == run.reply(asked, **settings) == "On the mat."
+    assert run.reply(["Why?", asked], **settings) == ["It slept.", "On the mat."]
+    ids = run.chat_template().encode(asked)
+    texts = run.generator.generate([ids], GREEDY).texts()
+    assert "".join(text for _, text in texts) == "On the mat."
 
 
 def test_chatting_with_it_needs_nothing_but_its_directory(taught, monkeypatch, capsys):
