@@ -9,6 +9,10 @@ r"""Hugging Face weights in and out.
     python main.py --config=configs/convert.py --config.init_from=runs/gpt2 --config.to=hf \
         --workdir=OUT
 
+    # adapters alone, for peft.PeftModel.from_pretrained; to=hf adds them into their base
+    python main.py --config=configs/convert.py --config.init_from=runs/lora --config.to=peft \
+        --workdir=OUT
+
     # in 16 bits; on eight devices; leaving out a tensor the family does not know
     ... --config.dtype=bfloat16
     ... --config.mesh.fsdp=8
@@ -25,7 +29,7 @@ from lm.jobs.convert import ConvertJob
 def get_config():
     c = config.defaults(ConvertJob)
     c.init_from = ""
-    c.to = "run"  # or hf
+    c.to = "run"  # or hf, or peft
     c.dtype = "float32"
     c.mesh.data = 1
     c.mesh.fsdp = -1  # over all devices

@@ -13,7 +13,9 @@ from rich.console import Console
 
 from lm.config import AboveZero, Count, Path, check, printable, view
 from lm.models import count
+from lm.models.adapters import adapter_specs
 from lm.models.huggingface.family import NameMap
+from lm.models.huggingface.peft import is_peft
 from lm.models.huggingface.read import (
     CONFIG,
     PARAMETER_DTYPES,
@@ -23,11 +25,11 @@ from lm.models.huggingface.read import (
 )
 from lm.models.huggingface.write import check_new
 from lm.parallel.mesh import MeshConfig, make_mesh
-from lm.runs.conversion import write_huggingface, write_run
+from lm.runs.conversion import write_huggingface, write_peft, write_run
 from lm.runs.sources import open_source
 from lm.training.report import binary, facts_table, model_line
 
-DIRECTIONS = ("run", "hf")
+DIRECTIONS = ("run", "hf", "peft")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +38,17 @@ class ConvertJob:
 
     job: str = "convert"
     init_from: Path = ""  # a Hugging Face directory or hub name (to run); a run directory (to hf)
-    to: Literal[DIRECTIONS] = "run"  # run: a run directory | hf: a Hugging Face directory
+    # run: a run directory | hf: a Hugging Face directory, with adapters added in | peft: adapters
+    # alone, as PEFT writes them
+    to: Literal[DIRECTIONS] = "run"
+    # to peft: what it is to load as their base; "": the Hugging Face directory that it is, or was
+    base: Path = ""
     # of what is written: float32 | bfloat16 | float16
     dtype: Literal[tuple(PARAMETER_DTYPES)] = "float32"
     # Regular expressions of tensors, and of fields of config.json, that may be left out though the
     # family does not know them: "cls.seq_relationship". They are listed in what is printed.
     ignore: str | tuple[str, ...] = ()
-    # to hf: of which checkpoint: its step, latest or best
+    # to hf and peft: of which checkpoint: its step, latest or best
     step: Count | Literal["latest", "best"] = "latest"
     # to hf: the most a file of weights may hold, in 10⁹ bytes
     shard_gigabytes: AboveZero = 5.0
@@ -76,11 +82,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     if job.to == "run":
         source.config["init_from"] = job.init_from
         done = write_run(source, target, mesh, job.dtype)
+    elif job.to == "peft":
+        done = write_peft(source, target, job.dtype, job.step, job.base)
     else:
         shard_bytes = int(job.shard_gigabytes * 1e9)
         done = write_huggingface(source, target, mesh, job.dtype, job.step, shard_bytes)
 
-    family, parameters = done.family, count(NameMap(done.family, source.model).specs)
+    family, specs = done.family, NameMap(done.family, source.model).specs
+    parameters = count(adapter_specs(source.base.adapter, specs) if job.to == "peft" else specs)
     size = parameters * PARAMETER_DTYPES[job.dtype].itemsize
     ignored = list(source.checkpoint.ignored) if source.checkpoint else []
     written = family.write_config(source.model)
@@ -114,13 +123,13 @@ def _directory(job: ConvertJob) -> pathlib.Path:
         return download(job.init_from)
     check(source.exists(), f"{field} does not exist")
     check(source.is_dir(), f"{field} is a file, not a directory")
-    if job.to == "run" and not is_checkpoint(source):
+    if job.to == "run" and not is_checkpoint(source) and not is_peft(source):
         check(
             not (source / "checkpoints").exists(),
             f"{field} is a run directory already: config.to='hf' converts the other way",
         )
         check((source / CONFIG).is_file(), f"{field} has no {CONFIG}: not a Hugging Face model")
-    if job.to == "hf":
+    if job.to in ("hf", "peft"):
         check(
             not is_checkpoint(source),
             f"{field} is a Hugging Face directory already: config.to='run' converts the other way",

@@ -74,7 +74,7 @@ def adapted_names(config: AdapterConfig, specs: Mapping[str, ParamSpec]) -> list
     Raises:
       ConfigError: a target that is in no name, or none but of experts, which get none.
     """
-    fitting = [name for name, spec in specs.items() if _fits(name, spec)]
+    fitting = [name for name, spec in specs.items() if fits(name, spec)]
     if not config.targets:
         chosen = [name for name in fitting if "layers" in specs[name].axes]
     else:
@@ -110,27 +110,28 @@ def _part_of(name: str, pattern: str) -> bool:
     return f".{pattern}." in f".{name}."
 
 
-def _fits(name: str, spec: ParamSpec) -> bool:
+def fits(name: str, spec: ParamSpec) -> bool:
+    """Whether a parameter is a matrix that can have an adapter."""
     own, axes = name.rpartition(".")[2], spec.axes
     matrix = own in _LINEAR and len(axes) - ("layers" in axes) >= 2
     recurrent = name.partition(".")[0] in ("attention", "cells")
     return name == "head" or (matrix and "expert" not in axes and not recurrent)
 
 
-class _Sides:
+class Sides:
     """A matrix's inputs and outputs: how many, and the first logical axis of each."""
 
     def __init__(self, name: str, spec: ParamSpec):
         self.stacked = spec.axes[:1] == ("layers",)
-        self.layers = spec.shape[: self.stacked]
+        self.layers, self.layer_axis = spec.shape[: self.stacked], ("layers",) * self.stacked
         shape, axes = spec.shape[self.stacked :], spec.axes[self.stacked :]
-        self.turned = name == "head"
-        self.input_axes = len(shape) - 1 if axes[-1] == "embed" and not self.turned else 1
-        sides = [(shape[: self.input_axes], axes[0]), (shape[self.input_axes :], axes[-1])]
-        sides[1] = (sides[1][0], axes[self.input_axes])
-        (ins, self.input_axis), (outs, self.output_axis) = sides[::-1] if self.turned else sides
-        self.inputs, self.outputs = math.prod(ins), math.prod(outs)
-        self.layer_axis = ("layers",) * self.stacked
+        self.turned = name == "head"  # (outputs, inputs)
+        # How many axes come first, which are inputs unless it is turned.
+        self.input_axes = cut = len(shape) - 1 if axes[-1] == "embed" and not self.turned else 1
+        sides = [(math.prod(shape[:cut]), axes[0]), (math.prod(shape[cut:]), axes[cut])]
+        (self.inputs, self.input_axis), (self.outputs, self.output_axis) = (
+            reversed(sides) if self.turned else sides
+        )
 
 
 # ---- Declared and begun -------------------------------------------------------------------------
@@ -144,7 +145,7 @@ def adapter_specs(config: AdapterConfig, specs: Mapping[str, ParamSpec]) -> dict
     """
     trained = {}
     for name in adapted_names(config, specs):
-        sides = _Sides(name, specs[name])
+        sides = Sides(name, specs[name])
         bound = 1 / math.sqrt(sides.inputs)
 
         def uniform(key, shape, dtype, bound=bound):
@@ -176,11 +177,11 @@ def freeze(
     base, adapted = {}, adapted_names(config, specs)
     for name in sorted(set(specs) - set(whole_names(config, specs))):
         x, spec = params[name], specs[name]
-        if not _fits(name, spec):
+        if not fits(name, spec):
             experts = "expert" in spec.axes  # whose products are in the compute dtype, too
             base[name] = x.astype(dtype) if experts else x
             continue
-        sides = _Sides(name, spec)
+        sides = Sides(name, spec)
         if sides.turned or config.base == "compute" or not sides.stacked:
             x = x.astype(dtype)
         else:
@@ -205,11 +206,12 @@ def base_shardings(
     """
 
     def split(name: str):
-        spec, sides = specs[name], _Sides(name, specs[name]) if len(specs[name].axes) > 1 else None
+        spec = specs[name]
 
         def sharding(leaf):
             axes = spec.axes
             if leaf.shape != spec.shape:  # rounded, as a matrix
+                sides = Sides(name, spec)
                 axes = (*sides.layer_axis, sides.input_axis, sides.output_axis)
             return jax.sharding.NamedSharding(mesh, partition(axes, leaf.shape, mesh, rules))
 

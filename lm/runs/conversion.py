@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import multihost_utils
 
-from lm.config import ConfigError
+from lm.config import ConfigError, check
 from lm.inference import Framing
 from lm.models import ModelConfig
 from lm.models.huggingface.families import family_for
 from lm.models.huggingface.family import Family, NameMap
+from lm.models.huggingface.peft import save_peft
 from lm.models.huggingface.write import new_directory, save_pretrained
 from lm.parallel.sharding import parameter_shardings
 from lm.runs.directory import CHECKPOINTS, CONFIG, TOKENIZER
@@ -36,14 +37,21 @@ def write_run(
 ) -> Converted:
     """Writes the Hugging Face model `source` as a run directory with one checkpoint, of step 0.
 
+    Adapters that PEFT wrote are added into their base.
+
     All processes call this, as `write_huggingface`. Nothing appears under the name of `directory`
     before it is complete.
 
     Raises:
       ConfigError: see `Checkpoint.parameters`; the directory cannot be written.
     """
-    checkpoint, tokenizer = source.checkpoint, source.tokenizer
-    params = checkpoint.parameters(parameter_shardings(checkpoint.names.specs, mesh), dtype)
+    checkpoint, tokenizer, family = source.checkpoint, source.tokenizer, source.names.family
+    shardings = parameter_shardings(source.names.specs, mesh)
+    if checkpoint is not None:
+        params, origin = checkpoint.parameters(shardings, dtype), " and ".join(checkpoint.dtypes)
+    else:
+        params, origin = source.parameters(shardings=shardings)[1], "with adapters added in"
+        params = {name: x.astype(dtype) for name, x in params.items()}
     with new_directory(directory) as scratch:
         if jax.process_index() == 0:
             text = json.dumps(source.config, indent=2) + "\n"
@@ -56,7 +64,7 @@ def write_run(
             checkpointer.save(0, {"params": params}, wait=True)
     _together()
     words = _words(tokenizer) if tokenizer else "none: no text"
-    return Converted(checkpoint.family, " and ".join(checkpoint.dtypes), words)
+    return Converted(family, origin, words)
 
 
 def write_huggingface(
@@ -98,6 +106,43 @@ def write_huggingface(
     save_pretrained(directory, family, model, params, dtype, files, fields, shard_bytes)
     _together()
     return Converted(family, f"step {step:,}", words)
+
+
+def write_peft(
+    source: Source, directory: pathlib.Path, dtype: str, step: int | str, base: str
+) -> Converted:
+    """Writes the adapters of checkpoint `step` of the run `source` as PEFT does.
+
+    Args:
+      base: what to say that their base is; "": the Hugging Face directory that it is, or was.
+
+    Raises:
+      ConfigError: the run has none, or its base is no Hugging Face directory; see `save_peft`.
+    """
+    check(
+        source.base is not None,
+        f"config.to='peft' needs a run with adapters, and {source.directory} has none: use 'hf'",
+    )
+    there = source.base.source
+    if not base and there.checkpoint is not None:
+        base = str(there.directory.absolute())
+    elif not base and there.config.get("job") == "convert":
+        base = there.config.get("init_from", "")
+    check(
+        bool(base),
+        f"config.base='' must say what PEFT is to load as the base: {there.directory}, which "
+        "config.to='hf' converts into a directory",
+    )
+    files, words = {}, "none"
+    if source.tokenizer is not None:
+        words = _words(source.tokenizer)
+        try:
+            files = huggingface_files(source.tokenizer)
+        except ConfigError as error:
+            words = f"not written: {error}"
+    step, adapters = source.adapters(step)
+    save_peft(directory, source.names, source.base.adapter, adapters, base, dtype, files)
+    return Converted(source.names.family, f"step {step:,}", words)
 
 
 def _token_ids(tokenizer: Tokenizer, family: Family, model: ModelConfig) -> dict[str, Any]:

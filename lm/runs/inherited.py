@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -153,7 +152,7 @@ def inherit(
 
     source, theirs = origin.source, origin.source.model
     source.check_parameters()
-    where = origin.init_from if source.checkpoint else os.path.join(origin.init_from, TOKENIZER)
+    where = source.tokenizer_place
     trained = {**to_dict(TokenizerConfig()), **source.config.get("tokenizer", {})}
     trained["special_tokens"] = tuple(trained["special_tokens"])
     found = {"kind": source.tokenizer.kind, "vocab_size": source.tokenizer.vocab_size}

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import tokenizers as rust
 
 from lm import tokenizers
@@ -17,6 +18,9 @@ from lm.config import ConfigError, check, nearest, to_dict, view
 from lm.files import read_json
 from lm.models import ModelConfig, param_specs, skeleton
 from lm.models.adapters import AdapterConfig, adapter_specs, fingerprint, freeze, merged
+from lm.models.huggingface.families import family_for
+from lm.models.huggingface.family import NameMap
+from lm.models.huggingface.peft import Peft, is_peft
 from lm.models.huggingface.read import Checkpoint, is_checkpoint, open_checkpoint
 from lm.parallel.sharding import ParamSpec, parameter_shardings
 from lm.runs.directory import CHECKPOINTS, CONFIG, TOKENIZER
@@ -39,6 +43,7 @@ class Source:
     tokenizer: Tokenizer | None  # None where a Hugging Face directory has none
     checkpoint: Checkpoint | None = None  # the Hugging Face directory, if it is one
     base: Base | None = None  # what it adapts, if all that it has is adapters
+    own: Mapping[str, np.ndarray] | None = None  # the adapters of a directory that PEFT wrote
 
     def parameters(
         self,
@@ -76,6 +81,12 @@ class Source:
         """The step and the adapters of a checkpoint of one that has a `base`; as `parameters`."""
         specs = adapter_specs(self.base.adapter, param_specs(skeleton(self.model)))
         abstract = _abstract(specs, shardings)
+        if self.own is not None:
+            check(
+                step in (None, "latest", 0),
+                f"step={step!r}: {self.directory} has adapters of a single step 0",
+            )
+            return 0, {n: jax.device_put(self.own[n], x.sharding) for n, x in abstract.items()}
         return restore_parameters(self.directory / CHECKPOINTS, step, abstract)
 
     def _merged(self, step, shardings) -> tuple[int, dict[str, jax.Array]]:
@@ -91,10 +102,32 @@ class Source:
         params, _ = self.base.read(specs, mesh)
         return step, jax.jit(whole, out_shardings=shardings)(params, adapters)
 
+    @property
+    def names(self) -> NameMap:
+        """What its tensors are called by Hugging Face.
+
+        Raises:
+          ConfigError: no family computes what the model does.
+        """
+        if self.checkpoint is not None:
+            return self.checkpoint.names
+        preferred = self.config.get("huggingface", {}).get("model_type")
+        return NameMap(family_for(self.model, preferred), self.model)
+
+    @property
+    def tokenizer_place(self) -> str:
+        """What its tokenizer is loaded from."""
+        if self.own is not None and not has_tokenizer(self.directory):
+            return self.base.source.tokenizer_place
+        alone = self.checkpoint is not None or self.own is not None
+        return str(self.directory if alone else self.directory / TOKENIZER)
+
     def check_parameters(self) -> None:
         """Raises ConfigError where there are none: a run that has not saved any yet."""
         check(
-            self.checkpoint is not None or bool(saved_paths(self.directory / CHECKPOINTS)),
+            self.checkpoint is not None
+            or self.own is not None
+            or bool(saved_paths(self.directory / CHECKPOINTS)),
             f"{self.directory} has no checkpoint yet: the run saves one every "
             "config.checkpoint.every steps and at its end; train it further, or wait",
         )
@@ -171,7 +204,8 @@ def run_base(
         f"{where} says adapter.kind={adapter.kind!r}, and not what its base is",
     )
     places = [given] if given else [directory / said.get("relative", "."), said["directory"]]
-    found = next((p for p in map(pathlib.Path, places) if (p / CONFIG).is_file()), None)
+    places = [pathlib.Path(os.path.normpath(place)) for place in places]
+    found = next((place for place in places if (place / CONFIG).is_file()), None)
     check(
         found is not None,
         f"{directory} holds adapters of the model in {places[-1]}, which is not there: put it back,"
@@ -197,7 +231,7 @@ def open_source(
     ignore: str | Sequence[str] = (),
     base: str | os.PathLike[str] | None = None,
 ) -> Source:
-    """Opens a run directory or a Hugging Face directory.
+    """Opens a run directory, a Hugging Face directory, or one with adapters that PEFT wrote.
 
     Args:
       directory: where it is.
@@ -209,6 +243,8 @@ def open_source(
         adapters whose base is not there.
     """
     path = pathlib.Path(directory).expanduser()
+    if is_peft(path):
+        return _open_peft(path, ignore, base)
     if not is_checkpoint(path):
         return _open_run(path, ignore, base)
     check(base is None, f"{path} has no adapters, and so no base={str(base)!r}")
@@ -250,6 +286,33 @@ def _open_run(path: pathlib.Path, ignore: str | Sequence[str], base) -> Source:
             f"{model.vocab_size}: put the tokenizer back that the model was trained with",
         )
     return Source(path, config, model, tokenizer, base=run_base(path, config, base, ignore))
+
+
+def _open_peft(path: pathlib.Path, ignore: str | Sequence[str], base) -> Source:
+    """Its config is what the config.json of a run of the whole model would be."""
+    peft = Peft.open(path)
+    said = os.fspath(base or peft.base)
+    places = [pathlib.Path(said).expanduser(), path / said]
+    found = next((place for place in places if said and (place / CONFIG).is_file()), None)
+    check(
+        found is not None,
+        f"{path} holds adapters of the model {said!r}, which is no directory here: write in "
+        "adapter_config.json where it is (base_model_name_or_path), or say lm.load(…, base=DIR)",
+    )
+    source = open_source(found, ignore)
+    adapter, own = peft.read(source.names)
+    tokenizer = tokenizers.load(path) if has_tokenizer(path) else source.tokenizer
+    check(
+        tokenizer is None or tokenizer.fits(source.model.vocab_size),
+        f"{path}: its tokenizer has more ids than the embedding of its base {found}",
+    )
+    known = {"init_from": str(path)}
+    if tokenizer is not None:
+        known |= {
+            "tokenizer": {"kind": tokenizer.kind}, "tokenizer_fingerprint": tokenizer.fingerprint
+        }  # fmt: skip
+    config = {n: x for n, x in source.config.items() if n not in ("adapter", "base")} | known
+    return Source(path, config, source.model, tokenizer, base=Base(source, adapter), own=own)
 
 
 def _open_huggingface(path: pathlib.Path, ignore: str | Sequence[str]) -> Source:

@@ -1,18 +1,26 @@
 """Adapters from a config file: trained, taken up again, gone on with, opened."""
 
+import dataclasses
 import json
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
+import tiny_huggingface
 import tiny_jobs
+from tiny_jobs import get_config
 
 import lm
 from lm import command
 from lm.__main__ import JOBS
-from lm.config import ConfigError
+from lm.config import ConfigError, defaults
+from lm.jobs import convert as convert_job
+from lm.jobs.convert import ConvertJob
+from lm.models import ModelConfig, bind, skeleton
 from lm.models.adapters import fingerprint
 from lm.runs.sources import open_source
+from lm.tokenizers import TokenizerConfig
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +131,47 @@ def test_another_base_is_refused(tmp_path, base):
     tiny_jobs.run(moved, "base", seed=5, **fields)
     with pytest.raises(ConfigError, match="not the base that these adapters were trained beside"):
         lm.load(moved / adapted.name)
+
+
+def convert(to, source, target):
+    config = defaults(ConvertJob)
+    config.update(init_from=str(source), to=to)
+    convert_job.run(config, str(target))
+    return target
+
+
+def tuned():
+    """The tiny job without a model or a tokenizer of its own."""
+    config = get_config()
+    config.model, config.tokenizer = defaults(ModelConfig), defaults(TokenizerConfig)
+    config.model.compute_dtype = "float32"
+    config.data.block_size = 16
+    return config
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_out_to_peft_and_back_it_is_the_same_model(tmp_path, kind):
+    base = tiny_huggingface.write_directory(tmp_path / "gpt2")
+    with mock.patch.object(tiny_jobs, "get_config", tuned):
+        adapted = adapt(tmp_path, base, train__steps=4, adapter__kind=kind)
+        out = convert("peft", adapted, tmp_path / "peft")
+        more = tiny_jobs.run(tmp_path, "more", init_from=str(out), train__steps=2)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base)
+    assert config["fan_in_fan_out"] and config["use_dora"] == (kind == "dora")
+    whole = convert("hf", adapted, tmp_path / "whole")
+    run = convert("run", out, tmp_path / "run")
+    expected = saved_logits(adapted)
+    for place in (out, whole, run):
+        np.testing.assert_allclose(saved_logits(place), expected, atol=2e-5, err_msg=str(place))
+    # Training went on from there; the rank is that of all that a layer there holds.
+    assert json.loads((more / "config.json").read_text())["adapter"]["rank"] == 12
+
+
+def saved_logits(place):
+    loaded = lm.load(place)
+    config = dataclasses.replace(loaded.skeleton.config, compute_dtype="float32")
+    return bind(skeleton(config), loaded.params)(np.array([[1, 2, 3]]))
 
 
 def test_adapters_need_a_model(tmp_path):

@@ -159,7 +159,7 @@ class NameMap:
         shapes = {}
         for rule in self.rules:
             # Numbers of one byte that all lie in one place: shapes are what is asked for.
-            arrays = [np.broadcast_to(np.int8(0), shape) for shape in self._own_shapes(rule)]
+            arrays = [np.broadcast_to(np.int8(0), shape) for shape in self.own_shapes(rule)]
             tensors = rule.save(arrays)
             for layer in range(self.times(rule)):
                 for name, tensor in zip(rule.tensors(layer), tensors, strict=True):
@@ -170,7 +170,7 @@ class NameMap:
         """How often a rule is applied: once, or once a layer."""
         return self.specs[rule.ours[0]].shape[0] if rule.layered else 1
 
-    def _own_shapes(self, rule: Rule) -> list[Shape]:
+    def own_shapes(self, rule: Rule) -> list[Shape]:
         """The shapes of our parameters that one application makes."""
         shapes = [self.specs[name].shape for name in rule.ours]
         return [shape[1:] for shape in shapes] if rule.layered else shapes
@@ -180,7 +180,7 @@ class NameMap:
     ) -> dict[str, np.ndarray]:
         """Our parameters (one layer of them) of the tensors that `tensor(name)` gives."""
         tensors = [tensor(name) for name in rule.tensors(layer)]
-        return dict(zip(rule.ours, rule.load(tensors, self._own_shapes(rule)), strict=True))
+        return dict(zip(rule.ours, rule.load(tensors, self.own_shapes(rule)), strict=True))
 
     def stream(self, params: Mapping[str, Array]) -> Iterator[tuple[str, np.ndarray]]:
         """Every tensor, one after the other, in the order of `shapes`.
