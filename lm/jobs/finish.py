@@ -106,7 +106,9 @@ def _judged(
         f"held-out pairs: {right:.1%} of {len(reward_N2):,} ranked right, expected calibration "
         f"error {results['eval_calibration_error']:.3f}\n"
         f"rewards: mean {scale.mean:.3g}, spread {scale.std:.3g} of their replies, which "
-        f"{REWARD} makes 0 and 1"
+        f"{REWARD} makes 0 and 1",
+        markup=False,
+        soft_wrap=True,
     )
     if hosts.index() == 0:
         scale.write(directory)

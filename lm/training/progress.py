@@ -62,9 +62,10 @@ class Progress:
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Reports that `step` steps are done.
 
-        `metrics` may hold `loss`, `reward`, `eval_reward`, `kl`, `eval_loss`, `eval_bits_per_byte`,
-        `tokens_per_second`, `mfu` and `data_wait` (shares between 0 and 1), as numbers or arrays
-        already on the host; others are ignored, and one not given keeps its last value in the bar.
+        `metrics` may hold `loss`, `accuracy`, `eval_accuracy`, `reward`, `eval_reward`, `kl`,
+        `eval_loss`, `eval_bits_per_byte`, `tokens_per_second`, `mfu` and `data_wait` (shares
+        between 0 and 1), as numbers or arrays already on the host; others are ignored, and one not
+        given keeps its last value in the bar.
         """
         if self._silent:
             return
@@ -142,6 +143,8 @@ def _rate(value: Any) -> str:
 
 _FIELDS: dict[str, Callable[[Any], str]] = {
     "loss": lambda value: f"loss {float(value):.4f}",
+    "accuracy": lambda value: f"right {float(value):.1%}",
+    "eval_accuracy": lambda value: f"eval right {float(value):.1%}",
     "reward": lambda value: f"reward {float(value):.4f}",
     "eval_reward": lambda value: f"eval reward {float(value):.4f}",
     "kl": lambda value: f"kl {float(value):.4f}",
