@@ -128,9 +128,8 @@ def example(line: Any, form: str) -> Example:
         asked = _text(line, "instruction") + (f"\n\n{more}" if more else "")
         return Example(_asked(line, asked), (_said(_text(line, "output")),), tools)
     prompt = _prompt(line)
-    others = {name: value for name, value in line.items() if name not in _READ}
     if form == "prompts":
-        return Example(prompt, (), tools, fields=others)
+        return Example(prompt, (), tools)
     reply = "response" if "response" in line else "completion"
     if form == "labelled":
         label = line.get("label")
@@ -260,12 +259,14 @@ def read(
         try:
             if form == "auto":
                 form = form_of(line)
+            check(isinstance(line, dict), f"it must be an object, not {type(line).__name__}")
             check(
                 form in forms,
                 f"it is of the form {form!r}, and {purpose} needs {' or '.join(map(repr, forms))}"
                 + (" (data.format)" if source.config.format != "auto" else ""),
             )
-            found = dataclasses.replace(example(line, form), place=place)
+            others = {name: value for name, value in line.items() if name not in _READ}
+            found = dataclasses.replace(example(line, form), fields=others, place=place)
         except ConfigError as error:
             if first or source.config.on_bad_file == "refuse":
                 raise ConfigError(f"{source.field}: {place}: {error}") from None

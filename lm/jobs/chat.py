@@ -33,8 +33,8 @@ class ChatJob(SamplingConfig):
     # Of a Hugging Face directory: regular expressions of fields of config.json and of tensors that
     # may be left out though they are not known.
     ignore: str | tuple[str, ...] = ()
-    # How the conversation is written: "chatml", "llama3", "gemma", one of several that the model
-    # has, or a file of Jinja text; "": the model's own.
+    # How the conversation is written: "chatml", "llama3", "gemma", "plain", one of several that the
+    # model has, or a file of Jinja text; "": the model's own.
     chat_template: Path = ""
     system: str = ""  # what the model is told before all else
 

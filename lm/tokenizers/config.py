@@ -91,8 +91,8 @@ class TokenizerConfig:
     mask_token: bool = False  # have "[MASK]", for masked language modelling
     num_sentinels: SizeOrZero = 0  # have "<extra_id_0>", "<extra_id_1>", ..., for span corruption
     special_tokens: tuple[str, ...] = ()  # further specials, such as "<|user|>"
-    # How conversations are written: "chatml", "llama3", "gemma", whose specials are then had, or a
-    # file with Jinja text.
+    # How conversations are written: "chatml", "llama3", "gemma", whose specials are then had,
+    # "plain", which has none, or a file with Jinja text.
     chat_template: Path = ""
 
     @property

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lm.config import ConfigError
 from lm.data import BatchIterator
+from lm.data.conversation_rows import Conversations
 from lm.models import ModelConfig, count, param_specs
 from lm.models.huggingface.families import family_for
 from lm.models.matmul import compute_dtype
@@ -109,9 +111,11 @@ def _devices(mesh) -> str:
 def describe_data(console: Console, batches: BatchIterator) -> None:
     """Prints how much there is to train on."""
     tokens = sum(corpus.num_tokens for corpus in batches.corpora)
+    learned = [c.learned for c in batches.corpora if isinstance(c, Conversations)]
+    share = f", {sum(map(np.sum, learned)):,} of them to learn" if learned else ""
     notes = "".join(f"; {note}" for note in batches.notes)
     console.print(
-        f"data: {tokens:,} training tokens, {batches.batches_per_epoch:,} steps an epoch, "
+        f"data: {tokens:,} training tokens{share}, {batches.batches_per_epoch:,} steps an epoch, "
         f"{batches.padding_fraction:.1%} padding{notes}",
         soft_wrap=True,
     )

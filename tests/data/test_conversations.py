@@ -166,6 +166,17 @@ def test_equal_questions_are_on_one_side_and_none_is_on_both(tmp_path):
     assert (len(train), len(validation)) == (2, 1)
 
 
+def test_other_fields_come_along_and_a_file_of_its_own_may_be_held_out(tmp_path):
+    line = {"prompt": "a", "response": "b", "answer": [1, 2], "tools": []}
+    config = DataConfig(
+        path=str(write(tmp_path / "a.jsonl", line)),
+        validation_path=str(write(tmp_path / "b.jsonl", {**line, "prompt": "c"})),
+    )
+    (train,), (validation,) = examples(config, 0, "sft")
+    assert [one.fields for one in train] == [{"response": "b", "answer": [1, 2]}]
+    assert [one.question[0]["content"] for one in validation] == ["c"]
+
+
 def test_generated_lines_have_some_of_their_own_to_validate_on():
     for name, objective in (("instructions", "sft"), ("preferences", "reward"), ("prompts", "")):
         config = DataConfig(path=f"storyworld_{name}", num_documents=20, validation_fraction=0.2)
