@@ -46,7 +46,14 @@ from lm.files import read_json
 PACKAGED = pathlib.Path(__file__).parent / "configs"  # in a clone, a link to its configs/
 FLAGS = ("config", "workdir")
 # What a run's config.json says beside the fields of its config.
-FACTS = ("tokenizer_fingerprint", "corpus_fingerprint", "framing", "huggingface", "base")
+FACTS = (
+    "tokenizer_fingerprint",
+    "corpus_fingerprint",
+    "framing",
+    "huggingface",
+    "base",
+    "reference",
+)
 
 
 class Command(NamedTuple):

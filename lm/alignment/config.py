@@ -11,6 +11,7 @@ from lm.alignment.rollouts import RolloutConfig
 from lm.config import Bounds, Count, NotNegative, Path, Positive, Seed, check
 from lm.data import DataConfig
 from lm.models import ModelConfig
+from lm.models.adapters import AdapterConfig
 from lm.objectives import ObjectiveConfig, check_objective
 from lm.parallel.cluster import HostsConfig
 from lm.parallel.layout import Layout
@@ -55,6 +56,7 @@ class AlignJob:
     objective: ObjectiveConfig = dataclasses.field(
         default_factory=lambda: ObjectiveConfig(name="policy")
     )
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)  # of the policy
     learning: LearningConfig = dataclasses.field(default_factory=LearningConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)  # its steps are iterations
@@ -136,7 +138,8 @@ class AlignJob:
         }
         policy = dataclasses.replace(self.objective.policy, **sampled)
         objective = dataclasses.replace(self.objective, policy=policy)
-        usual = {"model": self.model, "objective": objective, "optimizer": self.optimizer}
+        usual = {"model": self.model, "objective": objective, "adapter": self.adapter}
+        usual["optimizer"] = self.optimizer
         return Workload(
             **{**usual, **fields},
             block_size=self.data.block_size,

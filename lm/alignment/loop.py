@@ -79,7 +79,7 @@ class Loop:
         """
         job, step, saved = self.job, start, start
         self._kl = extra.get("kl_coefficient", job.advantage.kl_coefficient)
-        self._spikes, self._reference_step = extra.get("spikes", 0), extra["reference_step"]
+        self._spikes = extra.get("spikes", 0)
         with termination_flag() as received:
             while step < job.train.steps and not hosts.agree(bool(received)):
                 experience, measured = self._experience(state, step)
@@ -129,7 +129,7 @@ class Loop:
         prompts = self.prompts.take(iteration * rollout.prompts, rollout.prompts)
         with _timed(seconds, "rollout_seconds"):
             seed = rollout_seed(job.seed, iteration)
-            samples = self.sampler(state["params"], [p.ids for p in prompts], seed)
+            samples = self.sampler(self._whole(state), [p.ids for p in prompts], seed)
         with _timed(seconds, "scoring_seconds"):
             worth = self._worth(prompts, samples)
             written = rows([p.ids for p in prompts], samples, job.data.block_size)
@@ -173,6 +173,10 @@ class Loop:
         found = {name: np.array(values, np.float32) for name, values in parts.items()}
         return Worth(np.array(total, np.float32), found)
 
+    def _whole(self, state: State) -> dict[str, jax.Array]:
+        """The policy's parameters, adapters added in."""
+        return self.policy.whole(state["params"], self.frozen)
+
     def _text(self, sample: Sample) -> str:
         return self.tokenizer.decode(sample.ids[:-1] if sample.ended else sample.ids)
 
@@ -180,7 +184,7 @@ class Loop:
         self, state: State, prompts: Sequence[Prompt], seed: int
     ) -> tuple[list[Sample], Worth]:
         """One sample of each prompt, and what they are worth."""
-        samples = self.sampler(state["params"], [p.ids for p in prompts], seed, each=1)
+        samples = self.sampler(self._whole(state), [p.ids for p in prompts], seed, each=1)
         return samples, self._worth(prompts, samples)
 
     def _measured(self, found: Rows, made: Estimate) -> dict[str, float]:
@@ -265,11 +269,7 @@ class Loop:
             self._kl = adapted(self._kl, kl, target, responses, advantage.kl_horizon)
 
     def _save(self, step: int, state: State) -> None:
-        extra = {
-            "kl_coefficient": self._kl,
-            "spikes": self._spikes,
-            "reference_step": self._reference_step,
-        }
+        extra = {"kl_coefficient": self._kl, "spikes": self._spikes}
         self.checkpointer.save(step, state, extra)
 
     def _leave(self, received: Sequence[int], step: int, state: State | None) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from lm.alignment.config import AlignJob
 from lm.config import ConfigError, check
-from lm.models import init
+from lm.models.adapters import AdapterConfig
 from lm.parallel.layout import Layout
 from lm.runs.inherited import Origin
 from lm.runs.sources import open_source
+from lm.runs.start import Start
 from lm.tokenizers import Tokenizer
 from lm.training.setup import Training, set_up
 from lm.training.step import State
@@ -49,48 +49,38 @@ def critic_training(job: AlignJob, layout: Layout, tokenizer: Tokenizer) -> Trai
         layout,
         model=dataclasses.replace(model, classifier="sequence", num_labels=1, dropout=0.0),
         objective=dataclasses.replace(job.objective, name="value"),
+        adapter=AdapterConfig(),
         optimizer=dataclasses.replace(job.optimizer, learning_rate=rate),
     )
     return set_up(workload)
 
 
 def first_state(
-    job: AlignJob, policy: Training, critic: Training | None, origin: Origin
-) -> tuple[State, int]:
-    """The state before the first iteration, and the step of `init_from` that it starts from."""
-    step, theirs = origin.source.parameters(shardings=_shardings(policy))
-    state = policy.create_state(_copied(_completed(policy, theirs, job.seed)))
+    job: AlignJob, policy: Training, critic: Training | None, origin: Origin, begun: Start
+) -> State:
+    """The state before the first iteration."""
+    state = policy.create_state(_own(policy, begun.params()))
     if critic is not None:
-        if job.learning.critic_from:
-            theirs = open_source(job.learning.critic_from).parameters(shardings=_shardings(critic))[
-                1
-            ]
-        state["critic"] = critic.create_state(_copied(_completed(critic, theirs, job.seed)))
-    return state, step
+        source = open_source(job.learning.critic_from or job.init_from, job.ignore)
+        shardings = {name: leaf.sharding for name, leaf in critic.abstract["params"].items()}
+        values = source.parameters(shardings=shardings)[1]
+        state["critic"] = critic.create_state(_own(critic, values))
+    return state
 
 
-def reference_parameters(policy: Training, origin: Origin, step: int, seed: int) -> Params:
-    """The policy's parameters at the start, as they were at that step of `init_from`.
+def whole_reference(policy: Training, begun: Start) -> Params | None:
+    """What of the policy is trained, as it was at the start; of a new head, which nobody asks, 0.
 
-    Raises:
-      ConfigError: they are no longer there.
+    None where nothing is compared with.
     """
-    theirs = origin.source.parameters(step, _shardings(policy))[1]
-    return _completed(policy, theirs, seed)
+    if "reference" not in begun.frozen:
+        return None
+    params = _own(policy, begun.frozen["reference"])
+    new = {n: leaf for n, leaf in policy.abstract["params"].items() if n not in params}
+    zeros = {n: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding) for n, x in new.items()}
+    return {**params, **zeros}
 
 
-def _shardings(training: Training) -> dict[str, jax.sharding.Sharding]:
-    return {name: leaf.sharding for name, leaf in training.abstract["params"].items()}
-
-
-def _completed(training: Training, params: Mapping[str, Any], seed: int) -> Params:
-    """The parameters that a model has, where `params` lacks a head: that one drawn."""
-    new = {name: spec for name, spec in training.specs.items() if name not in params}
-    shardings = {name: s for name, s in _shardings(training).items() if name in new}
-    drawn = jax.jit(lambda key: init(new, key), out_shardings=shardings)(jax.random.key(seed))
-    return {**{name: params[name] for name in training.specs if name in params}, **drawn}
-
-
-def _copied(params: Params) -> Params:
-    """Arrays of their own, which a step may take over."""
-    return {name: jnp.copy(value) for name, value in params.items()}
+def _own(training: Training, params: Mapping[str, jax.Array]) -> Params:
+    """What is trained, of all the parameters there are."""
+    return {name: params[name] for name in training.specs if name in params}

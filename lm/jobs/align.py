@@ -22,7 +22,7 @@ from lm.alignment.prompts import PromptOrder, fields_of, fingerprint, read_promp
 from lm.alignment.rewards import Rewards
 from lm.alignment.rollouts import Sampler
 from lm.alignment.scoring import Scorer
-from lm.alignment.start import critic_training, first_state, reference_parameters
+from lm.alignment.start import critic_training, first_state, whole_reference
 from lm.config import to_dict, view
 from lm.inference import Framing
 from lm.parallel import hosts
@@ -31,6 +31,7 @@ from lm.parallel.platform import keep_buffers, keep_programs
 from lm.runs.conversing import converse
 from lm.runs.directory import CHECKPOINTS, Claim, check_place
 from lm.runs.inherited import Origin, inherit
+from lm.runs.start import begin
 from lm.training.checkpoints import Checkpointer
 from lm.training.config import TrainingInterrupted
 from lm.training.metrics import MetricsWriter
@@ -99,23 +100,23 @@ def _run(job: AlignJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
     abstract = policy.abstract | ({"critic": critic.abstract} if critic else {})
     with layout.active():
         describe_run(console, policy)
+        begun = begin(origin, policy, compares=job.learning.reference)
         with Checkpointer(directory / CHECKPOINTS, job.checkpoint) as checkpointer:
             # ---- State: the directory is ours from here on
-            claim.write()
+            claim.write(begun.facts)
             found = checkpointer.restore_latest(abstract)
             if found is not None:
                 start, state, extra = found
                 say(f"resuming at step {start} of {job.train.steps}")
             else:
                 start, extra = 0, {}
-                state, extra["reference_step"] = first_state(job, policy, critic, origin)
-            reference = None
-            if job.learning.reference:
-                reference = reference_parameters(policy, origin, extra["reference_step"], job.seed)
+                state = first_state(job, policy, critic, origin, begun)
+            reference = whole_reference(policy, begun)
+            frozen = {name: held for name, held in begun.frozen.items() if name != "reference"}
 
             # ---- Loop
             began, steps = time.perf_counter(), job.train.steps
-            parts = policy.model, state["params"], framing, tokenizer
+            parts = policy.model, policy.whole(state["params"], frozen), framing, tokenizer
             with MetricsWriter(directory, start) as writer, Progress(steps, start) as progress:
                 loop = Loop(
                     job=job,
@@ -128,7 +129,7 @@ def _run(job: AlignJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
                     prompts=PromptOrder(prompts, job.seed),
                     held_out=held_out,
                     reference=reference,
-                    frozen={},
+                    frozen=frozen,
                     checkpointer=checkpointer,
                     writer=writer,
                     progress=progress,

@@ -32,7 +32,12 @@ class Start(NamedTuple):
     facts: dict[str, Any]  # config.json says them, to check the same when the run goes on
 
 
-def begin(origin: Origin, training: Training, teacher: Source | None = None) -> Start:
+def begin(
+    origin: Origin,
+    training: Training,
+    teacher: Source | None = None,
+    compares: bool | None = None,
+) -> Start:
     """Reads what `training` starts from; of a run that goes on, what its steps read.
 
     The base of adapters is the model that `init_from` names; where that has adapters itself, they
@@ -40,12 +45,14 @@ def begin(origin: Origin, training: Training, teacher: Source | None = None) -> 
 
     Args:
       teacher: what is compared with in its place.
+      compares: whether there is a reference; None: as the objective says.
 
     Raises:
       ConfigError: there is no such model, or it is another than when the run began.
     """
     workload = training.workload
-    compares, adapts = workload.objective.has_reference, workload.adapter.kind != "none"
+    adapts = workload.adapter.kind != "none"
+    compares = workload.objective.has_reference if compares is None else compares
     frozen, facts = {}, {}
     if compares and (teacher or not adapts):
         frozen["reference"], facts["reference"] = _whole_reference(origin, training, teacher)

@@ -10,7 +10,9 @@ import tiny_jobs
 from tiny_align import PPO, measured
 
 import lm
-from lm.config import ConfigError
+from lm import command
+from lm.__main__ import JOBS
+from lm.config import ConfigError, view
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +55,19 @@ def test_ppo_with_a_critic_raises_the_reward(source):
 
 @pytest.mark.slow
 def test_a_critic_may_be_a_head_of_the_policy(source):
-    fields = {**PPO, "learning__critic": "shared", "train__steps": 4}
+    fields = {**PPO, "learning__critic": "shared", "learning__kl_stop": 1e-9, "train__steps": 4}
     directory = tiny_align.run(source, "shared", **fields)
     assert len(measured(directory, "value_loss")) == 4
+    assert measured(directory, "epochs") == [1] * 4  # of two: each was far enough
     assert isinstance(lm.load(directory).generate("a", max_new_tokens=3), str)
 
 
 def test_the_first_update_meets_the_policy_that_wrote(learned, source):
-    directory = tiny_align.run(source, "one", train__steps=1, data__batch_size=32)
+    held_out = {"data__validation_path": str(source / "prompts.jsonl")}
+    directory = tiny_align.run(source, "one", train__steps=1, data__batch_size=32, **held_out)
     for name, value in {"ratio": 1, "approx_kl": 0, "clip_fraction": 0, "kl": 0}.items():
         assert measured(directory, name) == [value]
+    assert len(measured(directory, "eval_reward")) == 1
 
 
 def test_nothing_compiles_after_the_first_iteration(learned):
@@ -79,6 +84,8 @@ def test_the_run_directory_explains_itself(learned):
     names = {"reward", "entropy", "clip_fraction", "response_length", "end_rate", "kl"}
     names |= {"rollout_seconds", "scoring_seconds", "update_seconds", "loss", "learning_rate"}
     assert names <= run.metrics[0].keys()
+    asked = command.read([f"--workdir={directory}"], JOBS)  # goes on by its directory alone
+    assert view(asked.section, asked.config).rollout.samples == 8
     page = (directory / "samples.html").read_text()
     assert "before" in page and "http" not in page and "Say a: " in page
     assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -107,6 +114,19 @@ def test_a_prompt_that_is_none_is_named_by_file_line_and_field(source, tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"prompt": 3}\n')
     with pytest.raises(ConfigError, match=r"bad.jsonl line 1: prompt must be text"):
         tiny_align.run(source, "bad", data__path=str(tmp_path / "bad.jsonl"))
+
+
+def test_with_adapters_the_first_ratio_is_one_and_the_kl_zero(source):
+    fields = {"adapter__kind": "lora", "adapter__rank": 4, "train__steps": 2}
+    first = tiny_align.run(source, "adapted", data__batch_size=32, **fields)
+    for name, value in {"ratio": 1, "approx_kl": 0, "clip_fraction": 0, "kl": 0}.items():
+        assert measured(first, name)[0] == value
+    # And where the reference has adapters itself, which go on.
+    fields = {"init_from": str(first), "train__steps": 1}
+    second = tiny_align.run(source, "adapted_again", data__batch_size=32, **fields)
+    for name, value in {"ratio": 1, "approx_kl": 0, "clip_fraction": 0, "kl": 0}.items():
+        assert measured(second, name)[0] == value
+    assert isinstance(lm.load(second).generate("a", max_new_tokens=3), str)
 
 
 @pytest.mark.slow

@@ -38,15 +38,15 @@ class Known:
     vocab_size = KNOWN
 
 
-def training(layout, **fields):
-    model, _ = tiny_model()
+def training(layout, model_fields=None, accumulation=1, **fields):
+    model, _ = tiny_model(**model_fields or {})
     workload = Workload(
         model.config,
         block_size=LENGTH,
         batch_size=8,
         objective=ObjectiveConfig(name="policy", policy=PolicyConfig(**fields)),
         optimizer=OptimizerConfig(),
-        train=TrainConfig(steps=4),
+        train=TrainConfig(steps=4, accumulation=accumulation),
         layout=layout,
     )
     return set_up(workload)
@@ -63,12 +63,12 @@ def drawn(config, params=None, seed=1):
     return sampler(params or own, PROMPTS, seed)
 
 
-def scored(config, layout=None, devices=None):
+def scored(config, layout=None, model_fields=None, accumulation=1):
     """(training, state, experience) of one rollout."""
     layout = layout or one_device()
-    train = training(layout, temperature=config.temperature)
+    train = training(layout, model_fields, accumulation, temperature=config.temperature)
     with layout.active():
-        state = train.create_state(tiny_model()[1])
+        state = train.create_state(tiny_model(**model_fields or {})[1])
         samples = drawn(config, state["params"])
         found = Scorer(train, None, config, KNOWN)(rows(PROMPTS, samples, LENGTH), state, None, {})
     return train, state, found
@@ -116,22 +116,38 @@ def test_the_trainer_finds_what_was_drawn_as_likely_as_the_sampler_did(name):
     assert (found["old_logprob"][~mask] == 0).all()
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_before_the_first_update_every_ratio_is_exactly_one(name):
-    config = RolloutConfig(samples=4, max_new_tokens=10, **SAMPLERS[name])
-    train, state, found = scored(config)
-    found["advantage"] = np.random.default_rng(0).normal(size=found["weights"].shape)
-    found["ref_logprob"] = found["old_logprob"]
-    names = ("inputs", "targets", "weights", "segment_ids", "positions", "old_logprob")
-    names += ("ref_logprob", "advantage", "support")
-    batch = {n: np.asarray(found[n]) for n in names if n in found}
-    batch["advantage"] = batch["advantage"].astype(np.float32)
-    order = np.random.default_rng(0).permutation(16)[:8]  # companions other than in scoring
+def first_update(train, state, found):
+    """The metrics of an update of half of the rows, with companions other than in scoring."""
+    names = ("inputs", "targets", "weights", "segment_ids", "positions", "old_logprob", "support")
+    batch = {name: found[name] for name in names if name in found}
+    advantage = np.random.default_rng(0).normal(size=found["weights"].shape)
+    batch |= {"advantage": advantage.astype(np.float32), "ref_logprob": batch["old_logprob"]}
+    order = np.random.default_rng(0).permutation(len(advantage))[:8]
     with train.workload.layout.active():
         _, metrics = train.step(state, put(train, batch, order[None]), {})
     metrics = {name: float(value[0]) for name, value in metrics.items()}
-    assert metrics["ratio"] == metrics["weight"] == (batch["weights"][order] > 0).sum()
+    assert metrics["weight"] == (batch["weights"][order] > 0).sum()
+    return metrics
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_before_the_first_update_every_ratio_is_exactly_one(name):
+    config = RolloutConfig(samples=4, max_new_tokens=10, **SAMPLERS[name])
+    metrics = first_update(*scored(config))
+    assert metrics["ratio"] == metrics["weight"]
     assert metrics["approx_kl"] == metrics["kl"] == metrics["clip_fraction"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", [{}, {"data": 1, "fsdp": 4, "tensor": 2}], ids=["one", "mesh"])
+def test_the_ratio_is_exactly_one_in_parts_scanned_rounded_and_on_a_mesh(dtype, sizes):
+    count = 8 if sizes else 1
+    layout = lay_out("", MeshConfig(**sizes), -1, jax.devices()[:count])
+    fields = {"compute_dtype": dtype, "scan_layers": True}
+    config = RolloutConfig(samples=4, max_new_tokens=10, **SAMPLERS["all"])
+    metrics = first_update(*scored(config, layout, fields, accumulation=1 if sizes else 2))
+    assert metrics["ratio"] == metrics["weight"] and metrics["approx_kl"] == 0
 
 
 def test_without_the_support_the_mean_ratio_is_the_kept_mass():
