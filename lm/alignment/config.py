@@ -76,6 +76,12 @@ class AlignJob:
             f"{prefix}.objective.name={self.objective.name!r} must be 'policy' here; which policy "
             "gradient it is, objective.policy.loss says",
         )
+        longest = self.model.max_length
+        check(
+            not longest or self.data.block_size <= longest,
+            f"{prefix}.data.block_size={self.data.block_size} is longer than "
+            f"{prefix}.model.max_length={longest}: set it to {longest}",
+        )
         rollout, batch_size = self.rollout, self.data.batch_size
         check(
             rollout.responses % batch_size == 0,

@@ -61,7 +61,12 @@ def read_prompts(
             f"note: {total - kept} of {total} prompts are left out: longer than the {longest} "
             "tokens that data.block_size and rollout.max_new_tokens leave"
         )
-    check(bool(found[0]), f"config.data.path={config.path!r} has no prompt of {longest} tokens")
+    check(
+        bool(found[0]),
+        f"config.data.path={config.path!r} has no prompt of at most {longest} tokens, as "
+        f"config.data.block_size={config.block_size} and config.rollout.max_new_tokens leave: the "
+        f"shortest has {min((len(one.ids) for one in sides[0]), default=0)}",
+    )
     return found[0], found[1]
 
 

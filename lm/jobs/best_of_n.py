@@ -79,6 +79,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     if job.compilation_cache:
         keep_programs(job.compilation_cache)
     source = Run.load(job.init_from, ignore=job.ignore)
+    context = source.skeleton.config.max_length
+    check(
+        job.data.block_size <= context,
+        f"config.data.block_size={job.data.block_size} is longer than the context of "
+        f"config.init_from={job.init_from!r}: set it to {context}",
+    )
     longest = job.data.block_size + 1 - job.rollout.max_new_tokens
     template, framing = source.chat_template(job.chat_template), source.framing
     ends = (*(framing.end_of_text or ()), *template.ends[0])

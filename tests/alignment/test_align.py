@@ -165,6 +165,8 @@ def test_configs_are_checked_before_any_work(source):
         ({"rollout__prompts": 3}, "data.batch_size=16 must divide the 24 responses"),
         ({"rollout__samples": 1, "rollout__prompts": 16}, "needs 2 at least"),
         ({"rollout__max_new_tokens": 99}, "leaves no room for a prompt"),
+        ({"data__block_size": 64}, "data.block_size=64 is longer than config.model.max_length=48"),
+        ({"rollout__max_new_tokens": 32}, "no prompt of at most 1 tokens.* the shortest has"),
         ({"rewards__functions": "nothing"}, "rewards.functions='nothing'"),
     ):
         with pytest.raises(ConfigError, match=message):

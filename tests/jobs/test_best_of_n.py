@@ -89,6 +89,8 @@ def test_pairs_of_the_best_and_the_worst_are_preferences(folder):
 def test_mistakes_are_said_before_anything_is_drawn(folder):
     with pytest.raises(ConfigError, match=r"keep=9 is more than .*samples=4"):
         command(folder, "no.jsonl", keep=9)
+    with pytest.raises(ConfigError, match=r"block_size=65 is longer than the context .* to 64"):
+        command(folder, "no.jsonl", **{"data.block_size": 65})
     with pytest.raises(ConfigError, match="lines of another origin"):
         command(folder, "prompts.jsonl")
     assert not (folder / "no.jsonl").exists()
