@@ -65,7 +65,7 @@ REFUSED = (
     "objective.name", "objective.z_loss", "objective.label_smoothing",
     "objective.load_balancing", "objective.router_z", "objective.centering",
     "objective.policy", "objective.preference", "objective.distillation", "rollout", "rewards",
-    "advantage", "update",
+    "advantage", "learning",
 )  # fmt: skip
 
 
