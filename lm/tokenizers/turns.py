@@ -90,6 +90,7 @@ class _Writer:
         replies = [i for i, m in enumerate(self._messages) if m["role"] == "assistant"]
         own = self._marked_by_template()
         found = dict(zip(replies, own)) if own is not None and len(own) == len(replies) else {}
+        found = found or self._at_once(replies)
         items, spans = [*self._whole], {}
         ids, texts = self._template.ends
         for number in replies:
@@ -197,6 +198,50 @@ class _Writer:
             return self._until(number, start)  # results stand within the turn
         return found
 
+    def _at_once(self, replies: Sequence[int]) -> dict[int, tuple[int, int, bool]]:
+        """As `_found` of every reply, by one rendering for all; {} where that does not do.
+
+        It does for words that the template writes as they are, or trimmed.
+        """
+        said, lead = [self._messages[i] for i in replies], _lead(self._template)
+        plain = all(
+            isinstance(m.get("content"), str)
+            and m["content"].strip()
+            and not m.keys() - {"role", "content", "weight"}
+            for m in said
+        )
+        if lead is None or not plain or not replies or not replies[0] or self._variables:
+            return {}
+        texts = [well_formed(m["content"]) for m in said]
+        marks = private_characters([self._messages, self._context, self._variables], len(said))
+        changed = list(self._messages)
+        for number, mark in zip(replies, marks):
+            changed[number] = {"role": "assistant", "content": mark}
+        other = self._items(changed)
+        places = [i for i, item in enumerate(other) if item in marks]
+        if [other[i] for i in places] != marks:
+            return {}
+        for words in (texts, [text.strip() for text in texts]):
+            whole, spans, at = [], [], 0
+            for place, text in zip(places, words):
+                whole += other[at:place]
+                spans.append((len(whole), len(whole) + len(text)))
+                whole += text
+                at = place + 1
+            if whole + other[at:] == self._whole:
+                break
+        else:
+            return {}
+        opening = self._items(self._messages[: replies[0]], opened=True)
+        if self._whole[: spans[0][0] - lead] != opening:
+            return {}
+        found = {}
+        for number, (start, stop) in zip(replies, spans):
+            end = stop + _blanks(self._whole[stop:])
+            ended = end < len(self._whole) and isinstance(self._whole[end], int)
+            found[number] = (start - lead, self._closed(end) if ended else stop, ended)
+        return found
+
     def _until(self, number: int, start: int) -> tuple[int, int, bool]:
         """`_found`, by the conversation up to the reply, which must be the whole's beginning."""
         until, whole = self._items(self._messages[: number + 1]), self._whole
@@ -211,6 +256,27 @@ class _Writer:
         if rest and isinstance(whole[stop], int):  # what comes next ends it, not what would
             return start, stop + 1, True
         return start, stop, isinstance(whole[stop - 1], int)
+
+
+@functools.lru_cache(8)
+def _lead(template: ChatTemplate) -> int | None:
+    """How much stands between the opening of a reply and its words; None where that depends."""
+    texts = private_characters(dict(template.texts), 4)
+    roles = ("user", "assistant") * 2
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+    leads = set()
+    for count in (2, 4):
+        for number in range(1, count, 2):
+            try:
+                writer = _Writer(template, messages[:count], (None, None), {})
+                opening = writer._items(messages[:number], opened=True)
+            except ConfigError:
+                return None
+            whole = writer._whole
+            if whole.count(texts[number]) != 1 or whole[: len(opening)] != opening:
+                return None
+            leads.add(whole.index(texts[number]) - len(opening))
+    return leads.pop() if len(leads) == 1 and min(leads) >= 0 else None
 
 
 @functools.lru_cache(8)

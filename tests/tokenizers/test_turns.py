@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lm.config import ConfigError
 from lm.tokenizers import ChatTemplate, TokenizerConfig, chat_template, learned, train
+from lm.tokenizers import turns as turns_file
 from lm.tokenizers.chat_built_in import BUILT_IN
 
 SPECIALS = ("<|user|>", "<|assistant|>", "<|call|>", "<|eom|>", "<|end|>", "[INST]", "[/INST]")
@@ -165,6 +166,19 @@ def test_calls_are_learnt_and_their_results_are_not():
     assert said == "<think>Hm.</think>\nThe end<|end|>"
     later = [*talk, TALK[2], TALK[3]]  # the reasoning is gone, and so is what it would teach
     assert turns(chat, *learned(chat, later))[1:] == ["The end<|end|>"] * 2
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_all_replies_at_once_and_one_by_one_are_the_same(name, monkeypatch):
+    chat = template(name)
+    talks = [
+        [{**m, "content": evil} if i == number else m for i, m in enumerate(TALK)]
+        for number in range(4)
+        for evil in EVIL
+    ]
+    found = [learned(chat, talk) for talk in talks]
+    monkeypatch.setattr(turns_file._Writer, "_at_once", lambda self, replies: {})
+    assert found == [learned(chat, talk) for talk in talks]
 
 
 def test_replies_of_no_weight_and_those_of_a_prompt_are_not_learnt():
