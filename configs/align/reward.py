@@ -1,6 +1,11 @@
 r"""A reward model: which of two replies is better, learned from pairs.
 
+    # the worked example of alignment, step 3: preferences among answers about stories
     python main.py --config=configs/align/reward.py --config.init_from=runs/sft \
+        --workdir=runs/reward
+
+    # your own
+    python main.py --config=configs/align/reward.py --config.init_from=DIR \
         --config.data.path=pairs.jsonl --workdir=runs/reward
 
 A line of pairs.jsonl has `prompt`, `chosen` and `rejected`, or two whole conversations, and perhaps
@@ -29,10 +34,11 @@ def get_config():
     config.model.classifier = "sequence"
     config.model.num_labels = 1
 
-    config.data.path = "pairs.jsonl"
-    config.data.validation_fraction = 0.1
+    config.data.path = "storyworld_preferences"
+    config.data.num_documents = 6_000  # of a generated corpus
+    config.data.validation_fraction = 0.05
     config.data.packing = "none"  # a reply a row
-    config.data.block_size = 128  # tokens of the longest conversation
+    config.data.block_size = 160  # tokens of the longest conversation
     config.data.batch_size = 32  # pairs
 
     config.objective.name = "reward"
