@@ -8,6 +8,11 @@ is the one found there: architecture, positions, window, norms, constants, token
 are framed. So `model` is empty here; what may be set in it changes nothing of that: dropout,
 compute_dtype, remat, attention, quantization, and max_length where positions are not learned.
 
+With --config.adapter.kind=lora (or dora) the model is frozen and adapters are trained beside it, a
+hundredth of its numbers, which alone are saved; --config.adapter.base=int8 (or nf4) rounds it. They
+want a rate some ten times as high: --config.optimizer.learning_rate=3e-4. The run names its base,
+and opens as the model with its adapters added in.
+
 For an encoder (BERT) add --config.objective.name=masked; for an encoder-decoder
 --config.objective.name=seq2seq with pairs (.tsv), or =span_corruption.
 
@@ -15,6 +20,8 @@ For an encoder (BERT) add --config.objective.name=masked; for an encoder-decoder
     python main.py --config=configs/generate.py --config.init_from=runs/NAME --config.prompt=Once
     python main.py --config=configs/convert.py --config.init_from=runs/NAME --config.to=hf \
         --workdir=OUT
+    # adapters alone, for PEFT
+    ... --config.to=peft --workdir=OUT
 
 Hardware: what the model needs; two CPU cores take about a minute for the quickstart's model
 (without init_from, runs/quickstart). Expect step 1 to have the source's own loss on that text, and

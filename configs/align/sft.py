@@ -9,6 +9,9 @@ need be, or {"prompt": …, "response": …}, or {"instruction": …, "input": �
 model's own chat template writes conversations; of a model that has none, or to be given another,
 --config.chat_template=chatml (llama3, gemma, plain, or a file of Jinja text) stays with the run.
 
+    # adapters alone, of a model rounded to four bits; see configs/finetune.py
+    ... --config.adapter.kind=lora --config.adapter.base=nf4 --config.optimizer.learning_rate=1e-3
+
     # then: talk with it, or serve it
     python main.py --config=configs/chat.py --config.init_from=runs/NAME
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from lm.config import Bounds, Size, SizeOrZero, check, to_dict, view
 from lm.files import write_json
 from lm.models import ModelConfig
+from lm.models.adapters import AdapterConfig
 from lm.models.presets import Overrides, preset
 from lm.objectives import ObjectiveConfig, check_objective
 from lm.parallel.layout import lay_out, resolve
@@ -55,6 +56,7 @@ class PlanJob:
     slices: Size = 1  # so many of them, connected by the data centre's network
     data: PlannedData = dataclasses.field(default_factory=PlannedData)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -137,5 +139,6 @@ def _workload(job: PlanJob, topology: Topology) -> Workload:
     model = dataclasses.replace(model, max_length=max(model.max_length, block, source))
     check_objective(job.objective, model, "config")
     rows = job.data.batch_size or job.data.rows_per_device * len(topology.devices)
-    sections = {name: getattr(job, name) for name in ("objective", "optimizer", "train")}
+    sections = ("objective", "adapter", "optimizer", "train")
+    sections = {name: getattr(job, name) for name in sections}
     return Workload(model, block, rows, source, job.data.packed, **sections)

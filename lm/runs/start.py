@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from lm.config import ConfigError, check
 from lm.models import param_specs, skeleton
-from lm.models.adapters import AdapterConfig
+from lm.models.adapters import AdapterConfig, fingerprint
 from lm.runs.config import TrainJob
 from lm.runs.inherited import Origin
 from lm.runs.sources import Base, Source, open_source
@@ -73,8 +73,16 @@ def begin(
 
     if not compares or teacher:
         return Start(lambda: adapters()[1], frozen, facts)
-    step, reference = adapters(_said(origin).get("step"))
-    frozen["reference"], facts["reference"] = _copied(reference), {"step": step}
+    said = _said(origin)
+    step, reference = adapters(said.get("step"))
+    found = fingerprint(reference)
+    check(
+        said.get("fingerprint") in (None, found),
+        f"config.init_from={origin.init_from!r} has other adapters than when the run began: their "
+        f"fingerprint is {found}, not {said.get('fingerprint')}; put those back",
+    )
+    frozen["reference"] = _copied(reference)
+    facts["reference"] = {"step": step, "fingerprint": found}
     return Start(lambda: reference, frozen, facts)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny_huggingface
 import tiny_jobs
+from test_main import main
 from tiny_jobs import get_config
 
 import lm
@@ -45,9 +46,8 @@ def adapt(place, base, name="adapted", devices=1, **fields):
 
 
 def saved(directory):
-    """The arrays of the latest checkpoint: name → number of elements, of all it holds."""
-    source = open_source(directory)
-    return source.adapters()[1]
+    """The adapters of the latest checkpoint."""
+    return open_source(directory).adapters()[1]
 
 
 def test_it_trains_and_its_base_stays_as_it_is(tmp_path, base):
@@ -172,6 +172,44 @@ def saved_logits(place):
     loaded = lm.load(place)
     config = dataclasses.replace(loaded.skeleton.config, compute_dtype="float32")
     return bind(skeleton(config), loaded.params)(np.array([[1, 2, 3]]))
+
+
+def test_as_a_user_asks_for_them_of_sft_and_of_finetune(tmp_path, base):
+    lines = [{"prompt": "Who sat?", "response": "The cat."}, {"prompt": "Why?", "response": "So."}]
+    chat, text = tmp_path / "chat.jsonl", tmp_path / "text.txt"
+    chat.write_text("".join(json.dumps(line) + "\n" for line in lines * 8))
+    text.write_text("the cat sat on the mat\n\n" * 40)
+    small = [
+        f"--config.data.cache_dir={tmp_path / 'tokens'}",
+        f"--config.train.compilation_cache={tmp_path / 'xla'}",
+        "--config.data.block_size=96",
+        "--config.model.max_length=96",
+        "--config.data.batch_size=8",
+        "--config.data.validation_fraction=0.25",
+        "--config.train.steps=20",
+        "--config.train.log_every=10",
+        "--config.train.eval_every=0",
+        "--config.checkpoint.every=0",
+        "--config.optimizer.learning_rate=1e-2",
+        "--config.adapter.kind=lora",
+    ]
+    for name, path, more in (
+        ("align/sft", chat, ["--config.chat_template=chatml", "--config.adapter.base=nf4"]),
+        ("finetune", text, ["--config.adapter.targets=mlp", "--config.adapter.targets=head"]),
+    ):
+        place = tmp_path / path.stem
+        code, out, errors = main(
+            f"--config=configs/{name}.py",
+            f"--workdir={place}",
+            f"--config.init_from={base}",
+            f"--config.data.path={path}",
+            *small,
+            *more,
+        )
+        assert code == 0, errors
+        assert "lora of rank 16" in out and "frozen" in out
+        losses = [loss for _, loss in tiny_jobs.losses(place)]
+        assert losses[-1] < losses[0]
 
 
 def test_adapters_need_a_model(tmp_path):
