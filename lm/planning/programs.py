@@ -155,6 +155,9 @@ def _batch(workload: Workload, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
         for name in names:
             dtype = jnp.float32 if name == "weights" else jnp.int32
             batch[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    if workload.objective.name == "kto":
+        rows, sharding = (1, workload.batch_size), batch_sharding(mesh, 1, 1)
+        batch["label"] = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=sharding)
     return batch
 
 

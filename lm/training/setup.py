@@ -29,7 +29,7 @@ class Training(NamedTuple):
     specs: dict[str, ParamSpec]  # of what is trained: the model's parameters, or adapters
     optimizer: Optimizer
     abstract: State  # shapes and shardings of the state
-    frozen: Frozen  # and of the base of adapters
+    frozen: Frozen  # and of what steps read beside it
     # (state, batches [N, B, T], frozen) → (state after N steps, metrics [N]): jitted, donates the
     # state; to be called or lowered within `layout.active()`. See `lm.training.step.Frozen`.
     step: Callable[..., tuple[State, dict[str, jax.Array]]]
@@ -123,25 +123,35 @@ def set_up(workload: Workload) -> Training:
 
 
 def abstract_frozen(workload: Workload) -> Frozen:
-    """The base of adapters as `jax.ShapeDtypeStruct`s with shardings; nothing where there are none.
+    """The base of adapters, and the reference, as `jax.ShapeDtypeStruct`s with shardings.
 
-    It is split as parameters are.
+    Nothing where there are none. They are split as parameters are; a whole reference always.
     """
-    if workload.adapter.kind == "none":
-        return {}
+    frozen, adapts = {}, workload.adapter.kind != "none"
+    if workload.objective.has_reference:
+        whole = workload.teacher is not None or not adapts
+        model = skeleton(workload.teacher or workload.model)
+        trained = param_specs(model) if whole else workload.trained
+        rules = zero_rules(3 if whole else workload.layout.zero, "parameters")
+        split = parameter_shardings(trained, workload.layout.mesh, rules)
+        frozen["reference"] = {
+            name: jax.ShapeDtypeStruct(spec.shape, "float32", sharding=split[name])
+            for name, spec in trained.items()
+        }
+    if not adapts:
+        return frozen
     specs = param_specs(skeleton(workload.model))
     dtype = compute_dtype(workload.model.compute_dtype)
     shapes = {n: jax.ShapeDtypeStruct(spec.shape, "float32") for n, spec in specs.items()}
     base = jax.eval_shape(lambda params: freeze(workload.adapter, specs, params, dtype), shapes)
     rules = zero_rules(workload.layout.zero, "parameters")
     shardings = base_shardings(base, specs, workload.layout.mesh, rules)
-    return {
-        "base": jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            base,
-            shardings,
-        )
-    }
+    frozen["base"] = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        base,
+        shardings,
+    )
+    return frozen
 
 
 def abstract_state(

@@ -30,7 +30,7 @@ SMALL = [
 ]
 
 
-def learn(place, name, lines, *fields):
+def learn(place, name, lines, *fields, devices=1):
     """Exit code, output and errors of learning `lines` into `place / name`."""
     path = place / "lines.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -43,6 +43,7 @@ def learn(place, name, lines, *fields):
         f"--config.train.compilation_cache={place / 'xla'}",
         *SMALL,
         *fields,
+        devices=devices,
     )
 
 
@@ -137,6 +138,26 @@ def test_every_loss_of_preferences_is_a_field_away(place, name, field, first):
         assert losses[0] == pytest.approx(first, rel=1e-5)
     assert losses[-1] < losses[0] - 0.01
     assert values(place / name, "eval_accuracy")[-1] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_meshes_and_micro_batches_change_nothing(place, objective):
+    fields = [f"--config.objective.name={objective}", "--config.data.batch_size=16"]
+    fields += [
+        "--config.train.steps=5",
+        "--config.train.eval_every=5",
+        "--config.checkpoint.every=0",
+    ]
+    ways = [f"--config.mesh.{axis}={n}" for axis, n in {"data": 1, "fsdp": 4, "tensor": 2}.items()]
+    found = []
+    for devices, more in ((1, []), (8, [*ways, "--config.train.accumulation=4"])):
+        name = f"{objective}_{devices}"
+        code, _, errors = learn(place, name, PAIRS, *fields, *more, devices=devices)
+        assert code == 0, errors
+        found.append([values(place / name, each) for each in ("loss", "margin", "eval_loss")])
+    for one, other in zip(*found):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_student_learns_what_a_teacher_of_another_size_predicts(place):

@@ -135,6 +135,15 @@ def test_a_reward_models_step_counts_both_replies_of_a_pair():
     assert program.estimate.flops == pytest.approx(program.model_flops, rel=0.1)
 
 
+def test_what_preferences_are_compared_with_takes_room():
+    kto = dataclasses.replace(workload(), objective=ObjectiveConfig(name="kto"))
+    program = compiled(kto, MeshConfig(data=1, fsdp=8), 3, open_topology("cpu:8"))
+    split = sum(4 * spec.size for spec in param_specs(skeleton(MODEL)).values()) / 8
+    assert program.memory.parameters == split
+    batch = 3 * 4 * 2 * 16 * MODEL.max_length / 8  # inputs, targets and weights of two replies
+    assert program.memory.arguments - batch == pytest.approx(split, rel=0.01)
+
+
 def test_the_plan_is_printed_and_written(tmp_path, capsys):
     result = plan.run(config(), str(tmp_path))
     said = capsys.readouterr().out
