@@ -23,11 +23,13 @@ PANELS = {
 def plot_curves(workdir: pathlib.Path) -> pathlib.Path | None:
     """Draws `workdir/curves.png`, and returns its path; None where nothing was measured."""
     records = read_metrics(workdir)
-    panels = {
-        title: found
-        for title, names in PANELS.items()
-        if (found := {name: xy for name in names if (xy := series(records, name))[0]})
-    }
+    every = dict.fromkeys(name for record in records for name in record)
+    parts = [n for n in every if n.startswith("reward_") and not n.endswith("_std")]
+    panels = {}
+    for title, names in {**PANELS, "reward": (*PANELS["reward"], *parts)}.items():
+        lines = {name: series(records, name) for name in names}
+        if found := {name: line for name, line in lines.items() if line[0]}:
+            panels[title] = found
     if not panels:
         return None
     rows = -(-len(panels) // 2)
@@ -35,9 +37,13 @@ def plot_curves(workdir: pathlib.Path) -> pathlib.Path | None:
     for place, (title, lines) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(rows, 2, place)
         for name, (steps, values) in lines.items():
+            if title == "seconds" and len(steps) > 1:  # the first one compiles
+                steps, values = steps[1:], values[1:]
             axes.plot(steps, values, linewidth=1.4, label=name.partition("_seconds")[0])
         axes.set_title(title, color=INK, fontsize=10)
         bare(axes)
+        if title == "explained variance":  # far below where returns are all alike
+            axes.set_ylim(max(-1, axes.get_ylim()[0]), 1)
         if len(lines) > 1:
             axes.legend(frameon=False, labelcolor=INK, fontsize=8)
     figure.supxlabel("iteration", color=INK, fontsize=9)

@@ -95,7 +95,8 @@ class Loop:
                 if due(step, job.checkpoint.every) or step == job.train.steps:
                     self._save(step, state)
                     saved = step
-                if due(step, job.train.eval_every) or step == job.train.steps:
+                evaluating = due(step, job.train.eval_every) or step == job.train.steps
+                if evaluating and self.held_out:
                     self.last_eval = self.evaluate(state)
                     self.writer.write(step, self.last_eval)
                     self.progress.update(step, self.last_eval)
@@ -106,8 +107,6 @@ class Loop:
 
     def evaluate(self, state: State) -> dict[str, float]:
         """Rewards of one response to each of the held-out prompts, drawn as rollouts are."""
-        if not self.held_out:
-            return {}
         samples, worth = self._answered(state, self.held_out, self.job.seed)
         measured = {"reward": float(np.mean(worth.total_N)), **_lengths(samples)}
         return {f"eval_{name}": value for name, value in measured.items()}
