@@ -19,6 +19,11 @@ from typing import Any, BinaryIO, TypeVar
 from lm.config import ConfigError, nearest
 from lm.files import replacing
 
+# Corpora by name that are made, not read (`lm.data.corpora`, `lm.data.lines`).
+GENERATED = (
+    "storyworld", "translation", "storyworld_instructions", "storyworld_preferences",
+    "storyworld_prompts", "random_walks", "random_walks_prompts",
+)  # fmt: skip
 COMPRESSION = (".gz", ".zst", ".bz2", ".xz")
 RECORDS = (".json", ".jsonl", ".ndjson")
 T = TypeVar("T")
@@ -155,7 +160,7 @@ def find(path: str, field: str) -> tuple[list[str], list[str]]:
         parent = os.path.dirname(expanded) or "."
         close = nearest(
             path,
-            ["storyworld", "translation", "stdlib"]
+            [*GENERATED, "stdlib"]
             + [os.path.join(os.path.dirname(path), name) for name in _listing(parent)],
         )
         raise ConfigError(

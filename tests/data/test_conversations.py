@@ -8,6 +8,8 @@ import pytest
 
 from lm.config import ConfigError
 from lm.data import DataConfig, examples
+from lm.data.lines import LINES
+from lm.data.storage import GENERATED
 
 ASKED = {"role": "user", "content": "Where is the cat?"}
 SAID = {"role": "assistant", "content": "On the mat."}
@@ -185,5 +187,8 @@ def test_generated_lines_have_some_of_their_own_to_validate_on():
         assert train == examples(config, 3, objective)[0][0]
         stories = [{one.question[0]["content"] for one in side} for side in (train, validation)]
         assert not stories[0] & stories[1]
+    assert {"storyworld", "translation", *LINES} == {*GENERATED}
+    with pytest.raises(ConfigError, match="did you mean 'storyworld_prompts'"):
+        examples(DataConfig(path="storyworld_promts"), 3)
     with pytest.raises(ConfigError, match="'storyworld' holds texts, and conversations"):
         examples(DataConfig(path="storyworld"), 3, "sft")
