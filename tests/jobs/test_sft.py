@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import tiny_jobs
 from test_main import main
@@ -164,6 +165,40 @@ def test_a_model_of_hugging_face_goes_back_and_ends_its_turns_there(tmp_path):
     asked = [{"role": "user", "content": "Where?"}]
     ids = theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
     assert list(ids) == lm.load(tmp_path / "tuned").chat_template().encode(asked)
+
+
+@pytest.mark.slow
+def test_neither_accumulation_nor_packing_nor_the_mesh_changes_what_is_learnt(tmp_path):
+    lines = [{"prompt": q * n, "response": a * (n % 3 + 1)} for n in (1, 2, 3, 4, 5, 6)
+             for q, a in FACTS.items()]  # fmt: skip
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fields = {
+        "objective__name": "sft",
+        "chat_template": "plain",
+        "data__path": str(path),
+        "data__packing": "none",
+        "data__block_size": 96,
+        "data__batch_size": 24,  # all of them
+        "train__steps": 3,
+        "train__log_every": 1,
+        "train__steps_per_dispatch": 1,
+        "checkpoint__every": 0,
+        "prompt": "",
+    }
+    one = tiny_jobs.run(tmp_path, "one", **fields)
+    ways = {
+        "accumulated": {"train__accumulation": 4},
+        "packed": {"data__packing": "best_fit", "data__batch_size": 10},  # all of them, too
+        "mesh": {"num_devices": 8, "mesh__fsdp": 2, "mesh__tensor": 2, "mesh__data": 2},
+    }
+    for name, way in ways.items():
+        other = tiny_jobs.run(tmp_path, name, **fields | way)
+        if name == "packed":
+            rows = tiny_jobs.losses(other, "tokens")[0][1]
+            assert rows == tiny_jobs.losses(one, "tokens")[0][1]
+        expected = np.array(tiny_jobs.losses(one))
+        np.testing.assert_allclose(tiny_jobs.losses(other), expected, atol=2e-5, err_msg=name)
 
 
 def test_what_cannot_be_learnt_from_is_one_line(tmp_path):
