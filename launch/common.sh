@@ -17,6 +17,12 @@ say() {
     printf '%s: %s\n' "$SCRIPT" "$*" >&2
 }
 
+# Prints the comment at the top of the script, which is its manual.
+manual() {
+    awk 'NR > 1 && /^#/ { sub(/^# ?/, ""); print; next } NR > 1 { exit }' "$0"
+    exit 0
+}
+
 # The arguments as one line that a shell reads as the same arguments.
 quoted() {
     local argument line=()
@@ -69,11 +75,7 @@ read_options() {
     done
     usage=$(printf -- '--%s= ' "${OPTIONS[@]%%=*}"; printf -- '--%s ' "${SWITCHES[@]}" help)
     while [[ $# -gt 0 && $1 == --* ]]; do
-        if [[ $1 == --help ]]; then
-            # The comment at the top of the script is its manual.
-            awk 'NR > 1 && /^#/ { sub(/^# ?/, ""); print; next } NR > 1 { exit }' "$0"
-            exit 0
-        fi
+        [[ $1 != --help ]] || manual
         into=$(variable "${1%%=*}")
         if [[ " $usage" == *" ${1%%=*}= "* && $1 == *=* ]]; then
             printf -v "$into" %s "${1#*=}"
