@@ -7,13 +7,16 @@ r"""A model learns which of two replies is preferred, without a reward model: DP
         --config.data.path=pairs.jsonl --workdir=runs/dpo
 
 The model that it starts from is also what it is compared with, frozen. So the first loss is
-ln 2 = 0.693, whatever the model; `accuracy` is the share of pairs whose chosen reply has gained
-more probability than the rejected one, `margin` by how much, times beta. With adapters
-(--config.adapter.kind=lora) the reference is the adapters that it starts from, or none.
+ln 2 = 0.693, whatever the model (in bfloat16, but for the rounding of two passes); `accuracy` is
+the share of pairs whose chosen reply has gained more probability than the rejected one, `margin` by
+how much, times beta. With adapters (--config.adapter.kind=lora) the reference is the adapters that
+it starts from, or none.
 
     --config.objective.preference.loss=ipo      # robust, hinge; simpo needs no reference
     --config.objective.name=orpo                # no reference: in place of SFT, with its rate
     --config.objective.name=kto                 # also {"prompt": …, "completion": …, "label": true}
+    # a teacher's distributions, on any conversations; on-policy, on those that the student wrote
+    # (configs/align/best_of_n.py with --config.rollout.samples=1)
     --config.objective.name=distillation --config.objective.distillation.teacher=DIR
 
 Hardware: what the model needs, and its parameters once more.

@@ -8,6 +8,7 @@ import tiny_models
 
 from lm.models import bind, skeleton
 from lm.objectives import ObjectiveConfig
+from lm.objectives.cross_entropy import linear_cross_entropy
 from lm.objectives.logprobs import linear_logprobs, token_logprobs
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import MeshConfig
@@ -153,6 +154,30 @@ def test_full_logits_are_never_in_memory():
     full = 4 * batch * length * vocab
     assert memory(length) > full  # the measure sees logits where they are
     assert memory(4) < full / 2
+
+
+def test_a_frozen_head_has_no_gradient_in_memory():
+    shapes = [
+        ((2, 8, 64), "float32"),
+        ((4096, 64), "float32"),
+        ((2, 8), "int32"),
+        ((2, 8), "float32"),
+    ]
+    shapes = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+    def of_logprobs(x, head, targets, weights):
+        return jnp.sum(linear_logprobs(x, head, targets, weights, chunk=1)[0])
+
+    def of_loss(x, head, targets, weights):
+        return linear_cross_entropy(x, head, targets, weights, chunk=1)[0]
+
+    for function in (of_logprobs, of_loss):
+        taken = []
+        for trained in ((0,), (0, 1)):
+            compiled = tiny_models.compiled(jax.grad(function, trained)).lower(*shapes).compile()
+            memory = compiled.memory_analysis()
+            taken.append(memory.temp_size_in_bytes + memory.output_size_in_bytes)
+        assert taken[0] + 4 * 4096 * 64 <= taken[1]
 
 
 def test_a_model_gives_the_log_probabilities_of_its_own_logits():
