@@ -57,9 +57,10 @@ if [[ $DRY_RUN != 1 ]]; then
     for file in "$CHATS" "$PAIRS" "$PROMPTS"; do
         [[ -f $file ]] || fail "'$file' must be a file of JSON lines: there is none"
     done
+    [[ $PAIRS != *.jsonl || $(head -n 1 "$PAIRS") == *'"chosen"'* ]] ||
+        fail "'$PAIRS' must hold pairs: its first line has no field 'chosen'"
     [[ ! -e $OUT || -d $OUT ]] || fail "OUT='$OUT' must be a directory, or a new name"
 fi
-
 
 MAIN=$REPOSITORY/main.py
 [[ $PWD != "$REPOSITORY" ]] || MAIN=main.py
@@ -114,12 +115,20 @@ write() {
         --workdir="$OUT/$1"
 }
 
-train sft --config.init_from="$HF" --config.data.path="$CHATS" --config.adapter.kind=lora \
-    ${SFT[@]+"${SFT[@]}"}
-train reward --config.init_from="$OUT/sft" --config.data.path="$PAIRS" \
-    ${REWARD[@]+"${REWARD[@]}"}
-train ppo --config.init_from="$OUT/sft" --config.data.path="$PROMPTS" \
-    --config.rewards.functions="$OUT/reward" --config.learning.critic_from="$OUT/reward" \
-    ${PPO[@]+"${PPO[@]}"}
+SFT=(--config.init_from="$HF" --config.data.path="$CHATS" --config.adapter.kind=lora
+    ${SFT[@]+"${SFT[@]}"})
+REWARD=(--config.init_from="$OUT/sft" --config.data.path="$PAIRS" ${REWARD[@]+"${REWARD[@]}"})
+PPO=(--config.init_from="$OUT/sft" --config.data.path="$PROMPTS"
+    --config.rewards.functions="$OUT/reward" --config.learning.critic_from="$OUT/reward"
+    ${PPO[@]+"${PPO[@]}"})
+
+# A flag that one of the later steps does not know is said before hours of SFT.
+if [[ $DRY_RUN != 1 && ! -e $OUT/.sft.done ]]; then
+    main --config=configs/align/reward.py "${REWARD[@]}" --help >/dev/null
+    main --config=configs/align/ppo.py "${PPO[@]}" --help >/dev/null
+fi
+train sft "${SFT[@]}"
+train reward "${REWARD[@]}"
+train ppo "${PPO[@]}"
 write hf ppo hf
-[[ " ${SFT[*]-} " == *" --config.adapter.kind=none "* ]] || write adapter sft peft
+[[ " ${SFT[*]} " == *" --config.adapter.kind=none "* ]] || write adapter sft peft

@@ -1,6 +1,7 @@
 """launch/align.sh: which commands it runs, and what it refuses."""
 
 import shlex
+import sys
 
 import pytest
 from scripts import script
@@ -48,6 +49,18 @@ def test_flags_reach_the_steps_that_they_are_for():
 def test_mistakes_are_one_line_and_start_nothing(arguments, says):
     said = script("align.sh", *arguments, code=2)
     assert says in said and said.count("\n") == 1
+
+
+def test_what_later_steps_would_refuse_is_said_before_the_first(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    line = tmp_path / "line.jsonl"
+    line.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    files = (str(tmp_path), *[str(line)] * 3, str(tmp_path / "out"))
+    said = script("align.sh", *files, "--ppo.rollout.max_token=3", code=2, PYTHON=sys.executable)
+    assert said.startswith("error: config.rollout.max_token is not a known field")
+    line.write_text('{"prompt": "a"}\n')
+    assert "must hold pairs" in script("align.sh", *files, code=2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_file_must_be_there(tmp_path):
