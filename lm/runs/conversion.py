@@ -14,7 +14,7 @@ from lm.inference import Framing
 from lm.models import ModelConfig
 from lm.models.huggingface.families import family_for
 from lm.models.huggingface.family import Family, NameMap
-from lm.models.huggingface.peft import save_peft
+from lm.models.huggingface.peft import is_peft, save_peft
 from lm.models.huggingface.write import new_directory, save_pretrained
 from lm.parallel.sharding import parameter_shardings
 from lm.runs.directory import CHECKPOINTS, CONFIG, TOKENIZER
@@ -128,6 +128,7 @@ def write_peft(
         base = str(there.directory.absolute())
     elif not base and there.config.get("job") == "convert":
         base = there.config.get("init_from", "")
+        base = "" if is_peft(base) else base  # whose base is another
     check(
         bool(base),
         f"config.base='' must say what PEFT is to load as the base: {there.directory}, which "

@@ -300,7 +300,11 @@ def _open_peft(path: pathlib.Path, ignore: str | Sequence[str], base) -> Source:
         "adapter_config.json where it is (base_model_name_or_path), or say lm.load(…, base=DIR)",
     )
     source = open_source(found, ignore)
-    adapter, own = peft.read(source.names)
+    model, names = source.model, source.names
+    if peft.labels and model.architecture == "decoder" and model.classifier == "none":
+        model = dataclasses.replace(model, classifier="sequence", num_labels=peft.labels)
+        names = NameMap(names.family, model)
+    adapter, own = peft.read(names)
     tokenizer = tokenizers.load(path) if has_tokenizer(path) else source.tokenizer
     check(
         tokenizer is None or tokenizer.fits(source.model.vocab_size),
@@ -312,7 +316,8 @@ def _open_peft(path: pathlib.Path, ignore: str | Sequence[str], base) -> Source:
             "tokenizer": {"kind": tokenizer.kind}, "tokenizer_fingerprint": tokenizer.fingerprint
         }  # fmt: skip
     config = {n: x for n, x in source.config.items() if n not in ("adapter", "base")} | known
-    return Source(path, config, source.model, tokenizer, base=Base(source, adapter), own=own)
+    config["model"] = to_dict(model)
+    return Source(path, config, model, tokenizer, base=Base(source, adapter), own=own)
 
 
 def _open_huggingface(path: pathlib.Path, ignore: str | Sequence[str]) -> Source:

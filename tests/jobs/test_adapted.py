@@ -164,6 +164,7 @@ def test_out_to_peft_and_back_it_is_the_same_model(tmp_path, kind):
     expected = saved_logits(adapted)
     for place in (out, whole, run):
         np.testing.assert_allclose(saved_logits(place), expected, atol=2e-5, err_msg=str(place))
+    assert lm.load(out).generate("a", max_new_tokens=2).startswith("a")
     # Training went on from there; the rank is that of all that a layer there holds.
     assert json.loads((more / "config.json").read_text())["adapter"]["rank"] == 12
 

@@ -18,6 +18,7 @@ from lm.models import bind, skeleton  # noqa: E402
 from lm.models.adapters import AdapterConfig, applied, begun, freeze  # noqa: E402
 from lm.models.huggingface.peft import Peft, save_peft  # noqa: E402
 from lm.models.huggingface.read import open_checkpoint  # noqa: E402
+from lm.runs.sources import open_source  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 SIZES = {"vocab_size": 40, "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 0}
@@ -130,6 +131,39 @@ def test_peft_loads_what_we_wrote(tmp_path, name, kind):
     # And back: the same function, if not the same numbers where layers there are joined.
     again = Peft.open(place).read(checkpoint.names)
     np.testing.assert_allclose(ours(checkpoint, *again), expected, atol=1e-5)
+
+
+def test_a_reward_models_head_travels_with_its_adapters(tmp_path):
+    written_base(tmp_path, "llama")
+    torch.manual_seed(1)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=1, pad_token_id=39
+    )
+    fields = dict(r=4, lora_alpha=10, target_modules=["q_proj"])
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", **fields)).eval()
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path / "adapters")
+    source = open_source(tmp_path / "adapters")
+    assert source.model.classifier == "sequence" and source.base.adapter.whole
+    params = source.parameters()[1]
+    tokens = TOKENS % 39
+    with torch.no_grad():
+        expected = adapted(torch.tensor(tokens)).logits.numpy()
+    exact = dataclasses.replace(source.model, compute_dtype="float32")
+    bound = bind(skeleton(exact), params)
+    np.testing.assert_allclose(bound.classify(bound.hidden(tokens)), expected, atol=1e-5)
+    # And written by us, PEFT loads it.
+    out = tmp_path / "out"
+    _, adapters = source.adapters()
+    save_peft(out, source.names, source.base.adapter, adapters, str(tmp_path / "base"))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=1, pad_token_id=39
+    )
+    with torch.no_grad():
+        found = peft.PeftModel.from_pretrained(model, out).eval()(torch.tensor(tokens)).logits
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
 def header(place):

@@ -258,6 +258,18 @@ class Peft:
         """Where its base is, or what it is called."""
         return self.fields.get("base_model_name_or_path") or ""
 
+    @property
+    def labels(self) -> int:
+        """How many labels a new head of a decoder has that is saved beside; 0: there is none."""
+        stored = safetensors.read_header(self._file).get(f"{_PREFIX}score.weight")
+        return stored.shape[0] if stored and self.fields.get("task_type") == "SEQ_CLS" else 0
+
+    @property
+    def _file(self) -> pathlib.Path:
+        file = self.directory / WEIGHTS
+        check(file.is_file(), f"{file} is not there: of the formats of PEFT, safetensors is read")
+        return file
+
     def read(self, names: NameMap) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
         """The adapters as ours, float32, for a base whose names are known.
 
@@ -267,8 +279,7 @@ class Peft:
         Raises:
           ConfigError: tensors that are missing, or that belong to no layer.
         """
-        file = self.directory / WEIGHTS
-        check(file.is_file(), f"{file} is not there: of the formats of PEFT, safetensors is read")
+        file = self._file
         tensors = {
             name.replace(_MAGNITUDE + ".weight", _MAGNITUDE): np.asarray(stored.read(), np.float32)
             for name, stored in safetensors.read_header(file).items()
