@@ -40,6 +40,7 @@ def command(tmp_path, name, *more, steps=40):
         "init_from": tmp_path / "talker",
         "data.path": tmp_path / "pairs.jsonl",
         "data.cache_dir": tmp_path / "tokens",
+        "data.validation_fraction": 0.1,
         "data.block_size": 48,
         "data.batch_size": 16,
         "train.compilation_cache": "",
