@@ -5,10 +5,16 @@ Replies that were cut off are none: what is learned from them would end where th
 
 from __future__ import annotations
 
+import json
 import math
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+
+from lm.config import ConfigError
+
+NUMBER = "prompt_number"  # a line's field: which prompt it is of
 
 
 def best(
@@ -55,6 +61,28 @@ def kl_bound(n: int) -> float:
     Stiennon et al. 2020, appendix G.3; a bound, since replies may come twice (Beirami et al. 2024).
     """
     return math.log(n) - (n - 1) / n
+
+
+def begin(path: pathlib.Path) -> int:
+    """The first prompt of which a file of kept replies, made ready for more, is not known whole.
+
+    The last one that it has lines of may lack some: they are taken out.
+
+    Raises:
+      ConfigError: the file has other lines.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    try:
+        numbers = [json.loads(line)[NUMBER] for line in lines]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"config.output_file={str(path)!r} has lines of another origin: choose another file"
+        ) from None
+    start = numbers[-1] if numbers else 0
+    done = [line + b"\n" for line, number in zip(lines, numbers) if number < start]
+    path.write_bytes(b"".join(done))
+    return start
 
 
 def _ranked(worth_N: np.ndarray, ended: Sequence[bool]) -> list[int]:

@@ -16,16 +16,14 @@ from typing import Any, Literal
 import ml_collections
 import numpy as np
 
-from lm.alignment.best_of_n import best, best_and_worst, kl_bound
+from lm.alignment.best_of_n import NUMBER, begin, best, best_and_worst, kl_bound
 from lm.alignment.prompts import Prompt, fields_of, read_prompts
 from lm.alignment.rewards import Rewards, RewardsConfig
 from lm.alignment.rollouts import RolloutConfig, Sampler
-from lm.config import ConfigError, Path, Seed, Size, check, view
+from lm.config import Path, Seed, Size, check, view
 from lm.data import DataConfig
 from lm.parallel.platform import keep_programs
 from lm.runs.run import Run
-
-NUMBER = "prompt_number"  # a line's field: which prompt it is of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +92,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
     rewards = Rewards(job.rewards, length=job.data.block_size + 1)
     rewards.try_out([prompt.text for prompt in prompts[:2]], **fields_of(prompts[:2]))
     path = pathlib.Path(job.output_file).expanduser()
-    start = _begin(path)
+    start = begin(path)
     parts = source.skeleton, source.params, framing, source.tokenizer
     sampler = Sampler(*parts, job.rollout, job.data.block_size)
     n, each = job.rollout.samples, job.rollout.prompts
@@ -123,22 +121,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
         f"have {mean:.3g}; the best of {n} is at most {kl_bound(n):.2f} nats from the model"
     )
     return {"reward": mean, "kept_reward": better, "kept": len(kept), "prompts": len(prompts)}
-
-
-def _begin(path: pathlib.Path) -> int:
-    """The first prompt that is not done; the last one with lines may lack some, and is not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    try:
-        numbers = [json.loads(line)[NUMBER] for line in lines]
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"config.output_file={str(path)!r} has lines of another origin: choose another file"
-        ) from None
-    start = numbers[-1] if numbers else 0
-    done = [line + b"\n" for line, number in zip(lines, numbers) if number < start]
-    path.write_bytes(b"".join(done))
-    return start
 
 
 def _lines(
