@@ -104,6 +104,12 @@ class AlignJob:
             f"{prefix}.learning.reference=False leaves nothing to measure KL from: set "
             "advantage.kl_coefficient and objective.policy.kl_coefficient to 0",
         )
+        asked = self.objective.policy.temperature
+        check(
+            asked in (1.0, rollout.temperature),
+            f"{prefix}.objective.policy.temperature={asked} is not that of the sampler here, "
+            f"{prefix}.rollout.temperature={rollout.temperature}: leave it out",
+        )
         check(
             self.train.on_spike != "rollback",
             f"{prefix}.train.on_spike='rollback' is not for rollouts: use 'skip' or 'stop'",
@@ -140,7 +146,7 @@ class AlignJob:
         train = dataclasses.replace(self.train, steps=self.updates * self.train.steps)
         sampled = {
             "temperature": self.rollout.temperature,
-            "max_response": self.rollout.max_new_tokens,
+            "max_response": self.objective.policy.max_response or self.rollout.max_new_tokens,
         }
         policy = dataclasses.replace(self.objective.policy, **sampled)
         objective = dataclasses.replace(self.objective, policy=policy)

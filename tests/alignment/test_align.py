@@ -167,6 +167,7 @@ def test_configs_are_checked_before_any_work(source):
         ({"rollout__max_new_tokens": 99}, "leaves no room for a prompt"),
         ({"data__block_size": 64}, "data.block_size=64 is longer than config.model.max_length=48"),
         ({"rollout__max_new_tokens": 32}, "no prompt of at most 1 tokens.* the shortest has"),
+        ({"objective__policy__temperature": 0.5}, "is not that of the sampler"),
         ({"rewards__functions": "nothing"}, "rewards.functions='nothing'"),
     ):
         with pytest.raises(ConfigError, match=message):
