@@ -122,7 +122,8 @@ class Adapted:
 
     def factor(self) -> jax.Array:
         """What DoRA multiplies each output of W + s·A·B by, float32: magnitude / length."""
-        return self.magnitude / jax.lax.stop_gradient(self.lengths())
+        lengths = jax.lax.stop_gradient(self.lengths())
+        return self.magnitude / jnp.maximum(lengths, 1e-30)  # a column of zeros stays one
 
     def lengths(self) -> jax.Array:
         """The Euclidean length of each output's column of W + s·A·B, float32.

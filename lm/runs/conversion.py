@@ -143,6 +143,7 @@ def write_peft(
             words = f"not written: {error}"
     step, adapters = source.adapters(step)
     save_peft(directory, source.names, source.base.adapter, adapters, base, dtype, files)
+    _together()
     return Converted(source.names.family, f"step {step:,}", words)
 
 

@@ -159,6 +159,28 @@ def test_a_rounded_matrix_is_the_matrix_to_its_bits(kind, error):
     np.testing.assert_array_equal(one.widened(jnp.float32), back[1])
 
 
+def test_beside_products_of_eight_bits_too():
+    model, _, base, adapters = setting(AdapterConfig(kind="lora"), quantization="int8")
+    plain, *_ = setting(AdapterConfig(kind="lora"))
+    adapters, tokens_BT = moved(adapters, 0.02), tiny_models.tokens()
+    rounded, exact = (
+        jax.grad(lambda a, m=m: score(m, applied(a, base), tokens_BT))(adapters)
+        for m in (model, plain)
+    )
+    for name, value in exact.items():
+        assert np.linalg.norm(rounded[name] - value) < 0.2 * np.linalg.norm(value), name
+
+
+def test_a_column_of_zeros_has_a_length_and_a_gradient():
+    zeros = jnp.zeros((4, 3))
+    a, b, m = jnp.ones((4, 2)), jnp.zeros((2, 3)), jnp.zeros(3)
+
+    def total(a, b, m):
+        return jnp.sum(Adapted(zeros, a, b, m).whole())
+
+    assert all(np.all(np.isfinite(g)) for g in jax.grad(total, (0, 1, 2))(a, b, m))
+
+
 def test_what_is_trained_whole_is_a_parameter_as_ever():
     adapter = AdapterConfig(kind="lora")
     fields = dict(architecture="encoder", classifier="sequence", num_labels=3)

@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from lm.config import check
@@ -106,6 +107,8 @@ def save_peft(
 ) -> None:
     """Writes a directory that `peft.PeftModel.from_pretrained` loads beside its base.
 
+    With several processes, all call this and the first one writes.
+
     Args:
       directory: must not exist, or be empty.
       names: of the model, in a Hugging Face family.
@@ -163,6 +166,8 @@ def save_peft(
     if names.config.architecture == "encoder_decoder":
         content["task_type"] = "SEQ_2_SEQ_LM"
     tensors |= saved
+    if jax.process_index() != 0:
+        return
     with new_directory(pathlib.Path(directory).expanduser().absolute()) as scratch:
         shapes = {name: array.shape for name, array in tensors.items()}
         size = sum(array.nbytes for array in tensors.values()) + 1
