@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 GOLD = "lm.data.storyworld.instructions:gold_reward"
 # What a step starts from, and its fields; {name} is the run directory of another step.
 REWARDED = {"rewards.functions": ("{reward}", GOLD)}
-PPO = REWARDED | {"update.critic_from": "{reward}"}
+PPO = REWARDED | {"learning.critic_from": "{reward}"}
 GRPO_WALKS = {
     "objective.policy.loss": "grpo",
     "advantage.name": "group",

@@ -24,6 +24,10 @@ TRAIN = (
 )
 SMALL = TRAIN + " --config.model.num_layers=1"
 WRITE = " --config.max_new_tokens=4"
+LEARN = (
+    " --config.train.steps=2 --config.train.eval_every=0 --config.data.num_documents=200"
+    " --config.data.validation_fraction=0.05 --config.data.batch_size=8"
+)
 PLAN = (
     " --config.topology=cpu:8 --config.preset=gpt2_small --config.model.num_layers=2"
     " --config.model.width=64 --config.model.num_heads=4 --config.model.vocab_size=512"
@@ -51,6 +55,9 @@ SHORTER = {
     "python main.py --config=configs/compare_runs.py": "",
     "python main.py --config=configs/plan.py": PLAN,
     "python main.py --config=configs/finetune.py": TRAIN,
+    "python main.py --config=configs/align/base.py": SMALL.replace("=64", "=256"),
+    "python main.py --config=configs/align/ppo.py": LEARN + " --config.rollout.prompts=8",
+    "python main.py --config=configs/align/": LEARN,
     "python launch/local.py": SMALL,
     "python main.py --workdir=": SMALL,
     "python benchmarks/accelerator.py": " --tiny --only=peak",
@@ -62,6 +69,9 @@ INSTEAD = {
     ),
     "pip install -e '.[test]' && pytest": "",
     "pip install -e '.[tpu]'": "",
+    "launch/align.sh HF_DIR chats.jsonl pairs.jsonl prompts.jsonl OUT": (
+        "launch/align.sh --dry-run HF_DIR chats.jsonl pairs.jsonl prompts.jsonl OUT"
+    ),
     "pip install -e '.[serve]'": "",
 }
 
