@@ -149,7 +149,7 @@ def tuned():
     return config
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def test_out_to_peft_and_back_it_is_the_same_model(tmp_path, kind):
     base = tiny_huggingface.write_directory(tmp_path / "gpt2")
     with mock.patch.object(tiny_jobs, "get_config", tuned):
@@ -175,6 +175,7 @@ def saved_logits(place):
     return bind(skeleton(config), loaded.params)(np.array([[1, 2, 3]]))
 
 
+@pytest.mark.slow
 def test_as_a_user_asks_for_them_of_sft_and_of_finetune(tmp_path, base):
     lines = [{"prompt": "Who sat?", "response": "The cat."}, {"prompt": "Why?", "response": "So."}]
     chat, text = tmp_path / "chat.jsonl", tmp_path / "text.txt"

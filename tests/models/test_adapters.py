@@ -61,8 +61,8 @@ def score(model, params, tokens_BT):
     [
         *((name, "lora", "compute") for name in KINDS),
         ("gpt", "lora", "int8"),
-        ("unrolled", "dora", "nf4"),
-        ("both", "dora", "int8"),
+        pytest.param("unrolled", "dora", "nf4", marks=pytest.mark.slow),
+        pytest.param("both", "dora", "int8", marks=pytest.mark.slow),
         ("llama", "dora", "compute"),
     ],
 )

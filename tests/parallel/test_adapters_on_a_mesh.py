@@ -67,7 +67,13 @@ SHARED = {
 }
 
 
-@pytest.mark.parametrize("mesh, kind, base", SHARED)
+@pytest.mark.parametrize(
+    "mesh, kind, base",
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] * bool(fields))
+        for case, fields in SHARED.items()
+    ],
+)
 def test_a_mesh_is_one_device(mesh, kind, base):
     adapter = AdapterConfig(kind=kind, rank=4, base=base)
     fields = SHARED[mesh, kind, base]
