@@ -11,6 +11,8 @@
         --config.topology=v5e:4x4 --config.data.block_size=2048 --config.decode.only=True \
         --config.decode.weights=int8 --config.decode.batch_sizes=1,8,64
 
+    python main.py --config=configs/align/plan_ppo.py    # an iteration of PPO
+
     # another model (lm.models.presets), another TPU: v4, v5e, v5p, v6e, tpu7x; another batch
     python main.py --config=configs/plan.py --config.preset=llama2_70b \\
         --config.topology=v5p:4x8x8 --config.data.block_size=4096 --config.data.rows_per_device=4 \\

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -39,6 +38,7 @@ from lm.training.step import OF_A_STEP, State
 READ = ("inputs", "targets", "weights", "segment_ids", "positions")  # what every update reads
 OF_POLICY = ("advantage", "old_logprob", "ref_logprob", "rollout_logprob", "support")
 OF_CRITIC = ("value", "return")
+T = TypeVar("T")  # arrays, or their shapes
 
 
 @dataclasses.dataclass(eq=False)
@@ -154,23 +154,15 @@ class Loop:
         }
 
     def _worth(self, prompts: Sequence[Prompt], samples: Sequence[Sample]) -> Worth:
-        """The samples' rewards: those that process 0 finds, as a function need not be one."""
-
-        def ask() -> str:
-            asked = [prompts[sample.prompt] for sample in samples]
-            worth = self.rewards(
-                [prompt.text for prompt in asked],
-                [self._text(sample) for sample in samples],
-                **fields_of(asked),
-                response_ids=[sample.ids for sample in samples],
-                finished=[sample.ended for sample in samples],
-            )
-            parts = {name: values.tolist() for name, values in worth.parts.items()}
-            return json.dumps([worth.total_N.tolist(), parts])
-
-        total, parts = json.loads(hosts.from_first(ask))
-        found = {name: np.array(values, np.float32) for name, values in parts.items()}
-        return Worth(np.array(total, np.float32), found)
+        """The samples' rewards."""
+        asked = [prompts[sample.prompt] for sample in samples]
+        return self.rewards(
+            [prompt.text for prompt in asked],
+            [self._text(sample) for sample in samples],
+            **fields_of(asked),
+            response_ids=[sample.ids for sample in samples],
+            finished=[sample.ended for sample in samples],
+        )
 
     def _whole(self, state: State) -> dict[str, jax.Array]:
         """The policy's parameters, adapters added in."""
@@ -210,9 +202,7 @@ class Loop:
         job, began, sums = self.job, time.perf_counter(), Counter()
         state = dict(state)
         critic = state.pop("critic", None)
-        shared = OF_CRITIC if job.critic == "shared" else ()
-        of_policy = {n: experience[n] for n in (*READ, *OF_POLICY, *shared) if n in experience}
-        of_critic = {n: experience[n] for n in (*READ, *OF_CRITIC) if n in experience}
+        of_policy, of_critic = learned_from(experience, job.critic)
         order = np.random.default_rng([job.seed, iteration])
         for epoch in range(1, job.learning.epochs + 1):  # noqa: B007
             places = order.permutation(job.rollout.responses).reshape(-1, job.data.batch_size)
@@ -278,6 +268,15 @@ class Loop:
         name = "Ctrl-C" if self.left_by == signal.SIGINT else "SIGTERM"
         done = f"saved step {step}; the same command goes on there"
         self.progress.print(f"{name}: {done if step else 'no step was done yet'}")
+
+
+def learned_from(experience: Mapping[str, T], critic: str) -> tuple[dict[str, T], dict[str, T]]:
+    """Of an iteration's experience, what the policy's updates read, and what a critic's do."""
+    shared = OF_CRITIC if critic == "shared" else ()
+    return tuple(
+        {name: experience[name] for name in (*READ, *names) if name in experience}
+        for names in ((*OF_POLICY, *shared), OF_CRITIC)
+    )
 
 
 def _at_step(state: State, training: Training, step: int) -> State:

@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -30,6 +31,7 @@ import numpy as np
 
 from lm.config import ConfigError, Count, check, nearest
 from lm.models import param_specs, skeleton
+from lm.parallel import hosts
 from lm.parallel.sharding import parameter_shardings
 from lm.runs.directory import CONFIG
 from lm.runs.reward import Prompt
@@ -143,13 +145,15 @@ class Rewards:
             _found(name, config, where, mesh, length)
             for name, where in zip(config.names, self._where)
         ]
+        runs = [number for number, name in enumerate(config.names) if _is_run(name)]
+        self._shared = runs if mesh is not None else []  # by the devices of the mesh
         self.weights = config.weights or (1.0,) * len(config.names)
         self.names = _short(config.names)
 
     def __call__(
         self, prompts: Sequence[Prompt], responses: Sequence[str], /, **fields: Sequence[Any]
     ) -> Worth:
-        """What the responses are worth.
+        """What the responses are worth, on all processes; each must call.
 
         Args:
           prompts, responses: one of each for every reply, N in all.
@@ -168,10 +172,18 @@ class Rewards:
             len(prompts) == len(responses),
             f"{len(prompts)} prompts and {len(responses)} responses: there must be one for each",
         )
-        parts = {
-            name: _values(function, where, list(prompts), list(responses), fields)
-            for name, function, where in zip(self.names, self.functions, self._where)
-        }
+        parts = {}
+        for number, (function, where) in enumerate(zip(self.functions, self._where)):
+
+            def ask(function=function, where=where) -> np.ndarray:
+                return _values(function, where, list(prompts), list(responses), fields)
+
+            if number in self._shared:  # all processes have a part of it
+                found = ask()
+            else:  # what process 0 finds, as a function need not be one
+                said = hosts.from_first(lambda ask=ask: json.dumps(ask().tolist()))
+                found = np.array(json.loads(said), np.float32)
+            parts[self.names[number]] = found
         total_N = sum(weight * part for weight, part in zip(self.weights, parts.values()))
         return Worth(np.asarray(total_N, np.float32), parts)
 
@@ -236,7 +248,7 @@ def _found(
     """The function that `name` means."""
     if name in BUILT_IN:
         return BUILT_IN[name](config)
-    if (pathlib.Path(name).expanduser() / CONFIG).is_file():
+    if _is_run(name):
         return _learned(name, config, where, mesh, length)
     module, colon, attribute = name.rpartition(":")
     if not colon:
@@ -255,6 +267,10 @@ def _found(
         f"{where}: {module} has no function {attribute!r}{nearest(attribute, dir(found))}",
     )
     return function
+
+
+def _is_run(name: str) -> bool:
+    return (pathlib.Path(name).expanduser() / CONFIG).is_file()
 
 
 def _file(path: str) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from lm.config import AboveZero, Positive, Share, Size, SizeOrZero
 from lm.inference import Framing
 from lm.inference.engine import Engine
+from lm.inference.programs import Level
 from lm.inference.requests import EngineConfig, Request
 from lm.inference.rows import LEVELS
 from lm.inference.sampling import SamplingConfig
@@ -49,6 +50,27 @@ class RolloutConfig:
         drawn = {name: getattr(self, name) for name in names}
         return SamplingConfig(**drawn, truncate_prompt=False)
 
+    @property
+    def level(self) -> Level:
+        """What the engine's programs must do for it."""
+        return LEVELS[self.sampling().kind().draws == "filtered"]
+
+    def engine(self, length: int, context: int) -> EngineConfig:
+        """The engine's sizes for prompts with responses of `length` tokens, in a model's context.
+
+        All of `slots` texts have room at the same time.
+        """
+        slots = self.slots or min(64, self.responses)
+        each, whole = (-(-tokens // PAGE) for tokens in (length + 1, context))
+        return EngineConfig(
+            max_slots=slots,
+            page_size=PAGE,
+            num_pages=max(whole, slots * min(each + 1, whole)),
+            prefill_chunk=16 * PAGE,
+            max_queue=2**20,
+            read_first=True,
+        )
+
 
 class Sample(NamedTuple):
     """One response."""
@@ -80,19 +102,9 @@ class Sampler:
         length: int,
     ):
         self.config, self.sampling = config, config.sampling()
-        slots = config.slots or min(64, config.responses)
-        each, whole = (-(-tokens // PAGE) for tokens in (length + 1, model.config.max_length))
-        sizes = EngineConfig(
-            max_slots=slots,
-            page_size=PAGE,
-            num_pages=max(whole, slots * min(each + 1, whole)),
-            prefill_chunk=16 * PAGE,
-            max_queue=2**20,
-            read_first=True,
-        )
+        sizes = config.engine(length, model.config.max_length)
         self.engine = Engine(model, params, framing, tokenizer, sizes)
-        filtered = self.sampling.kind().draws == "filtered"
-        self.engine.warm_up(LEVELS[1:2] if filtered else LEVELS[:1])
+        self.engine.warm_up([config.level])
 
     def __call__(
         self,

@@ -54,6 +54,9 @@ class Scorer:
       critic: of a critic with parameters of its own.
       rollout: how the responses were drawn.
       known: ids from here up are never drawn.
+
+    Attributes:
+      read, support, value: (parameters, frozen, micro-batch) → what `__call__` takes of it, jitted.
     """
 
     policy: Training
@@ -78,7 +81,7 @@ class Scorer:
             bound = models(critic.model, params, frozen)[0]
             return {"value": bound.values(bound.forward(text_of(batch))[0])}
 
-        self._read, self._support, self._value = (
+        self.read, self.support, self.value = (
             jax.jit(function, out_shardings=whole) for function in (reading, supporting, valuing)
         )
 
@@ -95,13 +98,13 @@ class Scorer:
         """
         rows = dict(rows)
         if needs_support(self.rollout, self.known, self.policy.model.config.vocab_size):
-            rows |= self._all(self._support, self.policy, rows, state["params"], frozen)
-        found = self._all(self._read, self.policy, rows, state["params"], frozen)
+            rows |= self._all(self.support, self.policy, rows, state["params"], frozen)
+        found = self._all(self.read, self.policy, rows, state["params"], frozen)
         if reference is not None:
-            compared = self._all(self._read, self.policy, rows, reference, frozen)
+            compared = self._all(self.read, self.policy, rows, reference, frozen)
             found["ref_logprob"] = compared["old_logprob"]
         if self.critic is not None:
-            found |= self._all(self._value, self.critic, rows, state["critic"]["params"], {})
+            found |= self._all(self.value, self.critic, rows, state["critic"]["params"], {})
         mask_NT = rows["weights"] > 0
         return rows | {name: np.where(mask_NT, value, 0) for name, value in found.items()}
 

@@ -98,13 +98,14 @@ def score(
         tokens_NS, segments_NS = np.zeros((2, *shape), np.int32)
         for row, ids in enumerate(batch):
             tokens_NS[row, : len(ids)], segments_NS[row, : len(ids)] = ids, 1
-        return _scores(config, params, tokens_NS, segments_NS)
+        return scores_of_texts(config, params, tokens_NS, segments_NS)
 
     return _of_texts(texts, config.num_labels, scores)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scores(config: ModelConfig, params, tokens_NS, segments_NS):
+def scores_of_texts(config: ModelConfig, params, tokens_NS, segments_NS):
+    """What the classifier says of each of these texts, float32 [N, labels]."""
     model = bind(skeleton(config), params)
     x_NSD = model.hidden(tokens_NS, segments_BT=segments_NS)
     return constrain(model.classify(x_NSD, last_places(segments_NS)), None, None)

@@ -87,7 +87,7 @@ def _run(job: AlignJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
     framed = {"data": {"end_of_text": job.data.end_of_text}, **carried}
     framing = Framing.of_run(framed, job.model, tokenizer, "framing")
     prompts, held_out = read_prompts(job.data, job.seed, template, job.longest_prompt, say)
-    rewards = Rewards(job.rewards, length=job.data.block_size + 1)
+    rewards = Rewards(job.rewards, mesh=layout.mesh, length=job.data.block_size + 1)
     rewards.try_out([prompt.text for prompt in prompts[:2]], **fields_of(prompts[:2]))
     corpus = functools.partial(fingerprint, prompts + held_out)
     claim = Claim(directory, to_dict(job), to_dict(AlignJob()), tokenizer, corpus, carried)
@@ -116,13 +116,19 @@ def _run(job: AlignJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
 
             # ---- Loop
             began, steps = time.perf_counter(), job.train.steps
-            parts = policy.model, policy.whole(state["params"], frozen), framing, tokenizer
             with MetricsWriter(directory, start) as writer, Progress(steps, start) as progress:
                 loop = Loop(
                     job=job,
                     policy=policy,
                     critic=critic,
-                    sampler=Sampler(*parts, job.rollout, job.data.block_size),
+                    sampler=Sampler(
+                        policy.model,
+                        policy.whole(state["params"], frozen),  # let go of when it is cast
+                        framing,
+                        tokenizer,
+                        job.rollout,
+                        job.data.block_size,
+                    ),
                     scorer=Scorer(policy, critic, job.rollout, tokenizer.vocab_size),
                     rewards=rewards,
                     tokenizer=tokenizer,

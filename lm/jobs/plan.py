@@ -1,7 +1,8 @@
 """Planning without hardware: does a run fit, and how fast will it be?
 
-Compiles the training step that would run, and prefill and a step of decoding, for devices that this
-machine has not got, and reads memory, FLOPs, traffic and time off the result.
+Compiles the training step that would run, prefill and a step of decoding, or an iteration of
+learning from rewards, for devices that this machine has not got, and reads memory, FLOPs, traffic
+and time off the result.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ from typing import Annotated, Any
 import ml_collections
 from rich.console import Console
 
-from lm.config import Bounds, Size, SizeOrZero, check, to_dict, view
+from lm.alignment.advantages import AdvantageConfig
+from lm.alignment.config import AlignJob, LearningConfig
+from lm.alignment.rollouts import RolloutConfig
+from lm.config import Bounds, Size, SizeOrZero, check, check_choice, to_dict, view
+from lm.data import DataConfig
 from lm.files import write_json
 from lm.models import ModelConfig
 from lm.models.adapters import AdapterConfig
-from lm.models.presets import Overrides, preset
+from lm.models.presets import PRESETS, Overrides, preset
 from lm.objectives import ObjectiveConfig, check_objective
 from lm.parallel.layout import lay_out, resolve
 from lm.parallel.mesh import MeshConfig
 from lm.planning import report
+from lm.planning.alignment import plan_iteration, show_iteration
 from lm.planning.decoding import DecodePlan, decoding
 from lm.planning.programs import train_program
 from lm.planning.ranking import SearchConfig, ranked
@@ -29,7 +35,7 @@ from lm.planning.topology import Topology, open_topology
 from lm.planning.weak_scaling import ScalingConfig, weak_scaling
 from lm.training.config import TrainConfig
 from lm.training.optimizer import OptimizerConfig
-from lm.training.workload import Workload
+from lm.training.workload import Workload, check_layout
 
 PIPED_WIDTH = 140  # columns where standard output is no terminal
 
@@ -55,8 +61,13 @@ class PlanJob:
     topology: str = "v5p:4x4x4"  # v4, v5e, v5p, v6e or tpu7x and its shape; cpu:8: fake devices
     slices: Size = 1  # so many of them, connected by the data centre's network
     data: PlannedData = dataclasses.field(default_factory=PlannedData)
+    # `policy`: an iteration of `lm.jobs.align`, which alone has the four fields after `adapter`
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    advantage: AdvantageConfig = dataclasses.field(default_factory=AdvantageConfig)
+    learning: LearningConfig = dataclasses.field(default_factory=LearningConfig)
+    reward_model: str = "policy"  # a preset, or as large as the policy; "": rewards are functions
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -93,6 +104,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 def _plan(job: PlanJob, console: Console) -> dict[str, Any]:
     topology = open_topology(job.topology, job.slices)
     workload = _workload(job, topology)
+    if job.objective.name == "policy":
+        return {"config": to_dict(job), "topology": topology.name} | _iteration(
+            job, workload, topology, console
+        )
     mesh, zero = resolve(job.strategy, job.mesh, job.zero)
     result: dict[str, Any] = {"config": to_dict(job), "topology": topology.name}
     if job.decode.only:
@@ -115,6 +130,33 @@ def _plan(job: PlanJob, console: Console) -> dict[str, Any]:
             job.decode, workload.model, workload.block_size, topology, console
         )
     return result
+
+
+def _iteration(
+    job: PlanJob, workload: Workload, topology: Topology, console: Console
+) -> dict[str, Any]:
+    """An iteration of `lm.jobs.align`, planned and printed."""
+    check(
+        not (job.search.meshes or job.decode.enabled or job.decode.only),
+        "config.objective.name='policy' plans an iteration, decoding included, on one mesh: leave "
+        "config.search and config.decode out",
+    )
+    names = ("rollout", "advantage", "objective", "adapter", "optimizer", "train")
+    sizes = {"block_size": workload.block_size, "batch_size": workload.batch_size}
+    fields = {"init_from": "a plan", "model": workload.model, "data": DataConfig(**sizes)}
+    fields["learning"] = dataclasses.replace(job.learning, critic_from="")  # which is not there
+    aligned = AlignJob(**fields, **{name: getattr(job, name) for name in names})
+    aligned = view(AlignJob, aligned).with_value_head()
+    layout = lay_out(job.strategy, job.mesh, job.zero, topology.devices)
+    check_layout(aligned.workload(layout))
+    check_choice("config.reward_model", job.reward_model, ("", "policy", *PRESETS))
+    named = {"": None, "policy": workload.model}
+    reward = named[job.reward_model] if job.reward_model in named else preset(job.reward_model)
+    words = f"{report.layout_words(layout)}, zero {layout.zero}"
+    report.header(console, topology, aligned.workload(layout), job.preset, words)
+    found = plan_iteration(aligned, layout, reward, topology)
+    show_iteration(console, found, aligned, topology)
+    return {"iteration": found.figures()}
 
 
 def _workload(job: PlanJob, topology: Topology) -> Workload:

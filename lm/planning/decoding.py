@@ -32,7 +32,7 @@ from lm.models.attention.paged import Paging
 from lm.models.matmul import compute_dtype
 from lm.parallel.mesh import MeshConfig, describe, make_mesh, replicated
 from lm.parallel.platform import compiling_for
-from lm.parallel.sharding import WHOLE_RULES, parameter_shardings
+from lm.parallel.sharding import WHOLE_RULES, Rules, parameter_shardings
 from lm.planning import report
 from lm.planning.programs import Program, compile_program, device_bytes
 from lm.planning.search import divisors
@@ -53,7 +53,7 @@ class DecodePlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Planned:
+class Planned:
     """What all programs share."""
 
     config: ModelConfig
@@ -89,9 +89,9 @@ def decoding(
         config = decode_mesh(model, topology, 1 if plan.weights == "int8" else 2)
     mesh = make_mesh(config, topology.devices)
     with jax.set_mesh(mesh), compiling_for(topology.platform):
-        planned = _planned(plan.weights, dataclasses.replace(model, max_length=length), topology)
-        prefill = _prefill(planned, prompt)
-        steps = {rows: _step(planned, rows) for rows in plan.batch_sizes}
+        planned = plan_engine(plan.weights, dataclasses.replace(model, max_length=length), topology)
+        prefill = read(planned, prompt, pages_for(planned, 1))
+        steps = {r: draw(planned, r, pages_for(planned, r)) for r in plan.batch_sizes}
         dtype = compute_dtype(model.compute_dtype)
     words = f"{describe(mesh)}, weights in {'int8' if plan.weights == 'int8' else dtype}"
     least = _read_weights(planned)
@@ -144,24 +144,31 @@ def decode_mesh(model: ModelConfig, topology: Topology, weight_bytes: int) -> Me
     return MeshConfig(data=devices // tensor, tensor=tensor)
 
 
-def _planned(weights: Weights, config: ModelConfig, topology: Topology) -> _Planned:
+def plan_engine(
+    weights: Weights,
+    config: ModelConfig,
+    topology: Topology,
+    rules: Rules = WHOLE_RULES,
+    page_size: int = EngineConfig().page_size,
+) -> Planned:
+    """An engine on the current mesh, whose parameters are split as `rules` say."""
     mesh = jax.sharding.get_mesh()
     dtype = compute_dtype(config.compute_dtype).name  # the platform's, not this machine's
     config = dataclasses.replace(config, compute_dtype=dtype)
     model = for_decoding(skeleton(config), mesh)
-    shardings = parameter_shardings(param_specs(model), mesh, WHOLE_RULES)
+    shardings = parameter_shardings(param_specs(model), mesh, rules)
     params = abstract_params(model, shardings, weights)
     settings = programs.Settings(model.config, config.vocab_size, weights)
-    return _Planned(config, settings, params, mesh, topology, EngineConfig().page_size)
+    return Planned(config, settings, params, mesh, topology, page_size)
 
 
-def _cache(planned: _Planned, rows: int) -> Any:
-    """Pages for so many texts of the whole length, and one that is nobody's, as the mesh shares."""
-    pages = 1 + rows * _pages(planned)
+def pages_for(planned: Planned, rows: int, pages: int = 0) -> Any:
+    """Pages, by default for so many texts of the whole length, and nobody's, as the mesh shares."""
+    number = 1 + (pages or rows * _pages(planned))
 
     def new_pages(params):
         model = bound(planned.settings.model, params)
-        return model.new_pages(pages, planned.page_size, rows + 1)
+        return model.new_pages(number, planned.page_size, rows + 1)
 
     empty = jax.eval_shape(new_pages, planned.params)
     return jax.tree.map(
@@ -171,13 +178,13 @@ def _cache(planned: _Planned, rows: int) -> Any:
     )
 
 
-def _pages(planned: _Planned) -> int:
+def _pages(planned: Planned) -> int:
     """Of one text."""
     return -(-planned.config.max_length // planned.page_size)
 
 
 def _compiled(
-    planned: _Planned, function, cache, rest, seen: float, flops: float, tokens: int
+    planned: Planned, function, cache, rest, seen: float, flops: float, tokens: int
 ) -> Program:
     """One of the engine's functions, given the parameters, the cache and what `rest` is like.
 
@@ -202,29 +209,29 @@ def _compiled(
     )
 
 
-def _prefill(planned: _Planned, length: int) -> Program:
-    """Reads so many tokens of one text."""
+def read(planned: Planned, length: int, cache: Any) -> Program:
+    """Reads so many tokens of one text into the cache that `pages_for` makes."""
     tokens_1T = np.zeros((1, length), np.int32)
     table_1N = np.zeros((1, _pages(planned)), np.int32)
     paging = Paging(table_1N, tokens_1T, np.zeros(1, np.int32), np.int32(0))
     function = functools.partial(programs.read, planned.settings)
     flops = costs.prefill_flops_per_token(planned.config, length)
     rest = tokens_1T, paging
-    return _compiled(planned, function, _cache(planned, 1), rest, 0.5, flops, length)
+    return _compiled(planned, function, cache, rest, 0.5, flops, length)
 
 
-def _step(planned: _Planned, rows: int) -> Program:
-    """Draws a token for each of so many rows."""
+def draw(planned: Planned, rows: int, cache: Any, least: programs.Level = LEVELS[0]) -> Program:
+    """Draws a token for each of so many rows, whose texts fill their pages."""
     most = EngineConfig().decode_chunk
     batch = Batch(planned.config.vocab_size, (0,), rows, planned.config.max_length)
-    level, texts = batch.rows([], rows, _pages(planned), lambda text: 0, LEVELS[0])
+    level, texts = batch.rows([], rows, _pages(planned), lambda text: 0, least)
     function = functools.partial(programs.decode, planned.settings, level, most)
     flops = costs.decode_flops_per_token(planned.config, planned.config.max_length)
     rest = texts, np.int32(1)
-    return _compiled(planned, function, _cache(planned, rows), rest, 1.0, flops, rows)
+    return _compiled(planned, function, cache, rest, 1.0, flops, rows)
 
 
-def _read_weights(planned: _Planned) -> float:
+def _read_weights(planned: Planned) -> float:
     """Bytes of one device's weights that every step reads: all but a table that is looked up."""
     table = 0.0
     if not planned.config.tie_embeddings:

@@ -123,14 +123,14 @@ def train_program(workload: Workload, topology: Topology) -> Program:
             (abstract["params"], abstract["optimizer"]),
             topology,
             mesh,
-            _seen(workload),
+            seen(workload),
             name="training step",
             model_flops=workload.flops_per_token * tokens,
             tokens=tokens,
         )
 
 
-def _seen(workload: Workload) -> float:
+def seen(workload: Workload) -> float:
     """Of all pairs of a query and a key, the share that attention sees."""
     model, length = workload.model, workload.block_size
     if model.architecture == "encoder":

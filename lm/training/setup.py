@@ -13,7 +13,7 @@ from lm.models import Model, init, param_specs, skeleton
 from lm.models.adapters import base_shardings, begun, freeze, merged, whole_names
 from lm.models.matmul import compute_dtype
 from lm.parallel import compiler
-from lm.parallel.mesh import assemble, replicated
+from lm.parallel.mesh import assemble, batch_sharding, replicated
 from lm.parallel.sharding import ParamSpec, parameter_shardings, zero_rules
 from lm.training.offload import streamed_update
 from lm.training.optimizer import Optimizer, make_optimizer
@@ -84,12 +84,26 @@ class Training(NamedTuple):
 
         The transfers are started, not waited for. `leading` dimensions stand before the rows.
         """
-        if not self.workload.packed:  # attention needs no mask of documents, experts one of padding
-            filled = batch["segment_ids"] > 0
-            batch = {k: v for k, v in batch.items() if k not in ("segment_ids", "positions")}
-            batch["filled"] = filled
         mesh = self.workload.layout.mesh
-        return assemble(batch, mesh, batches.local_rows, batches.batch_size, leading)
+        return assemble(self._read(batch), mesh, batches.local_rows, batches.batch_size, leading)
+
+    def shapes(self, batch: Mapping[str, jax.ShapeDtypeStruct], leading=0) -> Batch:
+        """What `put` returns of arrays of these shapes, all hosts' rows, as shapes."""
+        mesh = self.workload.layout.mesh
+
+        def shape(x):
+            sharding = batch_sharding(mesh, leading, x.ndim - leading)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(shape, jax.eval_shape(self._read, dict(batch)))
+
+    def _read(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a batch, what steps read."""
+        if self.workload.packed:
+            return dict(batch)
+        # Attention needs no mask of documents, experts need one of padding.
+        read = {k: v for k, v in batch.items() if k not in ("segment_ids", "positions")}
+        return {**read, "filled": batch["segment_ids"] > 0}
 
 
 def set_up(workload: Workload) -> Training:
