@@ -34,7 +34,7 @@ TASKS = {
     "stories": {
         "base": ("base", "", {}),
         "sft": ("sft", "base", {}),
-        "reward": ("reward", "sft", {}),
+        "reward": ("reward", "sft", {"optimizer.learning_rate": "1e-3"}),
         "ppo": ("ppo", "sft", PPO),
         "ppo_free": ("ppo", "sft", PPO | {"advantage.kl_coefficient": "0"}),
         "dpo": ("dpo", "sft", {}),

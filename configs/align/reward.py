@@ -2,7 +2,7 @@ r"""A reward model: which of two replies is better, learned from pairs.
 
     # the worked example of alignment, step 3: preferences among answers about stories
     python main.py --config=configs/align/reward.py --config.init_from=runs/sft \
-        --workdir=runs/reward
+        --config.optimizer.learning_rate=1e-3 --workdir=runs/reward
 
     # your own
     python main.py --config=configs/align/reward.py --config.init_from=DIR \
@@ -35,7 +35,7 @@ def get_config():
     config.model.num_labels = 1
 
     config.data.path = "storyworld_preferences"
-    config.data.num_documents = 6_000  # of a generated corpus
+    config.data.num_documents = 20_000  # of a generated corpus
     config.data.validation_fraction = 0.05
     config.data.packing = "none"  # a reply a row
     config.data.block_size = 160  # tokens of the longest conversation
@@ -44,14 +44,14 @@ def get_config():
     config.objective.name = "reward"
     config.objective.centering = 0.01
 
-    # One pass is enough for many pairs: a reward model that has learned them by heart ranks worse.
+    # One pass: where pairs are known by heart, others are ranked worse.
     config.optimizer.learning_rate = 1e-4
-    config.optimizer.warmup_steps = 10
+    config.optimizer.warmup_steps = 20
     config.optimizer.final_fraction = 0.0
     config.optimizer.weight_decay = 0.01
 
-    config.train.steps = 200
+    config.train.steps = 600
     config.train.log_every = 10
-    config.train.eval_every = 50
+    config.train.eval_every = 100
     config.checkpoint.every = 100
     return config
