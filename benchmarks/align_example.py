@@ -21,7 +21,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLD = "lm.data.storyworld.instructions:gold_reward"
-# What a step starts from, and its fields; {name} is the run directory of another step.
+# What is learnt from; {name} is the run directory of another step.
 REWARDED = {"rewards.functions": ("{reward}", GOLD)}
 PPO = REWARDED | {"learning.critic_from": "{reward}"}
 GRPO_WALKS = {
@@ -30,15 +30,16 @@ GRPO_WALKS = {
     "rollout.prompts": "20",
     "rollout.samples": "8",
 }
+# Step → its config, the step that it starts from, and fields.
 TASKS = {
     "stories": {
-        "base": ("base", "", {}),
-        "sft": ("sft", "base", {}),
-        "reward": ("reward", "sft", {"optimizer.learning_rate": "1e-3"}),
-        "ppo": ("ppo", "sft", PPO),
-        "ppo_free": ("ppo", "sft", PPO | {"advantage.kl_coefficient": "0"}),
-        "dpo": ("dpo", "sft", {}),
-        "grpo": ("grpo", "sft", REWARDED),
+        "base": ("story_base", "", {}),
+        "sft": ("story_sft", "base", {}),
+        "reward": ("story_reward", "sft", {}),
+        "ppo": ("story_ppo", "sft", PPO),
+        "ppo_free": ("story_ppo", "sft", PPO | {"advantage.kl_coefficient": "0"}),
+        "dpo": ("story_dpo", "sft", {}),
+        "grpo": ("story_grpo", "sft", REWARDED),
     },
     "walks": {
         "walks": ("walks", "", {}),
@@ -60,10 +61,9 @@ def climb(task, seed, directory, more):
         words = [f"--config=configs/align/{config}.py", f"--workdir={run}"]
         words += [f"--config.seed={seed}"]
         words += [f"--config.init_from={directory / source}"] if source else []
-        for field, values in fields.items():
+        for field, values in (fields | more).items():
             several = values if isinstance(values, tuple) else (values,)
             words += [f"--config.{field}={value.format(**places)}" for value in several]
-        words += [f"--config.{setting}" for setting in more]
         print("$ python main.py", *words, flush=True)
         subprocess.run([sys.executable, "main.py", *words], cwd=ROOT, check=True)
         (run / "done").touch()
@@ -220,10 +220,10 @@ def main():
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", dest="more",
                         help="of every config, to try the ladder out")  # fmt: skip
     given = parser.parse_args()
-    directories = []
+    directories, more = [], dict(setting.split("=", 1) for setting in given.more)
     for seed in range(given.seeds):
         directories.append(pathlib.Path(given.workdir, given.task, str(seed)).resolve())
-        climb(given.task, seed, directories[-1], given.more)
+        climb(given.task, seed, directories[-1], more)
     report = report_stories if given.task == "stories" else report_walks
     report(directories, given)
 

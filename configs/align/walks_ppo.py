@@ -11,6 +11,9 @@ Or GRPO:
 
 `reward` is the optimality of walks drawn from the 20 starts: 1 for the shortest, 0 for one that
 misses the goal or takes an edge that is not there. A shared trunk holds policy and critic.
+
+From 0.53, one seed each came above 0.9 in the fifth iteration (PPO) and the third (GRPO), and in
+the last ten of sixty had 0.94 (at a rate that did not fall, as this one's does) and 1.00.
 """
 
 from lm.config import defaults

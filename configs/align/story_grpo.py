@@ -1,0 +1,20 @@
+"""The worked example of alignment: GRPO in place of PPO, groups of responses for a critic.
+
+    python main.py --config=configs/align/story_grpo.py
+
+See configs/align/story_base.py and story_ppo.py.
+"""
+
+from lm.configs.align import grpo, story_ppo
+
+
+def get_config():
+    config, ppo = grpo.get_config(), story_ppo.get_config()
+    config.init_from = ppo.init_from
+    config.data.block_size = ppo.data.block_size
+    config.data.batch_size = ppo.data.batch_size
+    config.rollout.samples = 4
+    config.rollout.max_new_tokens = ppo.rollout.max_new_tokens
+    config.rewards = ppo.rewards
+    config.optimizer.learning_rate = ppo.optimizer.learning_rate
+    return config

@@ -1,0 +1,28 @@
+"""The worked example of alignment: PPO against the reward that story_reward has learnt.
+
+    python main.py --config=configs/align/story_ppo.py
+    python main.py --config=configs/align/story_ppo.py --config.advantage.kl_coefficient=0 \
+        --workdir=runs/story_ppo_free    # what the penalty of KL is for
+
+See configs/align/story_base.py. The policy learns from the learnt reward alone: the true one, of
+weight 0, is only measured, as `reward_gold_reward`.
+"""
+
+from lm.configs.align import ppo
+
+
+def get_config():
+    config = ppo.get_config()
+    config.init_from = "runs/story_sft"
+    config.data.block_size = 128
+    config.rollout.prompts = 64
+    config.rollout.max_new_tokens = 20
+    config.rewards.functions = (
+        "runs/story_reward",
+        "lm.data.storyworld.instructions:gold_reward",
+    )
+    config.rewards.weights = (1.0, 0.0)
+    config.learning.critic_from = "runs/story_reward"
+    config.learning.epochs = 2
+    config.optimizer.learning_rate = 2e-4
+    return config
