@@ -8,6 +8,7 @@ import pytest
 import tiny_align
 import tiny_jobs
 from tiny_align import PPO, measured
+from tiny_run import write_tiny_run
 
 import lm
 from lm import command
@@ -158,6 +159,18 @@ def test_a_mesh_learns_as_one_device_does_to_rounding(source):
         np.testing.assert_allclose(
             measured(alone, field)[:1], measured(split, field)[:1], rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.slow
+def test_a_mesh_shares_a_learned_reward(source):
+    judge = source.parent / "judge"
+    write_tiny_run(judge, max_length=128, classifier="sequence", num_labels=1)
+    fields = {"rewards__functions": str(judge), "rewards__chat_template": "chatml"}
+    fields["train__steps"] = 2
+    one = tiny_align.run(source, "judged", **fields)
+    mesh = {"mesh__data": 1, "mesh__fsdp": 2, "mesh__tensor": 2}
+    four = tiny_align.run(source, "judged_by_four", 4, **mesh, **fields)
+    assert measured(four, "reward") == pytest.approx(measured(one, "reward"), abs=1e-4)
 
 
 def test_configs_are_checked_before_any_work(source):
