@@ -108,7 +108,8 @@ def judged(name, directory, questions):
 
     def logprob_NT(policy):
         parts = []
-        for ids_BT in np.array_split(ids_NT, 10):
+        for first in range(0, len(ids_NT), 64):
+            ids_BT = ids_NT[first : first + 64]
             logits = np.asarray(policy.model(ids_BT[:, :-1]), np.float64)
             logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
             parts.append(np.take_along_axis(logits, ids_BT[:, 1:, None], -1)[..., 0])

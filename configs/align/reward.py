@@ -1,8 +1,8 @@
 r"""A reward model: which of two replies is better, learned from pairs.
 
-    # the worked example of alignment, step 3: preferences among answers about stories
+    # preferences among answers about stories; configs/align/story_reward.py is the worked example
     python main.py --config=configs/align/reward.py --config.init_from=runs/sft \
-        --config.optimizer.learning_rate=1e-3 --workdir=runs/reward
+        --workdir=runs/reward
 
     # your own
     python main.py --config=configs/align/reward.py --config.init_from=DIR \

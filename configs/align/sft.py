@@ -15,10 +15,10 @@ model's own chat template writes conversations; of a model that has none, or to 
     # then: talk with it, or serve it
     python main.py --config=configs/chat.py --config.init_from=runs/NAME
 
-Without more it is step 2 of the worked example, after configs/align/base.py, on generated questions
-about stories. Hardware: what the model needs. When training ends, samples.txt has replies to
-conversations that were held out; with exact_match=N it is counted how many of N last replies come
-out to the letter.
+Without data.path it reads generated questions about stories; configs/align/story_sft.py is what a
+small model needs for these. Hardware: what the model needs. When training ends, samples.txt has
+replies to conversations that were held out; with exact_match=N it is counted how many of N last
+replies come out to the letter.
 """
 
 from lm.config import defaults
@@ -28,7 +28,7 @@ from lm.jobs.train import TrainJob
 def get_config():
     config = defaults(TrainJob)
 
-    config.init_from = "runs/align/base"
+    config.init_from = "runs/story_base"
     config.chat_template = ""  # the model's own
 
     config.objective.name = "sft"
