@@ -74,7 +74,7 @@ def test_rewards_do_not_depend_on_padding_side_or_companions_though_padding_is_e
 
 def test_texts_of_many_lengths_are_scored_by_few_programs():
     config, params = reward(max_length=1024)
-    scores = importlib.import_module("lm.inference.fill")._scores
+    scores = importlib.import_module("lm.inference.fill").scores_of_texts
     before = scores._cache_size()
     for length in range(65, 129, 7):
         score(config, params, [[9] * length] * 2)
