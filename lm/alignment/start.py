@@ -9,12 +9,12 @@ import jax
 import numpy as np
 
 from lm.alignment.config import AlignJob
-from lm.config import ConfigError, check
+from lm.config import check
 from lm.models.adapters import AdapterConfig
 from lm.parallel.layout import Layout
 from lm.runs.inherited import Origin
 from lm.runs.sources import open_source
-from lm.runs.start import Start
+from lm.runs.start import Start, open_beside
 from lm.tokenizers import Tokenizer
 from lm.training.setup import Training, set_up
 from lm.training.step import State
@@ -31,15 +31,8 @@ def critic_training(job: AlignJob, layout: Layout, tokenizer: Tokenizer) -> Trai
     model = job.model
     if job.learning.critic_from:
         field = f"config.learning.critic_from={job.learning.critic_from!r}"
-        try:
-            source = open_source(job.learning.critic_from)
-        except ConfigError as error:
-            raise ConfigError(f"{field}: {error}") from None
-        same = (
-            source.tokenizer is not None and source.tokenizer.fingerprint == tokenizer.fingerprint
-        )
-        check(same, f"{field} has another tokenizer than the policy: values are of its tokens")
-        model = source.model
+        what = "the policy: values are of its tokens"
+        model = open_beside(field, job.learning.critic_from, tokenizer, what).model
         check(
             model.architecture == "decoder" and model.num_labels == 1,
             f"{field} is no reward model: it has model.num_labels={model.num_labels}",

@@ -437,38 +437,34 @@ def _json_array(text: str) -> list[Any]:
 
 @contextlib.contextmanager
 def _parquet(path: str) -> Iterator[Any]:
+    """A file, open; what is wrong with it, or with its rows, is a `BadFileError`."""
     _optional("pyarrow", path, "data")
     import pyarrow.parquet
 
-    with storage.open_file(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
-        yield file
+    try:
+        with storage.open_file(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+            yield file
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise BadFileError(f"not Parquet, {' '.join(str(error).split())}") from None
 
 
 def _parquet_records(span: Span, config: DataConfig) -> Iterator[Any]:
-    pyarrow = _optional("pyarrow", span.path, "data")
-    try:
-        with _parquet(span.path) as file:
-            names = file.schema_arrow.names
-            if not set(config.text_fields) <= set(names):
-                yield dict.fromkeys(names)
-                return
-            stop = file.metadata.num_row_groups if span.stop is None else span.stop
-            for batch in file.iter_batches(
-                batch_size=1024,
-                row_groups=range(span.start, stop),
-                columns=list(config.text_fields),
-            ):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise BadFileError(f"not Parquet, {' '.join(str(error).split())}") from None
+    with _parquet(span.path) as file:
+        names = file.schema_arrow.names
+        if not set(config.text_fields) <= set(names):
+            yield dict.fromkeys(names)
+            return
+        stop = file.metadata.num_row_groups if span.stop is None else span.stop
+        for batch in file.iter_batches(
+            batch_size=1024,
+            row_groups=range(span.start, stop),
+            columns=list(config.text_fields),
+        ):
+            yield from batch.to_pylist()
 
 
 def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
     """All columns of a Parquet file."""
-    pyarrow = _optional("pyarrow", path, "data")
-    try:
-        with _parquet(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise BadFileError(f"not Parquet, {' '.join(str(error).split())}") from None
+    with _parquet(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()

@@ -38,7 +38,7 @@ from lm.training.metrics import MetricsWriter
 from lm.training.progress import Progress
 from lm.training.report import describe_run
 from lm.training.setup import set_up
-from lm.training.workload import check_layout, check_memory, check_offload
+from lm.training.workload import check_workload
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
@@ -76,9 +76,7 @@ def _run(job: AlignJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
         keep_programs(job.train.compilation_cache)
     layout = lay_out(job.strategy, job.mesh, job.zero)
     workload = job.workload(layout)
-    check_layout(workload)
-    check_memory(workload)
-    check_offload(workload)
+    check_workload(workload)
     check_place(directory)
 
     # ---- Prompts and rewards: what may be in the directory is known with them

@@ -35,7 +35,7 @@ from lm.training.metrics import MetricsWriter
 from lm.training.progress import Progress
 from lm.training.report import describe_data, describe_run, resuming, why_not_convertible
 from lm.training.setup import set_up
-from lm.training.workload import check_layout, check_memory, check_offload
+from lm.training.workload import check_workload
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, float]:
@@ -76,9 +76,7 @@ def _run(job: TrainJob, directory: pathlib.Path, origin: Origin) -> tuple[dict[s
     if note:
         say(f"note: {note}")
     workload = job.workload(layout)
-    check_layout(workload)
-    check_memory(workload)
-    check_offload(workload)
+    check_workload(workload)
     check_place(directory)
 
     # ---- Tokenizer: with it the model is whole, and it is known what may be in the directory

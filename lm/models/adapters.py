@@ -14,8 +14,6 @@ lies the base, which no gradient is made of: `freeze` makes it from a model's pa
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -265,32 +263,3 @@ def merged(adapters: Mapping[str, jax.Array], base: Mapping[str, Any]) -> dict[s
 def _with(name: str, adapters, base) -> Adapted:
     a, b = adapters[name + LORA_A], adapters[name + LORA_B]
     return dataclasses.replace(base[name], a=a, b=b, magnitude=adapters.get(name + MAGNITUDE))
-
-
-# ---- Whose adapters they are --------------------------------------------------------------------
-
-
-def fingerprint(params: Mapping[str, jax.Array]) -> str:
-    """Sixteen hexadecimal digits that say which parameters, as float32, these are.
-
-    However they lie on devices: of each, a sum modulo 2³² over its numbers' bits, mixed with their
-    places, is taken where they are.
-    """
-    sums = {name: int(value) for name, value in jax.device_get(_sums(dict(params))).items()}
-    said = sorted((name, params[name].shape, value) for name, value in sums.items())
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
-
-
-@jax.jit
-def _sums(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    def summed(x):
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-        place, step = jnp.uint32(0), 1
-        for axis in reversed(range(x.ndim)):
-            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(step % 2**32)
-            step *= x.shape[axis]
-        mixed = (bits ^ (place * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA77)
-        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0xC2B2AE3D)
-        return jnp.sum(mixed ^ (mixed >> 13), dtype=jnp.uint32)
-
-    return {name: summed(x) for name, x in params.items()}

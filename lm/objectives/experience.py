@@ -14,9 +14,9 @@ import jax
 from lm.models import Model
 from lm.models.moe.experts import RouterStats
 from lm.objectives.config import ObjectiveConfig
-from lm.objectives.logprobs import linear_logprobs
+from lm.objectives.logprobs import stream_logprobs
 from lm.objectives.policy import policy_loss, value_loss
-from lm.objectives.tokens import router_loss, text_of
+from lm.objectives.tokens import text_of, with_router
 
 
 class Reading(NamedTuple):
@@ -42,18 +42,8 @@ def read(
       config: its `policy.temperature` divides the logits.
     """
     x_BTD, router = model.forward(text_of(batch, rows_B))
-    logprob_BT, entropy_BT = linear_logprobs(
-        model.readout(x_BTD),
-        model.output_weights(),
-        batch["targets"],
-        batch["weights"],
-        bias_V=model.output_bias(),
-        softcap=model.config.logits_softcap,
-        temperature=config.policy.temperature,
-        support_BTW=batch.get("support"),
-        entropy=True,
-        chunk=config.chunk,
-    )
+    asked = {"temperature": config.policy.temperature, "support_BTW": batch.get("support")}
+    logprob_BT, entropy_BT = stream_logprobs(model, x_BTD, batch, config, entropy=True, **asked)
     value_BT = model.values(x_BTD) if model.config.classifier == "token" else None
     return Reading(logprob_BT, entropy_BT, value_BT, router)
 
@@ -69,10 +59,7 @@ def experience_loss(
     loss, metrics = policy_loss(
         found.logprob_BT, found.entropy_BT, batch, config.policy, found.value_BT
     )
-    if found.router is not None:
-        routing, more = router_loss(found.router, config, metrics["weight"])
-        loss, metrics = loss + routing, {**metrics, **more}
-    return loss, metrics
+    return with_router(loss, metrics, found.router, config)
 
 
 def critic_loss(
@@ -84,7 +71,4 @@ def critic_loss(
     """`value_loss` of a bound critic, a model with a head of one label."""
     x_BTD, router = model.forward(text_of(batch, rows_B))
     loss, metrics = value_loss(model.values(x_BTD), batch, config.policy)
-    if router is not None:
-        routing, more = router_loss(router, config, metrics["weight"])
-        loss, metrics = loss + routing, {**metrics, **more}
-    return loss, metrics
+    return with_router(loss, metrics, router, config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -135,16 +135,29 @@ def token_logprobs(
       (logprob_BT, entropy_BT or None, what the routers did, where there are experts).
     """
     x_BTD, router = model.forward(text_of(batch, rows_B), None, dropout_key)
-    logprob_BT, entropy_BT = linear_logprobs(
+    asked = {"temperature": temperature, "support_BTW": support_BTW, "entropy": entropy}
+    return *stream_logprobs(model, x_BTD, batch, config, **asked), router
+
+
+def stream_logprobs(
+    model: Model,
+    x_BTD: jax.Array,
+    batch: Mapping[str, jax.Array],
+    config: ObjectiveConfig,
+    **asked: Any,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`linear_logprobs` of a batch's targets, of a model's last residual stream.
+
+    Args:
+      **asked: its `temperature`, `support_BTW` and `entropy`.
+    """
+    return linear_logprobs(
         model.readout(x_BTD),
         model.output_weights(),
         batch["targets"],
         batch["weights"],
         bias_V=model.output_bias(),
         softcap=model.config.logits_softcap,
-        temperature=temperature,
-        support_BTW=support_BTW,
-        entropy=entropy,
         chunk=config.chunk,
+        **asked,
     )
-    return logprob_BT, entropy_BT, router

@@ -15,7 +15,7 @@ from lm.objectives.config import ObjectiveConfig
 from lm.objectives.distill import linear_divergence
 from lm.objectives.logprobs import token_logprobs
 from lm.objectives.preference import dpo, kto, kto_divergence, orpo
-from lm.objectives.tokens import Batch, num_tokens, router_loss, text_of
+from lm.objectives.tokens import Batch, num_tokens, reply_rows, text_of, with_router
 
 Metrics = dict[str, jax.Array]
 
@@ -144,7 +144,7 @@ def distillation_loss(
     )
     weight = jnp.sum(batch["weights"])
     metrics = {"nats": loss, "weight": weight, "tokens": num_tokens(text)}
-    return _with_router(loss, metrics, router, config)
+    return with_router(loss, metrics, router, config)
 
 
 def reply_logprobs(
@@ -160,11 +160,9 @@ def reply_logprobs(
       (logprob_BN, float32; count_BN, the targets of each; what the routers did).
     """
     B, N = batch["inputs"].shape[:2]
-    rows = _rows(batch)
-    if rows_B is not None:
-        rows_B = (rows_B[:, None] * N + jnp.arange(N, dtype=rows_B.dtype)).reshape(-1)
+    rows, rows_R = reply_rows(batch, rows_B)
     logprob_RT, _, router = token_logprobs(
-        model, rows, config, dropout_key=dropout_key, rows_B=rows_B
+        model, rows, config, dropout_key=dropout_key, rows_B=rows_R
     )
     count_BN = jnp.sum(batch["weights"] > 0, -1, dtype=jnp.float32)
     return jnp.sum(logprob_RT, -1).reshape(B, N), count_BN, router
@@ -173,11 +171,6 @@ def reply_logprobs(
 def _of(batch: Batch, which: slice) -> Batch:
     """Some of the replies of each row."""
     return {name: x[:, which] for name, x in batch.items() if x.ndim == 3}
-
-
-def _rows(batch: Batch) -> Batch:
-    """[B, N, T] as [B·N, T]."""
-    return {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items() if x.ndim == 3}
 
 
 def _summed(loss_P, measured: Metrics, real_P, batch: Batch, config: ObjectiveConfig, router):
@@ -190,15 +183,7 @@ def _summed(loss_P, measured: Metrics, real_P, batch: Batch, config: ObjectiveCo
     metrics = {
         "nats": loss,
         "weight": total(jnp.ones_like(loss_P)),
-        "tokens": num_tokens(text_of(_rows(batch))),
+        "tokens": num_tokens(text_of(reply_rows(batch)[0])),
         **{name: total(value) for name, value in measured.items()},
     }
-    return _with_router(loss, metrics, router, config)
-
-
-def _with_router(loss, metrics: Metrics, router: RouterStats | None, config: ObjectiveConfig):
-    """With the losses of the routers, where there are any."""
-    if router is None:
-        return loss, metrics
-    routing, routing_metrics = router_loss(router, config, metrics["weight"])
-    return loss + routing, {**metrics, **routing_metrics}
+    return with_router(loss, metrics, router, config)

@@ -11,7 +11,7 @@ from lm.models import Model
 from lm.models.moe.experts import RouterStats
 from lm.models.text import Text, last_places
 from lm.objectives.config import ObjectiveConfig
-from lm.objectives.tokens import Batch, router_loss
+from lm.objectives.tokens import Batch, reply_rows, with_router
 
 
 class Pairs(NamedTuple):
@@ -73,10 +73,7 @@ def reward_loss(
         "margin": summed(chosen_P - rejected_P),
         "reward": summed((chosen_P + rejected_P) / 2),
     }
-    if pairs.router is not None:
-        routing, routing_metrics = router_loss(pairs.router, config, metrics["weight"])
-        loss, metrics = loss + routing, {**metrics, **routing_metrics}
-    return loss, metrics
+    return with_router(loss, metrics, pairs.router, config)
 
 
 def pair_rewards(
@@ -93,7 +90,7 @@ def pair_rewards(
         A row is one document.
       model, dropout_key, rows_P: as of `reward_loss`.
     """
-    rows = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items() if x.ndim == 3}
+    rows, rows_R = reply_rows(batch, rows_P)
     filled = rows["segment_ids"] > 0 if "segment_ids" in rows else rows.get("filled", True)
     ends_RT = last_places(rows["weights"])
     # The last target may stand nowhere among the inputs: it goes behind the input that predicts it.
@@ -110,12 +107,11 @@ def pair_rewards(
         positions_RT = placed(positions_RT, positions_RT + 1)
     tokens_RT = jnp.where(full_R1, rows["targets"], placed(rows["inputs"], rows["targets"]))
     segments_RT = (filled | last_RT).astype(jnp.int32)
-    numbers_P = jnp.arange(batch["inputs"].shape[0]) if rows_P is None else rows_P
     text = Text.of(
         tokens_RT,
         positions_BT=positions_RT,
         segments_BT=segments_RT,
-        rows_B=(2 * numbers_P[:, None] + jnp.arange(2)).reshape(-1),
+        rows_B=rows_R,
     )
     x_RTD, router = model.forward(text, None, dropout_key)
     reward_R = model.classify(x_RTD, last_RT)[:, 0]

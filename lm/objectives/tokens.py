@@ -71,10 +71,7 @@ def token_loss(
     )
     weight = jnp.sum(batch["weights"])
     metrics = {"nats": nats, "weight": weight, "tokens": num_tokens(text)}
-    if router is not None:
-        routing, routing_metrics = router_loss(router, config, weight)
-        loss, metrics = loss + routing, {**metrics, **routing_metrics}
-    return loss, metrics
+    return with_router(loss, metrics, router, config)
 
 
 def text_of(batch: Batch, rows_B: jax.Array | None = None) -> Text:
@@ -89,10 +86,36 @@ def text_of(batch: Batch, rows_B: jax.Array | None = None) -> Text:
     )
 
 
+def reply_rows(batch: Batch, rows_B: jax.Array | None = None) -> tuple[Batch, jax.Array | None]:
+    """Replies side by side [B, N, T] as rows [B·N, T], which keeps the mesh's split of B.
+
+    Returns:
+      Those fields that are of tokens; and the rows' numbers, where `rows_B` gives those of B.
+    """
+    rows = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items() if x.ndim == 3}
+    if rows_B is None:
+        return rows, None
+    N = batch["inputs"].shape[1]
+    return rows, (rows_B[:, None] * N + jnp.arange(N, dtype=rows_B.dtype)).reshape(-1)
+
+
 def num_tokens(text: Text) -> jax.Array:
     """How many of a text's places are not padding, float32."""
     valid_BT = jnp.ones_like(text.tokens_BT) if text.valid_BT is None else text.valid_BT
     return jnp.sum(valid_BT, dtype=jnp.float32)
+
+
+def with_router(
+    loss: jax.Array,
+    metrics: dict[str, jax.Array],
+    stats: RouterStats | None,
+    config: ObjectiveConfig,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """A summed loss and its metrics, `weight` among them, with the routers', if there are any."""
+    if stats is None:
+        return loss, metrics
+    routing, routing_metrics = router_loss(stats, config, metrics["weight"])
+    return loss + routing, {**metrics, **routing_metrics}
 
 
 def router_loss(

@@ -17,7 +17,7 @@ from lm import tokenizers
 from lm.config import ConfigError, check, nearest, to_dict, view
 from lm.files import read_json
 from lm.models import ModelConfig, param_specs, skeleton
-from lm.models.adapters import AdapterConfig, adapter_specs, fingerprint, freeze, merged
+from lm.models.adapters import AdapterConfig, adapter_specs, freeze, merged
 from lm.models.huggingface.families import family_for
 from lm.models.huggingface.family import NameMap
 from lm.models.huggingface.peft import Peft, is_peft
@@ -26,6 +26,7 @@ from lm.parallel.sharding import ParamSpec, parameter_shardings
 from lm.runs.directory import CHECKPOINTS, CONFIG, TOKENIZER
 from lm.tokenizers import Tokenizer
 from lm.tokenizers.kinds import framing_of_pieces, has_tokenizer
+from lm.training.checkpoint_files import fingerprint
 from lm.training.checkpoints import restore_parameters, saved_paths
 
 GENERATION = "generation_config.json"  # of a Hugging Face directory

@@ -5,7 +5,7 @@ And what it is compared with, frozen: as it started, or a teacher.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,11 +13,12 @@ import jax.numpy as jnp
 
 from lm.config import ConfigError, check
 from lm.models import param_specs, skeleton
-from lm.models.adapters import AdapterConfig, fingerprint
+from lm.models.adapters import AdapterConfig
 from lm.runs.config import TrainJob
 from lm.runs.inherited import Origin
 from lm.runs.sources import Base, Source, open_source
 from lm.tokenizers import Tokenizer
+from lm.training.checkpoint_files import fingerprint
 from lm.training.setup import Training
 from lm.training.step import Frozen
 
@@ -94,15 +95,10 @@ def open_teacher(job: TrainJob, tokenizer: Tokenizer) -> Source | None:
     """
     if job.objective.name != "distillation":
         return None
-    field = f"config.objective.distillation.teacher={job.objective.distillation.teacher!r}"
-    try:
-        source = open_source(job.objective.distillation.teacher, job.ignore)
-    except ConfigError as error:
-        raise ConfigError(f"{field}: {error}") from None
-    check(
-        source.tokenizer is not None and source.tokenizer.fingerprint == tokenizer.fingerprint,
-        f"{field} has another tokenizer than the run: what it predicts are other tokens",
-    )
+    teacher = job.objective.distillation.teacher
+    field = f"config.objective.distillation.teacher={teacher!r}"
+    what = "the run: what it predicts are other tokens"
+    source = open_beside(field, teacher, tokenizer, what, job.ignore)
     theirs, ours = source.model, job.model
     check(
         theirs.vocab_size == ours.vocab_size and theirs.architecture == ours.architecture,
@@ -113,6 +109,36 @@ def open_teacher(job: TrainJob, tokenizer: Tokenizer) -> Source | None:
         theirs.max_length >= job.data.block_size,
         f"config.data.block_size={job.data.block_size} is longer than the teacher's "
         f"max_length={theirs.max_length}: lower it",
+    )
+    return source
+
+
+def open_beside(
+    field: str,
+    directory: str,
+    tokenizer: Tokenizer,
+    what: str,
+    ignore: str | Sequence[str] = (),
+) -> Source:
+    """Another model that reads the run's tokens.
+
+    Args:
+      field: what errors call it.
+      directory: a run's, or Hugging Face's.
+      tokenizer: the run's, which must be its own, too.
+      what: than which it may have no other tokenizer, and why.
+      ignore: see `open_source`.
+
+    Raises:
+      ConfigError: there is none, or it has another tokenizer.
+    """
+    try:
+        source = open_source(directory, ignore)
+    except ConfigError as error:
+        raise ConfigError(f"{field}: {error}") from None
+    check(
+        source.tokenizer is not None and source.tokenizer.fingerprint == tokenizer.fingerprint,
+        f"{field} has another tokenizer than {what}",
     )
     return source
 

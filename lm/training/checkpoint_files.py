@@ -19,7 +19,7 @@ import pathlib
 import re
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -291,6 +291,16 @@ def _checksum(x: jax.Array) -> jax.Array:
     h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
     return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
+
+
+def fingerprint(params: Mapping[str, jax.Array]) -> str:
+    """Sixteen hexadecimal digits that say which parameters, as float32, these are.
+
+    However they lie on devices; see `checksums`.
+    """
+    sums = checksums({name: jnp.asarray(x, jnp.float32) for name, x in params.items()})
+    said = sorted((name, params[name].shape, int(value)) for name, value in sums.items())
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
 def _is_array(leaf: Any) -> bool:  # or a description of one

@@ -71,6 +71,13 @@ class Workload:
         return 2 * forward_flops_per_token(*sizes) + 6 * count(self.trained)
 
 
+def check_workload(workload: Workload) -> None:
+    """Raises ConfigError where its devices cannot share it, or cannot hold what must be there."""
+    check_layout(workload)
+    check_memory(workload)
+    check_offload(workload)
+
+
 def check_layout(workload: Workload) -> None:
     """Raises ConfigError where the mesh cannot share the work evenly."""
     model, train, layout = workload.model, workload.train, workload.layout

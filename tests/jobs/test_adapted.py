@@ -19,9 +19,9 @@ from lm.config import ConfigError, defaults
 from lm.jobs import convert as convert_job
 from lm.jobs.convert import ConvertJob
 from lm.models import ModelConfig, bind, skeleton
-from lm.models.adapters import fingerprint
 from lm.runs.sources import open_source
 from lm.tokenizers import TokenizerConfig
+from lm.training.checkpoint_files import fingerprint
 
 
 @pytest.fixture(scope="module")

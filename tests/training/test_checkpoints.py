@@ -455,3 +455,12 @@ def test_a_killed_save_never_looks_complete(tmp_path, caplog):
             np.testing.assert_array_equal(restored.state["w"], float(restored.step))
         assert all(path.name.isdigit() or path.name == "lock" for path in tmp_path.iterdir())
     assert not warnings_of(caplog)
+
+
+def test_a_fingerprint_knows_every_number_and_its_place():
+    params = {"a": jnp.arange(12.0).reshape(3, 4), "b": jnp.ones(3)}
+    known = checkpoint_files.fingerprint(params)
+    assert checkpoint_files.fingerprint(dict(reversed(params.items()))) == known
+    assert checkpoint_files.fingerprint({**params, "b": params["b"].at[1].add(1e-7)}) != known
+    assert checkpoint_files.fingerprint({**params, "a": params["a"][::-1]}) != known
+    assert checkpoint_files.fingerprint({**params, "a": params["a"].reshape(4, 3)}) != known
