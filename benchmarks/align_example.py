@@ -5,13 +5,15 @@
     python benchmarks/align_example.py --seeds=1 --set train.steps=2    # a try
 
 Each step is the command that configs/align/*.py name, in a run directory of its own under
-`--workdir`, so that a benchmark that is stopped goes on where it was. Then all policies answer the
-same held-out questions: greedily, of which the share that is exact is counted, and drawn at
+`--workdir`, so that a benchmark that is stopped goes on where it was; what is measured of a seed
+stays in a .json beside the picture, and is measured anew where that is deleted. All policies answer
+the same held-out questions: greedily, of which the share that is exact is counted, and drawn at
 temperature 1, of which the true (gold) reward, the learnt (proxy) one and the KL to the SFT model
 are means. Intervals are of the mean over seeds, 95 % by Student's t.
 """
 
 import argparse
+import itertools
 import json
 import math
 import pathlib
@@ -48,6 +50,17 @@ TASKS = {
     },
 }
 NAMES = {"sft": "SFT", "ppo": "PPO", "ppo_free": "PPO, β = 0", "dpo": "DPO", "grpo": "GRPO"}
+# The picture's panels, whose curves they have, and the file beside it.
+CURVES = {
+    "stories": {
+        "learnt reward (proxy)": "reward",
+        "true reward (gold)": "reward_gold_reward",
+        "KL to the SFT model (nats)": "kl",
+    },
+    "walks": {"optimality": "reward"},
+}
+DRAWN = {"stories": ("ppo", "ppo_free"), "walks": ("ppo", "grpo")}
+FILES = {"stories": "align.json", "walks": "align_walks.json"}
 HELD_OUT = 2**20  # the seed of those questions: of no run
 
 
@@ -127,9 +140,42 @@ def judged(name, directory, questions):
     return found
 
 
-def metrics(directory):
-    """The records of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+def ranked_right(directory, pairs):
+    """The share of held-out pairs that the reward model ranks right."""
+    import lm
+    from lm.data.storyworld import instructions
+
+    lines = [instructions.preference(HELD_OUT, n, held_out=True) for n in range(pairs)]
+    run, prompts = lm.load(directory / "reward"), [line["prompt"] for line in lines]
+    chosen, rejected = (
+        run.score(prompts, [n[side] for n in lines]) for side in ("chosen", "rejected")
+    )
+    found = {"held-out pairs": [], "of these in truth": [], "in manners alone": []}
+    for line, right in zip(lines, chosen > rejected):
+        truths = {instructions.truth(line, line[side]) for side in ("chosen", "rejected")}
+        for name in ("held-out pairs", ["in manners alone", "of these in truth"][len(truths) - 1]):
+            found[name].append(float(right))
+    return {name: statistics.mean(shares) for name, shares in found.items()}
+
+
+def measured(task, directory, questions):
+    """All that the report takes of one seed."""
+    metrics = {
+        name: [json.loads(line) for line in (directory / name / "metrics.jsonl").open()]
+        for name in TASKS[task]
+    }
+    curves = {
+        name: {field: [round(r[field], 4) for r in metrics[name] if field in r] for field in fields}
+        for name, fields in itertools.product(DRAWN[task], [CURVES[task].values()])
+    }
+    if task == "walks":
+        return {"curves": curves}
+    policies = {name: judged(name, directory, questions) for name in ("base", *NAMES)}
+    return {
+        "curves": curves,
+        "ranked_right": ranked_right(directory, 2 * questions),
+        "policies": policies,
+    }
 
 
 def interval(values):
@@ -147,60 +193,45 @@ def row(name, columns):
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
-def report_stories(directories, given):
-    """The table, and the curves of PPO with and without its penalty."""
+def report_stories(seeds):
+    """The table."""
     columns = ("exact", "gold", "proxy", "kl", "words")
-    print(
-        "| policy | exact answers | gold | proxy | KL (nats) | words |", "|---" * 6 + "|", sep="\n"
-    )
-    for name in ("base", *NAMES):
-        found = [judged(name, directory, given.questions) for directory in directories]
-        print(row(NAMES.get(name, name), [[one[c] for one in found] for c in columns]), flush=True)
-    right = [series(directory / "reward", "eval_accuracy")[-1][1] for directory in directories]
-    print("reward model, held-out pairs ranked right: {:.3f} ± {:.3f}".format(*interval(right)))
-    panels = {"learnt reward (proxy)": "reward", "true reward (gold)": "reward_gold_reward"}
-    panels["KL to the SFT model (nats)"] = "kl"
-    curves = {
-        title: {
-            NAMES[name]: [series(d / name, field) for d in directories]
-            for name in ("ppo", "ppo_free")
-        }
-        for title, field in panels.items()
-    }
-    draw(curves, pathlib.Path(given.pictures, "align.png"))
+    print("| policy | exact answers | gold | proxy | KL (nats) | words |")
+    print("|---" * 6 + "|")
+    for name in seeds[0]["policies"]:
+        found = [seed["policies"][name] for seed in seeds]
+        print(row(NAMES.get(name, name), [[one[c] for one in found] for c in columns]))
+    for pairs in seeds[0]["ranked_right"]:
+        right = [seed["ranked_right"][pairs] for seed in seeds]
+        print("reward model, {}: {:.3f} ± {:.3f} ranked right".format(pairs, *interval(right)))
 
 
-def report_walks(directories, given):
-    """Optimality before and after, and its curves."""
+def report_walks(seeds):
+    """Optimality before and after."""
     print("| | optimality at the start | of the last ten iterations | iterations to 0.9 |")
     print("|---|---|---|---|")
-    curves = {}
-    for name in ("ppo", "grpo"):
-        curves[NAMES[name]] = found = [series(d / name, "reward") for d in directories]
-        values = [[y for _, y in one] for one in found]
+    for name in DRAWN["walks"]:
+        values = [seed["curves"][name]["reward"] for seed in seeds]
         reached = [next((n for n, y in enumerate(one, 1) if y > 0.9), math.inf) for one in values]
         columns = [[one[0] for one in values], [statistics.mean(one[-10:]) for one in values]]
         print(row(NAMES[name], [*columns, reached]))
-    draw({"optimality": curves}, pathlib.Path(given.pictures, "align_walks.png"))
 
 
-def series(directory, field):
-    """(step, value) of a metric."""
-    return [(r["step"], r[field]) for r in metrics(directory) if field in r]
-
-
-def draw(panels, path):
-    """A panel for each title: of every name a thin line a seed, and their mean."""
+def draw(task, seeds, path):
+    """A panel for each curve: of every policy a thin line a seed, and their mean."""
     from lm.training.plots import INK, bare, figure_of, save
 
+    panels = CURVES[task]
     figure = figure_of(figsize=(4.2 * len(panels), 3.2), dpi=130, layout="constrained")
-    for place, (title, lines) in enumerate(panels.items(), 1):
+    for place, (title, field) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(1, len(panels), place)
-        for colour, (name, seeds) in zip(("#4c78a8", "#e45756"), lines.items()):
-            for one in seeds:
-                axes.plot(*zip(*one), color=colour, alpha=0.25, linewidth=0.8)
-            mean = [(points[0][0], statistics.mean(y for _, y in points)) for points in zip(*seeds)]
-            axes.plot(*zip(*mean), color=colour, linewidth=1.8, label=name)
+        for colour, name in zip(("#4c78a8", "#e45756"), DRAWN[task]):
+            lines = [seed["curves"][name][field] for seed in seeds]
+            for line in lines:
+                axes.plot(range(1, len(line) + 1), line, color=colour, alpha=0.25, linewidth=0.8)
+            mean = [statistics.mean(values) for values in zip(*lines)]
+            steps = range(1, len(mean) + 1)
+            axes.plot(steps, mean, color=colour, linewidth=1.8, label=NAMES[name])
         axes.set_title(title, color=INK, fontsize=10)
         axes.set_xlabel("iteration", color=INK, fontsize=9)
         bare(axes)
@@ -221,12 +252,19 @@ def main():
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", dest="more",
                         help="of every config, to try the ladder out")  # fmt: skip
     given = parser.parse_args()
-    directories, more = [], dict(setting.split("=", 1) for setting in given.more)
-    for seed in range(given.seeds):
-        directories.append(pathlib.Path(given.workdir, given.task, str(seed)).resolve())
-        climb(given.task, seed, directories[-1], more)
-    report = report_stories if given.task == "stories" else report_walks
-    report(directories, given)
+    more = dict(setting.split("=", 1) for setting in given.more)
+    figures = pathlib.Path(given.pictures, FILES[given.task])
+    kept = json.loads(figures.read_text()) if figures.exists() else {}
+    for seed in map(str, range(given.seeds)):
+        if seed not in kept:
+            directory = pathlib.Path(given.workdir, given.task, seed).resolve()
+            climb(given.task, seed, directory, more)
+            kept[seed] = measured(given.task, directory, given.questions)
+            lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in kept.items())
+            figures.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    seeds = list(kept.values())
+    {"stories": report_stories, "walks": report_walks}[given.task](seeds)
+    draw(given.task, seeds, figures.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -11,5 +11,6 @@ from lm.configs.align import dpo
 def get_config():
     config = dpo.get_config()
     config.init_from = "runs/story_sft"
+    config.data.block_size = 80
     config.optimizer.learning_rate = 2e-4
     return config

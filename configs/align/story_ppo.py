@@ -14,7 +14,7 @@ from lm.configs.align import ppo
 def get_config():
     config = ppo.get_config()
     config.init_from = "runs/story_sft"
-    config.data.block_size = 128
+    config.data.block_size = 80
     config.rollout.prompts = 64
     config.rollout.max_new_tokens = 20
     config.rewards.functions = (

@@ -11,6 +11,16 @@ from lm.configs.align import reward
 def get_config():
     config = reward.get_config()
     config.init_from = "runs/story_sft"
-    config.data.block_size = 128
-    config.optimizer.learning_rate = 1e-3
+    config.data.num_documents = 66_000
+    config.data.validation_fraction = 0.02
+    config.data.block_size = 80
+
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_steps = 50
+
+    config.train.steps = 2000
+    config.train.log_every = 50
+    config.train.eval_every = 200
+    config.checkpoint.every = 200
     return config

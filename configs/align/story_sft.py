@@ -22,7 +22,7 @@ def get_config():
     config.optimizer.learning_rate = 6e-3
     config.optimizer.warmup_steps = 50
 
-    config.train.steps = 2500
+    config.train.steps = 2000
     config.train.log_every = 100
     config.train.eval_every = 500
     config.checkpoint.every = 500

@@ -26,16 +26,26 @@ def critic_training(job: AlignJob, layout: Layout, tokenizer: Tokenizer) -> Trai
     """The training of a critic with parameters of its own: a reward model's, or the policy's.
 
     Raises:
-      ConfigError: `learning.critic_from` is no reward model, or one of another tokenizer.
+      ConfigError: `learning.critic_from` is no reward model, or one of another tokenizer or with
+        too short a context.
     """
     model = job.model
     if job.learning.critic_from:
         field = f"config.learning.critic_from={job.learning.critic_from!r}"
         what = "the policy: values are of its tokens"
-        model = open_beside(field, job.learning.critic_from, tokenizer, what).model
+        source = open_beside(field, job.learning.critic_from, tokenizer, what, job.ignore)
+        model, length = source.model, job.data.block_size
         check(
-            model.architecture == "decoder" and model.num_labels == 1,
-            f"{field} is no reward model: it has model.num_labels={model.num_labels}",
+            model.architecture == "decoder"
+            and model.classifier == "sequence"
+            and model.num_labels == 1,
+            f"{field} is no reward model: it has model.classifier={model.classifier!r} and "
+            f"model.num_labels={model.num_labels}, for 'sequence' and 1",
+        )
+        check(
+            model.max_length >= length,
+            f"config.data.block_size={length} is longer than the critic's "
+            f"max_length={model.max_length}: lower it",
         )
     rate = job.learning.critic_rate or job.optimizer.learning_rate
     workload = job.workload(

@@ -20,6 +20,8 @@ from lm.parallel.layout import lay_out
 
 PROMPTS = ("Say a: ", "And now? ", "More, please: ", "a?")
 
+COMPILED: dict[pathlib.Path, set[int]] = {}  # of each run: after how many records it compiled
+
 
 def write_source(directory: pathlib.Path, **fields) -> pathlib.Path:
     """A policy to start from, and prompts beside it."""
@@ -57,9 +59,20 @@ def devices(count: int) -> Iterator[None]:
 
 def run(source: pathlib.Path, name: str, num_devices: int = 1, **fields) -> pathlib.Path:
     """Learns in this process; the run directory beside the source."""
-    with devices(num_devices):
-        align.run(config(source, **fields), str(source.parent / name))
-    return source.parent / name
+    directory = source.parent / name
+    compiled, records = COMPILED.setdefault(directory, set()), directory / "metrics.jsonl"
+
+    def count(event: str, *_: object, **__: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.add(len(records.read_text().splitlines()) if records.exists() else 0)
+
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        with devices(num_devices):
+            align.run(config(source, **fields), str(directory))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    return directory
 
 
 def start(source: pathlib.Path, name: str, **fields) -> subprocess.Popen[str]:

@@ -13,7 +13,7 @@ from lm.data.storyworld.asking import UNKNOWN, WORDINGS, Draw, asked, beginning,
 PROMPTS = [ins.prompt(3, index) for index in range(1500)]
 PAIRS = [ins.preference(3, index) for index in range(800)]
 # SHA-256 over 40 lines of each kind, of training and held out.
-GOLDEN = "1c76a6dd39665377076730f3890be9a124559c8772eecc0568d55429ab9e34dc"
+GOLDEN = "b5208348c519714cca91632cbd0237edfe49df5cd8eeaa71729bafcb0789b546"
 
 
 def line(kind, answer, story="The cat sat on the mat. Mia saw the cat."):
@@ -99,7 +99,7 @@ def test_the_user_and_the_assistant_take_turns():
         for number, message in enumerate(messages):
             assert message["role"] == ("assistant" if number % 2 else "user")
             assert message["content"] == message["content"].strip() != ""
-    assert set(turns) == {2, 4, 6, 8, 10}
+    assert set(turns) == {*range(2, 21, 2)}
 
 
 def test_kinds_come_as_often_as_they_should_and_no_answer_is_a_tenth_of_all():
@@ -108,14 +108,19 @@ def test_kinds_come_as_often_as_they_should_and_no_answer_is_a_tenth_of_all():
     for kind, tickets in ins.KINDS.items():
         assert kinds[kind] / len(PROMPTS) == pytest.approx(tickets / total, rel=0.35), kind
     answers = Counter(prompt["answer"] for prompt in PROMPTS)
-    turns = Counter(
-        ins._without_courtesies(message["content"])[1]
-        for index in range(400)
-        for message in ins.conversation(3, index)["messages"]
-        if message["role"] == "assistant"
-    )
-    for found in (answers, turns):
-        assert found.most_common(1)[0][1] < 0.1 * found.total(), found.most_common(3)
+    assert answers.most_common(1)[0][1] < 0.1 * answers.total(), answers.most_common(3)
+
+
+def test_the_user_asks_whether_answers_are_right():
+    said = Counter()
+    for index in range(300):
+        messages = ins.conversation(5, index)["messages"]
+        for question, reply in zip(messages[::2], messages[1::2]):
+            checks = question["content"].endswith("Is that right?")
+            said[ins._without_courtesies(reply["content"])[1] if checks else ""] += 1
+    assert set(said) == {"", "Yes.", "No.", UNKNOWN}
+    assert said["Yes."] / (said["Yes."] + said["No."]) == pytest.approx(0.5, abs=0.07)
+    assert 0.35 < 1 - said[""] / said.total() < 0.5
 
 
 def test_held_out_beginnings_are_told_in_no_other_set():
@@ -190,13 +195,28 @@ def test_statements_that_are_false_contradict_the_story():
 
 
 def test_the_chosen_answer_has_more_of_the_true_reward():
-    truth_alone = 0
+    differ = Counter()
     for pair in PAIRS:
         chosen, rejected = ins.gold(pair, pair["chosen"]), ins.gold(pair, pair["rejected"])
-        assert chosen > rejected
-        polite = [ins._without_courtesies(pair[side])[0] for side in ("chosen", "rejected")]
-        truth_alone += polite[0] == polite[1]
-    assert 0.5 < truth_alone / len(PAIRS) < 0.9
+        assert chosen > rejected + 0.2
+        truths = {ins.truth(pair, pair[side]) for side in ("chosen", "rejected")}
+        courtesies = {ins._without_courtesies(pair[side])[0] for side in ("chosen", "rejected")}
+        differ[len(truths) == 2, len(courtesies) == 2] += 1
+    for truth, courtesy, share in ((True, False, 0.39), (False, True, 0.31), (False, False, 0.22)):
+        assert differ[truth, courtesy] / len(PAIRS) == pytest.approx(share, abs=0.05), differ
+
+
+def test_invented_answers_tell_of_what_the_story_does_not():
+    of_thing = ("where", "did", "has", "lost", "is a", "name", "feels", "count", "lives", "why")
+    invented = 0
+    for pair in PAIRS:
+        said = ins._without_courtesies(pair["rejected"])[1]
+        short = len(said.split()) < 5
+        if short and pair["kind"] in of_thing and ins.truth(pair, said) == -1:
+            told = {*words(f"{pair['story']} {pair['prompt'][0]['content']}".lower())}
+            assert {*words(said.lower())} - told, pair
+            invented += 1
+    assert invented > 100
 
 
 def test_noise_exchanges_as_many_pairs_as_it_says():

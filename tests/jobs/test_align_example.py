@@ -1,13 +1,19 @@
 """The worked example of alignment, as its benchmark runs it; the README's test runs the stories."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
 import tiny_jobs
+from tiny_run import write_tiny_run
+
+from lm.tokenizers import TokenizerConfig, train
 
 LITTLE = ("train.steps=2", "checkpoint.every=2", "train.log_every=1", "train.eval_every=2")
+
+PATH = tiny_jobs.REPOSITORY / "benchmarks" / "align_example.py"
 
 
 @pytest.mark.slow
@@ -26,3 +32,21 @@ def test_walks_are_learnt_from_examples_and_rewards(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| PPO |" in done.stdout and "| GRPO |" in done.stdout
     assert (tmp_path / "align_walks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_policies_are_judged_by_held_out_questions(tmp_path):
+    spec = importlib.util.spec_from_file_location("align_example", PATH)
+    align_example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(align_example)
+    talks = train(TokenizerConfig(kind="byte", chat_template="chatml"), [])
+    fields = {"tokenizer": talks, "max_length": 768}
+    for name, step, head in (("sft", 1, {}), ("ppo", 2, {}), ("reward", 1, {"num_labels": 1})):
+        head |= {"classifier": "sequence"} if head else {}
+        write_tiny_run(tmp_path / name, steps=(step,), **fields, **head)
+    sft, other = (align_example.judged(name, tmp_path, 4) for name in ("sft", "ppo"))
+    assert sft["kl"] == 0 and other["kl"] > 1  # nats of a reply, to the SFT model
+    for found in (sft, other):
+        assert found["exact"] == 0 and -2 <= found["gold"] <= -0.5  # of models that know nothing
+    assert (tmp_path / "ppo" / "judged.json").exists()
+    right = align_example.ranked_right(tmp_path, 40)
+    assert all(0 < share < 1 for share in right.values()) and len(right) == 3

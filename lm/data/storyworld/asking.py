@@ -48,7 +48,7 @@ class Asked(NamedTuple):
     kind: str
     about: tuple[str, ...]
     answer: str
-    wrong: str  # an answer that is not right, yet might be were the story another
+    wrong: str  # an invented answer: of the right kind, with what the text does not tell of
 
 
 class Draw(random.Random):
@@ -107,7 +107,8 @@ def asked(story: Story, after: str, draw: Draw) -> dict[str, list[Asked]]:
 def reverse(draw: Draw) -> Asked:
     """Two to four words to be said in reverse."""
     words = draw.order(_WORDS)[: 2 + int(draw.random() * 3)]
-    wrong = [*words[1:], words[0]] if len(words) > 2 else words
+    wrong = [*reversed(words)]
+    wrong[int(draw.random() * len(wrong))] = draw.other(_WORDS, words)
     return Asked("reverse", (" ".join(words),), " ".join(reversed(words)), " ".join(wrong))
 
 
@@ -146,29 +147,25 @@ class _Cast:
         rest = " ".join(self.story.sentences[sentence + 1 :])
         return {*words(rest.lower())}
 
-    def someone_else(self, name: str) -> str:
-        """A person's or animal's phrase: of this story for choice, else of another."""
-        here = [self.the(n) for n, c in self.people.items() if c.person and n != name]
-        if here and self.draw.random() < 0.7:
-            return self.draw.pick(here)
-        return self.draw.other((*lx.GIRLS, *lx.BOYS), (name, *here))
+    def nobody(self) -> str:
+        """A person's or animal's phrase."""
+        return self.absent(_BEINGS)
 
-    def elsewhere(self, place: str, exclusive: bool = False) -> str:
-        """Where one is not who is at `place`; one is at no other that `exclusive`ly holds one."""
-        told = [p.at for p in lx.OUTDOORS if self.says(p.name) and p.at != place]
-        if exclusive and told and self.draw.random() < 0.7:
-            return self.draw.pick(told)
-        return self.draw.other((p.at for p in lx.OUTDOORS), (place, *told))
+    def nowhere(self) -> str:
+        """A place."""
+        return _AT[self.absent(_AT)]
 
     def absent(self, options: Iterable[str]) -> str:
-        """One of `options` of which the text says nothing."""
-        return self.draw.pick([option for option in options if not self.says(option)])
+        """One of `options` of which the text does not tell."""
+        options = [*options]
+        while self.says(option := self.draw.pick(options)):
+            pass
+        return option
 
     def wrong_reason(self, cause) -> str:
         known = map(self.the, self.people)
-        who = next(filter(cause.answer.startswith, known), None) or self.someone_else("")
-        last = cause.answer.split()[-1]
-        reasons = [reason for reason in _REASONS if reason.split()[-1] != last]
+        who = next(filter(cause.answer.startswith, known), None) or self.nobody()
+        reasons = [reason for reason in _REASONS if not self.says(reason.split()[-1])]
         return _said(f"{who} {self.draw.pick(reasons)}")
 
 
@@ -180,38 +177,38 @@ def _places(cast: _Cast) -> Iterable[Asked]:
             continue
         if told.split()[0] not in _PREPOSITIONS or _MOVES & cast.since(fact.sentence):
             continue  # not said in a way that still holds at the end
-        the, wrong = cast.the(name), cast.elsewhere(told, place in _OUTDOORS)
+        the, wrong = cast.the(name), cast.nowhere()
         yield Asked("where", (the,), _said(told), _said(wrong))
-        if place in _OUTDOORS:
+        if place in _AT:
             cast.statements.append((f"{the} is {told}", f"{the} is {wrong}"))
     for fact in cast.story.facts:
         match = _DID.fullmatch(fact.object) if fact.relation == "did" else None
         if match and match[1] in _VERBS and fact.subject in cast.people:
             about = f"Where did {cast.the(fact.subject)} {_VERBS[match[1]]}{match[2]}"
-            wrong = cast.elsewhere(match[3])
-            yield Asked("did", (about,), _said(match[3]), _said(wrong))
+            yield Asked("did", (about,), _said(match[3]), _said(cast.nowhere()))
 
 
 def _owners(cast: _Cast) -> Iterable[Asked]:
     for thing, holder in cast.story.state.holder.items():
         if thing in cast.people and holder in cast.people:
-            answer, wrong = cast.the(holder), cast.someone_else(holder)
+            answer, wrong = cast.the(holder), cast.nobody()
             yield Asked("has", (cast.the(thing),), _said(answer), _said(wrong))
             about = cast.the(thing)
             cast.statements.append((f"{answer} has {about}", f"{wrong} has {about}"))
     for fact in cast.story.facts:
         if fact.relation == "lost by":
-            answer, wrong = cast.the(fact.object), cast.someone_else(fact.object)
-            yield Asked("lost", (cast.the(fact.subject),), _said(answer), _said(wrong))
+            answer = cast.the(fact.object)
+            yield Asked("lost", (cast.the(fact.subject),), _said(answer), _said(cast.nobody()))
 
 
 def _feelings(cast: _Cast) -> Iterable[Asked]:
     for name, feeling in cast.story.state.feeling.items():
         if name in cast.people:
             ever = {f.object for f in cast.story.facts if f[:2] == (name, "feels")}
-            wrong = cast.draw.other(_FEELINGS, {*ever, *map(_OPPOSITE.get, ever)} - {None})
+            ever |= {_OPPOSITE[one] for one in ever & {*_OPPOSITE}}
+            wrong = cast.absent(one for one in _FEELINGS if one not in ever)
             yield Asked("feels", (cast.the(name),), _said(feeling), _said(wrong))
-            if feeling in _OPPOSITE:
+            if feeling in _OPPOSITE and not cast.says(_OPPOSITE[feeling]):
                 is_ = f"{cast.the(name)} is "
                 cast.statements.append((is_ + feeling, is_ + _OPPOSITE[feeling]))
 
@@ -219,7 +216,7 @@ def _feelings(cast: _Cast) -> Iterable[Asked]:
 def _counts(cast: _Cast) -> Iterable[Asked]:
     for (name, relation), fact in cast.latest.items():
         if relation == "count" and not _TAKEN & cast.since(fact.sentence):
-            wrong = cast.draw.other(lx.NUMBERS[2:], (fact.object,))
+            wrong = cast.absent(number for number in lx.NUMBERS[2:] if number != fact.object)
             yield Asked("count", (name,), _said(fact.object), _said(wrong))
             if fact.object != "one":
                 there = f"there are {{}} {name}"
@@ -232,12 +229,12 @@ def _kinds(cast: _Cast) -> Iterable[Asked]:
         if name not in cast.people:
             continue
         if relation == "is a" and fact.object in animals and fact.object != name:
-            wrong = cast.draw.other(animals, (fact.object,))
+            wrong = cast.absent(animals)
             yield Asked("is a", (name,), _said(article(fact.object)), _said(article(wrong)))
             names = [n for several in lx.ANIMAL_NAMES.values() for n in several]
-            yield Asked("name", (fact.object,), _said(name), _said(cast.draw.other(names, (name,))))
+            yield Asked("name", (fact.object,), _said(name), _said(cast.absent(names)))
         elif relation == "lives":
-            homes = [animal.home for animal in lx.HERD]
+            homes = [a.home for a in lx.HERD if not cast.says(a.home.split()[-1])]
             wrong = cast.draw.other(homes, (fact.object,))
             yield Asked("lives", (cast.the(name),), _said(fact.object), _said(wrong))
 
@@ -245,18 +242,18 @@ def _kinds(cast: _Cast) -> Iterable[Asked]:
 def _unknown(cast: _Cast) -> Iterable[Asked]:
     """Questions whose answer the text does not say, each with an invented one."""
     draw = cast.draw
-    nobody = cast.absent((*lx.GIRLS, *lx.BOYS, *(f"the {a.noun}" for a in lx.HERD)))
+    nobody = cast.nobody()
     nothing = cast.absent([*(f"the {thing}" for thing in lx.THINGS), "the key", "the letter"])
     none = cast.absent([noun + "s" for noun, _ in lx.FRUIT])
     someone = draw.pick([cast.the(n) for n, c in cast.people.items() if c.person] or [nobody])
     colour = draw.pick(("blue", "green", "brown"))
     for kind, about, wrong in (
-        ("where", nobody, draw.pick(lx.OUTDOORS).at),
-        ("has", nothing, cast.someone_else("")),
-        ("lost", nothing, cast.someone_else("")),
-        ("feels", nobody, draw.pick(_FEELINGS)),
-        ("count", none, draw.pick(lx.NUMBERS[2:])),
-        ("old", someone, draw.pick(lx.NUMBERS[3:])),
+        ("where", nobody, cast.nowhere()),
+        ("has", nothing, cast.nobody()),
+        ("lost", nothing, cast.nobody()),
+        ("feels", nobody, cast.absent(_FEELINGS)),
+        ("count", none, cast.absent(lx.NUMBERS[2:])),
+        ("old", someone, cast.absent(lx.NUMBERS[3:])),
         ("eyes", someone, colour),
         ("song", someone, "the song of the wind"),
     ):
@@ -272,8 +269,9 @@ def _said(answer: str) -> str:
 
 
 _NO_MARKS = {ord(mark): " " for mark in ".,!?\"'"}
+_BEINGS = (*lx.GIRLS, *lx.BOYS, *(f"the {animal.noun}" for animal in lx.HERD))
 _PREPOSITIONS = ("in", "at", "by", "on", "under", "behind", "next", "between")
-_OUTDOORS = {place.name for place in lx.OUTDOORS}
+_AT = {place.name: place.at for place in lx.OUTDOORS}
 # Words of sentences after which one may be elsewhere than one was, though no fact says where.
 _MOVES = frozenset(
     (

@@ -45,8 +45,10 @@ KINDS = {
     **{"continue": 6},
 }
 _WITHOUT_STORY = ("reverse", "words")
-_TURNS = 5  # of the user, at most
+_TURNS = 10  # of the user, at most
+_CHECKED = 0.5  # share of these in which the user gives an answer and asks whether it is right
 _POLITE = 0.25  # share of the assistant's answers that are
+_TOLD_APART = 0.25  # the least difference in reward that a preference is about
 _HELD_OUT = 8  # one beginning in so many is held out
 _REWORDED = 0.1  # share of held-out questions in words of their own
 
@@ -54,12 +56,15 @@ Line = dict[str, Any]
 
 
 def conversation(seed: int, index: int, held_out: bool = False) -> Line:
-    """`{"messages": [...]}`: a beginning of a story and one to five questions with their answers.
+    """`{"messages": [...]}`: a beginning of a story and one to ten questions with their answers.
+
+    To half of the questions the user gives an answer, and asks whether it is right: who is to judge
+    answers, as a reward model must, has to have learnt it somewhere.
 
     Raises:
       ConfigError: not 0 <= seed, or not 0 <= index < 2**64.
     """
-    talk = _Talk("conversation", seed, index, held_out)
+    talk = _Talk("conversation", seed, index, held_out, _CHECKED)
     messages = talk.opening()
     for _ in range(int(talk.draw.random() * _TURNS)):
         messages += [{"role": "assistant", "content": talk.polite(talk.one.answer)}, talk.ask()]
@@ -82,8 +87,8 @@ def prompt(seed: int, index: int, held_out: bool = False) -> Line:
 def preference(seed: int, index: int, held_out: bool = False, noise: float = 0.0) -> Line:
     """A line of `prompt` with two answers, `chosen` and `rejected`, of which `gold` says which.
 
-    Half of the pairs differ in truth alone; of the others each answer is right, invented or "I do
-    not know.", polite or not, and short or not, by itself.
+    A quarter of the pairs differ in what is answered alone (right, invented or "I do not know."), a
+    quarter in courtesy alone, a quarter in length alone, and a quarter in all of it at random.
 
     Args:
       seed, index, held_out: see `conversation`.
@@ -94,11 +99,12 @@ def preference(seed: int, index: int, held_out: bool = False, noise: float = 0.0
     """
     talk = _Talk("preference", seed, index, held_out)
     line, draw = talk.line(), talk.draw
-    alike = draw.random() < 0.5
-    rewards = [0.0, 0.0]
-    while rewards[0] == rewards[1]:
-        manners = [(draw.random() < 0.5, draw.random() < 0.25) for _ in range(2)]
-        answers = [talk.reply(*manners[0 if alike else n]) for n in range(2)]
+    respect, rewards = draw.pick(("content", "courtesy", "length", "all")), [0.0, 0.0]
+    while abs(rewards[0] - rewards[1]) < _TOLD_APART:
+        one, other = talk.parts(), talk.parts()
+        if respect != "all":
+            other = one | {respect: other[respect]}
+        answers = [" ".join(filter(None, parts.values())) for parts in (one, other)]
         rewards = [gold(line, answer) for answer in answers]
     if (rewards[0] < rewards[1]) != (draw.random() < noise):
         answers.reverse()
@@ -112,7 +118,17 @@ def gold(line: Mapping[str, Any], response: str) -> float:
     polite = 0.5 if courtesies else 0.0
     if line["kind"] == "continue":
         extra = max(courtesies - 1, 0) + max(len(said.split()) - 20, 0)
-    return _truth(line, said) + polite - min(1.0, 0.1 * max(0, extra))
+    return truth(line, response) + polite - min(1.0, 0.1 * max(0, extra))
+
+
+def truth(line: Mapping[str, Any], response: str) -> float:
+    """1 for the right answer, 0 for "I do not know." where there is one, -1 for another."""
+    said, answer = _without_courtesies(response)[1], line["answer"]
+    if line["kind"] == "continue":
+        return 1.0 if _continues(line["story"], answer, said) else -1.0
+    if said == answer or said.startswith(f"{answer} "):
+        return 1.0
+    return 0.0 if said == UNKNOWN else -1.0
 
 
 def gold_reward(
@@ -144,15 +160,6 @@ def _of_each(
     ]
 
 
-def _truth(line: Mapping[str, Any], said: str) -> float:
-    answer = line["answer"]
-    if line["kind"] == "continue":
-        return 1.0 if _continues(line["story"], answer, said) else -1.0
-    if said == answer or said.startswith(f"{answer} "):
-        return 1.0
-    return 0.0 if said == UNKNOWN else -1.0
-
-
 def _continues(story: str, answer: str, said: str) -> bool:
     """Whether it is a sentence of its own about none but those known from story and answer."""
     found = words(said)
@@ -175,18 +182,19 @@ def _without_courtesies(response: str) -> tuple[int, str]:
 class _Talk:
     """A conversation as it goes on: `one`, of a `kind`, is what was asked last."""
 
-    def __init__(self, purpose: str, seed: int, index: int, held_out: bool):
+    def __init__(self, purpose: str, seed: int, index: int, held_out: bool, checked: float = 0.0):
         if seed < 0 or not 0 <= index < 1 << 64:
             _refuse(seed, index)
         self.draw = draw = Draw(f"{purpose} {seed} {index} {held_out}")
-        self.held_out = held_out
+        self.held_out, self.checked = held_out, checked
+        self.given = ""  # an answer to `one`, which then is whether it is right
         self.kind = self._ticket(KINDS)
         self.story, self.known = "", {}
         of_none = self.kind in _WITHOUT_STORY
         told = not of_none or draw.random() < 0.5
         while told and self.kind not in self.known and not (of_none and self.story):
             whole = generate(seed, int(draw.random() * 2**53))
-            cut = 4 + int(draw.random() * min(5, len(whole.sentences) - 4))
+            cut = 3 + int(draw.random() * 3)
             story = beginning(whole, cut)
             digest = hashlib.blake2b(story.text.encode(), digest_size=1).digest()
             if (digest[0] % _HELD_OUT == 0) == held_out:
@@ -209,16 +217,20 @@ class _Talk:
         known = {"kind": self.kind, "answer": self.one.answer, "story": self.story}
         return {"prompt": self.opening(), **known}
 
-    def polite(self, answer: str, share: float = _POLITE) -> str:
-        """`answer`, after a courtesy in a share of cases."""
-        polite = self.draw.random() < share
+    def polite(self, answer: str) -> str:
+        """`answer`, now and then after a courtesy."""
+        polite = self.draw.random() < _POLITE
         return f"{self.draw.pick(COURTESIES)} {answer}" if polite else answer
 
-    def reply(self, polite: bool, long: bool) -> str:
-        """A reply to `one`: right, wrong, or that one does not know."""
-        right, wrong = self.one.answer, self.one.wrong or self._elsewhere()
-        said = self.draw.pick((right, right, wrong, wrong, UNKNOWN))
-        return self.polite(f"{said} {self._elsewhere()}" if long else said, float(polite))
+    def parts(self) -> dict[str, str]:
+        """A reply to `one`: a courtesy or none; a right answer, an invented one or that one does
+        not know; a sentence too many or none."""
+        draw, wrong = self.draw, self.one.wrong or self._elsewhere()
+        return {
+            "courtesy": draw.pick(COURTESIES) if draw.random() < 0.5 else "",
+            "content": draw.pick((self.one.answer, self.one.answer, wrong, wrong, UNKNOWN)),
+            "length": self._elsewhere() if draw.random() < 0.25 else "",
+        }
 
     def _elsewhere(self) -> str:
         """A sentence of another story."""
@@ -227,13 +239,22 @@ class _Talk:
     def _one(self) -> Asked:
         tasks = {"reverse": reverse, "words": count_words}
         if self.kind in tasks:
-            return tasks[self.kind](self.draw)
-        return self.draw.pick(self.known[self.kind])
+            one = tasks[self.kind](self.draw)
+        else:
+            one = self.draw.pick(self.known[self.kind])
+        self.given = ""
+        if one.wrong and self.kind != "reverse" and self.draw.random() < self.checked:
+            right = one.answer != UNKNOWN and self.draw.random() < 0.5
+            self.given = one.answer if right else one.wrong
+            answer, wrong = ("Yes.", "No.") if right else ("No.", "Yes.")
+            one = one._replace(answer=UNKNOWN if one.answer == UNKNOWN else answer, wrong=wrong)
+        return one
 
     def _worded(self) -> str:
         *usual, reserved = WORDINGS[self.one.kind]
         new = self.held_out and self.draw.random() < _REWORDED
-        return (reserved if new else self.draw.pick(usual)).format(*self.one.about)
+        question = (reserved if new else self.draw.pick(usual)).format(*self.one.about)
+        return f"{question} {self.given} Is that right?" if self.given else question
 
     def _ticket(self, kinds: Mapping[str, int]) -> str:
         return self.draw.pick([kind for kind, tickets in kinds.items() for _ in range(tickets)])
