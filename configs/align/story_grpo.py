@@ -16,5 +16,8 @@ def get_config():
     config.rollout.samples = 4
     config.rollout.max_new_tokens = ppo.rollout.max_new_tokens
     config.rewards = ppo.rewards
+    config.objective.policy.kl_coefficient = 0.3
     config.optimizer.learning_rate = ppo.optimizer.learning_rate
+    config.train = ppo.train
+    config.checkpoint = ppo.checkpoint
     return config

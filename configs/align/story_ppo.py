@@ -25,4 +25,8 @@ def get_config():
     config.learning.critic_from = "runs/story_reward"
     config.learning.epochs = 2
     config.optimizer.learning_rate = 2e-4
+
+    config.train.steps = 60
+    config.train.eval_every = 20
+    config.checkpoint.every = 20
     return config
