@@ -21,6 +21,15 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ["XLA_FLAGS"] = " ".join(_flags)
 
 
+# Files with a test of a minute or more.
+LONG = ("test_readme.py", "test_align_script.py", "test_notebooks.py", "test_benchmarks.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests begin first: one that began last would keep the other workers waiting."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_collection_finish():
     """What has been imported stays: the collector need not look at it again, nor so often."""
     gc.freeze()

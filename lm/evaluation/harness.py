@@ -1,7 +1,8 @@
 """lm-evaluation-harness asks, the model answers: any of its tasks, by name or from a local file.
 
 Its `LM` interface on our engine. Where rows are shared by devices, that is inside: to the harness
-there is one process, and it needs no torch.
+there is one process, and it needs no torch. What does not fit the context loses its beginning, a
+begin-of-text included, as in the harness's own backends; `HarnessModel.truncated` counts it.
 """
 
 from __future__ import annotations
@@ -187,8 +188,7 @@ class HarnessModel(LM):
             )
             ids = self._text(context) or [self.prefix]
             found[number] = "", len(ids) > room
-            read = self.run.framing.window(ids, room)
-            alike.setdefault((sampling, seed), []).append((number, read))
+            alike.setdefault((sampling, seed), []).append((number, ids[-room:]))
         for (sampling, seed), texts in alike.items():
             texts.sort(key=lambda one: len(one[1]))
             for first in range(0, len(texts), ROWS):

@@ -1,5 +1,6 @@
 """lm-evaluation-harness gets the same answers from us as from its own Hugging Face backend."""
 
+import dataclasses
 import json
 import math
 import warnings
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from lm.evaluation.harness import HarnessModel  # noqa: E402
 from lm.evaluation.scoring import Scorer  # noqa: E402
+from lm.models import skeleton  # noqa: E402
 
 TEXT = "The cat sat on the mat. The dog ran in the park. Where is the cat? It is on the mat. "
 LENGTH = 64
@@ -62,7 +64,9 @@ def both(request, tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = HFLM(str(directory), device="cpu", dtype="float32", batch_size=3)
-    return HarnessModel(lm.load(directory)), theirs
+    run = lm.load(directory)
+    exact = dataclasses.replace(run.skeleton.config, compute_dtype="float32")
+    return HarnessModel(dataclasses.replace(run, skeleton=skeleton(exact))), theirs
 
 
 def requests(kind, arguments):
@@ -99,7 +103,7 @@ def test_log_likelihoods_are_those_of_its_own_backend(both):
 
 def test_whole_texts_of_any_length_are_scored_as_its_own_backend_does(both):
     ours, theirs = both
-    texts = ["The cat", TEXT, TEXT * 5, "The dog ran in the park. Where is it?" * 9]
+    texts = ["The cat", TEXT, TEXT * 5, "The dog ran in the park. Where is it?" * 12]
     asked = requests("loglikelihood_rolling", [(text,) for text in texts])
     ids = [ours.run.tokenizer.encode(text) for text in texts]
     assert len(ids[-1]) > 2 * LENGTH
@@ -132,6 +136,8 @@ def test_a_token_that_spans_the_join_is_of_the_continuation(both):
     assert ours.loglikelihood(requests("loglikelihood", [("The", "")])) == [(0.0, True)]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("both", [True], indirect=True, ids=["with BOS"])
 def test_a_local_task_comes_to_the_same_scores(both, tmp_path):
     rng = np.random.default_rng(0)
     words = ["cat", "dog", "mat", "park"]
@@ -169,12 +175,8 @@ def test_answers_are_kept_by_weights_and_repeat(both, tmp_path):
     assert len(set(first)) > 1  # a repeat is another draw
     with cache.open("a") as file:
         file.write('["half a li')  # the process was killed here
-    again = HarnessModel(run, cache=str(cache))
-    again.run = None  # nothing is asked of the model
-    again._template_of = None
-    lines = cache.read_text().splitlines()
-    assert len(lines) == 3
     model = HarnessModel(run, cache=str(cache))
+    assert len(cache.read_text().splitlines()) == 3
     model._written = lambda *_: pytest.fail("asked again")
     assert model.generate_until(asked) == first
     other = HarnessModel(run, cache=str(cache), weights="others")
