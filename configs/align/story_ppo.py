@@ -4,8 +4,10 @@
     python main.py --config=configs/align/story_ppo.py --config.advantage.kl_coefficient=0 \
         --workdir=runs/story_ppo_free    # what the penalty of KL is for
 
-See configs/align/story_base.py. The policy learns from the learnt reward alone: the true one, of
-weight 0, is only measured, as `reward_gold_reward`.
+See configs/align/story_base.py. Two CPU cores: three minutes. The policy learns from the learnt
+reward alone: the true one, of weight 0, is only measured, as `reward_gold_reward`. It rises from
+0.7 to 1.0, at 2.5 nats from the start; without the penalty of KL the learnt reward rises on, and
+the true one falls back, below where it was (seed 0; docs/align.png).
 """
 
 from lm.configs.align import ppo

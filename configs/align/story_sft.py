@@ -2,9 +2,10 @@
 
     python main.py --config=configs/align/story_sft.py
 
-See configs/align/story_base.py. The base gets no answer right. 1,000 steps, from a base of 1,200,
-gave 76 % of those to questions about stories that were held out; what it then gets wrong is whose
-name to copy. With ChatML in place of turns.jinja 1,200 steps gave 49 %.
+See configs/align/story_base.py. Two CPU cores: five minutes. The base gets no answer right; this
+gets 89 % of those to questions about stories that were held out (seed 0), and errs most where a
+statement is false: it says "Yes." too often. Half of its examples ask whether an answer is right,
+for the reward model starts here, and has to tell.
 """
 
 from lm.configs.align import sft
