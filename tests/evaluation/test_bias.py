@@ -1,0 +1,83 @@
+"""Measures of leaning, on examples worked by hand and on worlds whose leaning is known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lm.evaluation import bias
+
+
+def test_the_data_itself_amplifies_nothing():
+    assert bias.amplification((75, 25), (75, 25)).value == 1
+    assert bias.amplification((300, 100), (75, 25)).value == pytest.approx(1, abs=0.01)
+    found = bias.amplification((90, 10), (75, 25))
+    assert found.value == pytest.approx((90.5 * 25.5) / (10.5 * 75.5))
+    assert 1 < found.low < found.value < found.high
+    assert bias.amplification((0, 50), (50, 0)).high < 0.05  # and no division by zero
+
+
+def test_the_interval_of_amplification_holds_the_truth():
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(3000):  # odds of 3:1 in a corpus of its own draw, and in the model's answers
+        model, data = rng.binomial(200, 0.75), rng.binomial(400, 0.75)
+        found = bias.amplification((model, 200 - model), (data, 400 - data))
+        held += found.low <= 1 <= found.high
+    assert 0.93 <= held / 3000 <= 0.97
+
+
+def test_embeddings_that_lean_are_told_from_those_that_do_not():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(2, 8, 40)) * 0.3
+    a[:, 0] += 1
+    b[:, 0] -= 1
+    x, y = rng.normal(size=(2, 8, 40)) * 0.3
+    assert bias.weat(x, y, a, b, 2000).p > 0.02
+    x[:, 0] += 1
+    y[:, 0] -= 1
+    found = bias.weat(x, y, a, b, 2000)
+    assert found.effect > 1.7 and found.p < 0.001
+    assert bias.weat(y, x, a, b, 2000).effect == pytest.approx(-found.effect)
+
+
+def test_association_worked_by_hand():
+    east, north = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])
+    x, y = np.array([[2.0, 0.0], [3.0, 0.0]]), np.array([[0.0, 5.0], [0.0, 1.0]])
+    # s = 1, 1, -1, -1; the effect is 2 / std = 2 / sqrt(4/3), and 1 of C(4, 2) ways is as good
+    found = bias.weat(x, y, east, north, 20_000)
+    assert found.effect == pytest.approx(math.sqrt(3))
+    assert found.p == pytest.approx(1 / 6, abs=0.01)
+
+
+def test_the_direction_of_pairs_is_found():
+    rng = np.random.default_rng(2)
+    axis = np.eye(30)[3]
+    words = rng.normal(size=(6, 30))
+    pairs = [(word + 2 * axis, word - 2 * axis + 0.05 * rng.normal(size=30)) for word in words]
+    found, explained = bias.direction(pairs)
+    assert found @ axis > 0.99 and explained > 0.95
+    assert bias.direction([(two, one) for one, two in pairs])[0] @ axis < -0.99
+
+
+def test_tokens_that_two_sentences_share():
+    # "The poor man was late ." and "The rich old man was late ."
+    assert bias.shared([1, 2, 3, 4, 5], [1, 7, 8, 3, 4, 5]) == ([0, 2, 3, 4], [0, 3, 4, 5])
+    assert bias.shared([1, 2], [3, 4]) == ([], [])
+    assert bias.shared([0] * 300, [0] * 300)[0] == list(range(300))  # however often one comes
+
+
+def test_crows_counts_pairs():
+    found = bias.crows([-10.0, -12.0, -9.0, -8.0], [-11.0, -11.0, -9.0, -9.5])
+    assert found.value == (1 + 0 + 0.5 + 1) / 4
+    assert 0 <= found.low < found.value < found.high <= 1
+
+
+def test_stereoset_worked_by_hand():
+    # Of three sentences; the third prefers nonsense to its opposite.
+    found = bias.stereoset([-5.0, -6.0, -4.0], [-6.0, -5.0, -9.0], [-7.0, -8.0, -8.0])
+    assert found.language == pytest.approx(100 * 5 / 6)
+    assert found.stereotype == pytest.approx(100 * 2 / 3)
+    assert found.icat == pytest.approx(100 * 5 / 6 * (100 / 3) / 50)
+    ideal = bias.stereoset([-1.0, -2.0], [-2.0, -1.0], [-9.0, -9.0])
+    assert ideal == (100, 50, 100)
+    assert bias.stereoset([-1.0], [-2.0], [-9.0]).icat == 0  # always the stereotype
