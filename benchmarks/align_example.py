@@ -6,14 +6,13 @@
 
 Each step is the command that configs/align/*.py name, in a run directory of its own under
 `--workdir`, so that a benchmark that is stopped goes on where it was; what is measured of a seed
-stays in a .json beside the picture, and is measured anew where that is deleted. All policies answer
-the same held-out questions: greedily, of which the share that is exact is counted, and drawn at
+stays in a .json beside the picture, and is measured anew where that is deleted; with --set nothing
+stays. All policies answer the same held-out questions: greedily, of which the share that is exact is counted, and drawn at
 temperature 1, of which the true (gold) reward, the learnt (proxy) one and the KL to the SFT model
 are means. Intervals are of the mean over seeds, 95 % by Student's t.
 """
 
 import argparse
-import itertools
 import json
 import math
 import pathlib
@@ -164,9 +163,10 @@ def measured(task, directory, questions):
         name: [json.loads(line) for line in (directory / name / "metrics.jsonl").open()]
         for name in TASKS[task]
     }
+    fields = CURVES[task].values()
     curves = {
         name: {field: [round(r[field], 4) for r in metrics[name] if field in r] for field in fields}
-        for name, fields in itertools.product(DRAWN[task], [CURVES[task].values()])
+        for name in DRAWN[task]
     }
     if task == "walks":
         return {"curves": curves}
@@ -254,12 +254,13 @@ def main():
     given = parser.parse_args()
     more = dict(setting.split("=", 1) for setting in given.more)
     figures = pathlib.Path(given.pictures, FILES[given.task])
-    kept = json.loads(figures.read_text()) if figures.exists() else {}
+    kept = json.loads(figures.read_text()) if figures.exists() and not more else {}
     for seed in map(str, range(given.seeds)):
         if seed not in kept:
             directory = pathlib.Path(given.workdir, given.task, seed).resolve()
             climb(given.task, seed, directory, more)
             kept[seed] = measured(given.task, directory, given.questions)
+        if not more:  # a try is no figure to keep
             lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in kept.items())
             figures.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     seeds = list(kept.values())
