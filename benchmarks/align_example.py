@@ -7,9 +7,9 @@
 Each step is the command that configs/align/*.py name, in a run directory of its own under
 `--workdir`, so that a benchmark that is stopped goes on where it was; what is measured of a seed
 stays in a .json beside the picture, and is measured anew where that is deleted; with --set nothing
-stays. All policies answer the same held-out questions: greedily, of which the share that is exact is counted, and drawn at
-temperature 1, of which the true (gold) reward, the learnt (proxy) one and the KL to the SFT model
-are means. Intervals are of the mean over seeds, 95 % by Student's t.
+stays. All policies answer the same held-out questions: greedily, of which the share that is exact
+is counted, and drawn at temperature 1, of which the true (gold) reward, the learnt (proxy) one and
+the KL to the SFT model are means. Intervals are of the mean over seeds, 95 % by Student's t.
 """
 
 import argparse

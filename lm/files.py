@@ -195,3 +195,11 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def take_off_torn_line(path: pathlib.Path, data: bytes) -> None:
+    """Cuts off what stands behind the last line end of a file, whose content is `data`."""
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
-from lm.evaluation.statistics import LEVEL, Estimate, log_odds_ratio, permutation_p, share
+from lm.evaluation.statistics import NORMAL, Estimate, log_odds_ratio, permutation_p, share
 
 
 class Association(NamedTuple):
@@ -63,8 +62,7 @@ def amplification(model: tuple[float, float], data: tuple[float, float]) -> Esti
       data: how often the corpus has each.
     """
     log_ratio, error = log_odds_ratio(model, data)
-    z = float(stats.norm.ppf((1 + LEVEL) / 2))
-    low, high = math.exp(log_ratio - z * error), math.exp(log_ratio + z * error)
+    low, high = (math.exp(log_ratio + side * NORMAL * error) for side in (-1, 1))
     ratio, items = math.exp(log_ratio), int(sum(model))
     return Estimate(ratio, ratio * error, low, high, items, items)
 

@@ -7,6 +7,7 @@ begin-of-text included, as in the harness's own backends; `HarnessModel.truncate
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -19,6 +20,7 @@ from lm_eval.api.model import LM
 
 from lm.config import ConfigError, check
 from lm.evaluation.scoring import Scorer, windows
+from lm.files import take_off_torn_line
 from lm.inference import SamplingConfig
 from lm.runs.run import Run
 from lm.tokenizers import ChatTemplate
@@ -135,7 +137,7 @@ class HarnessModel(LM):
             return self._rendered[text]
         return [*(self.run.framing.before or ()), *self._plain(text)]
 
-    @property
+    @functools.cached_property
     def _template(self) -> ChatTemplate:
         return self.run.chat_template(self._chosen)
 
@@ -247,14 +249,12 @@ def _read(path: pathlib.Path) -> dict[str, Answer]:
     """The answers that a cache has; a last line that was cut off leaves it."""
     if not path.exists():
         return {}
-    known, said = {}, path.read_bytes()
-    whole = said[: said.rfind(b"\n") + 1]
-    if whole != said:
-        path.write_bytes(whole)
-    for number, line in enumerate(whole.splitlines(), 1):
+    known, data = {}, path.read_bytes()
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), 1):
         try:
             key, answer, cut = json.loads(line)
         except ValueError:
             raise ConfigError(f"{path} line {number} is no answer: delete the file") from None
         known[key] = answer, cut
+    take_off_torn_line(path, data)
     return known

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config import check
+from lm.data.packing import best_fit_decreasing
+from lm.inference.fill import dropless
 from lm.models import Model, bind
 from lm.models.text import Text
 from lm.objectives.chunked import Part, each
@@ -64,8 +66,7 @@ class Scorer:
             f"model.architecture={config.architecture!r} with model.classifier="
             f"{config.classifier!r}: only a decoder with an output head says how likely a text is",
         )
-        # Without a capacity: padding and other texts could take a token's place at its expert.
-        self.config = dataclasses.replace(config, capacity_factor=0.0, dropout=0.0)
+        self.config = dropless(config)
         self.params, self.ways, self.tokens = params, ways, tokens
         self._run = jax.jit(functools.partial(_scores, type(model)(self.config)))
 
@@ -123,21 +124,11 @@ class Scorer:
 
 
 def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Rows of at most `length` that hold things of these sizes, by number: the longest first, each
-    into the fullest row that has room (best fit decreasing)."""
-    rows: list[list[int]] = []
-    room: dict[int, list[int]] = {}  # room left → rows
-    for number in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
-        size = sizes[number]
-        left = min((r for r, some in room.items() if r >= size and some), default=None)
-        if left is None:
-            rows.append([])
-            row, left = len(rows) - 1, length
-        else:
-            row = room[left].pop()
-        rows[row].append(number)
-        room.setdefault(left - size, []).append(row)
-    return rows
+    """Rows of at most `length` that hold things of these sizes, by number."""
+    of_row: dict[int, list[int]] = {}
+    for number, row in enumerate(best_fit_decreasing(np.asarray(sizes), length).tolist()):
+        of_row.setdefault(row, []).append(number)
+    return list(of_row.values())
 
 
 def windows(

@@ -15,6 +15,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95  # of every interval
+NORMAL = float(stats.norm.ppf((1 + LEVEL) / 2))  # half of it, in standard errors
 
 
 class Estimate(NamedTuple):
@@ -59,8 +60,7 @@ def mean(
     if not error and value in (0.0, 1.0):
         low, high = wilson(round(value * number), number)
         return Estimate(value, error, low, high, x_N.size, number)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, number - 1)) * error
-    return Estimate(value, error, value - half, value + half, x_N.size, number)
+    return _by_t(value, error, x_N.size, number)
 
 
 def share(
@@ -84,7 +84,7 @@ def share(
 
 def wilson(right: float, trials: float) -> tuple[float, float]:
     """The score interval of a proportion (Wilson 1927)."""
-    z = float(stats.norm.ppf((1 + LEVEL) / 2))
+    z = NORMAL
     share = right / trials
     middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     spread = math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
@@ -154,8 +154,7 @@ def bootstrap(
         drawn = rng.integers(number, size=number)
         found.append(statistic(np.concatenate([members[group] for group in drawn])))
     error = float(np.nanstd(found, ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, number - 1)) * error
-    return Estimate(value, error, value - half, value + half, items, number)
+    return _by_t(value, error, items, number)
 
 
 def permutation_p(
@@ -191,6 +190,12 @@ def log_odds_ratio(one: tuple[float, float], other: tuple[float, float]) -> tupl
     counts = [count + 0.5 for count in (*one, *other)]
     a, b, c, d = counts
     return math.log(a * d / (b * c)), math.sqrt(sum(1 / count for count in counts))
+
+
+def _by_t(value: float, error: float, items: int, clusters: int) -> Estimate:
+    """With the interval of Student's t over the clusters."""
+    half = float(stats.t.ppf((1 + LEVEL) / 2, clusters - 1)) * error
+    return Estimate(value, error, value - half, value + half, items, clusters)
 
 
 def _groups(clusters: Sequence[Hashable] | None, items: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lm.config import ConfigError, check, view
-from lm.files import parse_object, read_bytes
+from lm.files import parse_object, read_bytes, take_off_torn_line
 from lm.inference.engine import Engine, Request
 from lm.inference.prompts import check_ids
 from lm.inference.sampling import SamplingConfig
@@ -141,9 +141,7 @@ def done_lines(path: str, lines: Sequence[Line], source: str) -> set[str | int]:
             f"{where}: id={name!r} is of no line of {source}: choose another file, or remove it",
         )
         done.add(name)
-    if whole < len(data):
-        with file.open("r+b") as torn:
-            torn.truncate(whole)
+    take_off_torn_line(file, data)
     return done
 
 

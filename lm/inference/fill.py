@@ -54,7 +54,7 @@ def embed(
     )
     for ids in texts:
         check_ids("text", ids, config)
-    config = _dropless(config)
+    config = dropless(config)
     return _of_texts(
         texts,
         config.width,
@@ -89,7 +89,7 @@ def score(
     )
     for ids in texts:
         check_ids("text", ids, config)
-    config = _dropless(config)
+    config = dropless(config)
 
     def scores(batch: Sequence[Sequence[int]]) -> jax.Array:
         longest = max(map(len, batch))
@@ -111,7 +111,7 @@ def scores_of_texts(config: ModelConfig, params, tokens_NS, segments_NS):
     return constrain(model.classify(x_NSD, last_places(segments_NS)), None, None)
 
 
-def _dropless(config: ModelConfig) -> ModelConfig:
+def dropless(config: ModelConfig) -> ModelConfig:
     """Without a capacity: padding and other texts could take a token's place at its expert."""
     return dataclasses.replace(config, capacity_factor=0.0)
 

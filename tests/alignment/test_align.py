@@ -68,19 +68,18 @@ def test_the_first_update_meets_the_policy_that_wrote(learned, source):
 
 
 def test_the_run_directory_explains_itself(learned):
-    directory = learned
-    run = lm.load(directory)
+    run = lm.load(learned)
     assert run.step == 8 and run.config["job"] == "align"
     assert run.generate("Say a: ", max_new_tokens=4).startswith("Say a: ")
     names = {"reward", "entropy", "clip_fraction", "response_length", "end_rate", "kl"}
     names |= {"rollout_seconds", "scoring_seconds", "update_seconds", "loss", "learning_rate"}
     assert names <= run.metrics[0].keys()
-    asked = command.read([f"--workdir={directory}"], JOBS)  # goes on by its directory alone
+    asked = command.read([f"--workdir={learned}"], JOBS)  # goes on by its directory alone
     assert view(asked.section, asked.config).rollout.samples == 8
-    page = (directory / "samples.html").read_text()
+    page = (learned / "samples.html").read_text()
     assert "before" in page and "http" not in page and "Say a: " in page
-    assert (directory / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert list((directory / "tensorboard").iterdir())
+    assert (learned / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((learned / "tensorboard").iterdir())
 
 
 ADAPTED = {**PPO, "advantage__kl_target": 1.0}
