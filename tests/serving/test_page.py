@@ -412,10 +412,11 @@ def test_the_server_itself_sends_what_the_page_reads(visit):
         complete(page, "Once")
         before = tokens(page)
         assert len(before) == 12
-        page.locator(".token").nth(7).hover()
+        at = next(i for i in range(4, 12) if before[i].strip())  # of a newline nothing is seen
+        page.locator(".token").nth(at).hover()
         page.locator("#card button", has_text=re.compile("A")).click()  # not an "a" that was drawn
         finished(page)
-        assert tokens(page)[:8] == [*before[:7], "A"] and len(tokens(page)) == 20
+        assert tokens(page)[: at + 1] == [*before[:at], "A"] and len(tokens(page)) == at + 13
         expect(page.get_by_role("navigation", name="Branches").get_by_role("button")).to_have_count(
             2
         )
