@@ -7,7 +7,6 @@ begin-of-text included, as in the harness's own backends; `HarnessModel.truncate
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import pathlib
@@ -19,14 +18,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
 from lm.config import ConfigError, check
-from lm.evaluation.scoring import Scorer, windows
+from lm.evaluation.subject import Subject
 from lm.files import take_off_torn_line
 from lm.inference import SamplingConfig
-from lm.runs.run import Run
-from lm.tokenizers import ChatTemplate
 
 AT_ONCE = 512  # requests between two writes of the cache
-ROWS = 64  # texts that are written together
 MAX_NEW_TOKENS = 256  # where a task does not say, as the harness's own backends have it
 
 # What became of a request: its answer, and whether its text lost a part to the context.
@@ -37,31 +33,20 @@ class HarnessModel(LM):
     """A run, as the harness knows models.
 
     Args:
-      run: a decoder with a tokenizer.
-      scorer: of its parameters; on one device unless given.
+      subject: the model.
       cache: a file of JSON Lines with answers to come back to after an interruption; "" for none.
       weights: what tells the parameters from others in the cache, such as their fingerprint.
-      chat_template: as of `Run.chat_template`.
 
     Attributes:
       truncated: of each task, how many requests lost the beginning of their text to the context.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        scorer: Scorer | None = None,
-        cache: str = "",
-        weights: str = "",
-        chat_template: str = "",
-    ):
+    def __init__(self, subject: Subject, cache: str = "", weights: str = ""):
         super().__init__()
-        self.run = run
-        self.scorer = scorer or Scorer(run.skeleton, run.params)
-        self.max_length = run.skeleton.config.max_length
+        self.subject = subject
         self.truncated: Counter[str] = Counter()
-        self._chosen, self._rendered = chat_template, {}
-        self._weights = weights or f"{run.directory} {run.step}"
+        self._rendered: dict[str, list[int]] = {}
+        self._weights = weights or f"{subject.run.directory} {subject.run.step}"
         self._file = pathlib.Path(cache) if cache else None
         self._known = _read(self._file) if self._file else {}
 
@@ -88,118 +73,51 @@ class HarnessModel(LM):
         else:
             *said, last = chat_history
             begun = last["content"]
-        text, ids = self._template.render(said), self._template.encode(said)
-        self._rendered[text + begun] = ids + (self._plain(begun) if begun else [])
+        ids, text = self.subject.question(said), self.subject.template.render(said)
+        self._rendered[text + begun] = ids + self.subject.tokenizer.encode(begun)
         return text + begun
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The text of the template, for the report."""
-        return self._template.texts["default"] if chat_template else None
+        template = self.subject.template if chat_template else None
+        return template and template.texts["default"]
 
     @property
     def tokenizer_name(self) -> str:
         """What tells the tokenizer, and how it writes conversations, from others."""
-        return f"{self.run.tokenizer.kind} {self.run.tokenizer.fingerprint} {self._chosen}"
-
-    # ---- Tokens
-
-    @property
-    def prefix(self) -> int:
-        """What stands before a text that has nothing before it: begin-of-text, else end-of-text."""
-        before = self.run.framing.before
-        return before[-1] if before else self.run.tokenizer.bos_id
-
-    def pair(self, context: str, continuation: str) -> tuple[list[int], int]:
-        """The ids of both together, and where the continuation begins.
-
-        Space at the context's end belongs to the continuation, as tokens begin with it. A token
-        that spans the join is of the continuation, which so has one at least unless it is empty.
-        """
-        if context in self._rendered:
-            ids = self._rendered[context]
-            return ids + self._plain(continuation), len(ids)
-        if not context:
-            return [self.prefix, *self._plain(continuation)], 1
-        bare = context.rstrip()
-        if bare:
-            context, continuation = bare, context[len(bare) :] + continuation
-        before, whole = self._text(context), self._text(context + continuation)
-        start = next((i for i, (a, b) in enumerate(zip(before, whole)) if a != b), len(before))
-        start = min(start, len(whole) - bool(continuation))
-        return (whole, start) if start else ([self.prefix, *whole], 1)
-
-    def _plain(self, text: str) -> list[int]:
-        return self.run.tokenizer.encode(text)
-
-    def _text(self, text: str) -> list[int]:
-        """A text's ids, what stands before texts once in front of them."""
-        if text in self._rendered:
-            return self._rendered[text]
-        return [*(self.run.framing.before or ()), *self._plain(text)]
-
-    @functools.cached_property
-    def _template(self) -> ChatTemplate:
-        return self.run.chat_template(self._chosen)
+        subject = self.subject
+        template = hashlib.sha256((self.chat_template(True) or "").encode()).hexdigest()[:16]
+        return f"{subject.tokenizer.kind} {subject.tokenizer.fingerprint} {template}"
 
     # ---- Answers
 
     def _scored(self, asked: Sequence[tuple], repeats: Sequence[int]) -> list[Answer]:
-        pairs = [self.pair(*each) for each in asked]
-        found: list[Answer] = [((0.0, True), False)] * len(pairs)  # of an empty continuation
-        texts, starts, of = [], [], []
-        for number, (ids, start) in enumerate(pairs):
-            if start == len(ids):
-                continue
-            cut = max(0, len(ids) - 1 - self.max_length)
-            if cut < start:
-                pieces = [(ids[cut:], start - cut)]
-            else:  # the continuation alone is longer than the context
-                pieces = windows(ids[start:], ids[start - 1], self.max_length)
-            for piece, begin in pieces:
-                texts.append(piece)
-                starts.append(begin)
-                of.append((number, cut > 0))
-        for scored, (number, cut) in zip(self.scorer(texts, starts), of):
-            (total, greedy), _ = found[number]
-            found[number] = (total + scored.total, greedy and scored.greedy), cut
-        return found
+        found = self.subject.likely_ids([self._pair(*each) for each in asked])
+        return [((one.scored.total, one.scored.greedy), one.truncated) for one in found]
 
     def _rolling(self, asked: Sequence[tuple], repeats: Sequence[int]) -> list[Answer]:
-        pieces = [
-            (number, *piece)
-            for number, (text,) in enumerate(asked)
-            for piece in windows(self._plain(text), self.prefix, self.max_length)
-        ]
-        totals = [0.0] * len(asked)
-        scores = self.scorer([ids for _, ids, _ in pieces], [start for *_, start in pieces])
-        for scored, (number, *_) in zip(scores, pieces):
-            totals[number] += scored.total
-        return [(total, False) for total in totals]
+        prefix, encode = self.subject.prefix, self.subject.tokenizer.encode
+        found = self.subject.likely_ids([([prefix, *encode(text)], 1) for (text,) in asked])
+        return [(one.scored.total, False) for one in found]
 
     def _written(self, asked: Sequence[tuple], repeats: Sequence[int]) -> list[Answer]:
         found: list[Answer] = [("", False)] * len(asked)
-        alike: dict[tuple[SamplingConfig, int], list[tuple[int, list[int]]]] = {}
-        for number, (context, settings) in enumerate(asked):
+        alike: dict[tuple[SamplingConfig, int], list[int]] = {}
+        for number, (_, settings) in enumerate(asked):
             sampling = _sampling(settings)
             seed = 0 if sampling.greedy else repeats[number]
-            room = self.max_length - sampling.max_new_tokens
-            check(
-                room > 0,
-                f"max_gen_toks={sampling.max_new_tokens} leaves no room for a prompt in the "
-                f"model's context of {self.max_length} tokens: lower it",
-            )
-            ids = self._text(context) or [self.prefix]
-            found[number] = "", len(ids) > room
-            alike.setdefault((sampling, seed), []).append((number, ids[-room:]))
-        for (sampling, seed), texts in alike.items():
-            texts.sort(key=lambda one: len(one[1]))
-            for first in range(0, len(texts), ROWS):
-                part = texts[first : first + ROWS]
-                written = self.run.generator.generate([ids for _, ids in part], sampling, seed)
-                for row, text in written.texts():
-                    number = part[row][0]
-                    found[number] = found[number][0] + text, found[number][1]
+            alike.setdefault((sampling, seed), []).append(number)
+        for (sampling, seed), numbers in alike.items():
+            prompts = [self._rendered.get(asked[i][0], asked[i][0]) for i in numbers]
+            for number, (one,) in zip(numbers, self.subject.write(prompts, sampling, seed)):
+                found[number] = one.text, one.truncated
         return found
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], int]:
+        if context not in self._rendered:
+            return self.subject.pair(context, continuation)
+        ids = self._rendered[context]
+        return ids + self.subject.tokenizer.encode(continuation), len(ids)
 
     def _answers(
         self,

@@ -30,6 +30,15 @@ class Scored(NamedTuple):
     rank: np.ndarray  # how many tokens it finds likelier, int32 [n]
     entropy: np.ndarray  # of the distribution that each is of, nats, float32 [n]
 
+    @classmethod
+    def none(cls) -> Scored:
+        """Of no tokens."""
+        return cls(np.zeros(0, np.float32), np.zeros(0, np.int32), np.zeros(0, np.float32))
+
+    def then(self, other: Scored) -> Scored:
+        """These tokens and those after them."""
+        return Scored(*map(np.concatenate, zip(self, other)))
+
     @property
     def total(self) -> float:
         """log p of all of them together, nats."""

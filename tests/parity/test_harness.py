@@ -20,7 +20,7 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers  # noqa: E402
 
 from lm.evaluation.harness import HarnessModel  # noqa: E402
-from lm.evaluation.scoring import Scorer  # noqa: E402
+from lm.evaluation.subject import Subject  # noqa: E402
 from lm.models import skeleton  # noqa: E402
 
 TEXT = "The cat sat on the mat. The dog ran in the park. Where is the cat? It is on the mat. "
@@ -66,7 +66,8 @@ def both(request, tmp_path_factory):
         theirs = HFLM(str(directory), device="cpu", dtype="float32", batch_size=3)
     run = lm.load(directory)
     exact = dataclasses.replace(run.skeleton.config, compute_dtype="float32")
-    return HarnessModel(dataclasses.replace(run, skeleton=skeleton(exact))), theirs
+    run = dataclasses.replace(run, skeleton=skeleton(exact))
+    return HarnessModel(Subject(run)), theirs
 
 
 def requests(kind, arguments):
@@ -94,8 +95,9 @@ def test_log_likelihoods_are_those_of_its_own_backend(both):
         assert a == pytest.approx(b, abs=1e-4) and greedy == same
     assert ours.truncated["task"] == 1
     for tokens in (64, 128, 100_000):
-        scorer = Scorer(ours.run.skeleton, ours.run.params, tokens=tokens)
-        again = HarnessModel(ours.run, scorer).loglikelihood(asked)
+        subject = Subject(ours.subject.run)
+        subject.scorer.tokens = tokens
+        again = HarnessModel(subject).loglikelihood(asked)
         np.testing.assert_allclose(
             [a for a, _ in again], [a for a, _ in ours.loglikelihood(asked)], atol=1e-5
         )
@@ -105,13 +107,13 @@ def test_whole_texts_of_any_length_are_scored_as_its_own_backend_does(both):
     ours, theirs = both
     texts = ["The cat", TEXT, TEXT * 5, "The dog ran in the park. Where is it?" * 12]
     asked = requests("loglikelihood_rolling", [(text,) for text in texts])
-    ids = [ours.run.tokenizer.encode(text) for text in texts]
+    ids = [ours.subject.run.tokenizer.encode(text) for text in texts]
     assert len(ids[-1]) > 2 * LENGTH
     found = ours.loglikelihood_rolling(asked)
-    if ours.run.framing.before:  # it would predict begin-of-text from begin-of-text, too
+    if ours.subject.run.framing.before:  # it would predict begin-of-text from begin-of-text, too
         theirs.add_bos_token, told = False, theirs.add_bos_token
     np.testing.assert_allclose(found, theirs.loglikelihood_rolling(asked), rtol=1e-5, atol=1e-4)
-    if ours.run.framing.before:
+    if ours.subject.run.framing.before:
         theirs.add_bos_token = told
 
 
@@ -127,11 +129,11 @@ def test_what_is_written_is_what_its_own_backend_writes(both):
 
 def test_a_token_that_spans_the_join_is_of_the_continuation(both):
     ours, _ = both
-    whole = ours.run.tokenizer.encode("The cat")
-    assert ours.run.tokenizer.decode(whole[-1:]) == " cat"
-    ids, start = ours.pair("The c", "at")
+    whole = ours.subject.run.tokenizer.encode("The cat")
+    assert ours.subject.run.tokenizer.decode(whole[-1:]) == " cat"
+    ids, start = ours.subject.pair("The c", "at")
     assert ids[start:] == whole[-1:] and ids[-len(whole) :] == whole
-    ids, start = ours.pair("T", "he cat")  # all of it is one token, with nothing before
+    ids, start = ours.subject.pair("T", "he cat")  # all of it is one token, with nothing before
     assert start == 1 and ids[1:] == whole
     assert ours.loglikelihood(requests("loglikelihood", [("The", "")])) == [(0.0, True)]
 
@@ -168,18 +170,18 @@ def test_a_local_task_comes_to_the_same_scores(both, tmp_path):
 
 
 def test_answers_are_kept_by_weights_and_repeat(both, tmp_path):
-    run, cache = both[0].run, tmp_path / "answers.jsonl"
+    run, cache = both[0].subject.run, tmp_path / "answers.jsonl"
     drawn = {"until": [], "max_gen_toks": 8, "do_sample": True, "temperature": 1.0}
     asked = requests("generate_until", [("The cat", drawn)] * 3)
-    first = HarnessModel(run, cache=str(cache)).generate_until(asked)
+    first = HarnessModel(Subject(run), cache=str(cache)).generate_until(asked)
     assert len(set(first)) > 1  # a repeat is another draw
     with cache.open("a") as file:
         file.write('["half a li')  # the process was killed here
-    model = HarnessModel(run, cache=str(cache))
+    model = HarnessModel(Subject(run), cache=str(cache))
     assert len(cache.read_text().splitlines()) == 3
     model._written = lambda *_: pytest.fail("asked again")
     assert model.generate_until(asked) == first
-    other = HarnessModel(run, cache=str(cache), weights="others")
+    other = HarnessModel(Subject(run), cache=str(cache), weights="others")
     other.generate_until(asked)
     assert len(cache.read_text().splitlines()) == 6
 
@@ -187,7 +189,7 @@ def test_answers_are_kept_by_weights_and_repeat(both, tmp_path):
 def test_what_cannot_be_written_is_told_in_a_line(both):
     ours, _ = both
     for settings, message in (
-        ({"max_gen_toks": LENGTH}, f"max_gen_toks={LENGTH} leaves no room for a prompt"),
+        ({"max_gen_toks": LENGTH}, f"max_new_tokens={LENGTH} leaves no room for a prompt"),
         ({"max_gen_toks": 4, "beams": 3}, "generation_kwargs has beams"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -195,11 +197,11 @@ def test_what_cannot_be_written_is_told_in_a_line(both):
 
 
 def test_conversations_are_read_as_the_model_was_trained(both):
-    model = HarnessModel(both[0].run, chat_template="chatml")
+    model = HarnessModel(Subject(both[0].subject.run, chat_template="chatml"))
     messages = [{"role": "user", "content": "Where is the cat?"}]
     text = model.apply_chat_template(messages)
-    template = both[0].run.chat_template("chatml")
-    ids, start = model.pair(text, "On the mat.")
+    template = both[0].subject.run.chat_template("chatml")
+    ids, start = model._pair(text, "On the mat.")
     assert ids[:start] == template.encode(messages)
     begun = model.apply_chat_template(
         [*messages, {"role": "assistant", "content": "It"}], add_generation_prompt=False

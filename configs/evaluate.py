@@ -1,0 +1,18 @@
+"""What a model can and cannot do: one page with every score, its interval and what it rests on.
+
+    python main.py --config=configs/evaluate.py --config.init_from=runs/quickstart
+
+    # some suites alone, with settings of their own
+    python main.py --config=configs/evaluate.py --config.init_from=runs/quickstart \\
+        --config.suites=language --config.language.documents=500
+
+Writes card.html, which needs no network, and card.json, whose `model-index` is that of the Hub's
+model cards.
+"""
+
+from lm.config import defaults
+from lm.jobs.evaluate import EvaluateJob
+
+
+def get_config():
+    return defaults(EvaluateJob)

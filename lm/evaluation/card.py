@@ -1,0 +1,136 @@
+"""What an examination finds: sections of scores, tables, pictures and samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, Literal
+
+from lm.evaluation.statistics import Estimate
+from lm.training.plots import FAINT, INK
+
+Better = Literal["higher", "lower", "none"]
+
+
+class NotApplicable(Exception):
+    """This model cannot be asked that; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """One number with its interval, and what it rests on.
+
+    Attributes:
+      name: unique within its section.
+      estimate: see `lm.evaluation.statistics`.
+      better: which way is.
+      about: in a few words, what is counted, and its unit.
+      unparsed, truncated: of its items; None where nothing is parsed, or cut.
+      chance: what guessing would score; None where there is no such thing.
+      items: each item's own score, of which `estimate` is the mean: what two models are compared
+        by; () where it is no mean.
+      clusters: of the items, as `statistics.mean` takes them; () where each is its own.
+      asked: tells these items from others (`digest`): only the same ones are compared in pairs.
+    """
+
+    name: str
+    estimate: Estimate
+    better: Better = "none"
+    about: str = ""
+    unparsed: int | None = None
+    truncated: int | None = None
+    chance: float | None = None
+    items: Sequence[float] = ()
+    clusters: Sequence[Hashable] = ()
+    asked: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of cells, which are text or numbers."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """An SVG in the colours of the page around it (`picture`)."""
+
+    title: str
+    svg: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What was asked, what came, and what is right; by name, in the order to be shown."""
+
+    parts: dict[str, str]
+    right: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One part of an examination.
+
+    Attributes:
+      name: of the suite.
+      title, about: for a reader: what is measured, how, and what to make of it.
+      seconds: that it took.
+    """
+
+    name: str
+    title: str
+    about: str
+    scores: Sequence[Score] = ()
+    tables: Sequence[Table] = ()
+    pictures: Sequence[Picture] = ()
+    samples: Sequence[Sample] = ()
+    seconds: float = 0.0
+
+    def score(self, name: str) -> Score:
+        """The score of this name; raises KeyError."""
+        return {score.name: score for score in self.scores}[name]
+
+
+def digest(items: Iterable[Any]) -> str:
+    """What tells a set of items, in their order, from others."""
+    found = hashlib.blake2b(digest_size=8)
+    for item in items:
+        found.update(json.dumps(item, sort_keys=True, default=str).encode() + b"\n")
+    return found.hexdigest()
+
+
+def picture(title: str, figure: Any) -> Picture:
+    """A figure (`lm.training.plots.figure_of`) as a picture for light and dark pages.
+
+    What is drawn in the colours `INK` and `FAINT` of `lm.training.plots` takes the page's.
+    """
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue().decode()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(FAINT, "var(--line)")
+    return Picture(title, svg)
+
+
+def plain(value: Any) -> Any:
+    """As JSON has it: no NaN and no infinity, which become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Estimate):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(one) for one in value]
+    return value.item() if hasattr(value, "item") else value

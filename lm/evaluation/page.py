@@ -1,0 +1,206 @@
+"""An examination as a page that needs no network, as JSON, and as lines for a terminal."""
+
+from __future__ import annotations
+
+import html
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lm.evaluation.card import Picture, Sample, Score, Section, Table, plain
+from lm.files import replacing, write_json
+
+CARD = "card.json"
+_SAMPLES = 12  # of a section that are shown; the JSON has all
+
+
+def line(section: Section) -> str:
+    """A section's scores, each in a line."""
+    width = max((len(score.name) for score in section.scores), default=0)
+    lines = [f"{section.title} ({section.seconds:.0f} s)"]
+    for score in section.scores:
+        value = f"  {score.name:{width}}  {shown(score.estimate.value)}  {interval(score)}"
+        lines.append("  ".join(filter(None, (value, notes(score)))))
+    return "\n".join(lines)
+
+
+def write_card(
+    directory: pathlib.Path,
+    facts: Mapping[str, str],
+    command: str,
+    sections: Sequence[Section],
+    left_out: Mapping[str, str],
+) -> pathlib.Path:
+    """Writes card.html and card.json, and returns the path of the former.
+
+    Args:
+      directory: where to.
+      facts: what the model is: `model` is its name, the others are shown as they are.
+      command: that makes this card.
+      sections: what was found.
+      left_out: suites that the model cannot be asked, and why.
+    """
+    sections_of = {section.name: plain(section) for section in sections}
+    card = {"facts": dict(facts), "command": command, "sections": sections_of}
+    write_json(directory / CARD, {**card, "left_out": dict(left_out), **metadata(facts, sections)})
+    path = directory / "card.html"
+    body = "".join(_body(facts, command, sections, left_out))
+    style = pathlib.Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f"<title>{html.escape(facts['model'])}: what it can and cannot do</title>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{style}</style>{body}</html>\n"
+    )
+    with replacing(path) as file:
+        file.write(page.encode("utf-8", "replace"))
+    return path
+
+
+def metadata(facts: Mapping[str, str], sections: Sequence[Section]) -> dict[str, Any]:
+    """The scores as the Hugging Face Hub's model cards have them (`model-index`)."""
+    results = [
+        {
+            "task": {"type": "text-generation", "name": section.title},
+            "dataset": {"type": section.name, "name": score.about or section.title},
+            "metrics": [{"type": score.name, "name": score.name, "value": score.estimate.value}],
+        }
+        for section in sections
+        for score in section.scores
+        if math.isfinite(score.estimate.value)
+    ]
+    return {"model-index": [{"name": facts["model"], "results": results}]}
+
+
+def shown(value: Any) -> str:
+    """A number as a reader wants it: four digits that count."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or not math.isfinite(value):
+        return f"{value:,}" if isinstance(value, int) else "–"
+    size = abs(value)
+    if size and (size < 1e-3 or size >= 1e6):
+        return f"{value:.2e}"
+    return f"{value:,.{3 if size < 10 else 2 if size < 100 else 0}f}"
+
+
+def interval(score: Score) -> str:
+    """The 95 % interval in brackets."""
+    _, _, low, high, _, _ = score.estimate
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return "[–]"
+    return f"[{shown(low)}, {shown(high)}]"
+
+
+def notes(score: Score) -> str:
+    """What else is to be known of a score."""
+    items, clusters = score.estimate.items, score.estimate.clusters
+    found = [f"of {items:,}" + (f" in {clusters:,} clusters" if clusters != items else "")]
+    if score.chance is not None:
+        found.append(f"chance {shown(score.chance)}")
+    for count, what in ((score.unparsed, "unparsed"), (score.truncated, "truncated")):
+        if count is not None:
+            found.append(f"{count:,} {what}")
+    return ", ".join(found)
+
+
+def _body(
+    facts: Mapping[str, str],
+    command: str,
+    sections: Sequence[Section],
+    left_out: Mapping[str, str],
+) -> Iterator[str]:
+    esc = html.escape
+    yield f"<main><h1>{esc(facts['model'])}</h1><p>What it can and cannot do, measured. "
+    yield "Brackets are 95 % intervals; where items share a story or a template, clustered.</p><dl>"
+    for name, value in facts.items():
+        yield f"<dt>{esc(name)}<dd>{esc(value)}"
+    seconds = sum(section.seconds for section in sections)
+    yield f"<dt>took<dd>{seconds:.0f} s</dl><h3>Made by</h3><pre>{esc(command)}</pre>"
+    links = "".join(f'<li><a href="#{esc(s.name)}">{esc(s.title)}</a>' for s in sections)
+    yield f'<nav aria-label="Sections"><ul>{links}</ul></nav>'
+    for section in sections:
+        yield f'<section id="{esc(section.name)}"><h2>{esc(section.title)}</h2>'
+        yield f'<p>{esc(section.about)} <span class="quiet">{section.seconds:.0f} s.</span></p>'
+        if section.scores:
+            yield _scores(section)
+        yield from map(_table, section.tables)
+        yield from map(_picture, section.pictures)
+        if section.samples:
+            yield "<h3>Samples</h3>"
+        yield from map(_sample, section.samples[:_SAMPLES])
+        yield "</section>"
+    if left_out:
+        rows = "".join(f"<dt>{esc(name)}<dd>{esc(why)}" for name, why in left_out.items())
+        yield f"<section><h2>Left out</h2><dl>{rows}</dl></section>"
+    yield "</main>"
+
+
+def _scores(section: Section) -> str:
+    heads = '<th>score<th class="n">value<th class="n">95 %<th>within its range<th>rests on'
+    rows = []
+    for score in section.scores:
+        about = f'<br><span class="quiet">{html.escape(score.about)}</span>' if score.about else ""
+        arrow = {"higher": " ↑", "lower": " ↓", "none": ""}[score.better]
+        rows.append(
+            f"<tr><th scope=row>{html.escape(score.name)}{arrow}{about}"
+            f'<td class="n">{shown(score.estimate.value)}<td class="n">{interval(score)}'
+            f"<td>{_bar(score)}<td>{html.escape(notes(score))}"
+        )
+    title = html.escape(section.title)
+    return _wide(f"{title}: scores", f"<thead><tr>{heads}</thead><tbody>{''.join(rows)}</tbody>")
+
+
+def _bar(score: Score) -> str:
+    """Value and interval of a share, on a line from 0 to 1; nothing of other scores."""
+    value, _, low, high, _, _ = score.estimate
+    if not all(math.isfinite(x) and 0 <= x <= 1 for x in (value, low, high)):
+        return ""
+    at = [4 + 136 * x for x in (value, low, high)]
+    chance = ""
+    if score.chance is not None:
+        x = 4 + 136 * score.chance
+        chance = f'<line class="chance" x1="{x:.1f}" x2="{x:.1f}" y1="2" y2="14"/>'
+    return (
+        '<svg class="bar" viewBox="0 0 144 16" aria-hidden="true">'
+        f'<line class="way" x1="4" x2="140" y1="8" y2="8"/>{chance}'
+        f'<line class="span" x1="{at[1]:.1f}" x2="{at[2]:.1f}" y1="8" y2="8"/>'
+        f'<circle class="at" cx="{at[0]:.1f}" cy="8" r="4"/></svg>'
+    )
+
+
+def _table(table: Table) -> str:
+    numeric = [
+        all(isinstance(row[i], int | float) for row in table.rows) for i in range(len(table.head))
+    ]
+    kinds = [' class="n"' if one else "" for one in numeric]
+    heads = "".join(f"<th{kind}>{html.escape(h)}" for kind, h in zip(kinds, table.head))
+    rows = "".join(
+        "<tr>" + "".join(f"<td{k}>{html.escape(shown(cell))}" for k, cell in zip(kinds, row))
+        for row in table.rows
+    )
+    return _wide(table.title, f"<thead><tr>{heads}</thead><tbody>{rows}</tbody>")
+
+
+def _wide(title: str, content: str) -> str:
+    """A table that scrolls by itself where the page is narrow."""
+    name = html.escape(title, quote=True)
+    return (
+        f'<div class="wide" role="region" tabindex="0" aria-label="{name}"><table>'
+        f"<caption>{html.escape(title)}</caption>{content}</table></div>"
+    )
+
+
+def _picture(picture: Picture) -> str:
+    title = html.escape(picture.title, quote=True)
+    svg = picture.svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    return f"<figure>{svg}<figcaption>{title}</figcaption></figure>"
+
+
+def _sample(sample: Sample) -> str:
+    kind = {True: " right", False: " wrong", None: ""}[sample.right]
+    parts = "".join(
+        f"<dt>{html.escape(name)}<dd>{html.escape(text)}" for name, text in sample.parts.items()
+    )
+    return f'<dl class="sample{kind}">{parts}</dl>'

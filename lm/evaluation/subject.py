@@ -1,0 +1,182 @@
+"""A model under examination: how likely it finds texts, what it writes, what it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lm.config import ConfigError, check
+from lm.evaluation.scoring import Scored, Scorer, windows
+from lm.inference import SamplingConfig
+from lm.runs.run import Run
+from lm.tokenizers import ChatTemplate
+
+ROWS = 64  # texts that are written together
+
+
+class Likely(NamedTuple):
+    """What a model makes of a continuation."""
+
+    scored: Scored
+    truncated: bool  # the context was too short for what stands before
+
+
+class Written(NamedTuple):
+    """What a model wrote."""
+
+    text: str
+    logprob: float  # of its tokens together, nats, at temperature 1
+    tokens: int
+    ended: bool  # by itself, or by a stop text; else it was too long
+    truncated: bool  # the context was too short for the prompt
+
+
+class Subject:
+    """A run with all that an examination asks of it.
+
+    Args:
+      run: a decoder with a tokenizer; its parameters on one device or split over a mesh.
+      ways: devices that have rows of their own.
+      chat_template: as of `Run.chat_template`.
+
+    Raises:
+      ConfigError: a model that is no decoder, or has no tokenizer or no output head.
+    """
+
+    def __init__(self, run: Run, ways: int = 1, chat_template: str = ""):
+        check(run.tokenizer is not None, f"{run.directory} has no tokenizer: it reads no text")
+        self.run, self.tokenizer = run, run.tokenizer
+        self.scorer = Scorer(run.skeleton, run.params, ways)
+        self.max_length = run.skeleton.config.max_length
+        self._chosen = chat_template
+
+    # ---- Tokens
+
+    @property
+    def prefix(self) -> int:
+        """What stands before a text that has nothing before it: begin-of-text, else end-of-text."""
+        before = self.run.framing.before
+        return before[-1] if before else self.tokenizer.bos_id
+
+    @functools.cached_property
+    def template(self) -> ChatTemplate | None:
+        """How its conversations are written; None of a model that has none."""
+        try:
+            return self.run.chat_template(self._chosen)
+        except ConfigError:
+            if self._chosen:
+                raise
+            return None
+
+    def text(self, text: str) -> list[int]:
+        """A text's ids, what stands before texts once in front of them."""
+        return [*(self.run.framing.before or ()), *self.tokenizer.encode(text)]
+
+    def pair(self, context: str, continuation: str) -> tuple[list[int], int]:
+        """The ids of both together, and where the continuation begins.
+
+        Space at the context's end belongs to the continuation, as tokens begin with it. A token
+        that spans the join is of the continuation, which so has one at least unless it is empty.
+        """
+        if not context:
+            return [self.prefix, *self.tokenizer.encode(continuation)], 1
+        bare = context.rstrip()
+        if bare:
+            context, continuation = bare, context[len(bare) :] + continuation
+        before, whole = self.text(context), self.text(context + continuation)
+        start = next((i for i, (a, b) in enumerate(zip(before, whole)) if a != b), len(before))
+        start = min(start, len(whole) - bool(continuation))
+        return (whole, start) if start else ([self.prefix, *whole], 1)
+
+    def question(self, asked: str | Sequence[Mapping[str, Any]]) -> list[int]:
+        """A user's words, or messages, up to where the reply begins."""
+        check(self.template is not None, f"{self.run.directory} has no chat template")
+        said = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+        return self.template.encode(said)
+
+    # ---- How likely
+
+    def likely(self, pairs: Iterable[tuple[str, str]]) -> list[Likely]:
+        """What it makes of each continuation, given its context."""
+        return self.likely_ids([self.pair(*each) for each in pairs])
+
+    def likely_ids(self, pairs: Sequence[tuple[Sequence[int], int]]) -> list[Likely]:
+        """What it makes of each text from a token on; see `Scorer`.
+
+        Where the context has no room for all, the text's beginning is left out; a continuation that
+        is longer than the context alone is read in windows.
+        """
+        texts, starts, of = [], [], []
+        for number, (ids, start) in enumerate(pairs):
+            cut = max(0, len(ids) - 1 - self.max_length)
+            if start == len(ids):
+                continue
+            if cut < start:
+                pieces = [(ids[cut:], start - cut)]
+            else:
+                pieces = windows(ids[start:], ids[start - 1], self.max_length)
+            for piece, begin in pieces:
+                texts.append(piece)
+                starts.append(begin)
+                of.append((number, cut > 0))
+        found = [Likely(Scored.none(), False)] * len(pairs)  # of an empty continuation
+        for scored, (number, cut) in zip(self.scorer(texts, starts), of):
+            found[number] = Likely(found[number].scored.then(scored), cut)
+        return found
+
+    # ---- What it writes
+
+    def write(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        sampling: SamplingConfig,
+        seed: int = 0,
+    ) -> list[list[Written]]:
+        """Continuations of each prompt, `sampling.num_samples` of them.
+
+        Args:
+          prompts: text, or token ids. Of one that leaves no room the beginning is left out.
+          sampling: how to draw, and how much.
+          seed: of the draws.
+
+        Raises:
+          ConfigError: `max_new_tokens` leaves no room for a prompt.
+        """
+        room = self.max_length - sampling.max_new_tokens
+        check(
+            room > 0,
+            f"max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in the model's "
+            f"context of {self.max_length} tokens: lower it",
+        )
+        sampling = dataclasses.replace(sampling, logprobs=sampling.logprobs or 0)
+        ids = [(self.text(p) if isinstance(p, str) else list(p)) or [self.prefix] for p in prompts]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # alike in length together
+        found: list[list[Written]] = [[] for _ in ids]
+        each = sampling.num_samples
+        for first in range(0, len(order), max(1, ROWS // each)):
+            part = order[first : first + max(1, ROWS // each)]
+            written = self.run.generator.generate([ids[i][-room:] for i in part], sampling, seed)
+            texts = [""] * (len(part) * each)
+            for row, text in written.texts():
+                texts[row] += text
+            for row, text in enumerate(texts):
+                number, steps = part[row // each], written.steps[row]
+                logprob, cut = sum(step.logprob for step in steps), len(ids[number]) > room
+                found[number].append(
+                    Written(text, float(logprob), len(steps), written.ended[row], cut)
+                )
+        return found
+
+    def answer(
+        self,
+        asked: Sequence[str | Sequence[Mapping[str, Any]]],
+        sampling: SamplingConfig,
+        seed: int = 0,
+    ) -> list[list[Written]]:
+        """Replies to each question, up to the end of the turn; see `write` and `question`."""
+        ids, texts = self.template.ends if self.template else ((), ())
+        ends = {"stop": (*sampling.stop, *texts), "stop_ids": (*sampling.stop_ids, *ids)}
+        sampling = dataclasses.replace(sampling, **ends)
+        return self.write([self.question(one) for one in asked], sampling, seed)

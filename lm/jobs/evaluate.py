@@ -1,0 +1,140 @@
+"""Examines a model, suite by suite, and writes what it found as a page and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pathlib
+import shlex
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+
+import lm
+from lm.config import ConfigError, Path, Seed, check, check_choice, to_dict, view
+from lm.evaluation.card import NotApplicable, Section
+from lm.evaluation.page import line, write_card
+from lm.evaluation.subject import Subject
+from lm.models import costs, param_specs
+from lm.parallel.layout import lay_out
+from lm.parallel.mesh import MeshConfig, batch_ways
+from lm.parallel.platform import keep_programs
+from lm.parallel.sharding import parameter_shardings
+from lm.training.report import model_line
+
+# Suite → its module, whose `measure(subject, settings, seed)` returns a Section, or raises
+# NotApplicable; `settings` is the field of EvaluateJob of this name.
+SUITES: dict[str, str] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateJob:
+    """Which model to examine, and in what."""
+
+    job: str = "evaluate"
+    seed: Seed = 0  # of what is generated and drawn
+    init_from: Path = ""  # the directory of a run, or a Hugging Face directory
+    step: int | None = None  # of the checkpoint; None: the last one
+    # Of a Hugging Face directory: regular expressions of fields of config.json and of tensors that
+    # may be left out though they are not known.
+    ignore: str | tuple[str, ...] = ()
+    # The name of a chat template, or a file with Jinja text; "": the model's own, if it has one.
+    chat_template: Path = ""
+    suites: tuple[str, ...] = ()  # in this order; (): all that the model can be asked
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def validate(self, prefix: str = "config") -> None:
+        """Raises `ConfigError` naming the first field that makes no sense."""
+        check(bool(self.init_from), f"{prefix}.init_from='' must name the directory of a run")
+        for name in self.suites:
+            check_choice(f"{prefix}.suites", name, SUITES)
+
+
+def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
+    """Writes `workdir/card.html` and `workdir/card.json`, and prints every score.
+
+    Returns:
+      What each suite found, by name.
+
+    Raises:
+      ConfigError: no such run or suite, or one of `suites` that the model cannot be asked.
+    """
+    job = view(EvaluateJob, config)
+    keep_programs()
+    subject = examined(job)
+    directory = pathlib.Path(workdir).expanduser()
+    directory.mkdir(parents=True, exist_ok=True)
+    found, left_out = measured(subject, vars(job), job.suites, job.seed)
+    path = write_card(directory, facts(subject), command(config), [*found.values()], left_out)
+    print(f"card: {path}")
+    return found
+
+
+def examined(job: EvaluateJob) -> Subject:
+    """The model that `job` names, shared by the devices that there are."""
+    loaded = lm.load(job.init_from, job.step, job.ignore)
+    layout = lay_out("", job.mesh, 0)
+    if layout.mesh.size > 1:
+        shardings = parameter_shardings(param_specs(loaded.skeleton), layout.mesh)
+        loaded = dataclasses.replace(loaded, params=jax.device_put(loaded.params, shardings))
+    return Subject(loaded, batch_ways(layout.mesh), job.chat_template)
+
+
+def command(config: ml_collections.ConfigDict) -> str:
+    """What makes this card again: the fields that differ from the job's own."""
+    leaves = _leaves(to_dict(view(EvaluateJob, config)), to_dict(EvaluateJob(init_from="-")))
+    words = [f"--config.{name}={value}" for name, value in leaves]
+    return shlex.join(["python", "main.py", "--config=configs/evaluate.py", *words])
+
+
+def _leaves(values: Mapping[str, Any], usual: Mapping[str, Any], prefix: str = ""):
+    for name, value in values.items():
+        if isinstance(value, Mapping) and isinstance(usual.get(name), Mapping):
+            yield from _leaves(value, usual[name], f"{prefix}{name}.")
+        elif value != usual.get(name):
+            several = value if isinstance(value, tuple | list) else [value]
+            yield from ((f"{prefix}{name}", one) for one in several)
+
+
+def facts(subject: Subject) -> dict[str, str]:
+    """What is examined, in words."""
+    loaded = subject.run
+    config = loaded.skeleton.config
+    total = costs.parameters(config, param_specs(loaded.skeleton)).total
+    name = loaded.directory.resolve().name
+    tokenizer = f"{loaded.tokenizer.kind}, {loaded.tokenizer.vocab_size:,} tokens"
+    return {
+        "model": name,
+        "directory": str(loaded.directory),
+        "step": f"{loaded.step:,}",
+        "parameters": f"{total:,}",
+        "made of": model_line(config),
+        "tokenizer": tokenizer,
+        "context": f"{config.max_length:,} tokens",
+        "made with": f"lm {lm.__version__}, jax {jax.__version__}, {jax.device_count()} × "
+        f"{jax.devices()[0].device_kind}",
+    }
+
+
+def measured(
+    subject: Subject, settings: Mapping[str, Any], suites: tuple[str, ...], seed: int
+) -> tuple[dict[str, Section], dict[str, str]]:
+    """What each suite finds, and why others were left out."""
+    found: dict[str, Section] = {}
+    left_out: dict[str, str] = {}
+    for name in suites or SUITES:
+        measure: Callable[..., Section] = importlib.import_module(SUITES[name]).measure
+        began = time.perf_counter()
+        try:
+            section = measure(subject, settings[name], seed)
+        except NotApplicable as reason:
+            if suites:
+                raise ConfigError(f"config.suites={name!r}: {reason}") from None
+            left_out[name] = str(reason)
+            continue
+        found[name] = dataclasses.replace(section, seconds=time.perf_counter() - began)
+        print(line(found[name]), flush=True)
+    return found, left_out
