@@ -174,6 +174,17 @@ def tokenize(
     return found
 
 
+def cached(corpus: corpora.Source, tokenizer: Tokenizer) -> dict[str, TokenizedCorpus] | None:
+    """What `tokenize` returns, if it is in the cache; nothing is made.
+
+    Raises:
+      ConfigError: the corpus, which says what its tokens are called, cannot be read.
+    """
+    folder = cache_directory(corpus.config)
+    entry = folder / entry_key(corpus, tokenizer, str(folder / HASHES))
+    return _open(entry, corpus, tokenizer, lambda line: None)
+
+
 def entry_key(corpus: corpora.Source, tokenizer: Tokenizer, sidecar: str) -> str:
     """The name of an entry. `sidecar` remembers hashes of files."""
     config = corpus.config

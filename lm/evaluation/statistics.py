@@ -124,6 +124,36 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def ratio(
+    over: Sequence[float] | np.ndarray,
+    under: Sequence[float] | np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+) -> Estimate:
+    """Σ `over` / Σ `under`, such as bits over bytes, its interval by Student's t over the clusters.
+
+    The standard error is linearised: that of Σ (over − ratio · under) over Σ under (Cochran 1977,
+    ch. 6). Where `under` is 1 everywhere it is that of `mean`.
+
+    Args:
+      over, under: of each item [N]; Σ `under` is above 0.
+      clusters: see `mean`.
+
+    Raises:
+      ValueError: there are no items, or not as many of `under` or clusters.
+    """
+    x_N, w_N = np.asarray(over, np.float64), np.asarray(under, np.float64)
+    if not x_N.size or x_N.shape != w_N.shape:
+        raise ValueError(f"a ratio of {x_N.size} items over {w_N.size}")
+    groups_N = _groups(clusters, x_N.size)
+    number = int(groups_N.max()) + 1
+    value = float(x_N.sum() / w_N.sum())
+    if number == 1:
+        return Estimate(value, math.nan, -math.inf, math.inf, x_N.size, 1)
+    sums_G = np.bincount(groups_N, x_N - value * w_N, number)
+    error = math.sqrt(number / (number - 1) * float(sums_G @ sums_G)) / float(w_N.sum())
+    return _by_t(value, error, x_N.size, number)
+
+
 def bootstrap(
     statistic: Callable[[np.ndarray], float],
     items: int,

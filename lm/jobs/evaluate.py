@@ -16,6 +16,7 @@ import ml_collections
 import lm
 from lm.config import ConfigError, Path, Seed, check, check_choice, to_dict, view
 from lm.evaluation.card import NotApplicable, Section
+from lm.evaluation.language import LanguageSettings
 from lm.evaluation.page import line, write_card
 from lm.evaluation.subject import Subject
 from lm.models import costs, param_specs
@@ -27,7 +28,9 @@ from lm.training.report import model_line
 
 # Suite → its module, whose `measure(subject, settings, seed)` returns a Section, or raises
 # NotApplicable; `settings` is the field of EvaluateJob of this name.
-SUITES: dict[str, str] = {}
+SUITES: dict[str, str] = {
+    "language": "lm.evaluation.language",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,7 @@ class EvaluateJob:
     # The name of a chat template, or a file with Jinja text; "": the model's own, if it has one.
     chat_template: Path = ""
     suites: tuple[str, ...] = ()  # in this order; (): all that the model can be asked
+    language: LanguageSettings = dataclasses.field(default_factory=LanguageSettings)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def validate(self, prefix: str = "config") -> None:

@@ -152,3 +152,15 @@ def test_the_log_odds_ratio_of_a_world_is_held_by_its_interval():
         value, error = st.log_odds_ratio((one, 120 - one), (other, 200 - other))
         held += abs(value - truth) < 1.96 * error
     assert 0.93 <= held / WORLDS <= 0.97
+
+
+def test_the_interval_of_a_ratio_holds_the_truth_and_a_mean_is_one():
+    rng, found = np.random.default_rng(4), []
+    for _ in range(WORLDS):
+        under = rng.integers(1, 9, 60)
+        found.append(st.ratio(under * rng.gamma(4.0, 0.5, 60), under))
+    assert 0.93 <= coverage(found, 2.0) <= 0.97
+    x, clusters = rng.normal(size=30), np.repeat(np.arange(10), 3)
+    assert st.ratio(x, np.ones(30), clusters) == pytest.approx(st.mean(x, clusters))
+    with pytest.raises(ValueError, match="2 items over 1"):
+        st.ratio([1, 2], [1])
