@@ -2,7 +2,7 @@
 
 Its `LM` interface on our engine. Where rows are shared by devices, that is inside: to the harness
 there is one process, and it needs no torch. What does not fit the context loses its beginning, a
-begin-of-text included, as in the harness's own backends; `HarnessModel.truncated` counts it.
+begin-of-text included, as in the harness's own backends; `HarnessModel.cut` says of what.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,15 +36,16 @@ class HarnessModel(LM):
       subject: the model.
       cache: a file of JSON Lines with answers to come back to after an interruption; "" for none.
       weights: what tells the parameters from others in the cache, such as their fingerprint.
+      seed: of what is drawn.
 
     Attributes:
-      truncated: of each task, how many requests lost the beginning of their text to the context.
+      cut: of each task, the documents of which a text lost its beginning to the context.
     """
 
-    def __init__(self, subject: Subject, cache: str = "", weights: str = ""):
+    def __init__(self, subject: Subject, cache: str = "", weights: str = "", seed: int = 0):
         super().__init__()
-        self.subject = subject
-        self.truncated: Counter[str] = Counter()
+        self.subject, self.seed = subject, seed
+        self.cut: defaultdict[str, set[int | None]] = defaultdict(set)
         self._rendered: dict[str, list[int]] = {}
         self._weights = weights or f"{subject.run.directory} {subject.run.step}"
         self._file = pathlib.Path(cache) if cache else None
@@ -104,8 +105,8 @@ class HarnessModel(LM):
         found: list[Answer] = [("", False)] * len(asked)
         alike: dict[tuple[SamplingConfig, int], list[int]] = {}
         for number, (_, settings) in enumerate(asked):
-            sampling = _sampling(settings)
-            seed = 0 if sampling.greedy else repeats[number]
+            sampling = sampling_of(settings)
+            seed = 0 if sampling.greedy else self.seed + repeats[number]
             alike.setdefault((sampling, seed), []).append(number)
         for (sampling, seed), numbers in alike.items():
             prompts = [self._rendered.get(asked[i][0], asked[i][0]) for i in numbers]
@@ -127,9 +128,9 @@ class HarnessModel(LM):
     ) -> list[Any]:
         """Answers to all requests, of which those that are known are not asked again."""
         asked_before: Counter[str] = Counter()
-        keys, repeats = [], []
+        keys, repeats, name = [], [], self.tokenizer_name
         for request in requests:
-            said = json.dumps([self._weights, self.tokenizer_name, method, request.args])
+            said = json.dumps([self._weights, name, self.seed, method, request.args])
             repeats.append(asked_before[said])
             asked_before[said] += 1
             keys.append(hashlib.sha256(f"{said} {repeats[-1]}".encode()).hexdigest())
@@ -143,13 +144,18 @@ class HarnessModel(LM):
                     for i in part:
                         file.write(json.dumps([keys[i], *self._known[keys[i]]]) + "\n")
         for request, key in zip(requests, keys):
-            self.truncated[request.task_name or ""] += self._known[key][1]
+            if self._known[key][1]:
+                self.cut[request.task_name or ""].add(request.doc_id)
         answers = [self._known[key][0] for key in keys]
         return [tuple(a) if method == "loglikelihood" else a for a in answers]
 
 
-def _sampling(settings: dict[str, Any]) -> SamplingConfig:
-    """The harness's `gen_kwargs` in our terms."""
+def sampling_of(settings: dict[str, Any]) -> SamplingConfig:
+    """The harness's `generation_kwargs` in our terms.
+
+    Raises:
+      ConfigError: one that is not known here.
+    """
     settings = dict(settings)
     until = settings.pop("until", None) or ()
     limit = settings.pop("max_gen_toks", settings.pop("max_new_tokens", MAX_NEW_TOKENS))

@@ -15,6 +15,7 @@ import ml_collections
 
 import lm
 from lm.config import ConfigError, Path, Seed, check, check_choice, to_dict, view
+from lm.evaluation.benchmarks import HarnessSettings
 from lm.evaluation.card import NotApplicable, Section
 from lm.evaluation.language import LanguageSettings
 from lm.evaluation.page import line, write_card
@@ -30,6 +31,7 @@ from lm.training.report import model_line
 # NotApplicable; `settings` is the field of EvaluateJob of this name.
 SUITES: dict[str, str] = {
     "language": "lm.evaluation.language",
+    "harness": "lm.evaluation.benchmarks",
 }
 
 
@@ -48,6 +50,7 @@ class EvaluateJob:
     chat_template: Path = ""
     suites: tuple[str, ...] = ()  # in this order; (): all that the model can be asked
     language: LanguageSettings = dataclasses.field(default_factory=LanguageSettings)
+    harness: HarnessSettings = dataclasses.field(default_factory=HarnessSettings)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def validate(self, prefix: str = "config") -> None:
@@ -71,7 +74,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
     subject = examined(job)
     directory = pathlib.Path(workdir).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
-    found, left_out = measured(subject, vars(job), job.suites, job.seed)
+    answers = job.harness.cache or str(directory / "harness.jsonl")
+    settings = {**vars(job), "harness": dataclasses.replace(job.harness, cache=answers)}
+    found, left_out = measured(subject, settings, job.suites, job.seed)
     path = write_card(directory, facts(subject), command(config), [*found.values()], left_out)
     print(f"card: {path}")
     return found
