@@ -18,6 +18,7 @@ from lm.config import ConfigError, Path, Seed, check, check_choice, to_dict, vie
 from lm.evaluation.benchmarks import HarnessSettings
 from lm.evaluation.card import NotApplicable, Section
 from lm.evaluation.language import LanguageSettings
+from lm.evaluation.leaning import BiasSettings
 from lm.evaluation.page import line, write_card
 from lm.evaluation.subject import Subject
 from lm.models import costs, param_specs
@@ -32,6 +33,7 @@ from lm.training.report import model_line
 SUITES: dict[str, str] = {
     "language": "lm.evaluation.language",
     "harness": "lm.evaluation.benchmarks",
+    "bias": "lm.evaluation.leaning",
 }
 
 
@@ -51,6 +53,7 @@ class EvaluateJob:
     suites: tuple[str, ...] = ()  # in this order; (): all that the model can be asked
     language: LanguageSettings = dataclasses.field(default_factory=LanguageSettings)
     harness: HarnessSettings = dataclasses.field(default_factory=HarnessSettings)
+    bias: BiasSettings = dataclasses.field(default_factory=BiasSettings)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def validate(self, prefix: str = "config") -> None:

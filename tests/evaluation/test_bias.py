@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from lm.evaluation import bias
 
@@ -81,3 +82,35 @@ def test_stereoset_worked_by_hand():
     ideal = bias.stereoset([-1.0, -2.0], [-2.0, -1.0], [-9.0, -9.0])
     assert ideal == (100, 50, 100)
     assert bias.stereoset([-1.0], [-2.0], [-9.0]).icat == 0  # always the stereotype
+
+
+def test_stereoset_is_a_mean_over_target_terms():
+    # The term "a" has two sentences, "b" one: ½ and 1 of them are the stereotype's.
+    found = bias.stereoset([-5.0, -7.0, -4.0], [-6.0, -6.0, -9.0], [-9.0, -9.0, -8.0], list("aab"))
+    assert found.stereotype == pytest.approx(100 * (0.5 + 1) / 2)
+    assert found.language == pytest.approx(100 * (1 + 0.5) / 2)
+
+
+def test_winobias_worked_by_hand():
+    found = bias.winobias([True, True, False, True], [True, False, False, False])
+    assert (found.pro.value, found.anti.value, found.gap.value) == (0.75, 0.25, 0.5)
+    # differences 0, 1, 0, 1: standard error sqrt(4/3 · 4 · ¼) / 4, t = √3 with 3 degrees of freedom
+    assert found.gap.error == pytest.approx(math.sqrt(1 / 12))
+    assert found.p == pytest.approx(2 * stats.t.sf(math.sqrt(3), 3))
+    assert bias.winobias([True, False], [True, False]).gap.value == 0
+
+
+def test_amplification_of_probabilities():
+    found = bias.amplification_expected([0.75] * 8, (299.5, 99.5))
+    assert found.value == pytest.approx(1) and found.low < 1 < found.high and found.items == 8
+    assert bias.amplification_expected([0.9, 0.9], (74.5, 24.5)).value == pytest.approx(3)
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(2000):  # a model that is right on the whole, unlike from place to place
+        one = rng.binomial(300, 0.75)
+        found = bias.amplification_expected(rng.beta(7.5, 2.5, 60), (one, 300 - one))
+        held += found.low <= 1 <= found.high
+    assert 0.93 <= held / 2000 <= 0.97
+    sure, unsure = bias.amplification((900, 300), (75, 75)), bias.amplification((3, 3), (2, 2))
+    both = bias.pooled([sure, unsure])
+    assert sure.low < both.value < sure.value and both.error < sure.error
+    assert math.isnan(bias.pooled([]).value)
