@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lm.evaluation.card import Picture, Sample, Score, Section, Table, plain
@@ -44,14 +45,17 @@ def write_card(
     sections_of = {section.name: plain(section) for section in sections}
     card = {"facts": dict(facts), "command": command, "sections": sections_of}
     write_json(directory / CARD, {**card, "left_out": dict(left_out), **metadata(facts, sections)})
-    path = directory / "card.html"
-    body = "".join(_body(facts, command, sections, left_out))
+    title = f"{facts['model']}: what it can and cannot do"
+    return write_page(directory / "card.html", title, _body(facts, command, sections, left_out))
+
+
+def write_page(path: pathlib.Path, title: str, body: Iterable[str]) -> pathlib.Path:
+    """Writes a page of HTML in the card's style, whole or not at all, and returns its path."""
     style = pathlib.Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     page = (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f"<title>{html.escape(facts['model'])}: what it can and cannot do</title>"
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{style}</style>{body}</html>\n"
+        f"<style>{style}</style><main>{''.join(body)}</main></html>\n"
     )
     with replacing(path) as file:
         file.write(page.encode("utf-8", "replace"))
@@ -81,8 +85,10 @@ def shown(value: Any) -> str:
         return f"{value:,}" if isinstance(value, int) else "–"
     size = abs(value)
     if size and (size < 1e-3 or size >= 1e6):
-        return f"{value:.2e}"
-    return f"{value:,.{3 if size < 10 else 2 if size < 100 else 0}f}"
+        text = f"{value:.2e}"
+    else:
+        text = f"{value:,.{3 if size < 10 else 2 if size < 100 else 0}f}"
+    return text.replace("-", "−", 1) if value < 0 else text
 
 
 def interval(score: Score) -> str:
@@ -112,21 +118,24 @@ def _body(
     left_out: Mapping[str, str],
 ) -> Iterator[str]:
     esc = html.escape
-    yield f"<main><h1>{esc(facts['model'])}</h1><p>What it can and cannot do, measured. "
+    yield f"<h1>{esc(facts['model'])}</h1><p>What it can and cannot do, measured. "
     yield "Brackets are 95 % intervals; where items share a story or a template, clustered.</p><dl>"
     for name, value in facts.items():
         yield f"<dt>{esc(name)}<dd>{esc(value)}"
     seconds = sum(section.seconds for section in sections)
-    yield f"<dt>took<dd>{seconds:.0f} s</dl><h3>Made by</h3><pre>{esc(command)}</pre>"
+    lines = esc(command).replace(" --config.", " \\\n    --config.")
+    yield f'<dt>took<dd>{seconds:.0f} s</dl><p class="quiet">Made by</p>'
+    yield f'<pre tabindex="0" role="region" aria-label="Command">{lines}</pre>'
     links = "".join(f'<li><a href="#{esc(s.name)}">{esc(s.title)}</a>' for s in sections)
     yield f'<nav aria-label="Sections"><ul>{links}</ul></nav>'
     for section in sections:
         yield f'<section id="{esc(section.name)}"><h2>{esc(section.title)}</h2>'
-        yield f'<p>{esc(section.about)} <span class="quiet">{section.seconds:.0f} s.</span></p>'
+        yield f'<p>{esc(section.about)} <span class="quiet">{section.seconds:.0f}\xa0s.</span></p>'
         if section.scores:
             yield _scores(section)
-        yield from map(_table, section.tables)
-        yield from map(_picture, section.pictures)
+        yield from map(table_html, section.tables)
+        for number, one in enumerate(section.pictures):
+            yield _picture(one, f"{section.name}-{number}-")
         if section.samples:
             yield "<h3>Samples</h3>"
         yield from map(_sample, section.samples[:_SAMPLES])
@@ -134,22 +143,25 @@ def _body(
     if left_out:
         rows = "".join(f"<dt>{esc(name)}<dd>{esc(why)}" for name, why in left_out.items())
         yield f"<section><h2>Left out</h2><dl>{rows}</dl></section>"
-    yield "</main>"
 
 
 def _scores(section: Section) -> str:
-    heads = '<th>score<th class="n">value<th class="n">95 %<th>within its range<th>rests on'
     rows = []
     for score in section.scores:
-        about = f'<br><span class="quiet">{html.escape(score.about)}</span>' if score.about else ""
-        arrow = {"higher": " ↑", "lower": " ↓", "none": ""}[score.better]
-        rows.append(
-            f"<tr><th scope=row>{html.escape(score.name)}{arrow}{about}"
-            f'<td class="n">{shown(score.estimate.value)}<td class="n">{interval(score)}'
-            f"<td>{_bar(score)}<td>{html.escape(notes(score))}"
+        arrow = {"higher": "\xa0↑", "lower": "\xa0↓", "none": ""}[score.better]
+        quiet = "".join(
+            f'<span class="quiet">{html.escape(text)}</span>'
+            for text in (score.about, notes(score))
+            if text
         )
-    title = html.escape(section.title)
-    return _wide(f"{title}: scores", f"<thead><tr>{heads}</thead><tbody>{''.join(rows)}</tbody>")
+        rows.append(
+            f'<tr><th scope="row">{html.escape(score.name)}{arrow}{quiet}'
+            f'<td class="n">{shown(score.estimate.value)}<td class="n">{interval(score)}'
+            f"{_bar(score)}"
+        )
+    heads = '<th>score<th class="n">value<th class="n">95 %'
+    content = f"<thead><tr>{heads}</thead><tbody>{''.join(rows)}</tbody>"
+    return _wide(f"{section.title}: scores", content, ' class="scores"')
 
 
 def _bar(score: Score) -> str:
@@ -170,7 +182,8 @@ def _bar(score: Score) -> str:
     )
 
 
-def _table(table: Table) -> str:
+def table_html(table: Table) -> str:
+    """A table as a part of a page; columns of numbers stand to the right."""
     numeric = [
         all(isinstance(row[i], int | float) for row in table.rows) for i in range(len(table.head))
     ]
@@ -183,19 +196,24 @@ def _table(table: Table) -> str:
     return _wide(table.title, f"<thead><tr>{heads}</thead><tbody>{rows}</tbody>")
 
 
-def _wide(title: str, content: str) -> str:
+def _wide(title: str, content: str, kind: str = "") -> str:
     """A table that scrolls by itself where the page is narrow."""
-    name = html.escape(title, quote=True)
+    name = html.escape(title)
     return (
-        f'<div class="wide" role="region" tabindex="0" aria-label="{name}"><table>'
-        f"<caption>{html.escape(title)}</caption>{content}</table></div>"
+        f'<div class="wide" role="region" tabindex="0" aria-label="{name}"><table{kind}>'
+        f"<caption>{name}</caption>{content}</table></div>"
     )
 
 
-def _picture(picture: Picture) -> str:
-    title = html.escape(picture.title, quote=True)
-    svg = picture.svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-    return f"<figure>{svg}<figcaption>{title}</figcaption></figure>"
+def _picture(picture: Picture, prefix: str) -> str:
+    """A picture whose ids, which matplotlib counts anew in each, are those of no other."""
+    title = html.escape(picture.title)
+    svg = re.sub(r"<!--.*?-->\s*|<metadata>.*?</metadata>\s*", "", picture.svg, flags=re.S)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    caption = "" if f">{title}</text>" in svg else f"<figcaption>{title}</figcaption>"
+    box = f'class="wide" role="group" tabindex="0" aria-label="{title}"'
+    return f"<figure {box}>{svg}{caption}</figure>"
 
 
 def _sample(sample: Sample) -> str:
