@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
 
 class Bin(NamedTuple):
@@ -142,6 +143,20 @@ def semantic_entropy(logprobs: Sequence[float] | np.ndarray, meanings: Sequence[
 def discrete_semantic_entropy(meanings: Sequence[int]) -> float:
     """−Σ_c p_c log p_c, nats, p_c the share of answers that mean c (Farquhar et al. 2024)."""
     return _entropy(np.unique(np.asarray(meanings), return_counts=True)[1])
+
+
+def auroc(confidence: Sequence[float] | np.ndarray, right: Sequence[bool] | np.ndarray) -> float:
+    """How often a right answer is held with more confidence than a wrong one, ties counting half.
+
+    The area under the ROC curve, as Mann & Whitney (1947) count it: 0.5 for a confidence that tells
+    nothing. NaN where no answer is right, or none wrong.
+    """
+    right_N = np.asarray(right, bool)
+    yes, no = int(right_N.sum()), int((~right_N).sum())
+    if not yes or not no:
+        return math.nan
+    ranks_N = stats.rankdata(np.asarray(confidence, np.float64))
+    return float((ranks_N[right_N].sum() - yes * (yes + 1) / 2) / (yes * no))
 
 
 def risk_coverage(

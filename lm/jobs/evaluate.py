@@ -21,6 +21,7 @@ from lm.evaluation.language import LanguageSettings
 from lm.evaluation.leaning import BiasSettings
 from lm.evaluation.page import line, write_card
 from lm.evaluation.subject import Subject
+from lm.evaluation.truth import TruthSettings
 from lm.models import costs, param_specs
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import MeshConfig, batch_ways
@@ -34,6 +35,7 @@ SUITES: dict[str, str] = {
     "language": "lm.evaluation.language",
     "harness": "lm.evaluation.benchmarks",
     "bias": "lm.evaluation.leaning",
+    "truth": "lm.evaluation.truth",
 }
 
 
@@ -54,6 +56,7 @@ class EvaluateJob:
     language: LanguageSettings = dataclasses.field(default_factory=LanguageSettings)
     harness: HarnessSettings = dataclasses.field(default_factory=HarnessSettings)
     bias: BiasSettings = dataclasses.field(default_factory=BiasSettings)
+    truth: TruthSettings = dataclasses.field(default_factory=TruthSettings)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def validate(self, prefix: str = "config") -> None:

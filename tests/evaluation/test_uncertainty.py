@@ -79,6 +79,18 @@ def test_meanings_are_clustered_against_the_first_of_each():
     assert un.clusters(["a", "b", "a"], str.__eq__) == [0, 1, 0]
 
 
+def test_auroc_is_how_often_a_right_answer_is_the_surer_one():
+    assert un.auroc([0.9, 0.8, 0.3, 0.1], [1, 1, 0, 0]) == 1
+    assert un.auroc([0.9, 0.8, 0.3, 0.1], [0, 0, 1, 1]) == 0
+    assert un.auroc([0.9, 0.4, 0.6, 0.4], [1, 1, 0, 0]) == (1 + 1 + 0 + 0.5) / 4
+    assert un.auroc([0.5] * 6, [1, 0, 1, 0, 0, 0]) == 0.5
+    assert math.isnan(un.auroc([0.1, 0.2], [1, 1]))
+    rng = np.random.default_rng(0)
+    right = rng.random(40_000) < 0.3
+    found = un.auroc(rng.normal(size=40_000) + right, right)
+    assert found == pytest.approx(0.7602, abs=0.006)  # Φ(1/√2), of two normals one apart
+
+
 def test_who_knows_what_it_knows_risks_less_at_less_coverage():
     right = np.array([1, 1, 0, 1, 0])
     coverage, risk, area = un.risk_coverage([0.9, 0.8, 0.3, 0.7, 0.1], right)

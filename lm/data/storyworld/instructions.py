@@ -111,6 +111,12 @@ def preference(seed: int, index: int, held_out: bool = False, noise: float = 0.0
     return line | dict(zip(("chosen", "rejected"), answers))
 
 
+def is_held_out(beginning: str) -> bool:
+    """Whether this beginning of a story is one of those that held-out sets are about."""
+    digest = hashlib.blake2b(beginning.encode(), digest_size=1).digest()
+    return digest[0] % _HELD_OUT == 0
+
+
 def gold(line: Mapping[str, Any], response: str) -> float:
     """The true reward of a response to a line of `prompt`, from -2 to 1.5."""
     courtesies, said = _without_courtesies(response)
@@ -196,8 +202,7 @@ class _Talk:
             whole = generate(seed, int(draw.random() * 2**53))
             cut = 3 + int(draw.random() * 3)
             story = beginning(whole, cut)
-            digest = hashlib.blake2b(story.text.encode(), digest_size=1).digest()
-            if (digest[0] % _HELD_OUT == 0) == held_out:
+            if is_held_out(story.text) == held_out:
                 self.story, self.known = story.text, asked(story, whole.sentences[cut], draw)
         self.one = self._one()
 

@@ -1,0 +1,160 @@
+"""Scores and pictures of confidences: are they calibrated, do they tell right from wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+
+from lm.evaluation.card import Picture, Score, Table, picture
+from lm.evaluation.statistics import bootstrap, mean
+from lm.evaluation.uncertainty import auroc, brier, ece, ece_by_chance, reliability, risk_coverage
+from lm.training.plots import FAINT, INK, bare, figure_of
+
+ENOUGH = 5  # right answers, and wrong ones, without which nothing tells them apart
+_COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518", "#72b7b2", "#9d755d", "#8c8c8c")
+_BY_CHANCE = 200  # worlds in which confidences are what they say
+
+
+def calibration(
+    name: str,
+    confidence: Sequence[float] | np.ndarray,
+    right: Sequence[bool] | np.ndarray,
+    clusters: Sequence[Hashable],
+    asked: str,
+    bins: int = 10,
+    draws: int = 500,
+) -> list[Score]:
+    """How far confidences are from how often they are right: ECE of both kinds of bins, and Brier.
+
+    ECE is above 0 by chance, and more so with few answers: `Score.chance` is what calibrated
+    confidences would have, and an ECE that one in twenty of these exceeds has an interval from 0.
+
+    Args:
+      name: of the confidence, before the scores' own.
+      confidence, right, clusters: of each answer [N].
+      asked: see `Score`.
+      bins: of ECE.
+      draws: resamples of clusters.
+    """
+    c_N, right_N = np.asarray(confidence, np.float64), np.asarray(right, np.float64)
+    scores = []
+    for equal in ("width", "mass"):
+        chance, most = ece_by_chance(c_N, bins, equal, _BY_CHANCE)
+        found = bootstrap(
+            lambda i, equal=equal: ece(c_N[i], right_N[i], bins, equal), len(c_N), clusters, draws
+        )
+        low = 0.0 if found.value <= most else max(0.0, found.low)
+        scores.append(
+            Score(
+                f"{name}: ECE, equal {equal}",
+                found._replace(low=low, high=min(1.0, found.high)),
+                "lower",
+                f"mean |accuracy − confidence| over {bins} bins of equal {equal}; chance: of "
+                "calibrated confidences",
+                chance=chance,
+            )
+        )
+    squares_N = (c_N - right_N) ** 2
+    share = float(right_N.mean())
+    usual = brier(np.full(len(c_N), share), right_N)
+    scores.append(
+        Score(
+            f"{name}: Brier",
+            mean(squares_N, clusters),
+            "lower",
+            f"mean (confidence − right)², 0 to 1; one who always says {share:.2f} has {usual:.3f}",
+            items=squares_N.tolist(),
+            clusters=clusters,
+            asked=asked,
+        )
+    )
+    return scores
+
+
+def telling_apart(
+    measures: Mapping[str, np.ndarray],
+    right: Sequence[bool] | np.ndarray,
+    clusters: Sequence[Hashable],
+    draws: int = 500,
+) -> tuple[list[Score], list[Table]]:
+    """Which measures are higher for right answers: AUROC of each, and risk at less coverage.
+
+    Args:
+      measures: of each answer, the higher the surer [N], by name.
+      right, clusters: of each answer [N].
+      draws: resamples of clusters.
+
+    Returns:
+      nothing where fewer than `ENOUGH` answers are right, or wrong.
+    """
+    right_N = np.asarray(right, bool)
+    if min(right_N.sum(), (~right_N).sum()) < ENOUGH:
+        return [], []
+    scores, rows = [], []
+    for name, x_N in {**measures, "hindsight": right_N.astype(float)}.items():
+        area = bootstrap(
+            lambda i, x_N=x_N: risk_coverage(x_N[i], right_N[i])[2], len(x_N), clusters, draws
+        )
+        found = bootstrap(lambda i, x_N=x_N: auroc(x_N[i], right_N[i]), len(x_N), clusters, draws)
+        rows.append([name, found.value, area.value, area.error, *_risks(x_N, right_N)])
+        if name != "hindsight":
+            about = "how often a right answer has more of it than a wrong one"
+            clipped = found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
+            scores.append(Score(f"AUROC: {name}", clipped, "higher", about, chance=0.5))
+    head = ["measure", "AUROC", "AURC", "its error", "risk at 50 %", "at 80 %", "at 100 %"]
+    return scores, [Table("Share of wrong answers if only the surest are given", head, rows)]
+
+
+def _risks(x_N: np.ndarray, right_N: np.ndarray) -> list[float]:
+    """The risk at the least coverage of at least 50, 80 and 100 %."""
+    coverage, risk, _ = risk_coverage(x_N, right_N)
+    return [float(risk[np.argmax(coverage >= least - 1e-9)]) for least in (0.5, 0.8, 1.0)]
+
+
+def reliability_diagram(
+    title: str, confidences: Mapping[str, tuple[np.ndarray, np.ndarray]], bins: int = 10
+) -> Picture:
+    """Accuracy over confidence, a dot for each bin of equal mass, the larger the more answers.
+
+    Args:
+      title: of the picture.
+      confidences: (confidence [N], right [N]) by name.
+      bins: of each.
+    """
+    figure = figure_of(figsize=(5.2, 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    bare(axes)
+    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.5, zorder=1)
+    for (name, (c_N, right_N)), colour in zip(confidences.items(), _COLOURS):
+        found = reliability(c_N, right_N, bins, "mass")
+        x, y = [one.confidence for one in found], [one.accuracy for one in found]
+        axes.plot(x, y, color=colour, linewidth=1, alpha=0.35, zorder=2)
+        sizes = [12 + 160 * one.items / len(c_N) for one in found]
+        axes.scatter(x, y, sizes, color=colour, label=name, zorder=3)
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    return _finished(title, figure, axes, "confidence", "share that is right", "upper left")
+
+
+def risk_picture(title: str, measures: Mapping[str, np.ndarray], right: np.ndarray) -> Picture:
+    """The share of wrong answers over the share that is given, the surest first."""
+    figure = figure_of(figsize=(5.2, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    bare(axes)
+    risk = 1 - float(np.mean(right))
+    axes.plot([0, 1], [risk, risk], color=FAINT, linewidth=1.5, zorder=1)
+    highest = risk
+    for (name, x_N), colour in zip(measures.items(), _COLOURS):
+        coverage, risks, _ = risk_coverage(x_N, right)
+        shown = coverage >= min(1.0, 20 / len(x_N))  # what fewer answers say is noise
+        axes.plot(coverage[shown], risks[shown], color=colour, linewidth=1.6, label=name)
+        highest = max(highest, *risks[shown])
+    axes.set(xlim=(0, 1.01), ylim=(0, highest * 1.15 if highest else 1))
+    return _finished(title, figure, axes, "share of answers given", "share of them wrong", "best")
+
+
+def _finished(title: str, figure, axes, across: str, up: str, where: str) -> Picture:
+    axes.set_xlabel(across, color=INK)
+    axes.set_ylabel(up, color=INK)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc=where)
+    return picture(title, figure)
