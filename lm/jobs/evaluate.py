@@ -90,7 +90,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
 
 def examined(job: EvaluateJob) -> Subject:
     """The model that `job` names, shared by the devices that there are."""
-    loaded = lm.load(job.init_from, job.step, job.ignore)
+    try:
+        loaded = lm.load(job.init_from, job.step, job.ignore)
+    except ConfigError as error:
+        raise ConfigError(f"config.init_from={job.init_from!r}: {error}") from None
     layout = lay_out("", job.mesh, 0)
     if layout.mesh.size > 1:
         shardings = parameter_shardings(param_specs(loaded.skeleton), layout.mesh)
