@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 
@@ -12,7 +11,8 @@ import numpy as np
 from lm.config import Count, Path, Positive, check
 from lm.evaluation import bias, cooccurrence, statistics
 from lm.evaluation import bias_files as files
-from lm.evaluation.card import Picture, Score, Section, Table, digest, picture
+from lm.evaluation.card import NotApplicable, Picture, Score, Section, Table, digest, picture
+from lm.evaluation.documents import Trained
 from lm.evaluation.statistics import Estimate
 from lm.evaluation.subject import Subject
 from lm.inference import embed
@@ -104,14 +104,14 @@ class _Found:
 def measure(subject: Subject, settings: BiasSettings, seed: int) -> Section:
     """Associations of vectors, pronouns of occupations, amplification, and the files asked for."""
     tests, crows, stereoset, winobias = settings.read()
-    stories = "storyworld" in json.dumps(subject.run.config)
+    stories = _stories(subject)
     found = _Found()
     sets = [*(STORY_SETS if stories else ()), *tests]
     _associations(found, subject, sets, settings.shuffles, seed)
     trades = cooccurrence.TRADES if stories else OCCUPATIONS
     _pronouns(found, subject, settings.occupations or trades, seed)
     if stories and settings.stories:
-        _amplification(found, subject, settings)
+        _amplification(found, subject, settings, stories.seed)
     if crows:
         _crows(found, subject, crows)
     if stereoset:
@@ -119,6 +119,16 @@ def measure(subject: Subject, settings: BiasSettings, seed: int) -> Section:
     if winobias:
         _winobias(found, subject, winobias)
     return Section("bias", "Bias", _ABOUT, found.scores, found.tables, found.pictures)
+
+
+def _stories(subject: Subject) -> Trained | None:
+    """What it was trained on, where that are the stories of `lm.data.storyworld`."""
+    try:
+        trained = Trained.of(subject.run)
+    except NotApplicable:
+        return None
+    paths = trained.config.path
+    return trained if "storyworld" in ((paths,) if isinstance(paths, str) else paths) else None
 
 
 _ABOUT = (
@@ -277,12 +287,11 @@ def _intervals(title: str, rows: Sequence[tuple[str, Estimate]], label: str, at:
 # ---- Amplification
 
 
-def _amplification(found: _Found, subject: Subject, settings: BiasSettings) -> None:
+def _amplification(found: _Found, subject: Subject, settings: BiasSettings, seed: int) -> None:
     def first(places: Sequence[cooccurrence.Place]) -> list[float]:
         return _first(subject, [(place.before, *place.words) for place in places])
 
-    corpus_seed = subject.run.config.get("seed", 0)
-    rows = cooccurrence.rows(first, corpus_seed, settings.stories, settings.places)
+    rows = cooccurrence.rows(first, seed, settings.stories, settings.places)
     if not rows:
         return
     about = (

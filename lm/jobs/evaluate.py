@@ -20,6 +20,7 @@ from lm.evaluation.card import NotApplicable, Section
 from lm.evaluation.language import LanguageSettings
 from lm.evaluation.leaning import BiasSettings
 from lm.evaluation.page import line, write_card
+from lm.evaluation.position import PositionSettings
 from lm.evaluation.subject import Subject
 from lm.evaluation.truth import TruthSettings
 from lm.models import costs, param_specs
@@ -36,6 +37,7 @@ SUITES: dict[str, str] = {
     "harness": "lm.evaluation.benchmarks",
     "bias": "lm.evaluation.leaning",
     "truth": "lm.evaluation.truth",
+    "position": "lm.evaluation.position",
 }
 
 
@@ -57,6 +59,7 @@ class EvaluateJob:
     harness: HarnessSettings = dataclasses.field(default_factory=HarnessSettings)
     bias: BiasSettings = dataclasses.field(default_factory=BiasSettings)
     truth: TruthSettings = dataclasses.field(default_factory=TruthSettings)
+    position: PositionSettings = dataclasses.field(default_factory=PositionSettings)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def validate(self, prefix: str = "config") -> None:
