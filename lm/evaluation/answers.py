@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 _NUMBERS = (
@@ -78,6 +79,27 @@ def yes_no(text: str) -> bool | None:
     found = {meaning[word] for word in said if word in meaning}
     negated = any(one in ("not", "n") and two in meaning for one, two in itertools.pairwise(said))
     return found.pop() if len(found) == 1 and not negated else None
+
+
+def one_of(text: str, options: Sequence[str]) -> str | None:
+    """Which of some words or phrases a reply names, in capitals or not.
+
+    The one that the reply begins with, but for an article; else the only one that is in it. "not
+    sad" does not name "sad".
+
+    Args:
+      text: the reply.
+      options: what it may name; of two that fit at the same place the longer one is meant.
+    """
+    longest = "|".join(map(re.escape, sorted(options, key=len, reverse=True)))
+    named = rf"(?<!\w)({longest})(?!['’]?\w)"
+    known = {option.lower(): option for option in options}
+    begins = re.match(rf"[\W_]*(?:(?:the|an|a)\s+)?{named}", text, re.IGNORECASE)
+    if begins:
+        return known[begins[1].lower()]
+    found = re.findall(rf"(?i:(?<!not ){named})", text)
+    several = {known[one.lower()] for one in found}
+    return several.pop() if len(several) == 1 else None
 
 
 def _value(text: str) -> Fraction:

@@ -89,7 +89,8 @@ def wilson(right: float, trials: float) -> tuple[float, float]:
     middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     spread = math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     half = z * spread / (1 + z * z / trials)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return 0.0 if not right else low, 1.0 if right == trials else high  # to the last bit
 
 
 def difference(

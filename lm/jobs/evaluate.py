@@ -17,6 +17,7 @@ import lm
 from lm.config import ConfigError, Path, Seed, check, check_choice, to_dict, view
 from lm.evaluation.benchmarks import HarnessSettings
 from lm.evaluation.card import NotApplicable, Section
+from lm.evaluation.in_context import InContextSettings
 from lm.evaluation.language import LanguageSettings
 from lm.evaluation.leaning import BiasSettings
 from lm.evaluation.page import line, write_card
@@ -34,6 +35,7 @@ from lm.training.report import model_line
 # NotApplicable; `settings` is the field of EvaluateJob of this name.
 SUITES: dict[str, str] = {
     "language": "lm.evaluation.language",
+    "in_context": "lm.evaluation.in_context",
     "harness": "lm.evaluation.benchmarks",
     "bias": "lm.evaluation.leaning",
     "truth": "lm.evaluation.truth",
@@ -56,6 +58,7 @@ class EvaluateJob:
     chat_template: Path = ""
     suites: tuple[str, ...] = ()  # in this order; (): all that the model can be asked
     language: LanguageSettings = dataclasses.field(default_factory=LanguageSettings)
+    in_context: InContextSettings = dataclasses.field(default_factory=InContextSettings)
     harness: HarnessSettings = dataclasses.field(default_factory=HarnessSettings)
     bias: BiasSettings = dataclasses.field(default_factory=BiasSettings)
     truth: TruthSettings = dataclasses.field(default_factory=TruthSettings)

@@ -93,3 +93,23 @@ def test_numbers(text, value):
 )
 def test_yes_and_no(text, value):
     assert answers.yes_no(text) is value
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        (" sad day.", "sad"),
+        ("The Tree House, I think, not the tree", "tree house"),
+        ("It was in a tree.", "tree"),
+        ("'tree'", "tree"),
+        ("It was sad, very sad", "sad"),
+        ("sad or happy", "sad"),  # the first word counts
+        ("It was sad or happy", None),
+        ("He was not sad", None),
+        ("He was not sad but happy", "happy"),
+        ("sadly", None),
+        ("", None),
+    ],
+)
+def test_one_of_several(text, value):
+    assert answers.one_of(text, ("sad", "happy", "tree", "tree house")) == value

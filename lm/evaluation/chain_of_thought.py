@@ -1,0 +1,318 @@
+"""Questions that are answered at once, after steps, and many times over."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, NamedTuple
+
+from lm.config import Bounds, Positive
+from lm.data import CONVERSATIONAL
+from lm.data.storyworld import instructions
+from lm.data.storyworld import lexicon as lx
+from lm.data.storyworld.asking import Draw
+from lm.evaluation import answers
+from lm.evaluation import statistics as st
+from lm.evaluation.card import Sample, Score, Table, digest
+from lm.evaluation.few_shot import FAR
+from lm.evaluation.subject import Subject, Written
+from lm.inference import SamplingConfig
+
+_ANSWER, _END = "Answer:", "\n\n"
+_STORIES = ("where", "count")  # kinds of the story world's questions
+_MOVES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class ReasoningSettings:
+    """The `in_context.reasoning` section: questions with steps, and many answers to each."""
+
+    questions: Annotated[int, Bounds(1, 500)] = 24  # of each kind
+    examples: Positive = 2  # worked ones before each; fewer where the context does not hold them
+    samples: Positive = 8  # answers that are drawn for each: what a majority says, and pass@k
+    temperature: Annotated[float, Bounds(0, 1000, "(]")] = 0.7  # of these
+    max_new_tokens: Positive = 48
+
+
+class Question(NamedTuple):
+    """A question and what it takes to judge a reply."""
+
+    asked: str
+    steps: str  # that lead to the answer; "" where none are known
+    answer: str
+    says: Callable[[str], Any]  # what a reply answers; None: it cannot be parsed
+    right: Callable[[Any], bool]
+
+
+class _Way(NamedTuple):
+    """How a kind of question is put to a model."""
+
+    prompts: list[Any]  # texts, or messages
+    examples: int
+    steps: bool
+
+
+def measure(
+    subject: Subject, settings: ReasoningSettings, seed: int
+) -> tuple[list[Score], Table, list[Sample]]:
+    """Accuracy at once and after steps, of a majority of samples, and pass@k.
+
+    A chain of thought (Wei et al. 2022) is shown by worked examples; self-consistency is what most
+    samples say (Wang et al. 2022); pass@k (Chen et al. 2021) is the chance that one of k is right.
+    """
+    scores: list[Score] = []
+    samples: list[Sample] = []
+    powers = [1 << i for i in range(settings.samples.bit_length())]
+    rows = []
+    for kind, some in _questions(settings, converses(subject), seed).items():
+        row: dict[str, Any] = {"questions": kind}
+        if isinstance(some, str):
+            rows.append({**row, "asked": f"left out: {some}"})
+            continue
+        asked, examples = some
+        ways, direct = {}, []
+        for name, steps in (("direct", False), ("steps", True)):
+            if steps and not asked[0].steps:
+                continue
+            way = _way(subject, asked, examples, steps, settings)
+            if way is None:
+                row[name] = "not asked: longer than the context"
+                continue
+            ways[name] = way
+            replies = [one for (one,) in _write(subject, way, settings, seed, 1, 0)]
+            said = [_said(q, one, steps) for q, one in zip(asked, replies)]
+            right = _right(asked, said)
+            form = "conversation" if converses(subject) else "text"
+            row["asked"] = f"as a {form}, {way.examples} worked examples"
+            about = "after steps" if steps else "at once"
+            scores.append(_score(f"{kind}_{name}", about, kind, right, asked, replies, said))
+            row[name] = _shown(scores[-1].estimate)
+            row["unparsed"] = row.get("unparsed", 0) + said.count(None)
+            shown = {"question": asked[0].asked, f"written {about}": replies[0].text}
+            samples.append(Sample({**shown, "right": asked[0].answer}, right[0]))
+            if steps and direct:
+                gap, p = st.difference(right, direct)
+                row["steps − direct"] = f"{gap.value:+.2f}, p = {p:.2f}"
+            direct = right
+        name = next((name for name in ("steps", "direct") if name in ways), "")
+        if name:
+            drawn = settings.samples, settings.temperature
+            many = _write(subject, ways[name], settings, seed, *drawn)
+            more, cells = _of_many(kind, asked, many, name == "steps", powers)
+            scores += more
+            row |= cells
+        rows.append(row)
+    head = (
+        *("questions", "asked", "direct", "steps", "steps − direct", "unparsed"),
+        *(f"majority of {settings.samples}", *(f"pass@{k}" for k in powers)),
+    )
+    cells = [[row.get(name, "") for name in head] for row in rows]
+    return scores, Table("With and without steps, and of several samples", head, cells), samples
+
+
+def converses(subject: Subject) -> bool:
+    """Whether it is to be asked in conversations: it has a template, and has learnt to use it."""
+    config = subject.run.config
+    objective = config.get("objective", {}).get("name", "causal")
+    of_documents = config.get("job") == "train" and objective not in CONVERSATIONAL
+    return subject.template is not None and not of_documents
+
+
+def _questions(settings: ReasoningSettings, chats: bool, seed: int) -> dict[str, Any]:
+    """For each kind questions and worked examples, or why there are none."""
+    number, found = settings.questions + settings.examples, {}
+    for kind, made in (("sums", _sum), ("handing", _handing)):
+        draw = Draw(f"{kind} {seed}")
+        some = {one.asked: one for one in (made(draw) for _ in range(20 * number))}
+        several = [*some.values()][:number]
+        found[kind] = several[settings.examples :], several[: settings.examples]
+    if not chats:
+        return {**found, "stories": "it has learnt no conversations"}
+    lines = (instructions.prompt(FAR + seed, i, held_out=True) for i in itertools.count())
+    some = itertools.islice((li for li in lines if li["kind"] in _STORIES), settings.questions)
+    return {**found, "stories": ([_of_story(line) for line in some], [])}
+
+
+def _sum(draw: Draw) -> Question:
+    """Of three numbers of one digit, one after the other."""
+    a, b, c = (1 + int(9 * draw.random()) for _ in range(3))
+    steps = f"{a} + {b} = {a + b}. {a + b} + {c} = {a + b + c}."
+    answer = a + b + c
+    return Question(
+        f"What is {a} + {b} + {c}?", steps, str(answer), answers.number, lambda said: said == answer
+    )
+
+
+def _handing(draw: Draw) -> Question:
+    """Who has one of two things, after both have changed hands among four people."""
+    people = draw.order((*lx.GIRLS, *lx.BOYS))[:4]
+    things = draw.order(("ball", "hat", "kite", "drum", "book", "doll"))[:2]
+    has = dict(zip(things, people))
+    told = [f"{who} had the {thing}." for thing, who in has.items()]
+    course = {thing: [who] for thing, who in has.items()}
+    for _ in range(_MOVES):
+        thing = draw.pick(things)
+        to = draw.other(people, (has[thing],))
+        told.append(f"{has[thing]} gave the {thing} to {to}.")
+        has[thing] = to
+        course[thing].append(to)
+    thing = draw.pick([thing for thing in things if len(course[thing]) > 1])
+    steps = " ".join(f"{who} had the {thing}." for who in course[thing])
+    return Question(
+        f"{' '.join(told)} Who has the {thing}?",
+        steps,
+        has[thing],
+        lambda reply: answers.one_of(reply, people),
+        lambda said: said == has[thing],
+    )
+
+
+def _of_story(line: dict[str, Any]) -> Question:
+    """A line of `instructions.prompt`."""
+    return Question(
+        line["prompt"][0]["content"],
+        "",
+        line["answer"],
+        lambda reply: reply.strip() or None,
+        lambda said: instructions.truth(line, said) == 1,
+    )
+
+
+def _way(
+    subject: Subject,
+    asked: Sequence[Question],
+    examples: Sequence[Question],
+    steps: bool,
+    settings: ReasoningSettings,
+) -> _Way | None:
+    """With as many examples as the context holds; None where it has no room for one.
+
+    Questions that come without examples are asked alone.
+    """
+    for number in range(len(examples), 0 if examples else -1, -1):
+        if converses(subject):
+            prompts = [_messages(examples[:number], one, steps) for one in asked]
+            lengths = [len(subject.question(prompt)) for prompt in prompts]
+        else:
+            prompts = [_text(examples[:number], one, steps) for one in asked]
+            lengths = [len(subject.text(prompt)) for prompt in prompts]
+        if max(lengths) + settings.max_new_tokens <= subject.max_length:
+            return _Way(prompts, number, steps)
+    return None
+
+
+def _reply(one: Question, steps: bool) -> str:
+    return f"{one.steps}\n{_ANSWER} {one.answer}" if steps else one.answer
+
+
+def _messages(examples: Iterable[Question], asked: Question, steps: bool) -> list[dict[str, str]]:
+    said = []
+    for one in examples:
+        said += [("user", one.asked), ("assistant", _reply(one, steps))]
+    return [{"role": role, "content": text} for role, text in (*said, ("user", asked.asked))]
+
+
+def _text(examples: Iterable[Question], asked: Question, steps: bool) -> str:
+    opening = "Steps:" if steps else _ANSWER
+    worked = [f"Question: {one.asked}\n{opening} {_reply(one, steps)}" for one in examples]
+    return _END.join([*worked, f"Question: {asked.asked}\n{opening}"])
+
+
+def _write(
+    subject: Subject,
+    way: _Way,
+    settings: ReasoningSettings,
+    seed: int,
+    samples: int,
+    temperature: float,
+) -> list[list[Written]]:
+    """Replies to each question, up to where the next would begin."""
+    chats = converses(subject)
+    sampling = SamplingConfig(
+        temperature=temperature,
+        max_new_tokens=settings.max_new_tokens,
+        num_samples=samples,
+        stop=() if chats else (_END, "Question:", *(() if way.steps else ("\n",))),
+    )
+    return (subject.answer if chats else subject.write)(way.prompts, sampling, seed)
+
+
+def _said(question: Question, written: Written, steps: bool) -> Any:
+    """What a reply answers; after steps only what it announces as its answer."""
+    _, found, after = written.text.rpartition(_ANSWER)
+    if steps and not found:
+        return None
+    return question.says(after if steps else written.text)
+
+
+def _right(asked: Sequence[Question], said: Sequence[Any]) -> list[bool]:
+    return [one is not None and bool(q.right(one)) for q, one in zip(asked, said)]
+
+
+def _score(
+    name: str,
+    about: str,
+    kind: str,
+    right: Sequence[bool],
+    asked: Sequence[Question],
+    replies: Sequence[Written],
+    said: Sequence[Any],
+) -> Score:
+    return Score(
+        name,
+        st.share(right),
+        "higher",
+        f"{kind}: share of replies that are right, {about}",
+        unparsed=list(said).count(None),
+        truncated=sum(not one.ended for one in replies),
+        chance=0.25 if kind == "handing" else None,
+        items=list(map(float, right)),
+        asked=digest([name, *(one.asked for one in asked)]),
+    )
+
+
+def _of_many(
+    kind: str,
+    asked: Sequence[Question],
+    many: Sequence[Sequence[Written]],
+    steps: bool,
+    powers: Sequence[int],
+) -> tuple[list[Score], dict[str, str]]:
+    """What most samples say, and pass@k."""
+    said = [[_said(q, one, steps) for one in some] for q, some in zip(asked, many)]
+    number, how = len(many[0]), "after steps" if steps else "at once"
+    most = []
+    for some in said:
+        parsed = collections.Counter(one for one in some if one is not None)
+        most.append(parsed.most_common(1)[0][0] if parsed else None)
+    right = _right(asked, most)
+    every = [one for some in many for one in some]
+    lost = sum(one is None for some in said for one in some)
+    cut, same = sum(not one.ended for one in every), digest(one.asked for one in asked)
+    majority = Score(
+        f"{kind}_majority",
+        st.share(right),
+        "higher",
+        f"{kind}: share right of what most of {number} samples say, {how}",
+        unparsed=lost,
+        truncated=cut,
+        items=list(map(float, right)),
+        asked=same,
+    )
+    scores, cells = [majority], {f"majority of {number}": _shown(majority.estimate)}
+    counts = [sum(_right([q] * number, some)) for q, some in zip(asked, said)]
+    for k in powers:
+        each = [st.pass_at_k(count, number, k) for count in counts]
+        found = st.share(each)  # the mean, within 0 and 1
+        about = f"{kind}: chance that one of {k} samples is right, {how}"
+        cells[f"pass@{k}"] = f"{found.value:.2f}"
+        if k in (1, powers[-1]):
+            name = f"{kind}_pass@{k}"
+            scores.append(Score(name, found, "higher", about, lost, cut, items=each, asked=same))
+    return scores, cells
+
+
+def _shown(value: st.Estimate) -> str:
+    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
