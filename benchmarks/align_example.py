@@ -13,6 +13,8 @@ the KL to the SFT model are means. Intervals are of the mean over seeds, 95 % by
 """
 
 import argparse
+import hashlib
+import importlib
 import json
 import math
 import pathlib
@@ -61,6 +63,28 @@ CURVES = {
 DRAWN = {"stories": ("ppo", "ppo_free"), "walks": ("ppo", "grpo")}
 FILES = {"stories": "align.json", "walks": "align_walks.json"}
 HELD_OUT = 2**20  # the seed of those questions: of no run
+
+
+def made_with(task):
+    """What tells the settings and the data that figures are of from others."""
+    from lm.__main__ import JOBS
+    from lm.command import load_config
+    from lm.config import changed, defaults
+    from lm.data.lines import LINES
+    from lm.data.storyworld import generate
+
+    parts = [[generate(0, number).text for number in range(20)]]
+    for name, (config, source, fields) in TASKS[task].items():
+        values = load_config(ROOT / "configs" / "align" / f"{config}.py")
+        module, _, section = JOBS[values.job].rpartition(".")
+        usual = defaults(getattr(importlib.import_module(module), section))
+        parts.append([name, source, fields, sorted(changed(values, usual))])
+        for path in {values.data.path} & {*LINES}:
+            module, _, line = LINES[path].rpartition(".")
+            make = getattr(importlib.import_module(module), line)
+            parts.append([make(0, number, False) for number in range(20)])
+    said = json.dumps(parts, sort_keys=True, default=str).encode()
+    return hashlib.blake2b(said, digest_size=8).hexdigest()
 
 
 def climb(task, seed, directory, more):
@@ -255,13 +279,17 @@ def main():
     more = dict(setting.split("=", 1) for setting in given.more)
     figures = pathlib.Path(given.pictures, FILES[given.task])
     kept = json.loads(figures.read_text()) if figures.exists() and not more else {}
+    of = made_with(given.task)
+    if kept.pop("made_with", of) != of:
+        parser.error(f"{figures} is of other settings or data: delete it to measure anew")
     for seed in map(str, range(given.seeds)):
         if seed not in kept:
             directory = pathlib.Path(given.workdir, given.task, seed).resolve()
             climb(given.task, seed, directory, more)
             kept[seed] = measured(given.task, directory, given.questions)
         if not more:  # a try is no figure to keep
-            lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in kept.items())
+            every = {"made_with": of, **kept}
+            lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in every.items())
             figures.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     seeds = list(kept.values())
     {"stories": report_stories, "walks": report_walks}[given.task](seeds)

@@ -23,7 +23,7 @@ import os
 import types
 import typing
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import ml_collections
@@ -226,6 +226,21 @@ def fields_set(section: type, config: Mapping[str, Any], name: str) -> dict[str,
     return values
 
 
+def changed(config: Any, usual: Any, prefix: str = "config") -> Iterator[tuple[str, Any]]:
+    """The fields, by dotted name, that have another value than in `usual`; and these values.
+
+    Args:
+      config, usual: ConfigDicts, or dataclasses of one kind.
+    """
+    values, others = to_dict(config), to_dict(usual)
+    for name, value in values.items():
+        other = others.get(name)
+        if isinstance(value, Mapping) and isinstance(other, Mapping):
+            yield from changed(value, other, f"{prefix}.{name}")
+        elif value != other:
+            yield f"{prefix}.{name}", value
+
+
 @functools.cache
 def hints(section: type) -> dict[str, Any]:
     """The annotation of every field of a section, evaluated."""
@@ -368,4 +383,4 @@ def to_dict(config: Any) -> dict[str, Any]:
     """A view (or ConfigDict) as plain, JSON-ready dictionaries."""
     if isinstance(config, ml_collections.ConfigDict):
         return config.to_dict()
-    return dataclasses.asdict(config)
+    return dict(config) if isinstance(config, Mapping) else dataclasses.asdict(config)

@@ -39,7 +39,10 @@ def plot_curves(workdir: pathlib.Path) -> pathlib.Path | None:
         for name, (steps, values) in lines.items():
             if title == "seconds" and len(steps) > 1:  # the first one compiles
                 steps, values = steps[1:], values[1:]
-            axes.plot(steps, values, linewidth=1.4, label=name.partition("_seconds")[0])
+            label = name.removesuffix("_seconds")
+            if name in parts:
+                label = f"{name.removeprefix('reward_')} (a part)"
+            axes.plot(steps, values, linewidth=1.4, label=label)
         axes.set_title(title, color=INK, fontsize=10)
         bare(axes)
         if title == "explained variance":  # far below where returns are all alike

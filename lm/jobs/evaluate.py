@@ -14,7 +14,7 @@ import jax
 import ml_collections
 
 import lm
-from lm.config import ConfigError, Path, Seed, check, check_choice, to_dict, view
+from lm.config import ConfigError, Path, Seed, changed, check, check_choice, view
 from lm.evaluation.benchmarks import HarnessSettings
 from lm.evaluation.card import NotApplicable, Section
 from lm.evaluation.in_context import InContextSettings
@@ -109,18 +109,12 @@ def examined(job: EvaluateJob) -> Subject:
 
 def command(config: ml_collections.ConfigDict) -> str:
     """What makes this card again: the fields that differ from the job's own."""
-    leaves = _leaves(to_dict(view(EvaluateJob, config)), to_dict(EvaluateJob(init_from="-")))
-    words = [f"--config.{name}={value}" for name, value in leaves]
+    words = [
+        f"--{name}={one}"
+        for name, value in changed(view(EvaluateJob, config), EvaluateJob())
+        for one in (value if isinstance(value, tuple) else (value,))
+    ]
     return shlex.join(["python", "main.py", "--config=configs/evaluate.py", *words])
-
-
-def _leaves(values: Mapping[str, Any], usual: Mapping[str, Any], prefix: str = ""):
-    for name, value in values.items():
-        if isinstance(value, Mapping) and isinstance(usual.get(name), Mapping):
-            yield from _leaves(value, usual[name], f"{prefix}{name}.")
-        elif value != usual.get(name):
-            several = value if isinstance(value, tuple | list) else [value]
-            yield from ((f"{prefix}{name}", one) for one in several)
 
 
 def facts(subject: Subject) -> dict[str, str]:
