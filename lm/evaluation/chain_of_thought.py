@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, NamedTuple
 
-from lm.config import Bounds, Positive
+from lm.config import Bounds, Positive, check
 from lm.data import CONVERSATIONAL
 from lm.data.storyworld import instructions
 from lm.data.storyworld import lexicon as lx
@@ -34,6 +34,15 @@ class ReasoningSettings:
     samples: Positive = 8  # answers that are drawn for each: what a majority says, and pass@k
     temperature: Annotated[float, Bounds(0, 1000, "(]")] = 0.7  # of these
     max_new_tokens: Positive = 48
+
+    def check_room(self, context: int) -> None:
+        """Raises `ConfigError` where a length that somebody chose leaves no room for a question."""
+        usual = self.max_new_tokens == ReasoningSettings.max_new_tokens
+        check(
+            usual or self.max_new_tokens < context,
+            f"config.in_context.reasoning.max_new_tokens={self.max_new_tokens} leaves no room for "
+            f"a question in the model's context of {context} tokens: lower it",
+        )
 
 
 class Question(NamedTuple):

@@ -70,9 +70,10 @@ def measure(subject: Subject, settings: InContextSettings, seed: int) -> Section
     """Accuracy by number of examples; with other labels and formats; and with reasoning.
 
     Raises:
-      ConfigError: more examples are asked for than a task has.
+      ConfigError: more examples are asked for than a task has, or longer replies than the context.
       NotApplicable: the context does not even hold what is asked.
     """
+    settings.reasoning.check_room(subject.max_length)
     shots = sorted({*settings.shots})
     found = items(settings.stories, settings.items, max(shots), seed)
     choices = {choice for some in found.values() for item in some for choice in item.choices}

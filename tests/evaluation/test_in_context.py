@@ -199,12 +199,12 @@ def place(tmp_path_factory):
     return root
 
 
-def card(place, **settings):
+def card(place, new=8, **settings):
     config = defaults(evaluate.EvaluateJob)
     config.init_from, config.suites = str(place / "run"), ("in_context",)
     few = {"stories": 60, "items": 3, "shots": (0, 1), "format_shots": 1}
     config.in_context.update({**few, **settings})
-    config.in_context.reasoning.update({"questions": 2, "samples": 2, "max_new_tokens": 8})
+    config.in_context.reasoning.update({"questions": 2, "samples": 2, "max_new_tokens": new})
     evaluate.run(config, str(place / "card"))
     return json.loads((place / "card" / "card.json").read_text())["sections"]["in_context"]
 
@@ -234,10 +234,12 @@ def test_the_card_says_what_the_logits_say(place):
     assert "conversation" in found["tables"][3]["rows"][2][1]
 
 
-def test_more_examples_than_there_are_is_one_line(place):
+def test_more_examples_than_there_are_or_too_long_replies_are_one_line(place):
     with pytest.raises(ConfigError, match=r"config.in_context.shots=64 .* 'copy' has 54"):
         card(place, shots=(64,), stories=2000)
     with pytest.raises(ConfigError, match=r"'place' has \d+, .*or raise config.in_context.stories"):
         card(place, shots=(32,), stories=20)
     with pytest.raises(ConfigError, match=r"config.in_context.shots=\(\)"):
         card(place, shots=())
+    with pytest.raises(ConfigError, match=r"reasoning.max_new_tokens=512 leaves no room .* 512"):
+        card(place, new=512)
