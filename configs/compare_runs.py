@@ -6,7 +6,8 @@ r"""Several runs side by side: one picture of their losses, one table of how the
     # of different sizes
     python main.py --config=compare_runs --config.runs=runs/sweep --config.against=tokens
 
-The picture is `losses.png` in the run directory, runs/compare_runs by default. Seconds.
+The picture is `losses.png` in the run directory, runs/compare_runs by default. Seconds. What models
+can and cannot do is compared by configs/compare.py.
 """
 
 from lm.config import defaults

@@ -188,12 +188,16 @@ def table_html(table: Table) -> str:
         all(isinstance(row[i], int | float) for row in table.rows) for i in range(len(table.head))
     ]
     kinds = [' class="n"' if one else "" for one in numeric]
-    heads = "".join(f"<th{kind}>{html.escape(h)}" for kind, h in zip(kinds, table.head))
+    heads = "".join(
+        f"<th{kind}>{html.escape(head)}" if head else "<td>"
+        for kind, head in zip(kinds, table.head)
+    )
+    heads = f"<thead><tr>{heads}</thead>" if any(table.head) else ""
     rows = "".join(
         "<tr>" + "".join(f"<td{k}>{html.escape(shown(cell))}" for k, cell in zip(kinds, row))
         for row in table.rows
     )
-    return _wide(table.title, f"<thead><tr>{heads}</thead><tbody>{rows}</tbody>")
+    return _wide(table.title, f"{heads}<tbody>{rows}</tbody>")
 
 
 def _wide(title: str, content: str, kind: str = "") -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lm.evaluation.card import Sample, Score, Section, Table, digest, picture, plain
+from lm.evaluation.comparison import compare, read_card, write_comparison
 from lm.evaluation.page import interval, line, metadata, shown, write_card
 from lm.evaluation.statistics import Estimate, mean, share
 from lm.training.plots import FAINT, INK, bare, figure_of
@@ -52,6 +53,7 @@ def sections():
         Score("one story", mean([1.0]), "higher", "of a single cluster nothing is known"),
         Score("huge", Estimate(2.4e19, 1e18, 2e19, 3e19, 20, 20)),
     ]  # fmt: skip
+    bare_table = Table("What was read", ("", ""), [("documents", "200, held out")])
     table = Table(
         "Loss by kind of document, nats a token",
         ("kind", "tokens", "loss"),
@@ -67,7 +69,16 @@ def sections():
     about = "How well it predicts the next token of text it has not seen. " * 3
     pictures = [curve("Loss by position"), curve("Loss by frequency")]
     return [
-        Section("language", "Language", about, scores, [table, wide], pictures, samples, 12.3),
+        Section(
+            "language",
+            "Language",
+            about,
+            scores,
+            [bare_table, table, wide],
+            pictures,
+            samples,
+            12.3,
+        ),
         Section("tasks", "Tasks & <puzzles>", about, scores[1:2], [], [curve("Tasks")], (), 8.0),
     ]
 
@@ -132,18 +143,21 @@ def test_numbers_and_lines_are_as_a_reader_wants_them():
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs a chromium")
-def test_the_page_keeps_nobody_out_and_fits_a_phone(card):
+def test_the_pages_keep_nobody_out_and_fit_a_phone(card):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     from playwright.sync_api import sync_playwright
 
+    cards = [read_card(card.parent)] * 2
+    pages = card, write_comparison(card.parent, cards, compare(cards))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         for width, scheme in ((390, "dark"), (1280, "light")):
             page = browser.new_page(
                 viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True
             )
-            page.goto(card.as_uri())
-            faults = axe.run(page).response["violations"]
-            assert not [(one["id"], [node["html"] for node in one["nodes"]]) for one in faults]
-            assert page.evaluate("document.documentElement.scrollWidth") == width
+            for path in pages:
+                page.goto(path.as_uri())
+                faults = axe.run(page).response["violations"]
+                assert not [(one["id"], [node["html"] for node in one["nodes"]]) for one in faults]
+                assert page.evaluate("document.documentElement.scrollWidth") == width
         browser.close()
