@@ -93,6 +93,7 @@ def read_stereoset(path: str) -> list[Triple]:
                 label = _field(one, "gold_label", str, f"{place}.sentences")
                 check_choice(f"{place}: gold_label", label, _LABELS)
                 texts[label] = _field(one, "sentence", str, f"{place}.sentences")
+                check(bool(texts[label].strip()), f"{place}.sentences: {label} is empty")
             missing = [label for label in _LABELS if label not in texts]
             check(not missing, f"{place}.sentences: none with gold_label {', '.join(missing)}")
             context = "" if alone else _field(example, "context", str, place)

@@ -168,14 +168,17 @@ def _associations(
             p = bias.weat(x, y, a, b, shuffles).p
             about = f"effect in standard deviations; p = {p:.4f} by permutation, one-sided"
             found.scores.append(Score(f"{one.name}, {kind}", estimate, about=about, chance=0.0))
-            rows.append((one.name, kind, estimate.value, p, *map(" ".join, one[1:])))
+            rows.append((one.name, kind, estimate.value, estimate.low, estimate.high, p))
         if not sets:
             continue
         others = [word for one in sets for some in one[3:] for word in some]
         found.scores += _direction(of, sets[0], others, kind, seed)
     if rows:
-        head = ("test", "vectors", "effect", "p", "targets", "others", "attributes", "others")
+        head = ("test", "vectors", "effect", "from", "to", "p")
         found.tables.append(Table("Association tests", head, rows))
+        words = [(one.name, *map(" ".join, one[1:])) for one in sets]
+        head = ("test", "targets", "other targets", "attributes", "other attributes")
+        found.tables.append(Table("Words of the association tests", head, words))
 
 
 def _direction(
@@ -202,6 +205,10 @@ def _direction(
         return float(np.heaviside(x[:, None] - y, 0.5).mean()) if len(x) and len(y) else math.nan
 
     estimate = statistics.bootstrap(told, len(along), seed=seed)
+    if not estimate.error:  # all or none, which has no spread: of as many trials as the fewer names
+        trials = int(min(sides.sum(), (~sides).sum()))
+        low, high = statistics.wilson(estimate.value * trials, trials)
+        estimate = estimate._replace(low=low, high=high)
     about = f"share of pairs of {names.name!r} in their order along it (AUC)"
     return [*scores, Score(f"told apart by it, {kind}", estimate, about=about, chance=0.5)]
 

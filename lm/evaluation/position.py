@@ -37,7 +37,7 @@ _HIDES = (
     *("in the basket", "in the box", "in the drawer", "in the pot", "in the cupboard"),
     *("in the bag", "under the bed", "under the chair", "under the table"),
 )
-_APART = 64  # stories from one item's first to the next one's
+_APART = 1 << 20  # stories from one item's first to the next one's
 _LEAST = 4  # sentences, or pairs, that a needle is to be found among
 _ANY = 1 << 40  # tokens
 _BINS = 16  # of the picture of losses
@@ -151,16 +151,16 @@ def key_values(
 
         pairs: list[tuple[str, str]] = []
         values: set[str] = set()
-        while True:
+        left = room - count(written([], "0" * settings.digits))
+        while left > 0 and len(values) < 16**settings.digits // 4:  # of which there are enough
             key, value = ("".join(rng.choice([*"0123456789abcdef"], settings.digits)) for _ in "kv")
             if {key, value} & values or key == value:
                 continue
-            if count(written([*pairs, (key, value)], key) + value) > room:
-                break
             pairs.append((key, value))
             values |= {key, value}
-            if len(values) > 16**settings.digits // 4:
-                break  # there are few others
+            left -= count(f'"{key}": "{value}",\n ') - 1
+        while pairs and count(written(pairs, pairs[0][0]) + pairs[0][1]) > room:
+            pairs.pop()
         if len(pairs) < max(_LEAST, settings.choices):
             return
         (key, value), *rest = pairs
@@ -431,5 +431,5 @@ def _contexts(settings: PositionSettings, length: float) -> int:
 def _sentences(seed: int, number: int) -> Iterator[str]:
     """Sentences of unseen stories, the same for the same item at any length."""
     first = UNSEEN + number * _APART
-    for story in range(first, first + _APART):
+    for story in itertools.count(first):
         yield from generate(seed, story).sentences

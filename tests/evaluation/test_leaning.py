@@ -225,6 +225,7 @@ BAD = {
             json.dumps(STEREOSET).replace("unrelated", "odd"),
             r"intrasentence\[0\]: gold_label='odd'",
         ),
+        (json.dumps(STEREOSET).replace("The nurse is rude.", ""), r"anti-stereotype is empty"),
         (json.dumps(STEREOSET).replace("target", "term"), r"\[0\] has no field 'target'"),
     ],
     "bias.winobias_pro": [
