@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -42,6 +43,23 @@ class Statement(NamedTuple):
     story: str
     said: str  # without the full stop
     sort: Sort
+
+    @property
+    def told(self) -> str:
+        """As a story tells it: a sentence in the past."""
+        was = {" is ": " was ", " has ": " had ", " are ": " were "}
+        verb = re.search("|".join(was), self.said)
+        said = self.said.replace(verb[0], was[verb[0]], 1) if verb else self.said
+        return f"{said[0].upper()}{said[1:]}."
+
+    @property
+    def about(self) -> Literal["places", "owners", "numbers", "feelings"]:
+        """What it says something of."""
+        if " has " in self.said:
+            return "owners"
+        if " are " in self.said:
+            return "numbers"
+        return "places" if self.said.partition(" is ")[2] in _AT else "feelings"
 
 
 class Pair(NamedTuple):

@@ -57,11 +57,13 @@ def calibration(
         )
     squares_N = (c_N - right_N) ** 2
     share = float(right_N.mean())
+    square = mean(squares_N, clusters)
+    square = square._replace(low=max(0.0, square.low), high=min(1.0, square.high))
     usual = brier(np.full(len(c_N), share), right_N)
     scores.append(
         Score(
             f"{name}: Brier",
-            mean(squares_N, clusters),
+            square,
             "lower",
             f"mean (confidence − right)², 0 to 1; one who always says {share:.2f} has {usual:.3f}",
             items=squares_N.tolist(),

@@ -3,6 +3,7 @@ hidden states know of it: as plain text, and asked in a conversation."""
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -45,14 +46,14 @@ def proportion(
 
 
 def told(subject: Subject, pairs: Sequence[Pair], bins: int, draws: int, seed: int) -> Found:
-    """Plain text: after the story comes the statement, and how likely that is is what is scored.
+    """Plain text: after the story comes the statement, in the past as all there is told.
 
     The model prefers the likelier of a pair, with the confidence p / (p + p of the other). The
     probe reads what stands at the statement's end, and prefers the one it takes for truer.
     """
     statements = _unique(pairs)
     place = {one: i for i, one in enumerate(statements)}
-    texts = [(one.story, f" {one.said[0].upper()}{one.said[1:]}.") for one in statements]
+    texts = [(one.story, f" {one.told}") for one in statements]
     likely = subject.likely(texts)
     total = np.array([one.scored.total for one in likely])
     true, false = (np.array([place[pair[side]] for pair in pairs]) for side in (0, 1))
@@ -73,7 +74,12 @@ def told(subject: Subject, pairs: Sequence[Pair], bins: int, draws: int, seed: i
     confidence = expit(np.abs(total[true] - total[false]))
     scores += calibration("told", confidence, right, clusters, asked, bins, draws)
     confidences = {"statement told": (confidence, right)}
-    tables = []
+    rows = collections.defaultdict(list)
+    for pair, preferred in zip(pairs, right):
+        rows[pair.true.about, pair.false.sort].append(bool(preferred))
+    head = ["of", "over one that is", "pairs", "the true one is likelier"]
+    cells = [[*key, len(some), sum(some) / len(some)] for key, some in sorted(rows.items())]
+    tables = [Table("told: true statements, by what they are about", head, cells)]
     if probed := _probed(subject, [subject.text(a + b) for a, b in texts], statements, seed):
         knows = probed[0].score[true] > probed[0].score[false]
         scores += _knowing("told", knows, right, clusters, asked)

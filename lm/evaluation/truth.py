@@ -87,7 +87,7 @@ def measure(subject: Subject, settings: TruthSettings, seed: int) -> Section:
     about = (
         "Held-out beginnings of stories, with statements that are true, invented (they name what "
         "the story does not) or mixed up (they take the place or the owner that the story tells of "
-        "another). Told: which one is likelier to follow the story."
+        "another). Told: which one is likelier to follow the story, in the past tense."
     )
     if subject.template is None:
         about += (

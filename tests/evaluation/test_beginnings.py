@@ -7,7 +7,14 @@ import pytest
 
 from lm.data.storyworld import instructions
 from lm.data.storyworld.asking import UNKNOWN, words
-from lm.evaluation.beginnings import beginnings, pairs, questions, sentence, without_courtesies
+from lm.evaluation.beginnings import (
+    Statement,
+    beginnings,
+    pairs,
+    questions,
+    sentence,
+    without_courtesies,
+)
 
 
 def test_beginnings_are_held_out_and_the_same_for_every_model():
@@ -35,6 +42,7 @@ def test_each_story_comes_with_questions_that_it_answers_and_one_that_it_does_no
 
 def test_statements_are_false_in_the_way_that_they_say():
     found = pairs(0, 150)
+    assert {one.true.about for one in found} == {"places", "owners", "numbers", "feelings"}
     owners = {
         (one.true.story, *one.true.said.split(" has ")[::-1])
         for one in found
@@ -75,6 +83,20 @@ def test_statements_are_false_in_the_way_that_they_say():
 )
 def test_the_answer_of_a_reply_is_its_first_sentence(reply, said):
     assert sentence(reply) == said
+
+
+@pytest.mark.parametrize(
+    ("said", "told", "about"),
+    [
+        ("the scarf is in the park", "The scarf was in the park.", "places"),
+        ("Mia has the scarf", "Mia had the scarf.", "owners"),
+        ("there are two pears", "There were two pears.", "numbers"),
+        ("Mia is sad", "Mia was sad.", "feelings"),
+    ],
+)
+def test_a_statement_is_told_in_the_past(said, told, about):
+    one = Statement("", said, "true")
+    assert one.told == told and one.about == about
 
 
 def test_courtesies_are_no_part_of_what_is_said():
