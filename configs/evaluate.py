@@ -6,6 +6,10 @@
     python main.py --config=configs/evaluate.py --config.init_from=runs/quickstart \\
         --config.suites=language --config.language.documents=500
 
+    # tasks of lm-evaluation-harness by name, or files of your own (pip install 'lm[eval]')
+    python main.py --config=configs/evaluate.py --config.init_from=runs/quickstart \\
+        --config.suites=harness --config.harness.tasks=arc_easy --config.harness.tasks=mine.yaml
+
 Writes card.html, which needs no network, and card.json, whose `model-index` is that of the Hub's
 model cards.
 """

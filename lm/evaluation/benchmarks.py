@@ -87,10 +87,11 @@ def measure(subject: Subject, settings: HarnessSettings, seed: int) -> Section:
         model.cut.clear()
         results = _evaluate(model, one, settings)
         found = list(_scores(one, results, model.cut))
-        scores += [score for _, score in found]
+        seen = {score.name for score in scores}  # a task may be in several groups
+        scores += [score for _, score in found if score.name not in seen]
         for name, said in results["samples"].items():
             samples += _samples(name, said)
-            label = one.core.name if one.core else name
+            label = f"CORE {one.core.name}" if one.core else name
             shots, version = results["n-shot"][name], results["versions"][name]
             rows.append([label, name, str(version), shots, len({s["doc_id"] for s in said})])
         if one.core:
@@ -131,7 +132,7 @@ def _all(settings: HarnessSettings) -> tuple[list[_Asked], dict[str, str]]:
     # To read thousands of its own files takes the harness many seconds.
     alone = [_alone(name) for name in settings.tasks]
     manager = TaskManager(include_path=include, include_defaults=settings.core or not all(alone))
-    asked = [_Asked(name, _load(manager, name)) for name in settings.tasks]
+    asked = [_Asked(name, _load(manager, name)) for name in dict.fromkeys(settings.tasks)]
     missing: dict[str, str] = {}
     for task in TASKS if settings.core else ():
         entry = manager.task_index.get(task.name)
@@ -206,7 +207,8 @@ def _prepare(
     task.set_fewshot_seed(DEFAULT_OTHER_SEED)  # as whoever runs the harness itself
     if shots:
         with _quietly():
-            there = len(list(task.fewshot_docs()))
+            docs = task.fewshot_docs()
+            there = len(docs) if hasattr(docs, "__len__") else len([*docs])
         split = getattr(getattr(task, "fewshot_cfg", None), "split", None)
         there -= split is not None and split == task.config.test_split  # not the question itself
         check(
@@ -275,13 +277,15 @@ def _scores(
             raw = [s[metric] for s in here]
             items = _items(raw, value)
             aggregate = task and task.aggregation().get(metric)
-            label = one.core.name if one.core else name
+            label = f"CORE {one.core.name}" if one.core else name
             parsed = task is not None and task.OUTPUT_TYPE == "generate_until" and chosen != "none"
             yield (
                 metric,
                 Score(
                     f"{label} {metric}" + (f" ({chosen})" if chosen != "none" else ""),
-                    _estimate(value, error, items, raw or [None] * values["sample_len"], aggregate),
+                    _estimate(
+                        metric, value, error, items, raw or [None] * values["sample_len"], aggregate
+                    ),
                     {True: "higher", False: "lower"}.get(better.get(metric), "none"),
                     f"{len(one.loaded['tasks'])} tasks" if task is None else "",
                     unparsed=sum(_unparsed(s["filtered_resps"]) for s in here) if parsed else None,
@@ -307,20 +311,25 @@ def _items(values: Sequence[Any], mean_of_them: float) -> list[float]:
 
 
 def _estimate(
-    value: float, error: Any, items: Sequence[float], raw: Sequence[Any], aggregate: Any
+    metric: str, value: float, error: Any, items: Sequence[float], raw: Sequence[Any], sum_up: Any
 ) -> Estimate:
     """With the harness's standard error, which of a mean is that of `statistics.mean`.
 
-    Where the harness has none, the task's own way to sum up (`aggregate`) is bootstrapped.
+    Where the harness has none, the task's own way to sum up is bootstrapped. The interval of a
+    perplexity is that of its logarithm, so that it has no negative end.
     """
     if items:
         return share(items) if {*items} <= {0.0, 1.0} else mean(items)
     if not (isinstance(error, int | float) and math.isfinite(error)):
-        if not aggregate:
+        if not sum_up:
             return Estimate(value, math.nan, -math.inf, math.inf, len(raw), len(raw))
-        return bootstrap(lambda drawn: aggregate([raw[i] for i in drawn]), len(raw), draws=_DRAWS)
-    half = NORMAL * error
-    return Estimate(value, error, value - half, value + half, len(raw), len(raw))
+        drawn = bootstrap(lambda some: sum_up([raw[i] for i in some]), len(raw), draws=_DRAWS)
+        error = drawn.error
+    low, high = value - NORMAL * error, value + NORMAL * error
+    if metric.endswith("perplexity") and value > 0:
+        factor = math.exp(min(NORMAL * error / value, 99.0))
+        low, high = value / factor, value * factor
+    return Estimate(value, error, low, high, len(raw), len(raw))
 
 
 def _unparsed(answers: Sequence[Any]) -> bool:

@@ -175,7 +175,7 @@ def test_core_is_reported_where_all_its_tasks_are(place, tmp_path, monkeypatch):
     code, found = examine(place, *words)
     assert code == 0, found
     assert "for want of 1 of its 22 tasks" in found["about"]
-    assert found["scores"][0]["name"] == "hellaswag_zeroshot acc"
+    assert found["scores"][0]["name"] == "CORE hellaswag_zeroshot acc"
     assert found["tables"][-1]["rows"][0][0] == TASKS[-1].name
     write_task(tmp_path / "last.yaml", TASKS[-1].name, CHOICE, place)
     code, found = examine(place, *words)
