@@ -30,6 +30,7 @@ JOBS = {
     "plan": "lm.jobs.plan.PlanJob",  # whether a run fits hardware that is not here, and how fast
     "evaluate": "lm.jobs.evaluate.EvaluateJob",  # what a model can and cannot do, on one page
     "compare": "lm.jobs.compare.CompareJob",  # cards of several models → which differ in what
+    "emergence": "lm.jobs.emergence.EmergenceJob",  # jumps of training, smoothly measured
     "compare_runs": "lm.jobs.compare_runs.CompareRunsJob",  # losses of several runs in one picture
     "corpus": "lm.jobs.corpus.CorpusJob",  # a corpus too large for one machine, on Apache Beam
 }

@@ -7,6 +7,7 @@
     conversation_rows.py  those → tokens with what is to be learnt, and rows
     stdlib.py     the running Python's documentation and source → documents
     storyworld/   generated stories together with what is true in them, and an invented language
+    random_walks.py, tasks.py  walks; sums, strings, facts: generated, with right answers
     source.py     what a corpus is
     lines.py      generated lines of conversations
     corpora.py    corpora by name; training and validation splits

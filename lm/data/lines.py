@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 from collections.abc import Iterator
@@ -9,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from lm.config import ConfigError
+from lm.data import tasks
 from lm.data.config import DataConfig
 from lm.data.files import CorpusReport
 from lm.data.source import Source
 
-# Name → a function (seed, number, held_out) → what a line of a file would hold.
+# Name → a function (seed, number, held_out) → what a line of a file would hold. Behind a function's
+# name may stand what it is given before all else.
 LINES = {
     "storyworld_instructions": "lm.data.storyworld.instructions.conversation",
     "storyworld_preferences": "lm.data.storyworld.instructions.preference",
     "storyworld_prompts": "lm.data.storyworld.instructions.prompt",
     "random_walks": "lm.data.random_walks.example",
     "random_walks_prompts": "lm.data.random_walks.prompt",
+    "reversal": "lm.data.tasks.fact",
+    **{name: f"lm.data.tasks.line {name}" for name in tasks.NAMES},
 }
 
 
@@ -31,9 +36,10 @@ class Lines(Source):
     def __init__(self, path: str, config: DataConfig, field: str, seed: int):
         super().__init__(path, config, field)
         self.seed = seed
-        module, _, name = LINES[path].rpartition(".")
+        function, *given = LINES[path].split()
+        module, _, name = function.rpartition(".")
         self._module = importlib.import_module(module)
-        self._line = getattr(self._module, name)
+        self._line = functools.partial(getattr(self._module, name), *given)
 
     def items(self, report: CorpusReport) -> Iterator[tuple[str, ...]]:
         """None: raises ConfigError."""

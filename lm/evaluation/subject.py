@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,6 +52,13 @@ class Subject:
         self.scorer = Scorer(run.skeleton, run.params, ways)
         self.max_length = run.skeleton.config.max_length
         self._chosen = chat_template
+
+    def at(self, run: Run) -> Subject:
+        """The same model at another checkpoint, with the programs of this one."""
+        other = copy.copy(self)
+        other.run, other.scorer = run, copy.copy(self.scorer)
+        other.scorer.params = run.params
+        return other
 
     # ---- Tokens
 

@@ -17,11 +17,13 @@ import lm
 from lm.config import ConfigError, Path, Seed, changed, check, check_choice, view
 from lm.evaluation.benchmarks import HarnessSettings
 from lm.evaluation.card import NotApplicable, Section
+from lm.evaluation.emergence import TasksSettings
 from lm.evaluation.in_context import InContextSettings
 from lm.evaluation.language import LanguageSettings
 from lm.evaluation.leaning import BiasSettings
 from lm.evaluation.page import line, write_card
 from lm.evaluation.position import PositionSettings
+from lm.evaluation.reasoning import ReasoningSettings
 from lm.evaluation.subject import Subject
 from lm.evaluation.truth import TruthSettings
 from lm.models import costs, param_specs
@@ -40,6 +42,8 @@ SUITES: dict[str, str] = {
     "bias": "lm.evaluation.leaning",
     "truth": "lm.evaluation.truth",
     "position": "lm.evaluation.position",
+    "tasks": "lm.evaluation.emergence",
+    "reasoning": "lm.evaluation.reasoning",
 }
 
 
@@ -63,6 +67,8 @@ class EvaluateJob:
     bias: BiasSettings = dataclasses.field(default_factory=BiasSettings)
     truth: TruthSettings = dataclasses.field(default_factory=TruthSettings)
     position: PositionSettings = dataclasses.field(default_factory=PositionSettings)
+    tasks: TasksSettings = dataclasses.field(default_factory=TasksSettings)
+    reasoning: ReasoningSettings = dataclasses.field(default_factory=ReasoningSettings)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def validate(self, prefix: str = "config") -> None:
