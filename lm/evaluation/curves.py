@@ -14,7 +14,7 @@ from lm.training.plots import INK, bare, figure_of, save
 # Fields of `lm.evaluation.emergence.Answers`, in words.
 METRICS = {
     "exact": "exact match",
-    "power": "tokens right, to the power of their number",
+    "power": "tokens right, to the power of the length",
     "tokens": "tokens right, share",
     "brier": "Brier score of a character",
     "edits": "edit distance, characters",
@@ -73,7 +73,7 @@ def draw(curves: Sequence[Curve], path: pathlib.Path) -> pathlib.Path:
     rows: dict[str, list[Curve]] = {}
     for curve in curves:
         rows.setdefault(curve.corpus, []).append(curve)
-    figure = figure_of(figsize=(12, 3.7 * len(rows)), dpi=120, layout="constrained")
+    figure = figure_of(figsize=(12, 4 * len(rows)), dpi=120, layout="constrained")
     grid = figure.subplots(len(rows), 3, squeeze=False)
     for axes, (corpus, some) in zip(grid, rows.items()):
         one_set = len({curve.what for curve in some}) == 1
@@ -91,19 +91,22 @@ def _one_set(axes: Sequence[Any], corpus: str, curves: list[Curve]) -> None:
             largest.steps, largest.values(field), color=colour, label=METRICS[field], **style
         )
     first, last = jump(largest)
-    axes[0].axvspan(first, last, color="#999999", alpha=0.15, linewidth=0)
+    grey = {"color": "#999999", "alpha": 0.15, "linewidth": 0}
+    axes[0].axvspan(first, last, label="exact match goes from 10 % to 90 %", **grey)
     _dress(axes[0], f"{corpus}: {largest.parameters:,} parameters", "step")
     for curve, colour in zip(by_size, _COLOURS):
         label = f"{curve.parameters:,} parameters"
         axes[1].plot(curve.steps, curve.values("logprob"), color=colour, label=label)
-    axes[1].axvspan(first, last, color="#999999", alpha=0.15, linewidth=0)
+    axes[1].axvspan(first, last, **grey)
     _dress(axes[1], METRICS["logprob"], "step")
+    sizes = [curve.parameters for curve in by_size]
     for field, colour in zip(fields, _COLOURS):
-        sizes = [curve.parameters for curve in by_size]
         ends = [curve.values(field)[-1] for curve in by_size]
         style = {"linestyle": "--"} if field == "power" else {}
         axes[2].plot(sizes, ends, color=colour, marker="o", markersize=4, **style)
     axes[2].set_xscale("log")
+    axes[2].set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes[2].minorticks_off()
     _dress(axes[2], "at the end, by size", "parameters", legend=False)
 
 
@@ -124,8 +127,9 @@ def _several_sets(axes: Sequence[Any], corpus: str, curves: list[Curve]) -> None
 
 
 def _dress(axes: Any, title: str, against: str, legend: bool = True) -> None:
-    for text in (axes.set_title(title, color=INK, fontsize=10), axes.set_xlabel(against)):
-        text.set_parse_math(False)  # a directory may be called "$x$"
+    axes.set_title(title, color=INK, fontsize=10)
+    axes.set_xlabel(against, color=INK, fontsize=9)
     bare(axes)
     if legend:
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "ncols": 2}
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8, **below)

@@ -89,10 +89,8 @@ def measure(subject: Subject, settings: TasksSettings, seed: int) -> Section:
     for name in settings.names or _usual(subject):
         items = [tasks.item(name, seed, n, held_out=True) for n in range(settings.items)]
         shots = [tasks.item(name, seed, n) for n in range(settings.shots)]
-        if writable(subject, [*items, *shots]):
-            asked = questions(subject, items, shots)
-            if max(len(ids) - 1 for ids, _ in asked.pairs) <= subject.max_length:
-                found[name] = items, answers(subject, asked)
+        if writable(subject, [*items, *shots]) and fits(subject, items, shots):
+            found[name] = items, answers(subject, questions(subject, items, shots))
     if not found:
         raise NotApplicable("its tokenizer or its context has no room for the tasks' questions")
     return Section(
@@ -151,7 +149,7 @@ def _together(found: Mapping[str, tuple[list[Item], Answers]]) -> list[Score]:
 
 
 def _by_task(found: Mapping[str, tuple[list[Item], Answers]]) -> Table:
-    head = ("task", "exact match", "tokens", "tokens to the power of their number")
+    head = ("task", "exact match", "tokens", "tokens to the power of the length")
     rows = []
     for name, (_, a) in found.items():
         m = a.means()
@@ -208,13 +206,20 @@ def writable(subject: Subject, items: Sequence[Item]) -> bool:
     return subject.tokenizer.decode(subject.tokenizer.encode(characters)) == characters
 
 
+def fits(subject: Subject, items: Sequence[Item], shots: Sequence[Item] = ()) -> bool:
+    """Whether the context has room for each question with its answer."""
+    before = _before(subject, shots)
+    written = (_written(subject, before, one.prompt, one.answer)[0] for one in items)
+    return all(len(ids) - 1 <= subject.max_length for ids in written)
+
+
 def questions(subject: Subject, items: Sequence[Item], shots: Sequence[Item] = ()) -> Questions:
     """Questions and answers as the model's tokens.
 
     A model with a chat template is asked as a user would; before another's question stand `shots`,
     each with its answer in a line.
     """
-    before = "" if subject.template else "".join(f"{s.prompt}{s.answer}\n" for s in shots)
+    before = _before(subject, shots)
     pairs, ends, choices, asked = [], [], [], []
     for number, one in enumerate(items):
         ids, start, end = _written(subject, before, one.prompt, one.answer)
@@ -230,6 +235,10 @@ def questions(subject: Subject, items: Sequence[Item], shots: Sequence[Item] = (
         right = one.choices.index(one.answer[place]) if one.choices else 0
         choices.append((several, right))
     return Questions(items, pairs, ends, choices, asked)
+
+
+def _before(subject: Subject, shots: Sequence[Item]) -> str:
+    return "" if subject.template else "".join(f"{s.prompt}{s.answer}\n" for s in shots)
 
 
 def _written(subject: Subject, before: str, prompt: str, reply: str) -> tuple[list[int], int, int]:

@@ -70,14 +70,19 @@ def measure(subject: Subject, settings: ReasoningSettings, seed: int) -> Section
     ]
     scores, samples = [], []
     if _writes(subject, every):
-        found = chosen(subject, every)
+        found, cut = chosen(subject, every)
+        if cut.mean() > 0.5:
+            raise NotApplicable(
+                f"its context of {subject.max_length} tokens is shorter than stories"
+            )
         by_kind = {
             kind: [n for n, one in enumerate(every) if one.kind == kind]
             for kind in dict.fromkeys(one.kind for one in every)
         }
         for name, about in _RIGHT.items():
             numbers = by_kind[name]
-            scores.append(_right(name, about, [every[n] for n in numbers], found[numbers]))
+            some = [every[n] for n in numbers]
+            scores.append(_right(name, about, some, found[numbers], int(cut[numbers].sum())))
             samples.append(_sample(every[numbers[0]], found[numbers[0]]))
         scores += _negation(every, found, by_kind)
         scores += _anchoring(every, found, by_kind)
@@ -226,15 +231,21 @@ def _count(number: int, noun: str, adjective: str = "") -> str:
 # ---- Scores
 
 
-def chosen(subject: Subject, every: Sequence[Choice]) -> np.ndarray:
-    """log p of each option, nats [N, most options]; -inf where there is none."""
+def chosen(subject: Subject, every: Sequence[Choice]) -> tuple[np.ndarray, np.ndarray]:
+    """log p of each option, nats [N, most options], -inf where there is none; and which were cut.
+
+    Of those that were cut [N] the context has no room for the story's beginning.
+    """
     pairs = [(one.context, option) for one in every for option in one.options]
     found = iter(subject.likely(pairs))
     logs = np.full((len(every), max(len(one.options) for one in every)), -np.inf)
+    cut = np.zeros(len(every), bool)
     for number, one in enumerate(every):
         for place, _ in enumerate(one.options):
-            logs[number, place] = next(found).scored.total
-    return logs
+            scored, too_long = next(found)
+            logs[number, place] = scored.total
+            cut[number] |= too_long
+    return logs, cut
 
 
 def _writes(subject: Subject, every: Sequence[Choice]) -> bool:
@@ -242,13 +253,14 @@ def _writes(subject: Subject, every: Sequence[Choice]) -> bool:
     return subject.tokenizer.decode(subject.tokenizer.encode(text)) == text
 
 
-def _right(name: str, about: str, some: list[Choice], logs_NK: np.ndarray) -> Score:
+def _right(name: str, about: str, some: list[Choice], logs_NK: np.ndarray, cut: int) -> Score:
     right = [int(row.argmax()) == one.right for row, one in zip(logs_NK, some)]
     return Score(
         name,
         share(right, [one.story for one in some]),
         "higher",
         about,
+        truncated=cut,
         chance=1 / len(some[0].options),
         items=[float(one) for one in right],
         clusters=[one.story for one in some],

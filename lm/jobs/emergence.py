@@ -14,7 +14,7 @@ import lm
 from lm.config import Path, Positive, Seed, check, view
 from lm.data import tasks
 from lm.evaluation.curves import METRICS, Curve, draw, jump
-from lm.evaluation.emergence import answers, corpora, questions, reversals
+from lm.evaluation.emergence import answers, corpora, fits, questions, reversals
 from lm.evaluation.subject import Subject
 from lm.files import write_json
 from lm.models import costs, param_specs
@@ -81,13 +81,13 @@ def _followed(job: EmergenceJob, name: str, console: Console) -> list[Curve]:
         else:
             numbers = range(job.items)
             sets[corpus] = [tasks.item(corpus, job.seed, n, held_out=True) for n in numbers]
-    asked = {what: questions(subject, items[: job.items]) for what, items in sets.items()}
-    longest = max(len(ids) - 1 for some in asked.values() for ids, _ in some.pairs)
+    sets = {what: items[: job.items] for what, items in sets.items()}
     check(
-        longest <= subject.max_length,
-        f"config.runs={name!r}: its context of {subject.max_length} tokens has no room for "
-        f"questions with their answers, which take {longest}",
+        all(fits(subject, items) for items in sets.values()),
+        f"config.runs={name!r}: its context of {subject.max_length} tokens has no room for the "
+        "questions with their answers: train it with a larger data.block_size",
     )
+    asked = {what: questions(subject, items) for what, items in sets.items()}
     size = costs.parameters(subject.run.skeleton.config, param_specs(subject.run.skeleton)).total
     label, corpus = folder.resolve().name, ", ".join(learnt)
     curves = {what: Curve(label, corpus, what, size, [], []) for what in asked}
