@@ -122,9 +122,13 @@ def picture(title: str, figure: Any) -> Picture:
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: no NaN and no infinity, which become null."""
+    """As JSON has it: no NaN and no infinity, which become null; clusters by number."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
+    if isinstance(value, Score):
+        numbers: dict[Hashable, int] = {}
+        groups = [numbers.setdefault(one, len(numbers)) for one in value.clusters]
+        value = dataclasses.replace(value, clusters=groups)
     if dataclasses.is_dataclass(value):
         value = vars(value)
     if isinstance(value, Estimate):

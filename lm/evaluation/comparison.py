@@ -173,7 +173,7 @@ def _score(found: Mapping[str, Any]) -> Score:
     numbers = {name: math.nan if x is None else x for name, x in found["estimate"].items()}
     for side, end in (("low", -math.inf), ("high", math.inf)):
         numbers[side] = end if found["estimate"][side] is None else numbers[side]
-    clusters = tuple(tuple(c) if isinstance(c, list) else c for c in found["clusters"])
+    clusters = tuple(found["clusters"])
     items = tuple(math.nan if x is None else float(x) for x in found["items"])
     values = {**found, "estimate": Estimate(**numbers), "items": items, "clusters": clusters}
     return Score(**values)

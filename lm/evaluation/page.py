@@ -13,7 +13,8 @@ from lm.evaluation.card import Picture, Sample, Score, Section, Table, plain
 from lm.files import replacing, write_json
 
 CARD = "card.json"
-_SAMPLES = 12  # of a section that are shown; the JSON has all
+_SAMPLES, _AT_ONCE = 12, 4  # of a section on the page, and without a click; the JSON has all
+_ROWS = 15  # of a table that is shown without a click
 
 
 def line(section: Section) -> str:
@@ -133,12 +134,17 @@ def _body(
         yield f'<p>{esc(section.about)} <span class="quiet">{section.seconds:.0f}\xa0s.</span></p>'
         if section.scores:
             yield _scores(section)
-        yield from map(table_html, section.tables)
         for number, one in enumerate(section.pictures):
             yield _picture(one, f"{section.name}-{number}-")
-        if section.samples:
+        for table in section.tables:
+            long = len(table.rows) > _ROWS
+            yield _folded(table.title, [table_html(table)]) if long else table_html(table)
+        samples = [_sample(one) for one in section.samples[:_SAMPLES]]
+        if samples:
             yield "<h3>Samples</h3>"
-        yield from map(_sample, section.samples[:_SAMPLES])
+        yield from samples[:_AT_ONCE]
+        if samples[_AT_ONCE:]:
+            yield _folded(f"{len(samples) - _AT_ONCE} more", samples[_AT_ONCE:])
         yield "</section>"
     if left_out:
         rows = "".join(f"<dt>{esc(name)}<dd>{esc(why)}" for name, why in left_out.items())
@@ -207,6 +213,10 @@ def _wide(title: str, content: str, kind: str = "") -> str:
         f'<div class="wide" role="region" tabindex="0" aria-label="{name}"><table{kind}>'
         f"<caption>{name}</caption>{content}</table></div>"
     )
+
+
+def _folded(title: str, parts: Iterable[str]) -> str:
+    return f"<details><summary>{html.escape(title)}</summary>{''.join(parts)}</details>"
 
 
 def _picture(picture: Picture, prefix: str) -> str:

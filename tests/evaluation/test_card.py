@@ -59,7 +59,7 @@ def sections():
         ("kind", "tokens", "loss"),
         [("dialogue", 12345, "1.204 ± 0.031"), ("A very long name of a kind", 77, "–")],
     )
-    wide = Table("Everything", [f"column {i}" for i in range(12)], [[i / 7 for i in range(12)]] * 3)
+    wide = Table("All of it", [f"column {i}" for i in range(12)], [[i / 7 for i in range(12)]] * 20)
     samples = [
         Sample({"asked": "Where is the cat?\nIn the\tpark?", "said": "<b>It's in the park.</b>",
             "right": "The park"}, True),
@@ -76,7 +76,7 @@ def sections():
             scores,
             [bare_table, table, wide],
             pictures,
-            samples,
+            samples * 2,
             12.3,
         ),
         Section("tasks", "Tasks & <puzzles>", about, scores[1:2], [], [curve("Tasks")], (), 8.0),
@@ -96,6 +96,7 @@ def test_the_page_says_all_that_there_is_and_needs_no_network(card):
     assert "<b>It's" not in page and "&lt;b&gt;It&#x27;s in the park.&lt;/b&gt;" in page
     assert "[0.273, 0.403]" in page and "of 200, chance 0.250, 7 unparsed, 3 truncated" in page
     assert "of 27 in 3 clusters" in page and "Tasks &amp; &lt;puzzles&gt;: scores" in page
+    assert "<summary>All of it</summary>" in page and "<summary>2 more</summary>" in page
     assert "it has no chat template" in page and "20 s" in page
     fetched = re.findall(r'(?:src|href)="[^"#][^"]*', page) + re.findall(r"url\((?!#)[^)]*", page)
     assert fetched == []
@@ -116,6 +117,8 @@ def test_the_json_has_every_item_and_no_number_that_json_lacks(card):
     assert one["error"] is None and one["low"] is None and one["value"] == 1.0
     assert sum(many["items"]) / 200 == many["estimate"]["value"] == 0.335
     assert many["asked"] == digest(range(200)) != digest(range(1, 201))
+    stories = Score("told", share([True] * 3, ["x", "y", "x"]), clusters=[("x", 1), "y", ("x", 1)])
+    assert plain(stories)["clusters"] == [0, 1, 0]
     assert plain({"a": (np.float32(0.5), math.inf)}) == {"a": [0.5, None]}
 
 
