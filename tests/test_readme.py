@@ -54,6 +54,9 @@ SHORTER = {
     "python main.py --config=configs/convert.py": "",
     "python main.py --config=configs/compare_runs.py": "",
     "python main.py --config=configs/plan.py": PLAN,
+    "python main.py --config=configs/evaluate.py": (
+        " --config.suites=language --config.language.documents=20"
+    ),
     "python main.py --config=configs/finetune.py": TRAIN,
     "python main.py --config=configs/align/story_base.py": SMALL.replace("=64", "=256"),
     "python main.py --config=configs/align/story_ppo.py": LEARN + " --config.rollout.prompts=8",
