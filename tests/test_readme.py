@@ -57,6 +57,10 @@ SHORTER = {
     "python main.py --config=configs/evaluate.py": (
         " --config.suites=language --config.language.documents=20"
     ),
+    "python main.py --config=configs/evaluate/emergence.py": " --config.items=8 --config.every=2",
+    "python main.py --config=configs/evaluate/": (
+        " --config.train.steps=10 --config.data.num_documents=400 --config.model.num_layers=1"
+    ),
     "python main.py --config=configs/finetune.py": TRAIN,
     "python main.py --config=configs/align/story_base.py": SMALL.replace("=64", "=256"),
     "python main.py --config=configs/align/story_ppo.py": LEARN + " --config.rollout.prompts=8",
