@@ -63,9 +63,7 @@ class Answers(NamedTuple):
     """What a model makes of questions; [N] of each."""
 
     exact: np.ndarray  # whether the whole answer and its end are what it would write
-    tokens: (
-        np.ndarray
-    )  # share of the answer's tokens that are likeliest, given the right ones before
+    tokens: np.ndarray  # share of the answer's that are likeliest, given the right ones before
     power: np.ndarray  # mean of `tokens` to the power of the answer's length in tokens
     logprob: np.ndarray  # of the right answer, nats per token
     brier: np.ndarray  # of one character, from 0 to 2; NaN where there are no choices
@@ -144,7 +142,8 @@ def _together(found: Mapping[str, tuple[list[Item], Answers]]) -> list[Score]:
     ):
         values = np.concatenate([getattr(a, field) for _, a in found.values()])
         estimate, items = mean(values, names), values.tolist()
-        scores.append(Score(name, estimate, better, about, None, None, None, items, names, asked))
+        kept = {"items": items, "clusters": names, "asked": asked}
+        scores.append(Score(name, estimate, better, about, **kept))
     return scores
 
 
@@ -183,7 +182,8 @@ def corpora(subject: Subject) -> list[str]:
     """What a run was trained on of `lm.data.tasks`: names, as they stand in its `data.path`."""
     path = subject.run.config.get("data", {}).get("path", ())
     paths = path.split(",") if isinstance(path, str) else path
-    return [name for name in paths if name in tasks.NAMES or name == "reversal"]
+    names = [name.strip() for name in paths]
+    return [name for name in names if name in tasks.NAMES or name == "reversal"]
 
 
 def _usual(subject: Subject) -> list[str]:

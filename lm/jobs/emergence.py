@@ -7,12 +7,14 @@ import pathlib
 from typing import Any
 
 import ml_collections
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 import lm
 from lm.config import Path, Positive, Seed, check, view
 from lm.data import tasks
+from lm.evaluation.card import plain
 from lm.evaluation.curves import METRICS, Curve, draw, jump
 from lm.evaluation.emergence import answers, corpora, fits, questions, reversals
 from lm.evaluation.subject import Subject
@@ -56,7 +58,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[dict[str, Any]]
     path = draw(curves, directory / "emergence.png")
     for curve in curves:
         console.print(_table(curve))
-    found = [dataclasses.asdict(curve) for curve in curves]
+    found = [plain(curve) for curve in curves]
     write_json(directory / "emergence.json", found)
     console.print(f"picture: {path}", markup=False, soft_wrap=True)
     return found
@@ -81,7 +83,9 @@ def _followed(job: EmergenceJob, name: str, console: Console) -> list[Curve]:
         else:
             numbers = range(job.items)
             sets[corpus] = [tasks.item(corpus, job.seed, n, held_out=True) for n in numbers]
-    sets = {what: items[: job.items] for what, items in sets.items()}
+    sets = {
+        what: items[:: max(1, len(items) // job.items)][: job.items] for what, items in sets.items()
+    }
     check(
         all(fits(subject, items) for items in sets.values()),
         f"config.runs={name!r}: its context of {subject.max_length} tokens has no room for the "
@@ -101,6 +105,7 @@ def _followed(job: EmergenceJob, name: str, console: Console) -> list[Curve]:
                 f"{label} step {subject.run.step}: {what}: exact match {means['exact']:.3f}, "
                 f"log-likelihood {means['logprob']:.2f}",
                 markup=False,
+                soft_wrap=True,
             )
     return list(curves.values())
 
@@ -115,6 +120,8 @@ def _table(curve: Curve) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     for field, words in METRICS.items():
         values = curve.values(field)
+        if not np.isfinite(values).all():  # such as the Brier score of what has no choices
+            continue
         way = f"{curve.within(field, first, last):.0%}"
         table.add_row(words, f"{values[0]:.3f}", f"{values[-1]:.3f}", way)
     return table
