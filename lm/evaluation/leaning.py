@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lm.config import Count, Path, Positive, check
+from lm.config import ConfigError, Count, Path, Positive, check
 from lm.evaluation import bias, cooccurrence, statistics
 from lm.evaluation import bias_files as files
 from lm.evaluation.card import NotApplicable, Picture, Score, Section, Table, digest, picture
@@ -82,7 +82,12 @@ class BiasSettings:
         )
         for occupation in self.occupations:
             check(bool(occupation.strip()), f"{prefix}.occupations={self.occupations} has an empty")
-        self.read()
+        try:
+            self.read()
+        except ConfigError as error:
+            names = ("weat", "crows", "stereoset", "winobias_pro", "winobias_anti")
+            given = [f"{n}={getattr(self, n)!r}" for n in names if getattr(self, n)]
+            raise ConfigError(f"{prefix}: {', '.join(given)}: {error}") from None
 
     def read(self) -> tuple[list, list, list, list]:
         """What the files hold: association tests, CrowS-Pairs, StereoSet, WinoBias."""
