@@ -55,8 +55,11 @@ PRODUCTS = {
     "zero2,stage=2": {"strategy": "zero2", "mesh.stage": 2},
 }
 WAYS = {name: {"strategy": name} for name in STRATEGIES} | PRODUCTS
-# Models that no config trains, or another trains too, are tried with some.
+# Models that no config trains, or another of their kind with all ways, are tried with some.
 KINDS = {
+    "quickstart": ("zero3,tensor=2", "megatron_3d", "context"),
+    "shakespeare_char": ("zero2,stage=2", "tensor", "context=2,tensor=2"),
+    "translate": ("zero3", "megatron_3d", "context=4", "context=2,tensor=2"),
     "mixture": ("zero3", "expert", "context=4", "zero2,stage=2"),
     "finetune": ("zero3", "megatron_3d", "context"),
     "sft": ("zero3", "context=4", "zero2,stage=2"),
