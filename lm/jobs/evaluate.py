@@ -7,8 +7,7 @@ import importlib
 import pathlib
 import shlex
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import ml_collections
@@ -21,11 +20,12 @@ from lm.evaluation.emergence import TasksSettings
 from lm.evaluation.in_context import InContextSettings
 from lm.evaluation.language import LanguageSettings
 from lm.evaluation.leaning import BiasSettings
-from lm.evaluation.page import line, write_card
+from lm.evaluation.page import CARD, line, write_card
 from lm.evaluation.position import PositionSettings
 from lm.evaluation.reasoning import ReasoningSettings
 from lm.evaluation.subject import Subject
 from lm.evaluation.truth import TruthSettings
+from lm.files import read_json
 from lm.models import costs, param_specs
 from lm.parallel.layout import lay_out
 from lm.parallel.mesh import MeshConfig, batch_ways
@@ -85,18 +85,41 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
       What each suite found, by name.
 
     Raises:
-      ConfigError: no such run or suite, or one of `suites` that the model cannot be asked.
+      ConfigError: no such run or suite, one of `suites` that the model cannot be asked, or a
+        directory that holds another model's card.
     """
     job = view(EvaluateJob, config)
     keep_programs()
     subject = examined(job)
     directory = pathlib.Path(workdir).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
+    about, made_by = facts(subject), command(config)
+    if (directory / CARD).exists():
+        other = read_json(directory / CARD).get("facts", {}).get("directory", "")
+        check(
+            pathlib.Path(other).resolve() == subject.run.directory.resolve(),
+            f"--workdir={workdir} holds the card of {other}, and this one would replace it: name "
+            "another directory",
+        )
     answers = job.harness.cache or str(directory / "harness.jsonl")
     settings = {**vars(job), "harness": dataclasses.replace(job.harness, cache=answers)}
-    found, left_out = measured(subject, settings, job.suites, job.seed)
-    path = write_card(directory, facts(subject), command(config), [*found.values()], left_out)
-    print(f"card: {path}")
+    found: dict[str, Section] = {}
+    left_out: dict[str, str] = {}
+    for name in job.suites or SUITES:
+        measure: Callable[..., Section] = importlib.import_module(SUITES[name]).measure
+        began = time.perf_counter()
+        try:
+            section = measure(subject, settings[name], job.seed)
+        except NotApplicable as reason:
+            if job.suites:
+                raise ConfigError(f"config.suites={name!r}: {reason}") from None
+            left_out[name] = str(reason)
+            continue
+        found[name] = dataclasses.replace(section, seconds=time.perf_counter() - began)
+        print(line(found[name]), flush=True)
+        # What is found stays, whatever becomes of the rest.
+        write_card(directory, about, made_by, [*found.values()], left_out)
+    print(f"card: {write_card(directory, about, made_by, [*found.values()], left_out)}")
     return found
 
 
@@ -141,24 +164,3 @@ def facts(subject: Subject) -> dict[str, str]:
         "made with": f"lm {lm.__version__}, jax {jax.__version__}, {jax.device_count()} × "
         f"{jax.devices()[0].device_kind}",
     }
-
-
-def measured(
-    subject: Subject, settings: Mapping[str, Any], suites: tuple[str, ...], seed: int
-) -> tuple[dict[str, Section], dict[str, str]]:
-    """What each suite finds, and why others were left out."""
-    found: dict[str, Section] = {}
-    left_out: dict[str, str] = {}
-    for name in suites or SUITES:
-        measure: Callable[..., Section] = importlib.import_module(SUITES[name]).measure
-        began = time.perf_counter()
-        try:
-            section = measure(subject, settings[name], seed)
-        except NotApplicable as reason:
-            if suites:
-                raise ConfigError(f"config.suites={name!r}: {reason}") from None
-            left_out[name] = str(reason)
-            continue
-        found[name] = dataclasses.replace(section, seconds=time.perf_counter() - began)
-        print(line(found[name]), flush=True)
-    return found, left_out

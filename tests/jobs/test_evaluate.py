@@ -3,6 +3,7 @@
 import functools
 import json
 import shlex
+import shutil
 from unittest import mock
 
 import jax
@@ -100,3 +101,16 @@ def test_mistakes_are_told_in_a_line(place, words, message):
     code, said, _ = examine(place, *words, out="mistaken")
     assert code == 2 and message in said.splitlines()[-1], said
     assert not (place / "mistaken" / "card.json").exists()
+
+
+def test_what_was_found_stays_where_another_suite_fails(place):
+    code, said, _ = examine(place, *LANGUAGE, "suites=harness", out="half")
+    assert code == 2 and "config.harness.tasks names none" in said
+    card = json.loads((place / "half" / "card.json").read_text())
+    assert [*card["sections"]] == ["language"]
+
+
+def test_a_card_is_not_replaced_by_that_of_another_model(place, examined):
+    shutil.copytree(place / "run", place / "other")
+    code, said, _ = examine(place, *LANGUAGE, f"init_from={place / 'other'}")
+    assert code == 2 and f"holds the card of {place / 'run'}" in said, said
