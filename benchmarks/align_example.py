@@ -225,6 +225,14 @@ def report_stories(seeds):
     for name in seeds[0]["policies"]:
         found = [seed["policies"][name] for seed in seeds]
         print(row(NAMES.get(name, name), [[one[c] for one in found] for c in columns]))
+    # What seeds have in common cancels within a seed: policies begin from the same SFT model.
+    for name in [*NAMES][1:]:
+        more = [s["policies"][name]["gold"] - s["policies"]["sft"]["gold"] for s in seeds]
+        print(
+            "gold of {} over SFT's, seed by seed: {:+.2f} ± {:.2f}".format(
+                NAMES[name], *interval(more)
+            )
+        )
     for pairs in seeds[0]["ranked_right"]:
         right = [seed["ranked_right"][pairs] for seed in seeds]
         print("reward model, {}: {:.3f} ± {:.3f} ranked right".format(pairs, *interval(right)))

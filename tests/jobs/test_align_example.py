@@ -1,6 +1,7 @@
 """The worked example of alignment, as its benchmark runs it; the README's test runs the stories."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -34,10 +35,24 @@ def test_walks_are_learnt_from_examples_and_rewards(tmp_path):
     assert (tmp_path / "align_walks.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_policies_are_judged_by_held_out_questions(tmp_path):
+@pytest.fixture
+def align_example():
     spec = importlib.util.spec_from_file_location("align_example", PATH)
-    align_example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(align_example)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_figures_that_are_shown_are_of_the_configs_and_the_data_that_are_there(align_example):
+    shown = json.loads((tiny_jobs.REPOSITORY / "docs" / "align.json").read_text())
+    assert shown.pop("made_with") == align_example.made_with("stories") and len(shown) == 5
+    readme = (tiny_jobs.REPOSITORY / "README.md").read_text(encoding="utf-8")
+    for policy in ("sft", "ppo", "ppo_free", "dpo", "grpo"):
+        gold = [seed["policies"][policy]["gold"] for seed in shown.values()]
+        assert "| {:.2f} ± {:.2f} |".format(*align_example.interval(gold)) in readme
+
+
+def test_policies_are_judged_by_held_out_questions(tmp_path, align_example):
     talks = train(TokenizerConfig(kind="byte", chat_template="chatml"), [])
     fields = {"tokenizer": talks, "max_length": 768}
     for name, step, head in (("sft", 1, {}), ("ppo", 2, {}), ("reward", 1, {"num_labels": 1})):
