@@ -57,8 +57,8 @@ SHORTER = {
     "python main.py --config=configs/evaluate.py": (
         " --config.suites=language --config.language.documents=20"
     ),
-    "python main.py --config=configs/evaluate/emergence.py": " --config.items=8 --config.every=2",
-    "python main.py --config=configs/evaluate/": (
+    "python main.py --config=configs/emergence/curves.py": " --config.items=8 --config.every=2",
+    "python main.py --config=configs/emergence/": (
         " --config.train.steps=10 --config.data.num_documents=400 --config.model.num_layers=1"
     ),
     "python main.py --config=configs/finetune.py": TRAIN,

@@ -132,9 +132,9 @@ def followed(tmp_path, name):
     """What a user has who trains as a config says, and then follows the run."""
     caches = [f"--config.data.cache_dir={tmp_path}", "--config.train.compilation_cache="]
     for words in (
-        [f"--config=configs/evaluate/{name}.py", *caches, f"--workdir={tmp_path}/{name}"],
+        [f"--config=configs/emergence/{name}.py", *caches, f"--workdir={tmp_path}/{name}"],
         [
-            "--config=configs/evaluate/emergence.py",
+            "--config=configs/emergence/curves.py",
             f"--config.runs={tmp_path}/{name}",
             f"--workdir={tmp_path}/picture",
         ],

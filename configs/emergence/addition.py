@@ -1,13 +1,13 @@
 r"""Three-digit addition, learnt from nothing, with a checkpoint every ten steps to look at.
 
-    python main.py --config=configs/evaluate/addition.py --workdir=runs/addition
-    python main.py --config=configs/evaluate/addition.py --config.model.width=64 \
+    python main.py --config=configs/emergence/addition.py --workdir=runs/addition
+    python main.py --config=configs/emergence/addition.py --config.model.width=64 \
         --workdir=runs/addition_64
-    python main.py --config=configs/evaluate/emergence.py --config.runs=runs/addition \
+    python main.py --config=configs/emergence/curves.py --config.runs=runs/addition \
         --config.runs=runs/addition_64
 
 The model reads "385+747=" and writes the sum, the lowest digit first: "2311". It is asked sums that
-were never trained on (`lm/data/tasks.py`), and configs/evaluate/emergence.py draws what came of it.
+were never trained on (`lm/data/tasks.py`), and configs/emergence/curves.py draws what came of it.
 
 About a minute on two CPU cores. Of 200 held-out sums none is right at step 40, 7 % at step 60, 93 %
 at step 100 and 99 % at the end, at step 150. Of widths 64 and 32, 5 % and 6 % are right then. Other

@@ -1,11 +1,11 @@
 r"""Which jumps survive a smooth metric: every checkpoint of several runs, in one picture.
 
-    python main.py --config=configs/evaluate/addition.py --workdir=runs/addition
-    python main.py --config=configs/evaluate/reversal.py --workdir=runs/reversal
-    python main.py --config=configs/evaluate/emergence.py --config.runs=runs/addition \
+    python main.py --config=configs/emergence/addition.py --workdir=runs/addition
+    python main.py --config=configs/emergence/reversal.py --workdir=runs/reversal
+    python main.py --config=configs/emergence/curves.py --config.runs=runs/addition \
         --config.runs=runs/reversal --workdir=runs/emergence
 
-Runs on the same task are compared by size: train configs/evaluate/addition.py with other widths.
+Runs on the same task are compared by size: train configs/emergence/addition.py with other widths.
 
 The picture, emergence.png (docs/emergence.png has widths 128, 64 and 32, and the reversal curse),
 and emergence.json hold the same answers counted in several ways. The exact match of addition goes
