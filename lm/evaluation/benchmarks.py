@@ -163,7 +163,7 @@ def _alone(name: str) -> bool:
     """
     path = pathlib.Path(name).expanduser()
     if path.is_file():
-        text = path.read_text("utf-8", "replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
         return not any(one.startswith("group:") for one in text.splitlines())
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         near = _meant(name, map(str, path.parent.glob("*.y*ml")))
