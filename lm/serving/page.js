@@ -54,6 +54,7 @@ async function write(path, body, reply, again) {
   notify();
   draw();
   try {
+    if (!$("model").value) await connect(); // who writes at once is faster than the list of models
     const fields = { model: $("model").value, ...body, ...sampling(), stream: true };
     fields.stream_options = { include_usage: true };
     fields.return_token_ids = true;

@@ -111,7 +111,8 @@ def test_local_tasks_come_with_intervals_and_what_was_cut_or_not_understood(plac
     assert examine(place, "tasks=HERE/choice.yaml")[1]["scores"][0] == choice
     assert cache.read_text() == answers
     write_tiny_run(place / "other", steps=(4,), max_length=32)
-    examine(place, "tasks=HERE/choice.yaml", "limit=2", run="other")
+    shared = f"cache={cache}"
+    examine(place, "tasks=HERE/choice.yaml", "limit=2", shared, run="other", out="others")
     assert len(cache.read_text().splitlines()) == 80 + 4
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import shutil
+import time
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -412,11 +413,10 @@ def test_the_server_itself_sends_what_the_page_reads(visit):
         complete(page, "Once")
         before = tokens(page)
         assert len(before) == 12
-        at = next(i for i in range(4, 12) if before[i].strip())  # of a newline nothing is seen
-        page.locator(".token").nth(at).hover()
+        page.locator(".token").nth(7).hover()
         page.locator("#card button", has_text=re.compile("A")).click()  # not an "a" that was drawn
         finished(page)
-        assert tokens(page)[: at + 1] == [*before[:at], "A"] and len(tokens(page)) == at + 13
+        assert tokens(page)[:8] == [*before[:7], "A"] and len(tokens(page)) == 20
         expect(page.get_by_role("navigation", name="Branches").get_by_role("button")).to_have_count(
             2
         )
@@ -425,3 +425,22 @@ def test_the_server_itself_sends_what_the_page_reads(visit):
         page.get_by_role("button", name="Stop").click()
         finished(page)
         until(lambda: not engine.held, PATIENCE)
+
+
+def test_every_token_has_room_of_its_own_where_a_font_would_join_letters(visit):
+    with serving() as (address, engine):
+        engine.says["Once"] = "ff fi ffl\n\n"
+        page = visit(address)
+        complete(page, "Once")
+        boxes = [one.bounding_box()["width"] for one in page.locator(".token").all()]
+        assert len(boxes) == 12 and min(boxes) > 2  # the end is one, too
+
+
+def test_who_writes_before_the_models_are_known_is_answered(visit):
+    with serving() as (address, engine):
+        engine.says["hi\nassistant: "] = "Hello."
+        page = visit(address)
+        page.route("**/v1/models", lambda route: (time.sleep(0.5), route.continue_()))
+        page.reload()
+        send(page, "hi")
+        expect(reply(page).locator(".text")).to_have_text("Hello.")
