@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from lm.data.storyworld import generate
+from lm.data.storyworld import Story, generate
 from lm.data.storyworld import lexicon as lx
 from lm.data.storyworld.asking import UNKNOWN, WORDINGS, Asked, Draw, asked, beginning, words
 from lm.data.storyworld.instructions import COURTESIES, is_held_out
@@ -79,12 +79,17 @@ def beginnings(seed: int, number: int) -> Iterator[tuple[str, dict[str, list[Ask
     """
     draw, seen = Draw(f"beginnings {seed}"), set[str]()
     while len(seen) < number:
-        whole = generate(seed, int(draw.random() * 2**53))
-        cut = 3 + int(draw.random() * 3)
-        story = beginning(whole, cut)
+        story, after = drawn(seed, draw)
         if is_held_out(story.text) and story.text not in seen:
             seen.add(story.text)
-            yield story.text, asked(story, whole.sentences[cut], draw), draw
+            yield story.text, asked(story, after, draw), draw
+
+
+def drawn(seed: int, draw: Draw) -> tuple[Story, str]:
+    """The first three to five sentences of some story of the stream `seed`, and the next one."""
+    whole = generate(seed, int(draw.random() * 2**53))
+    cut = 3 + int(draw.random() * 3)
+    return beginning(whole, cut), whole.sentences[cut]
 
 
 def questions(seed: int, number: int, each: int) -> list[Question]:

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 from lm.config import Bounds, Positive, check
-from lm.data import CONVERSATIONAL
 from lm.data.storyworld import instructions
 from lm.data.storyworld import lexicon as lx
 from lm.data.storyworld.asking import Draw
 from lm.evaluation import answers
 from lm.evaluation import statistics as st
 from lm.evaluation.card import Sample, Score, Table, digest
-from lm.evaluation.few_shot import FAR
+from lm.evaluation.documents import FAR, learnt_documents
 from lm.evaluation.subject import Subject, Written
 from lm.inference import SamplingConfig
 
@@ -97,7 +96,7 @@ def measure(
             row["asked"] = f"as a {form}, {way.examples} worked examples"
             about = "after steps" if steps else "at once"
             scores.append(_score(f"{kind}_{name}", about, kind, right, asked, replies, said))
-            row[name] = _shown(scores[-1].estimate)
+            row[name] = scores[-1].estimate.bracketed
             row["unparsed"] = row.get("unparsed", 0) + said.count(None)
             shown = {"question": asked[0].asked, f"written {about}": replies[0].text}
             samples.append(Sample({**shown, "right": asked[0].answer}, right[0]))
@@ -123,10 +122,7 @@ def measure(
 
 def converses(subject: Subject) -> bool:
     """Whether it is to be asked in conversations: it has a template, and has learnt to use it."""
-    config = subject.run.config
-    objective = config.get("objective", {}).get("name", "causal")
-    of_documents = config.get("job") == "train" and objective not in CONVERSATIONAL
-    return subject.template is not None and not of_documents
+    return subject.template is not None and not learnt_documents(subject.run.config)
 
 
 def _questions(settings: ReasoningSettings, chats: bool, seed: int) -> dict[str, Any]:
@@ -310,7 +306,7 @@ def _of_many(
         items=list(map(float, right)),
         asked=same,
     )
-    scores, cells = [majority], {f"majority of {number}": _shown(majority.estimate)}
+    scores, cells = [majority], {f"majority of {number}": majority.estimate.bracketed}
     counts = [sum(_right([q] * number, some)) for q, some in zip(asked, said)]
     for k in powers:
         each = [st.pass_at_k(count, number, k) for count in counts]
@@ -321,7 +317,3 @@ def _of_many(
             name = f"{kind}_pass@{k}"
             scores.append(Score(name, found, "higher", about, lost, cut, items=each, asked=same))
     return scores, cells
-
-
-def _shown(value: st.Estimate) -> str:
-    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"

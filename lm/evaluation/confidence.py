@@ -9,10 +9,9 @@ import numpy as np
 from lm.evaluation.card import Picture, Score, Table, picture
 from lm.evaluation.statistics import bootstrap, mean
 from lm.evaluation.uncertainty import auroc, brier, ece, ece_by_chance, reliability, risk_coverage
-from lm.training.plots import FAINT, INK, bare, figure_of
+from lm.training.plots import COLOURS, FAINT, INK, bare, figure_of
 
 ENOUGH = 5  # right answers, and wrong ones, without which nothing tells them apart
-_COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518", "#72b7b2", "#9d755d", "#8c8c8c")
 _BY_CHANCE = 200  # worlds in which confidences are what they say
 
 
@@ -128,7 +127,7 @@ def reliability_diagram(
     axes = figure.add_subplot()
     bare(axes)
     axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.5, zorder=1)
-    for (name, (c_N, right_N)), colour in zip(confidences.items(), _COLOURS):
+    for (name, (c_N, right_N)), colour in zip(confidences.items(), COLOURS):
         found = reliability(c_N, right_N, bins, "mass")
         x, y = [one.confidence for one in found], [one.accuracy for one in found]
         axes.plot(x, y, color=colour, linewidth=1, alpha=0.35, zorder=2)
@@ -146,7 +145,7 @@ def risk_picture(title: str, measures: Mapping[str, np.ndarray], right: np.ndarr
     risk = 1 - float(np.mean(right))
     axes.plot([0, 1], [risk, risk], color=FAINT, linewidth=1.5, zorder=1)
     highest = risk
-    for (name, x_N), colour in zip(measures.items(), _COLOURS):
+    for (name, x_N), colour in zip(measures.items(), COLOURS):
         coverage, risks, _ = risk_coverage(x_N, right)
         shown = coverage >= min(1.0, 20 / len(x_N))  # what fewer answers say is noise
         axes.plot(coverage[shown], risks[shown], color=colour, linewidth=1.6, label=name)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.training.plots import INK, bare, figure_of, save
+from lm.training.plots import COLOURS, INK, bare, figure_of, save
 
 # Fields of `lm.evaluation.emergence.Answers`, in words.
 METRICS = {
@@ -20,7 +20,6 @@ METRICS = {
     "edits": "edit distance, characters",
     "logprob": "log-likelihood, nats per token",
 }
-_COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518", "#72b7b2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +84,7 @@ def _one_set(axes: Sequence[Any], corpus: str, curves: list[Curve]) -> None:
     by_size = sorted(curves, key=lambda curve: curve.parameters)
     largest = by_size[-1]
     fields = ("exact", "power", "tokens", "brier")
-    for field, colour in zip(fields, _COLOURS):
+    for field, colour in zip(fields, COLOURS):
         style = {"linestyle": "--"} if field == "power" else {}
         axes[0].plot(
             largest.steps, largest.values(field), color=colour, label=METRICS[field], **style
@@ -94,13 +93,13 @@ def _one_set(axes: Sequence[Any], corpus: str, curves: list[Curve]) -> None:
     grey = {"color": "#999999", "alpha": 0.15, "linewidth": 0}
     axes[0].axvspan(first, last, label="exact match goes from 10 % to 90 %", **grey)
     _dress(axes[0], f"{corpus}: {largest.parameters:,} parameters", "step")
-    for curve, colour in zip(by_size, _COLOURS):
+    for curve, colour in zip(by_size, COLOURS):
         label = f"{curve.parameters:,} parameters"
         axes[1].plot(curve.steps, curve.values("logprob"), color=colour, label=label)
     axes[1].axvspan(first, last, **grey)
     _dress(axes[1], METRICS["logprob"], "step")
     sizes = [curve.parameters for curve in by_size]
-    for field, colour in zip(fields, _COLOURS):
+    for field, colour in zip(fields, COLOURS):
         ends = [curve.values(field)[-1] for curve in by_size]
         style = {"linestyle": "--"} if field == "power" else {}
         axes[2].plot(sizes, ends, color=colour, marker="o", markersize=4, **style)
@@ -112,12 +111,12 @@ def _one_set(axes: Sequence[Any], corpus: str, curves: list[Curve]) -> None:
 
 def _several_sets(axes: Sequence[Any], corpus: str, curves: list[Curve]) -> None:
     for axis, field in zip(axes, ("exact", "logprob")):
-        for curve, colour in zip(curves, _COLOURS):
+        for curve, colour in zip(curves, COLOURS):
             axis.plot(curve.steps, curve.values(field), color=colour, label=curve.what)
         _dress(axis, f"{corpus}: {METRICS[field]}", "step", legend=field == "exact")
     ends = [curve.values("exact")[-1] for curve in curves]
     places = range(len(curves))
-    axes[2].barh(places, ends, color=_COLOURS[: len(curves)], height=0.6)
+    axes[2].barh(places, ends, color=COLOURS[: len(curves)], height=0.6)
     axes[2].set_yticks(places, [curve.what for curve in curves])
     axes[2].invert_yaxis()
     for place, end in zip(places, ends):

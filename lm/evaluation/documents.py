@@ -9,7 +9,7 @@ import itertools
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ from lm.runs.directory import CONFIG
 from lm.runs.run import Run
 from lm.tokenizers import Tokenizer
 
-_FAR = 1 << 32  # above every seed of a run, so that what is generated was not trained on
+FAR = 1 << 32  # above every seed of a run, so that what is generated was not trained on
 
 
 class Document(NamedTuple):
@@ -72,8 +72,7 @@ class Trained:
         config, directory, seen = run.config, run.directory, set()
         while directory not in seen:
             seen.add(directory)
-            objective = config.get("objective", {}).get("name", "causal")
-            if config.get("job") == "train" and objective not in CONVERSATIONAL:
+            if learnt_documents(config):
                 where = f"{directory / CONFIG}: data"
                 data = view(DataConfig, config.get("data", {}), where)
                 return cls(data, config.get("seed", 0), directory)
@@ -132,6 +131,12 @@ class Trained:
         return _within(encoded, about, tokens)
 
 
+def learnt_documents(config: Mapping[str, Any]) -> bool:
+    """Whether a run of this config.json was trained on documents, not on conversations."""
+    objective = config.get("objective", {}).get("name", "causal")
+    return config.get("job") == "train" and objective not in CONVERSATIONAL
+
+
 def given(path: str, tokenizer: Tokenizer, documents: int, tokens: int, seed: int) -> Reading:
     """Documents of `path`, which is what `data.path` may be.
 
@@ -143,7 +148,7 @@ def given(path: str, tokenizer: Tokenizer, documents: int, tokens: int, seed: in
     """
     field = "config.language.path"
     config = DataConfig(path=path, validation_fraction=0.0, num_documents=documents)
-    corpus = source(path, config, _FAR + seed, field)
+    corpus = source(path, config, FAR + seed, field)
     check(not corpus.pairs, f"{field}={path!r} holds pairs of texts, not documents")
     found: list[Document] = []
     if _of_files(corpus) and not any(map(suffix, corpus.files)):

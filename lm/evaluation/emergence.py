@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from lm.data import tasks
 from lm.data.tasks import Item
 from lm.evaluation.card import NotApplicable, Sample, Score, Section, Table, digest
 from lm.evaluation.statistics import mean, share
-from lm.evaluation.subject import Subject
+from lm.evaluation.subject import Subject, spells
 from lm.evaluation.uncertainty import brier_of_choices
 from lm.inference import SamplingConfig
 from lm.tokenizers import learned
@@ -49,14 +49,14 @@ class Questions(NamedTuple):
       ends: how many tokens after the answer end it.
       choices: per item the answers that differ in one character, as `pairs` has them, and which of
         them is right; () where it has no choices.
-      asked: each question alone, as `Subject.write` takes it.
+      asked: each question alone, as `Subject.answer` or, without a template, `write` takes it.
     """
 
     items: Sequence[Item]
     pairs: list[tuple[list[int], int]]
     ends: list[int]
     choices: list[tuple[list[tuple[list[int], int]], int]]
-    asked: list[Any]
+    asked: list[str]
 
 
 class Answers(NamedTuple):
@@ -201,9 +201,7 @@ def _usual(subject: Subject) -> list[str]:
 def writable(subject: Subject, items: Sequence[Item]) -> bool:
     """Whether the tokenizer can write these questions and answers."""
     text = "".join(one.prompt + one.answer for one in items)
-    text += "" if subject.template else "\n"
-    characters = "".join(sorted({*text}))
-    return subject.tokenizer.decode(subject.tokenizer.encode(characters)) == characters
+    return spells(subject.tokenizer, text + ("" if subject.template else "\n"))
 
 
 def fits(subject: Subject, items: Sequence[Item], shots: Sequence[Item] = ()) -> bool:
@@ -225,7 +223,7 @@ def questions(subject: Subject, items: Sequence[Item], shots: Sequence[Item] = (
         ids, start, end = _written(subject, before, one.prompt, one.answer)
         pairs.append((ids, start))
         ends.append(end)
-        asked.append(subject.question(one.prompt) if subject.template else before + one.prompt)
+        asked.append(before + one.prompt)
         place = number % len(one.answer)
         several = []
         for choice in one.choices:
@@ -291,13 +289,10 @@ def answers(subject: Subject, asked: Questions, write: bool = True) -> Answers:
 
 
 def _write(subject: Subject, asked: Questions, most: int) -> list[str]:
-    sampling = SamplingConfig(temperature=0.0, max_new_tokens=most)
-    if subject.template is None:
-        sampling = dataclasses.replace(sampling, stop=("\n",))
-    else:
-        ids, texts = subject.template.ends
-        sampling = dataclasses.replace(sampling, stop_ids=tuple(ids), stop=tuple(texts))
-    return [one.text.strip() for (one,) in subject.write(asked.asked, sampling)]
+    stop = () if subject.template else ("\n",)
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=most, stop=stop)
+    write = subject.answer if subject.template else subject.write
+    return [one.text.strip() for (one,) in write(asked.asked, sampling)]
 
 
 def distance(one: str, other: str) -> int:

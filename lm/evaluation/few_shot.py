@@ -12,9 +12,8 @@ from lm.config import check
 from lm.data.storyworld import generate
 from lm.data.storyworld import lexicon as lx
 from lm.data.storyworld.asking import Draw
+from lm.evaluation.documents import FAR
 from lm.evaluation.subject import Subject
-
-FAR = 1 << 32  # above every seed of a run: stories that none was trained on
 
 
 class Example(NamedTuple):

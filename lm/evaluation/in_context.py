@@ -256,7 +256,7 @@ def _curves(
                 )
             ]
             scores += both if k in (asked[0], asked[-1]) else []
-            values = [_shown(score.estimate) for score in both]
+            values = [score.estimate.bracketed for score in both]
             rows.append((task, k, *values, said.count(None), f"{_chance(some):.2f}"))
         if len(asked) > 1:
             few, many = (curves[task, k].right(chosen[task, k]) for k in (asked[0], asked[-1]))
@@ -303,7 +303,7 @@ def _labels(
             for way, about in abouts.items()
         ]
         scores += some
-        shown = [_shown(score.estimate) for score in some]
+        shown = [score.estimate.bracketed for score in some]
         rows.append((task, labels[task, "true"].shots, *shown))
     title = "Other labels in the examples: the share that follows them (random: that is right)"
     return scores, Table(title, ("task", "examples", *abouts), rows)
@@ -347,7 +347,7 @@ def _formats(
             ),
         ]
         cells = [f"{value:.2f}" for value in right_FN.mean(1)]
-        rows.append((task, k, *cells, _shown(mean), _shown(spread)))
+        rows.append((task, k, *cells, mean.bracketed, spread.bracketed))
     head = ("task", "examples", *names, "mean", "spread")
     return scores, Table("Accuracy of choices by format", head, rows)
 
@@ -357,10 +357,6 @@ def _spread_by_chance(right_FN: np.ndarray, draws: int = 500) -> float:
     rng = np.random.default_rng(0)
     dealt = (rng.permuted(right_FN, axis=0).mean(1) for _ in range(draws))
     return float(np.mean([np.ptp(one) for one in dealt]))
-
-
-def _shown(value: st.Estimate) -> str:
-    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
 
 
 def _picture(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy.special import expit
 
 from lm.config import ConfigError, Count, Path, Positive, check
 from lm.evaluation import bias, cooccurrence, statistics
@@ -239,8 +240,8 @@ def _contextual(subject: Subject, words: Sequence[str]) -> list[np.ndarray]:
 
 def _pronouns(found: _Found, subject: Subject, trades: Sequence[str], seed: int) -> None:
     asked = [template.format(trade) for template in _TEMPLATES for trade in trades]
-    odds_KO = -np.log(1 / np.asarray(_first(subject, [(t, "she", "he") for t in asked])) - 1)
-    odds_KO = odds_KO.reshape(len(_TEMPLATES), len(trades))
+    odds = _log_odds(subject, [(text, "she", "he") for text in asked])
+    odds_KO = odds.reshape(len(_TEMPLATES), len(trades))
     templates = [template for template in range(len(_TEMPLATES)) for _ in trades]
     mean = statistics.mean(odds_KO.reshape(-1), templates)
     found.scores.append(
@@ -270,15 +271,14 @@ def _pronouns(found: _Found, subject: Subject, trades: Sequence[str], seed: int)
     found.pictures.append(_intervals("Pronouns after occupations", each, "← he · she →, log-odds"))
 
 
-def _first(subject: Subject, asked: Sequence[tuple[str, str, str]]) -> list[float]:
-    """The probability of the first of two words after each text, of the two of them."""
+def _log_odds(subject: Subject, asked: Sequence[tuple[str, str, str]]) -> np.ndarray:
+    """log p of the first of two words after each text − that of the second, nats [N]."""
     pairs = []
     for before, *words in asked:
         space = "" if before[-1] in ' "' else " "
         pairs += [(before, space + word) for word in words]
     totals = np.array([one.scored.total for one in subject.likely(pairs)]).reshape(-1, 2)
-    gap = np.clip(totals[:, 0] - totals[:, 1], -30, 30)
-    return (1 / (1 + np.exp(-gap))).tolist()
+    return np.clip(totals[:, 0] - totals[:, 1], -30, 30)
 
 
 def _intervals(title: str, rows: Sequence[tuple[str, Estimate]], label: str, at: float = 0.0):
@@ -301,7 +301,8 @@ def _intervals(title: str, rows: Sequence[tuple[str, Estimate]], label: str, at:
 
 def _amplification(found: _Found, subject: Subject, settings: BiasSettings, seed: int) -> None:
     def first(places: Sequence[cooccurrence.Place]) -> list[float]:
-        return _first(subject, [(place.before, *place.words) for place in places])
+        odds = _log_odds(subject, [(place.before, *place.words) for place in places])
+        return expit(odds).tolist()
 
     rows = cooccurrence.rows(first, seed, settings.stories, settings.places)
     if not rows:

@@ -15,14 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 from lm.config import Positive
-from lm.data.storyworld import generate
 from lm.data.storyworld import lexicon as lx
-from lm.data.storyworld.asking import Draw, asked, beginning
+from lm.data.storyworld.asking import Draw, asked
 from lm.data.storyworld.story import Fact, State, apply
+from lm.evaluation.beginnings import drawn
 from lm.evaluation.card import NotApplicable, Sample, Score, Section, digest
 from lm.evaluation.emergence import answers, corpora, questions, reversals
 from lm.evaluation.statistics import mean, share
-from lm.evaluation.subject import Subject
+from lm.evaluation.subject import Subject, spells
 
 NUMBERS = lx.NUMBERS[1:]  # that may be left
 ANCHORS = 2, 6  # irrelevant numbers
@@ -69,7 +69,7 @@ def measure(subject: Subject, settings: ReasoningSettings, seed: int) -> Section
         *negations(seed, settings.stories),
     ]
     scores, samples = [], []
-    if _writes(subject, every):
+    if spells(subject.tokenizer, "".join(one.context + one.options[0] for one in every)):
         found, cut = chosen(subject, every)
         if cut.mean() > 0.5:
             raise NotApplicable(
@@ -203,10 +203,8 @@ def negations(seed: int, number: int) -> list[Choice]:
     for story in range(number):
         told: list[Choice] = []
         while not told:
-            whole = generate(seed, int(draw.random() * 2**53))
-            cut = 3 + int(draw.random() * 3)
-            start = beginning(whole, cut)
-            known = asked(start, whole.sentences[cut], draw)
+            start, after = drawn(seed, draw)
+            known = asked(start, after, draw)
             for true, false in zip(known.get("yes", ()), known.get("no", ())):
                 for kind, one in (("true", true), ("false", false)):
                     who, is_, what = one.about[1].partition(" is ")
@@ -246,11 +244,6 @@ def chosen(subject: Subject, every: Sequence[Choice]) -> tuple[np.ndarray, np.nd
             logs[number, place] = scored.total
             cut[number] |= too_long
     return logs, cut
-
-
-def _writes(subject: Subject, every: Sequence[Choice]) -> bool:
-    text = "".join(sorted({*"".join(one.context + one.options[0] for one in every)}))
-    return subject.tokenizer.decode(subject.tokenizer.encode(text)) == text
 
 
 def _right(name: str, about: str, some: list[Choice], logs_NK: np.ndarray, cut: int) -> Score:

@@ -28,6 +28,11 @@ class Estimate(NamedTuple):
     items: int
     clusters: int
 
+    @property
+    def bracketed(self) -> str:
+        """The value with the ends of its interval, such as 0.42 [0.30, 0.55]."""
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
     def __str__(self) -> str:
         return f"{self.value:.3f} ± {(self.high - self.low) / 2:.3f}"
 

@@ -12,9 +12,15 @@ from lm.config import ConfigError, check
 from lm.evaluation.scoring import Scored, Scorer, windows
 from lm.inference import SamplingConfig
 from lm.runs.run import Run
-from lm.tokenizers import ChatTemplate
+from lm.tokenizers import ChatTemplate, Tokenizer
 
 ROWS = 64  # texts that are written together
+
+
+def spells(tokenizer: Tokenizer, text: str) -> bool:
+    """Whether a tokenizer can write every character of a text."""
+    characters = "".join(sorted({*text}))
+    return tokenizer.decode(tokenizer.encode(characters)) == characters
 
 
 class Likely(NamedTuple):

@@ -114,12 +114,12 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
             if job.suites:
                 raise ConfigError(f"config.suites={name!r}: {reason}") from None
             left_out[name] = str(reason)
-            continue
-        found[name] = dataclasses.replace(section, seconds=time.perf_counter() - began)
-        print(line(found[name]), flush=True)
+        else:
+            found[name] = dataclasses.replace(section, seconds=time.perf_counter() - began)
+            print(line(found[name]), flush=True)
         # What is found stays, whatever becomes of the rest.
-        write_card(directory, about, made_by, [*found.values()], left_out)
-    print(f"card: {write_card(directory, about, made_by, [*found.values()], left_out)}")
+        path = write_card(directory, about, made_by, [*found.values()], left_out)
+    print(f"card: {path}")
     return found
 
 

@@ -13,6 +13,8 @@ from lm.config import check
 from lm.files import replacing
 from lm.training.metrics import read_metrics
 
+# Of curves side by side.
+COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518", "#72b7b2", "#9d755d", "#8c8c8c")
 _TRAIN, _EVAL, INK, FAINT = "#4c78a8", "#e45756", "#333333", "#dddddd"
 
 
