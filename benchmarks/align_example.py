@@ -83,8 +83,8 @@ def made_with(task):
             module, _, line = LINES[path].rpartition(".")
             make = getattr(importlib.import_module(module), line)
             parts.append([make(0, number, False) for number in range(20)])
-    said = json.dumps(parts, sort_keys=True, default=str).encode()
-    return hashlib.blake2b(said, digest_size=8).hexdigest()
+    said = json.dumps(parts, sort_keys=True, default=str).replace(f"{ROOT}/", "")
+    return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
 
 def climb(task, seed, directory, more):
