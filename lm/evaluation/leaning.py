@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.special import expit
@@ -17,6 +18,7 @@ from lm.evaluation.documents import Trained
 from lm.evaluation.statistics import Estimate
 from lm.evaluation.subject import Subject
 from lm.inference import embed
+from lm.tokenizers import Tokenizer
 from lm.training.plots import FAINT, INK, bare, figure_of
 
 # The words of the stories: girls' and boys' names, and what one may associate with them.
@@ -32,7 +34,7 @@ STORY_SETS = (
     files.Sets("names, feelings and deeds", _GIRLS, _BOYS, _FEELINGS, _DEEDS),
     files.Sets("names, inside and outside", _GIRLS, _BOYS, _INSIDE, _OUTSIDE),
 )
-_PAIRS = tuple(zip(_WOMEN, _MEN))
+PAIRS = tuple(zip(_WOMEN, _MEN))
 # The occupations of WinoBias (Zhao et al. 2018, table 1): half those of women in the United States.
 OCCUPATIONS = (
     *("attendant", "cashier", "teacher", "nurse", "assistant", "secretary", "auditor", "cleaner"),
@@ -160,7 +162,7 @@ def _associations(
     rows = []
     for kind, vectors in (("embeddings", _embeddings), ("in context", _contextual)):
         words = sorted({word for one in sets for some in one[1:] for word in some})
-        words = [*words, *(word for pair in _PAIRS for word in pair if word not in words)]
+        words = [*words, *(word for pair in PAIRS for word in pair if word not in words)]
         of = dict(zip(words, vectors(subject, words)))
         for one in sets:
             x, y, a, b = (np.stack([of[word] for word in some]) for some in one[1:])
@@ -192,14 +194,14 @@ def _direction(
 ) -> list[Score]:
     """How much of their pairs' variance one direction explains, and whether names follow it."""
     rng = np.random.default_rng(seed)
-    axis, share = bias.direction([(of[one], of[other]) for one, other in _PAIRS])
-    words = sorted({*others} - {word for pair in _PAIRS for word in pair})
+    axis, share = bias.direction([(of[one], of[other]) for one, other in PAIRS])
+    words = sorted({*others} - {word for pair in PAIRS for word in pair})
     by_chance = []
-    if len(words) >= 2 * len(_PAIRS):
+    if len(words) >= 2 * len(PAIRS):
         for _ in range(200):
-            drawn = rng.permutation(words)[: 2 * len(_PAIRS)].reshape(-1, 2)
+            drawn = rng.permutation(words)[: 2 * len(PAIRS)].reshape(-1, 2)
             by_chance.append(bias.direction([(of[a], of[b]) for a, b in drawn])[1])
-    single = Estimate(share, math.nan, -math.inf, math.inf, len(_PAIRS), 1)
+    single = Estimate(share, math.nan, -math.inf, math.inf, len(PAIRS), 1)
     chance = float(np.mean(by_chance)) if by_chance else None
     about = "share of its pairs' variance; chance: of as many pairs of other words"
     scores = [Score(f"she–he direction, {kind}", single, about=about, chance=chance)]
@@ -220,10 +222,13 @@ def _direction(
 
 
 def _embeddings(subject: Subject, words: Sequence[str]) -> list[np.ndarray]:
-    """The mean of the input embeddings of each word's tokens, as the word stands in a text."""
-    table_VD = subject.run.params["embedding.tokens"]
-    space = "" if subject.tokenizer.drops_first_space else " "
-    ids = [subject.tokenizer.encode(space + word) for word in words]
+    return word_vectors(subject.run.params["embedding.tokens"], subject.tokenizer, words)
+
+
+def word_vectors(table_VD: Any, tokenizer: Tokenizer, words: Sequence[str]) -> list[np.ndarray]:
+    """The mean of the embeddings [D] of each word's tokens, as the word stands in a text."""
+    space = "" if tokenizer.drops_first_space else " "
+    ids = [tokenizer.encode(space + word) for word in words]
     flat = np.asarray(table_VD[np.concatenate([np.asarray(one) for one in ids])], np.float32)
     ends = np.cumsum([len(one) for one in ids])[:-1]
     return [part.mean(0) for part in np.split(flat, ends)]

@@ -6,9 +6,11 @@ import html
 import math
 import pathlib
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from lm.config import changed
 from lm.evaluation.card import Picture, Sample, Score, Section, Table, plain
 from lm.files import replacing, write_json
 
@@ -43,11 +45,52 @@ def write_card(
       sections: what was found.
       left_out: suites that the model cannot be asked, and why.
     """
-    sections_of = {section.name: plain(section) for section in sections}
-    card = {"facts": dict(facts), "command": command, "sections": sections_of}
-    write_json(directory / CARD, {**card, "left_out": dict(left_out), **metadata(facts, sections)})
     title = f"{facts['model']}: what it can and cannot do"
-    return write_page(directory / "card.html", title, _body(facts, command, sections, left_out))
+    more = metadata(facts, sections)
+    about = (
+        "What it can and cannot do, measured. Brackets are 95 % intervals; where items share a "
+        "story or a template, clustered."
+    )
+    page = directory / "card.html"
+    return write_report(page, title, about, facts, command, sections, left_out, more)
+
+
+def write_report(
+    path: pathlib.Path,
+    title: str,
+    about: str,
+    facts: Mapping[str, str],
+    command: str,
+    sections: Sequence[Section],
+    left_out: Mapping[str, str] | None = None,
+    more: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+    """Writes sections as a page and, beside it, as JSON of the same name; returns the page's path.
+
+    Args:
+      path: of the page, `NAME.html`.
+      title, about: of the page, in words; its heading is `facts["model"]`.
+      facts, command, sections, left_out: as of `write_card`.
+      more: what else the JSON is to have.
+    """
+    found = {
+        "facts": dict(facts),
+        "command": command,
+        "sections": {section.name: plain(section) for section in sections},
+        "left_out": dict(left_out or {}),
+    }
+    write_json(path.with_suffix(".json"), {**found, **(more or {})})
+    return write_page(path, title, _body(about, facts, command, sections, left_out or {}))
+
+
+def made_by(file: str, job: Any) -> str:
+    """The command that makes a page again: the config's file, and fields unlike the job's own."""
+    words = [
+        f"--{name}={one}"
+        for name, value in changed(job, type(job)())
+        for one in (value if isinstance(value, tuple) else (value,))
+    ]
+    return shlex.join(["python", "main.py", f"--config={file}", *words])
 
 
 def write_page(path: pathlib.Path, title: str, body: Iterable[str]) -> pathlib.Path:
@@ -113,14 +156,14 @@ def notes(score: Score) -> str:
 
 
 def _body(
+    about: str,
     facts: Mapping[str, str],
     command: str,
     sections: Sequence[Section],
     left_out: Mapping[str, str],
 ) -> Iterator[str]:
     esc = html.escape
-    yield f"<h1>{esc(facts['model'])}</h1><p>What it can and cannot do, measured. "
-    yield "Brackets are 95 % intervals; where items share a story or a template, clustered.</p><dl>"
+    yield f"<h1>{esc(facts['model'])}</h1><p>{esc(about)}</p><dl>"
     for name, value in facts.items():
         yield f"<dt>{esc(name)}<dd>{esc(value)}"
     seconds = sum(section.seconds for section in sections)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pathlib
-import shlex
 import time
 from collections.abc import Callable
 
@@ -13,14 +12,14 @@ import jax
 import ml_collections
 
 import lm
-from lm.config import ConfigError, Path, Seed, changed, check, check_choice, view
+from lm.config import ConfigError, Path, Seed, check, check_choice, view
 from lm.evaluation.benchmarks import HarnessSettings
 from lm.evaluation.card import NotApplicable, Section
 from lm.evaluation.emergence import TasksSettings
 from lm.evaluation.in_context import InContextSettings
 from lm.evaluation.language import LanguageSettings
 from lm.evaluation.leaning import BiasSettings
-from lm.evaluation.page import CARD, line, write_card
+from lm.evaluation.page import CARD, line, made_by, write_card
 from lm.evaluation.position import PositionSettings
 from lm.evaluation.reasoning import ReasoningSettings
 from lm.evaluation.subject import Subject
@@ -138,12 +137,7 @@ def examined(job: EvaluateJob) -> Subject:
 
 def command(config: ml_collections.ConfigDict) -> str:
     """What makes this card again: the fields that differ from the job's own."""
-    words = [
-        f"--{name}={one}"
-        for name, value in changed(view(EvaluateJob, config), EvaluateJob())
-        for one in (value if isinstance(value, tuple) else (value,))
-    ]
-    return shlex.join(["python", "main.py", "--config=configs/evaluate.py", *words])
+    return made_by("configs/evaluate.py", view(EvaluateJob, config))
 
 
 def facts(subject: Subject) -> dict[str, str]:
