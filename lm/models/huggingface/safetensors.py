@@ -14,7 +14,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -209,7 +209,7 @@ def write(
     coming = iter(tensors)
     try:
         for file, sizes in zip(files, shards):
-            _write_file(file, {name: shapes[name] for name in sizes}, dtype, coming)
+            write_file(file, {name: shapes[name] for name in sizes}, dtype, coming)
         if count > 1:
             total = sum(sum(sizes.values()) for sizes in shards)
             places = {name: file.name for file, sizes in zip(files, shards) for name in sizes}
@@ -220,7 +220,13 @@ def write(
     return files
 
 
-def _write_file(file, shapes, dtype: str, coming) -> None:
+def write_file(
+    file: pathlib.Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    coming: Iterator[tuple[str, np.ndarray]],
+) -> None:
+    """Writes one file of the next tensors that come; arguments and errors as of `write`."""
     name_there = _NAMES[dtype]
     itemsize, header, end = DTYPES[name_there].itemsize, {}, 0
     for name, shape in shapes.items():
