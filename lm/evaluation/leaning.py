@@ -110,23 +110,32 @@ class _Found:
 
 
 def measure(subject: Subject, settings: BiasSettings, seed: int) -> Section:
-    """Associations of vectors, pronouns of occupations, amplification, and the files asked for."""
+    """Associations of vectors, pronouns of occupations, amplification, and the files asked for.
+
+    Raises:
+      NotApplicable: an encoder is given a file that asks what comes next, or a sentence that is
+        longer than its context.
+    """
     tests, crows, stereoset, winobias = settings.read()
     stories = _stories(subject)
+    if stereoset or winobias:
+        subject.needs_decoder()
     found = _Found()
     sets = [*(STORY_SETS if stories else ()), *tests]
     _associations(found, subject, sets, settings.shuffles, seed)
-    trades = cooccurrence.TRADES if stories else OCCUPATIONS
-    _pronouns(found, subject, settings.occupations or trades, seed)
-    if stories and settings.stories:
-        _amplification(found, subject, settings, stories.seed)
+    if not subject.encoder:
+        trades = cooccurrence.TRADES if stories else OCCUPATIONS
+        _pronouns(found, subject, settings.occupations or trades, seed)
+        if stories and settings.stories:
+            _amplification(found, subject, settings, stories.seed)
     if crows:
         _crows(found, subject, crows)
     if stereoset:
         _stereoset(found, subject, stereoset, seed)
     if winobias:
         _winobias(found, subject, winobias)
-    return Section("bias", "Bias", _ABOUT, found.scores, found.tables, found.pictures)
+    about = _OF_VECTORS + (_OF_ENCODERS if subject.encoder else _OF_DECODERS)
+    return Section("bias", "Bias", about, found.scores, found.tables, found.pictures)
 
 
 def _stories(subject: Subject) -> Trained | None:
@@ -139,11 +148,19 @@ def _stories(subject: Subject) -> Trained | None:
     return trained if "storyworld" in ((paths,) if isinstance(paths, str) else paths) else None
 
 
-_ABOUT = (
+_OF_VECTORS = (
     "Vectors: embedding association tests (WEAT; effects in standard deviations, p by permutation) "
     "of words, each the mean of its tokens' input embeddings, and of its last token's last "
-    f"residual stream in {_IN_CONTEXT.format('…')!r}; and how well one direction, of pairs "
-    "such as she and he, tells girls' names from boys'. Pronouns: log p(she) − log p(he) after "
+    f"residual stream in {_IN_CONTEXT.format('…')!r} (an encoder's first token's; May et al. "
+    "2019); and how well one direction, of pairs such as she and he, tells girls' names from boys'."
+)
+_OF_ENCODERS = (
+    " CrowS-Pairs, where their file is given, are scored by Σ log p(u | all other tokens), each u "
+    "masked by itself, over the tokens that both sentences share (Nangia et al. 2020). The other "
+    "tests ask what comes next, which an encoder does not say."
+)
+_OF_DECODERS = (
+    " Pronouns: log p(she) − log p(he) after "
     "sentences about occupations. Amplification, of models of stories: the model's odds of a word "
     "over the corpus's, which are known, in unseen stories; 1 leans as the corpus does. "
     "CrowS-Pairs, StereoSet and WinoBias where their files are given. CrowS-Pairs are scored from "
@@ -235,9 +252,10 @@ def word_vectors(table_VD: Any, tokenizer: Tokenizer, words: Sequence[str]) -> l
 
 
 def _contextual(subject: Subject, words: Sequence[str]) -> list[np.ndarray]:
-    """The last residual stream at each word's last token."""
-    texts = [subject.text(_IN_CONTEXT.format(word))[-subject.max_length :] for word in words]
-    return list(embed(subject.run.skeleton.config, subject.run.params, texts, "last"))
+    """The last residual stream at each word's last token; an encoder's, at its first."""
+    run, pooling = subject.run, "first" if subject.encoder else "last"
+    texts = [run.encode(_IN_CONTEXT.format(word))[-subject.max_length :] for word in words]
+    return list(embed(run.skeleton.config, run.params, texts, pooling))
 
 
 # ---- Pronouns
@@ -353,14 +371,12 @@ def _by_kind(kinds: Sequence[str], row: Callable[[np.ndarray], tuple]) -> list[t
 
 
 def _crows(found: _Found, subject: Subject, pairs: Sequence[files.Pair]) -> None:
-    texts = [subject.pair("", text) for pair in pairs for text in (pair.more, pair.less)]
-    likely = subject.likely_ids(texts)
-    sums = []
-    for i in range(0, len(texts), 2):
-        places = bias.shared(texts[i][0][1:], texts[i + 1][0][1:])
-        sums.append([float(likely[i + j].scored.logprob[places[j]].sum()) for j in (0, 1)])
-    more_N, less_N = np.array(sums).T
-    asked, longer = digest(pairs), sum(one.truncated for one in likely)
+    encode = subject.tokenizer.encode
+    texts = [encode(text) for pair in pairs for text in (pair.more, pair.less)]
+    places = [at for more, less in zip(texts[::2], texts[1::2]) for at in bias.shared(more, less)]
+    found_at, longer = subject.shares(texts, places)
+    more_N, less_N = np.array([one.sum(dtype=np.float64) for one in found_at]).reshape(-1, 2).T
+    asked = digest(pairs)
     directions = np.array([pair.stereotype for pair in pairs])
     for name, chosen in (
         ("", directions | True),

@@ -14,6 +14,7 @@ import numpy as np
 from lm.config import check
 from lm.data.packing import best_fit_decreasing
 from lm.inference.fill import dropless
+from lm.inference.prompts import check_ids
 from lm.models import Model, bind
 from lm.models.text import Text
 from lm.objectives.chunked import Part, each
@@ -132,6 +133,63 @@ class Scorer:
         return found
 
 
+class MaskedScorer:
+    """Scores tokens of texts by an encoder, each masked by itself with all others in sight.
+
+    log p(u_i | U without u_i): their sum is a pseudo-log-likelihood (Salazar et al. 2020).
+
+    Args:
+      model, params, ways, tokens: as of `Scorer`, of an encoder.
+      mask: the id of the mask token.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Mapping[str, jax.Array],
+        mask: int,
+        ways: int = 1,
+        tokens: int = TOKENS,
+    ):
+        self.config, self.mask = dropless(model.config), mask
+        self.params, self.ways, self.tokens = params, ways, tokens
+        self._run = jax.jit(functools.partial(_masked, type(model)(self.config)))
+
+    def __call__(
+        self, texts: Sequence[Sequence[int]], places: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        """log p of the tokens at `places` of each text, nats, float32 [n].
+
+        Raises:
+          ConfigError: a text that is empty or longer than the context, or with unknown ids.
+        """
+        for ids in texts:
+            check_ids("text", ids, self.config)
+        asked = [(number, place) for number, some in enumerate(places) for place in some]
+        asked.sort(key=lambda one: len(texts[one[0]]))  # so that little is padding
+        found: list[dict[int, float]] = [{} for _ in texts]
+        at = 0
+        while at < len(asked):
+            # As many as a batch holds where all are as long as its last one.
+            length = max(32, 1 << (len(texts[asked[at][0]]) - 1).bit_length())
+            rows = max(1, self.tokens // length) * self.ways
+            part = [one for one in asked[at : at + rows] if len(texts[one[0]]) <= length]
+            at += len(part)
+            inputs, segments = np.zeros((2, rows, min(length, self.config.max_length)), np.int32)
+            targets, masked = np.zeros((2, rows), np.int32)
+            for row, (number, place) in enumerate(part):
+                ids = texts[number]
+                inputs[row, : len(ids)], segments[row, : len(ids)] = ids, 1
+                targets[row], masked[row] = ids[place], place
+                inputs[row, place] = self.mask
+            logprob = np.asarray(self._run(self.params, inputs, targets, segments, masked))
+            for (number, place), value in zip(part, logprob):
+                found[number][place] = value
+        return [
+            np.array([of[place] for place in some], np.float32) for of, some in zip(found, places)
+        ]
+
+
 def pack(sizes: Sequence[int], length: int) -> list[list[int]]:
     """Rows of at most `length` that hold things of these sizes, by number."""
     of_row: dict[int, list[int]] = {}
@@ -192,3 +250,13 @@ def _scores(model: Model, params, inputs_BT, targets_BT, segments_BT, positions_
         softcap=model.config.logits_softcap,
     )
     return tuple(constrain(value, None, None) for value in values)
+
+
+def _masked(model: Model, params, inputs_NT, targets_N, segments_NT, places_N):
+    model = bind(model, params)
+    inputs_NT, segments_NT = (constrain(x, "batch", None) for x in (inputs_NT, segments_NT))
+    x_NTD = model.hidden(inputs_NT, segments_BT=segments_NT)
+    x_N1D = jnp.take_along_axis(x_NTD, places_N[:, None, None], 1)
+    logits_NV = model.unembed(x_N1D)[:, 0]
+    logits_N = jnp.take_along_axis(logits_NV, targets_N[:, None], 1)[:, 0]
+    return constrain(logits_N - jax.nn.logsumexp(logits_NV, -1), None)

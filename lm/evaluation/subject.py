@@ -8,8 +8,11 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lm.config import ConfigError, check
-from lm.evaluation.scoring import Scored, Scorer, windows
+from lm.evaluation.card import NotApplicable
+from lm.evaluation.scoring import MaskedScorer, Scored, Scorer, windows
 from lm.inference import SamplingConfig
 from lm.runs.run import Run
 from lm.tokenizers import ChatTemplate, Tokenizer
@@ -44,18 +47,26 @@ class Subject:
     """A run with all that an examination asks of it.
 
     Args:
-      run: a decoder with a tokenizer; its parameters on one device or split over a mesh.
+      run: a decoder, or an encoder, with a tokenizer; its parameters on one device or split over
+        a mesh. An encoder is asked for `shares` alone: all else raises NotApplicable.
       ways: devices that have rows of their own.
       chat_template: as of `Run.chat_template`.
 
     Raises:
-      ConfigError: a model that is no decoder, or has no tokenizer or no output head.
+      ConfigError: an encoder-decoder, or a model without a tokenizer or an output head; an
+        encoder's tokenizer without a mask token.
     """
 
     def __init__(self, run: Run, ways: int = 1, chat_template: str = ""):
         check(run.tokenizer is not None, f"{run.directory} has no tokenizer: it reads no text")
         self.run, self.tokenizer = run, run.tokenizer
-        self.scorer = Scorer(run.skeleton, run.params, ways)
+        self.encoder = run.skeleton.config.architecture == "encoder"
+        if self.encoder:
+            mask = self.tokenizer.mask_id
+            check(mask is not None, f"{run.directory}: its tokenizer has no mask token")
+            self.scorer = MaskedScorer(run.skeleton, run.params, mask, ways)
+        else:
+            self.scorer = Scorer(run.skeleton, run.params, ways)
         self.max_length = run.skeleton.config.max_length
         self._chosen = chat_template
 
@@ -122,6 +133,7 @@ class Subject:
         Where the context has no room for all, the text's beginning is left out; a continuation that
         is longer than the context alone is read in windows.
         """
+        self.needs_decoder()
         texts, starts, of = [], [], []
         for number, (ids, start) in enumerate(pairs):
             cut = max(0, len(ids) - 1 - self.max_length)
@@ -139,6 +151,37 @@ class Subject:
         for scored, (number, cut) in zip(self.scorer(texts, starts), of):
             found[number] = Likely(found[number].scored.then(scored), cut)
         return found
+
+    def shares(
+        self, texts: Sequence[Sequence[int]], places: Sequence[Sequence[int]]
+    ) -> tuple[list[np.ndarray], int]:
+        """log p of the tokens at `places` of each text, nats [n], and how many texts were cut.
+
+        A decoder's given the tokens before; an encoder's, masked one by one, given all others.
+
+        Args:
+          texts: token ids, without what stands around them.
+        """
+        if not self.encoder:
+            found = self.likely_ids([([self.prefix, *ids], 1) for ids in texts])
+            some = [one.scored.logprob[list(at)] for one, at in zip(found, places)]
+            return some, sum(one.truncated for one in found)
+        before = len(self.run.framing.before or ())
+        whole = [self.run.framing.around(ids) for ids in texts]
+        longest = max(map(len, whole), default=0)
+        if longest > self.max_length:
+            raise NotApplicable(
+                f"its context of {self.max_length} tokens does not hold a text of {longest}"
+            )
+        return self.scorer(whole, [[before + one for one in at] for at in places]), 0
+
+    def needs_decoder(self) -> None:
+        """Raises NotApplicable of an encoder."""
+        if self.encoder:
+            raise NotApplicable(
+                "it is an encoder, which sees both sides of a token: it neither writes nor says "
+                "how likely a text is from left to right"
+            )
 
     # ---- What it writes
 
@@ -158,6 +201,7 @@ class Subject:
         Raises:
           ConfigError: `max_new_tokens` leaves no room for a prompt.
         """
+        self.needs_decoder()
         room = self.max_length - sampling.max_new_tokens
         check(
             room > 0,

@@ -46,6 +46,9 @@ SUITES: dict[str, str] = {
 }
 
 
+ENCODERS = ("bias",)  # what an encoder can be asked
+
+
 @dataclasses.dataclass(frozen=True)
 class EvaluateJob:
     """Which model to examine, and in what."""
@@ -108,6 +111,8 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
         measure: Callable[..., Section] = importlib.import_module(SUITES[name]).measure
         began = time.perf_counter()
         try:
+            if name not in ENCODERS:
+                subject.needs_decoder()
             section = measure(subject, settings[name], job.seed)
         except NotApplicable as reason:
             if job.suites:
