@@ -1,19 +1,11 @@
-"""Named activations: read, replace or differentiate any value inside the model.
+"""Taps: the one way to read, replace or differentiate a value inside the model.
 
 A tap is a function `(name, value) -> value` that the model calls on every value worth looking at.
 The default returns its value and vanishes under jit. A tap that keeps what it sees reads; one that
 returns something else replaces; one that adds an argument of the caller's function makes the value
 differentiable. With a tap the layers are unrolled, so each name has its layer in it:
-
-    embedding                        blocks.3.attention_norm.inverse_scale
-    blocks.3.residual_before         blocks.3.attention.{query,key,value,scores,pattern,heads}
-    blocks.3.residual_middle         blocks.3.attention.output
-    blocks.3.mlp_norm.inverse_scale  blocks.3.mlp.{up,gate,hidden,output}
-    blocks.3.residual_after          final_norm.inverse_scale, logits
-
-Experts have blocks.3.mlp.{router,chosen,weights,output}; an encoder-decoder's decoder
-blocks.3.cross_attention.* and blocks.3.residual_crossed, its encoder all of these after `encoder.`;
-recurrent networks say theirs in `lm.models.recurrent`.
+`blocks.3.attention.pattern`. `lm.models.activations` lists the names and their shapes, and has what
+reads and replaces them in one call.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Norm(nnx.Module):
                 x = x - x.mean(-1, keepdims=True)
             inverse_scale = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
             x = x * tap("inverse_scale", inverse_scale) * (scale + 1 if self.unit_offset else scale)
-            return (x if bias is None else x + bias).astype(dtype)
+            return tap("output", (x if bias is None else x + bias).astype(dtype))
 
         if tap is no_tap:  # a tap would carry values out of what is recomputed
             normalize = cheap(normalize)

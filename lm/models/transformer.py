@@ -108,15 +108,18 @@ class Embedding(nnx.Module):
         x_BTD = layers.embedding_lookup(table_VD, text.tokens_BT, dtype)
         if config.embedding_scale != 1:
             x_BTD *= config.embedding_scale or math.sqrt(config.width)
+        x_BTD = tap("embedding.tokens", x_BTD)
         if config.positions == "learned":
             rows_BT = text.positions_BT + config.position_offset
-            x_BTD += layers.embedding_lookup(self.positions[...], rows_BT, dtype)
+            learned_BTD = layers.embedding_lookup(self.positions[...], rows_BT, dtype)
+            x_BTD += tap("embedding.positions", learned_BTD)
         elif config.positions == "sinusoidal":
-            x_BTD += sinusoids(text.positions_BT, config.width)
+            x_BTD += tap("embedding.positions", sinusoids(text.positions_BT, config.width))
         if config.token_types and text.types_BT is None:
-            x_BTD += self.types[...][0]
+            x_BTD += tap("embedding.types", jnp.broadcast_to(self.types[...][0], x_BTD.shape))
         elif config.token_types:
-            x_BTD += layers.embedding_lookup(self.types[...], text.types_BT, dtype)
+            types_BTD = layers.embedding_lookup(self.types[...], text.types_BT, dtype)
+            x_BTD += tap("embedding.types", types_BTD)
         if config.embedding_norm:
             x_BTD = self.norm(x_BTD, within(tap, "embedding_norm"))
         rows, slots = text.rows_B[:, None], text.slots_1T

@@ -28,6 +28,7 @@ from lm.inference import (
 )
 from lm.inference.prepare import CacheKind, Weights
 from lm.models import Model, bind, skeleton
+from lm.models.activations import Edit, check_fields, trace
 from lm.runs.directory import CONFIG
 from lm.runs.reward import Prompt, Scale, pairs_of, reply_ids
 from lm.runs.sources import open_source
@@ -91,6 +92,64 @@ class Run:
         if "tap" in arguments:
             return self.transformer(*tokens, **arguments)
         return self._forward(self.params, *tokens, **arguments)
+
+    def trace(
+        self,
+        tokens_BT: Any,
+        names: str | Sequence[str],
+        targets_BT: Any = None,
+        *,
+        edits: Mapping[str, Edit] | None = None,
+        **fields: Any,
+    ) -> dict[str, jax.Array]:
+        """The named activations of a text: attention patterns, residual streams, and the like.
+
+            run.trace("The cat sat on the mat.", "blocks.*.attention.pattern")
+
+        Compiled for each shape and set of names; nothing else is kept. `lm.models.activations` says
+        which names there are, with their axes, and has the same as a function that can be
+        differentiated.
+
+        Args:
+          tokens_BT: token ids, as of `model`; rows of different lengths are padded on the right.
+            Or a text, or several.
+          names: one or several; `*` stands for anything.
+          targets_BT: what an encoder-decoder's decoder reads.
+          edits: name → what to use instead: an array, or a function of the activation, which is
+            compiled for this call (so give arrays where there are many calls).
+          **fields: of a text (`lm.models.text.Text`), such as `segments_BT`, 0 at padding.
+
+        Returns:
+          Name → value, in the order they are computed.
+
+        Raises:
+          ConfigError: a name the model does not have, an edit of another shape, or no such tokens.
+        """
+        check_fields(fields)
+        names = (names,) if isinstance(names, str) else tuple(names)
+        several = [tokens_BT] if targets_BT is None else [tokens_BT, targets_BT]
+        segments = ("source_segments_BS", "segments_BT")[-len(several) :]
+        texts = []
+        for field, rows in zip(segments, map(self._rows, several)):
+            if len({np.size(row) for row in rows}) > 1:
+                check(fields.get(field) is None, f"{field} is given of rows of different lengths")
+                fields[field] = _padded([np.ones(len(row), np.int32) for row in rows])
+                rows = _padded(rows)
+            texts.append(self._checked(rows))
+        values = {name: edit for name, edit in (edits or {}).items() if not callable(edit)}
+        functions = {name: edit for name, edit in (edits or {}).items() if callable(edit)}
+        tracer = self._tracer if not functions else _tracer(self.skeleton, functions)
+        return dict(tracer(self.params, texts, values, fields, names=names))
+
+    def intervene(
+        self, tokens_BT: Any, edits: Mapping[str, Edit], targets_BT: Any = None, **fields: Any
+    ) -> jax.Array:
+        """Logits [B, T, V] with activations replaced; arguments as of `trace`.
+
+        run.intervene(tokens_BT, {"blocks.1.attention.heads": lambda x: x.at[:, :, 3].set(0)})
+        """
+        edits = dict(edits)
+        return self.trace(tokens_BT, "logits", targets_BT, edits=edits, **fields)["logits"]
 
     def encode(self, text: str) -> list[int]:
         """The tokens the model reads for `text`: those around it too (`lm.inference.Framing`)."""
@@ -351,6 +410,18 @@ class Run:
         skeleton = self.skeleton
         return jax.jit(lambda params, *tokens, **a: bind(skeleton, params)(*tokens, **a))
 
+    @functools.cached_property
+    def _tracer(self):
+        return _tracer(self.skeleton, {})
+
+    def _rows(self, tokens: Any) -> Any:
+        """Rows of token ids, of these or of a text or several."""
+        if isinstance(tokens, str):
+            return [self.encode(tokens)]
+        if isinstance(tokens, list | tuple) and tokens and isinstance(tokens[0], str):
+            return [self.encode(text) for text in tokens]
+        return tokens
+
     def _checked(self, tokens_BT: Any) -> np.ndarray:
         config = self.skeleton.config
         try:
@@ -377,3 +448,21 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r}, step={self.step})"
+
+
+def _tracer(skeleton: Model, functions: Mapping[str, Edit]):
+    """`trace`, compiled, with these edits among others."""
+
+    def traced(params, texts, values, fields, names):
+        edits = {**values, **functions}
+        return trace(bind(skeleton, params), *texts, names=names, edits=edits, **fields)
+
+    return jax.jit(traced, static_argnames="names")
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """The rows with zeros after them, all as long as the longest."""
+    padded = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, ids in zip(padded, rows):
+        row[: len(ids)] = ids
+    return padded

@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 
 from lm.models import Transformer, bind
+from lm.models.activations import sites
 from lm.models.config import ACTIVATIONS, NORMS
 from lm.models.hooks import reading, replacing
 from lm.models.layers import dropout
@@ -147,21 +148,7 @@ def test_reading_activations_does_not_change_the_logits(remat):
     logits, into = read(values, tokens)
     close(logits, tiny_models.logits(config, values, tokens))
     np.testing.assert_array_equal(logits, into["logits"])
-    parts = {
-        "embedding", "final_norm.inverse_scale", "logits",
-        *(
-            f"blocks.{layer}.{name}"
-            for layer in range(2)
-            for name in (
-                "residual_before", "residual_middle", "residual_after",
-                "attention_norm.inverse_scale", "mlp_norm.inverse_scale",
-                "attention.query", "attention.key", "attention.value", "attention.scores",
-                "attention.pattern", "attention.heads", "attention.output",
-                "mlp.up", "mlp.gate", "mlp.hidden", "mlp.output",
-            )
-        ),
-    }  # fmt: skip
-    assert set(into) == parts
+    assert set(into) == set(sites(Transformer(config)))
     pattern = into["blocks.1.attention.pattern"]
     np.testing.assert_allclose(pattern.sum(-1), 1, atol=1e-6)
     assert jnp.all(pattern[..., jnp.triu_indices(12, 1)[0], jnp.triu_indices(12, 1)[1]] == 0)

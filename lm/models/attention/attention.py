@@ -164,7 +164,7 @@ class Attention(nnx.Module):
         if hasattr(self, "query_norm"):
             query_BTHC = self.query_norm(query_BTHC, within(tap, "query_norm"))
         if rotary is not None:
-            query_BTHC = rotate(query_BTHC, rotary)
+            query_BTHC = rotate(tap("query_unrotated", query_BTHC), rotary)
         query_BTHC = tap("query", constrain(query_BTHC, "batch", "length", "heads", None))
         return checkpoint_name(query_BTHC, "query")
 
@@ -175,7 +175,7 @@ class Attention(nnx.Module):
         if hasattr(self, "key_norm"):
             key_BSKC = self.key_norm(key_BSKC, within(tap, "key_norm"))
         if rotary is not None:
-            key_BSKC = rotate(key_BSKC, rotary)
+            key_BSKC = rotate(tap("key_unrotated", key_BSKC), rotary)
         key_BSKC = tap("key", constrain(key_BSKC, "batch", "length", "kv_heads", None))
         value_BSKC = tap("value", constrain(value_BSKC, "batch", "length", "kv_heads", None))
         return checkpoint_name(key_BSKC, "key"), checkpoint_name(value_BSKC, "value")
