@@ -95,7 +95,7 @@ def test_mistakes_name_the_field_the_value_and_the_remedy(config, message):
         ({"num_heads": 8, "num_kv_heads": 6}, "config.model.num_kv_heads=6: use num_kv_heads=2"),
         ({"num_layers": 0}, "config.model.num_layers=0 must be at least 1"),
         ({"vocab_size": -1}, "config.model.vocab_size=-1 must be at least 0"),
-        ({"mlp_width": 0}, "config.model.mlp_width=0 must be at least 1, or None"),
+        ({"mlp_width": -1}, "config.model.mlp_width=-1 must be at least 0, or None"),
         ({"dropout": 1.0}, "config.model.dropout=1.0 must be in [0, 1)"),
         ({"head_dim": 7}, "config.model.head_dim=7 must be even"),
         ({"positions": "rotery"}, "config.model.positions='rotery' is not one of"),

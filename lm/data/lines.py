@@ -1,4 +1,4 @@
-"""Generated conversations, preferences and prompts, by name."""
+"""Generated conversations, preferences, prompts and short texts, by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.config import ConfigError
-from lm.data import tasks
+from lm.data import algorithmic, tasks
 from lm.data.config import DataConfig
 from lm.data.files import CorpusReport
 from lm.data.source import Source
@@ -25,24 +25,30 @@ LINES = {
     "random_walks_prompts": "lm.data.random_walks.prompt",
     "reversal": "lm.data.tasks.fact",
     **{name: f"lm.data.tasks.line {name}" for name in tasks.NAMES},
+    **{name: f"lm.data.algorithmic.equation {name}" for name in algorithmic.ADDITIONS},
+    **{name: f"lm.data.algorithmic.text {name}" for name in algorithmic.PERIODS},
 }
 
 
 class Lines(Source):
     """What a function of `LINES` makes of the numbers 0, 1, …"""
 
-    has_held_out = True
-
     def __init__(self, path: str, config: DataConfig, field: str, seed: int):
         super().__init__(path, config, field)
         self.seed = seed
+        self.has_held_out = path not in algorithmic.PERIODS
         function, *given = LINES[path].split()
         module, _, name = function.rpartition(".")
         self._module = importlib.import_module(module)
         self._line = functools.partial(getattr(self._module, name), *given)
 
     def items(self, report: CorpusReport) -> Iterator[tuple[str, ...]]:
-        """None: raises ConfigError."""
+        """The texts, where they are some; else raises ConfigError."""
+        if self.path in algorithmic.PERIODS:
+            for number in range(self.config.num_documents):
+                report.num_documents += 1
+                yield (self._line(self.seed, number),)
+            return
         raise ConfigError(
             f"{self.field}={self.path!r} holds conversations, and texts are needed: it is for "
             "objectives such as 'sft'"
@@ -50,6 +56,8 @@ class Lines(Source):
 
     def records(self, report: CorpusReport, held_out: bool = False) -> Iterator[tuple[str, Any]]:
         """See `Source.records`."""
+        if self.path in algorithmic.PERIODS:
+            yield from super().records(report)
         count = self.config.num_documents
         if held_out:
             count = max(1, round(count * self.config.validation_fraction))

@@ -17,13 +17,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, TypeVar
 
 from lm.config import ConfigError, nearest
-from lm.data import tasks
+from lm.data import algorithmic, tasks
 from lm.files import replacing
 
 # Corpora by name that are made, not read (`lm.data.corpora`, `lm.data.lines`).
 GENERATED = (
     "storyworld", "translation", "storyworld_instructions", "storyworld_preferences",
     "storyworld_prompts", "random_walks", "random_walks_prompts", "reversal", *tasks.NAMES,
+    *algorithmic.PERIODS, *algorithmic.ADDITIONS,
 )  # fmt: skip
 COMPRESSION = (".gz", ".zst", ".bz2", ".xz")
 RECORDS = (".json", ".jsonl", ".ndjson")

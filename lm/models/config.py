@@ -23,7 +23,7 @@ ARCHITECTURES = ("decoder", "encoder", "encoder_decoder")
 CELLS = ("attention", "rnn", "gru", "lstm")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu")
 GATED = ("swiglu", "geglu")
-NORMS = ("layernorm", "rmsnorm")
+NORMS = ("layernorm", "rmsnorm", "none")
 NORM_POSITIONS = ("pre", "post", "sandwich")
 POSITIONS = ("learned", "sinusoidal", "rotary", "relative", "alibi", "none")
 ROTARY_SCALINGS = ("none", "linear", "llama3", "yarn")
@@ -57,7 +57,8 @@ class ModelConfig:
     num_kv_heads: Size | None = None  # None: one per head; 1: multi-query; between: grouped-query
     width: Size = 128
     head_dim: Size | None = None  # None: width / num_heads
-    mlp_width: Size | None = None  # None: 4 × width, or 8/3 × width when gated, to a multiple of 64
+    # None: 4 × width, or 8/3 × width when gated, to a multiple of 64; 0: attention alone, no MLP
+    mlp_width: SizeOrZero | None = None
     vocab_size: Annotated[int, Bounds(0, 2**24)] = 0  # 0: the tokenizer's
     max_length: Count = 0  # context in tokens; 0: data.block_size
 
@@ -92,7 +93,7 @@ class ModelConfig:
     window: Count = 0  # local layers see this many tokens, their own included
 
     # Block
-    norm: Literal[NORMS] = "rmsnorm"  # layernorm | rmsnorm
+    norm: Literal[NORMS] = "rmsnorm"  # layernorm | rmsnorm | none: of no kind anywhere
     # pre (GPT-2) | post (2017) | sandwich: both (Gemma 2)
     norm_position: Literal[NORM_POSITIONS] = "pre"
     norm_epsilon: AboveZero = 1e-5
@@ -180,6 +181,14 @@ class ModelConfig:
         self._needs(prefix, "shared_norm", self.shared_norm, parallel=True)
         self._needs(prefix, "parallel", self.parallel, norm_position="pre", architecture="decoder")
         self._needs(prefix, "pooler", self.pooler, architecture="encoder")
+        self._needs(prefix, "mlp_width", self.mlp_width == 0, num_experts=0, parallel=False)
+        unnormed = {"norm_position": "pre", "embedding_norm": False, "head_transform": False}
+        unnormed |= {"qk_norm": False, "shared_norm": False}
+        self._needs(prefix, "norm", self.norm == "none", **unnormed)
+        check(
+            self.norm != "none" or not self.final_norm,
+            f"{prefix}.final_norm=True needs a norm, and {prefix}.norm is 'none'",
+        )
         check(
             self.classifier == "none" or self.architecture != "encoder_decoder",
             f"{prefix}.classifier={self.classifier!r} needs architecture='decoder' or 'encoder', "
@@ -253,7 +262,7 @@ class ModelConfig:
 
     @property
     def feed_forward(self) -> int:
-        """Width of the MLP's hidden layer (F)."""
+        """Width of the MLP's hidden layer (F); 0: there is no MLP."""
         if self.mlp_width is not None:
             return self.mlp_width
         return -(-8 * self.width // 3 // 64) * 64 if self.gated else 4 * self.width
@@ -275,6 +284,8 @@ class ModelConfig:
     @property
     def has_final_norm(self) -> bool:
         """Whether the last block's output is normalised."""
+        if self.norm == "none":
+            return False
         return self.norm_position != "post" if self.final_norm is None else self.final_norm
 
     @property

@@ -37,24 +37,28 @@ class Block(nnx.Module):
     Each is added to the residual stream. Pre-norm normalises what a sublayer reads (Radford et al.
     2019), post-norm the stream it leaves behind (Vaswani et al. 2017), sandwich what it reads and
     what it writes (Gemma 2 report, §2). In a parallel block attention and MLP read the same stream
-    (Chowdhery et al. 2022, §2).
+    (Chowdhery et al. 2022, §2). There need be no norms, and no MLP (Elhage et al. 2021).
 
     A block that `crosses` attends to an encoder; in a `mixture`, experts take the MLP's place.
     """
 
     def __init__(self, config: ModelConfig, crosses: bool = False, mixture: bool = False):
         self.config = config
-        sandwich = config.norm_position == "sandwich"
-        self.attention_norm = layers.Norm(config)
+        sandwich, normed = config.norm_position == "sandwich", config.norm != "none"
+        if normed:
+            self.attention_norm = layers.Norm(config)
         self.attention = Attention(config)
         if sandwich:
             self.attention_post_norm = layers.Norm(config)
         if crosses:
-            self.cross_norm = layers.Norm(config)
+            if normed:
+                self.cross_norm = layers.Norm(config)
             self.cross_attention = Attention(config)
             if sandwich:
                 self.cross_post_norm = layers.Norm(config)
-        if not config.shared_norm:
+        if not (mixture or config.feed_forward):
+            return
+        if normed and not config.shared_norm:
             self.mlp_norm = layers.Norm(config)
         self.mlp = Experts(config) if mixture else layers.MLP(config)
         if sandwich:
@@ -105,6 +109,8 @@ class Block(nnx.Module):
             x_BTD = self._add("cross", x_BTD, written, keys[4], context, tap)
             x_BTD = tap("residual_crossed", x_BTD)
 
+        if not hasattr(self, "mlp"):
+            return tap("residual_after", x_BTD), cache, None
         read = self._read("mlp", x_BTD, tap)
         written, router = self._feed_forward(read, context, tap)
         x_BTD = self._add("mlp", x_BTD, written, keys[2], context, tap)
@@ -126,6 +132,8 @@ class Block(nnx.Module):
         return constrain(x_BTD, "batch", "norm_length", "embed")
 
     def _normed(self, name: str, x_BTD: jax.Array, tap: Tap) -> jax.Array:
+        if self.config.norm == "none":
+            return x_BTD
         normed = getattr(self, name)(x_BTD, within(tap, name))
         return normed.astype(compute_dtype(self.config.compute_dtype))
 

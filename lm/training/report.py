@@ -183,18 +183,19 @@ def model_line(config: ModelConfig) -> str:
     heads = f"{config.num_heads} heads"
     if config.kv_heads != config.num_heads:
         heads += f" over {config.kv_heads}"
-    hidden = f"{config.activation} {config.feed_forward:,}"
+    hidden = f"{config.activation} {config.feed_forward:,}" if config.feed_forward else "no MLP"
     if config.num_experts:
         shared = f" + {config.shared_experts}" if config.shared_experts else ""
         hidden = (
             f"{config.experts_per_token} of {config.num_experts}{shared} experts of "
             f"{config.activation} {config.expert_feed_forward:,}"
         )
+    norm = "no norms" if config.norm == "none" else f"{config.norm_position}-{config.norm}"
     local = sum(config.is_local(layer) for layer in range(config.num_layers))
     window = f", {local} layers with a window of {config.window:,}" if local else ""
     return (
         f"{kind} of {layers}, width {config.width}, {heads} of {config.head_width}{window}, "
-        f"{hidden}, {'parallel ' if config.parallel else ''}{config.norm_position}-{config.norm}, "
+        f"{hidden}, {'parallel ' if config.parallel else ''}{norm}, "
         f"{config.positions} positions, {head}"
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lm.config import ConfigError, check_choice, nearest
+from lm.config import ConfigError, check, check_choice, nearest
 from lm.models.config import ModelConfig
 from lm.models.huggingface import bart, bert, decoders, llama, t5
 from lm.models.huggingface.config_fields import NotExact
@@ -42,6 +42,11 @@ def family_for(config: ModelConfig, preferred: str | None = None) -> Family:
     Raises:
       ConfigError: there is none; it names what the nearest one would do otherwise.
     """
+    for field, missing in (("mlp_width", 0), ("norm", "none")):
+        check(
+            getattr(config, field) != missing,
+            f"config.model.{field}={missing!r}: every Hugging Face family has one in each block",
+        )
     nearly: dict[str, NotExact] = {}
     for name, family in sorted(FAMILIES.items(), key=lambda item: item[0] != preferred):
         try:

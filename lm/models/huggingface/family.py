@@ -104,7 +104,9 @@ class Family:
                 f"config.json: {said['width']}={width} is not divisible by {said['num_heads']}="
                 f"{heads}",
             )
-        return view(ModelConfig, found, "config.json")
+        config = view(ModelConfig, found, "config.json")
+        check(config.feed_forward > 0, f"config.json: {said.get('mlp_width')}=0 must be at least 1")
+        return config
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
         """config.json without `model_type`, `dtype`, and most often `architectures`.
