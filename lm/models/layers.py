@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from lm.models.config import ModelConfig
 from lm.models.hooks import Tap, no_tap
-from lm.models.matmul import add_bias, cheap, contract, contract_each
+from lm.models.matmul import add_bias, cheap, contract, contract_each, precise
 from lm.models.params import declare
 from lm.models.reading import Weight
 from lm.parallel.layout import current_layout
@@ -84,7 +84,7 @@ class Norm(nnx.Module):
         """`x`, normalised, in its own dtype."""
 
         def normalize(x, scale, bias):
-            dtype, x = x.dtype, x.astype(jnp.float32)
+            dtype, x = x.dtype, precise(x)
             if self.kind == "layernorm":
                 x = x - x.mean(-1, keepdims=True)
             inverse_scale = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
@@ -145,10 +145,10 @@ def activate(name: str, hidden: jax.Array, gate: jax.Array | None = None) -> jax
 
     @cheap
     def activated(hidden, gate):
-        hidden32 = hidden.astype(jnp.float32)
+        hidden32 = precise(hidden)
         if gate is None:
             return nonlinearity(hidden32).astype(hidden.dtype)
-        return (nonlinearity(gate.astype(jnp.float32)) * hidden32).astype(hidden.dtype)
+        return (nonlinearity(precise(gate)) * hidden32).astype(hidden.dtype)
 
     return activated(hidden, gate)
 

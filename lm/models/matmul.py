@@ -54,6 +54,14 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
+def precise(x: jax.Array) -> jax.Array:
+    """`x` in float32, or in float64 where it is: what norms, softmax and logits are computed in.
+
+    Models of float64 activations, under `jax.enable_x64`, are for identities to hold to rounding.
+    """
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def contract(
     spec: str,
     x: jax.Array,
@@ -143,7 +151,9 @@ def _sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
 
     Accelerators accumulate in float32 and round at the end; the CPU is faster with float32.
     """
-    return dtype if dtype == jnp.bfloat16 and platform() != "cpu" else jnp.dtype(jnp.float32)
+    if dtype == jnp.bfloat16 and platform() != "cpu":
+        return dtype
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _settle(*arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -291,7 +301,7 @@ def _softmax_forward(scores, mask, dtype):
 
 
 def _softmax_backward(dtype, pattern, gradient):
-    p, g = pattern.astype(jnp.float32), gradient.astype(jnp.float32)
+    p, g = precise(pattern), precise(gradient)
     return p * (g - jnp.sum(p * g, -1, keepdims=True)), None
 
 

@@ -16,7 +16,7 @@ from lm.models.attention.paged import PagedCache, Paging
 from lm.models.cache import Cache
 from lm.models.config import ModelConfig
 from lm.models.hooks import Tap, no_tap, within
-from lm.models.matmul import compute_dtype, contract
+from lm.models.matmul import compute_dtype, contract, precise
 from lm.models.moe.experts import RouterStats
 from lm.models.params import declare, unstack
 from lm.models.positions import sinusoids
@@ -74,7 +74,8 @@ class LanguageModel(nnx.Module):
     def unembed(self, x_BTD: jax.Array, tap: Tap = no_tap) -> jax.Array:
         """Logits [B, T, V], float32, of a last residual stream."""
         read_BTD = self.readout(x_BTD)
-        logits_BTV = contract("btd,vd->btv", read_BTD, self.output_weights(), jnp.float32)
+        dtype = precise(read_BTD).dtype
+        logits_BTV = contract("btd,vd->btv", read_BTD, self.output_weights(), dtype)
         if self.config.head_bias:
             logits_BTV += self.head_bias[...]
         if cap := self.config.logits_softcap:

@@ -14,7 +14,7 @@ from lm.models.attention.paged_tpu import attend_pairs
 from lm.models.config import ModelConfig
 from lm.models.hooks import Tap, no_tap, within
 from lm.models.layers import Norm, dropout, weight_initializer
-from lm.models.matmul import add_bias, contract, contract_each, masked_softmax
+from lm.models.matmul import add_bias, contract, contract_each, masked_softmax, precise
 from lm.models.params import declare
 from lm.models.remat import HEADS
 from lm.parallel.sharding import constrain
@@ -42,7 +42,7 @@ def attend(
     B, T, H, C = query_BTHC.shape
     K = key_BSKC.shape[2]
     query_BTKGC = (query_BTHC * config.score_scale).reshape(B, T, K, H // K, C)
-    scores = contract("btkgc,bskc->bkgts", query_BTKGC, key_BSKC, jnp.float32)
+    scores = contract("btkgc,bskc->bkgts", query_BTKGC, key_BSKC, precise(query_BTHC).dtype)
     scores_BHTS = scores.reshape(B, H, T, -1)
     if cap := config.attention_softcap:
         scores_BHTS = cap * jnp.tanh(scores_BHTS / cap)
@@ -66,7 +66,7 @@ def rotate(x_BTHC: jax.Array, angles: tuple[jax.Array, ...]) -> jax.Array:
     """
     cos, sin = angles
     half = cos.shape[-1]
-    x = x_BTHC.astype(jnp.float32)
+    x = precise(x_BTHC)
     first, second = x[..., :half], x[..., half : 2 * half]
     rotated = [first * cos - second * sin, second * cos + first * sin]
     if x.shape[-1] > 2 * half:
