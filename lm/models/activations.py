@@ -56,7 +56,7 @@ _AXES = {
     "weights": "BTk", "logits": "BTV", "projected": "BTgD", "gates": "BTgD",
 }  # fmt: skip
 
-# Ours by TransformerLens's name; {} is a layer. Of RMSNorm it names another value `normalized`.
+# Ours by TransformerLens's name; {} is a layer.
 _LENS = {
     "hook_embed": "embedding.tokens", "hook_pos_embed": "embedding.positions",
     "blocks.{}.hook_resid_pre": "blocks.{}.residual_before",
@@ -74,9 +74,9 @@ _LENS = {
     "blocks.{}.hook_mlp_out": "blocks.{}.mlp.output",
     "blocks.{}.mlp.hook_pre": "blocks.{}.mlp.up",
     "blocks.{}.mlp.hook_post": "blocks.{}.mlp.hidden",
-    "blocks.{}.ln1.hook_normalized": "blocks.{}.attention_norm.output",
-    "blocks.{}.ln2.hook_normalized": "blocks.{}.mlp_norm.output",
-    "ln_final.hook_normalized": "final_norm.output",
+    "blocks.{}.ln1.hook_out": "blocks.{}.attention_norm.output",
+    "blocks.{}.ln2.hook_out": "blocks.{}.mlp_norm.output",
+    "ln_final.hook_out": "final_norm.output",
 }  # fmt: skip
 
 
@@ -231,10 +231,11 @@ def _table(config) -> dict[str, list[str]]:
     if config.norm_position == "sandwich":
         for hook, sublayer in (("attn", "attention"), ("mlp", "mlp")):
             table[f"blocks.{{}}.hook_{hook}_out"] = f"blocks.{{}}.{sublayer}_post_norm.output"
-    if config.norm != "layernorm":
-        table = {alias: ours for alias, ours in table.items() if "normalized" not in alias}
-    if config.norm_position == "post":  # its stream is normalised after it is named
-        table = {alias: ours for alias, ours in table.items() if "resid" not in alias}
+    if config.embedding_norm:  # there it names the sum of all terms, normalised
+        table.pop("hook_embed")
+    if config.norm_position == "post":  # it names what has been normalised and added
+        moved = re.compile("resid|hook_(attn|mlp)_out")
+        table = {alias: ours for alias, ours in table.items() if not moved.search(alias)}
     if config.parallel:
         table.pop("blocks.{}.hook_resid_mid")
     found: dict[str, list[str]] = {}
