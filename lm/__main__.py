@@ -31,6 +31,7 @@ JOBS = {
     "evaluate": "lm.jobs.evaluate.EvaluateJob",  # what a model can and cannot do, on one page
     "compare": "lm.jobs.compare.CompareJob",  # cards of several models → which differ in what
     "emergence": "lm.jobs.emergence.EmergenceJob",  # jumps of training, smoothly measured
+    "lens": "lm.jobs.lens.LensJob",  # what it would say after each block, and what says it
     "compare_runs": "lm.jobs.compare_runs.CompareRunsJob",  # losses of several runs in one picture
     "corpus": "lm.jobs.corpus.CorpusJob",  # a corpus too large for one machine, on Apache Beam
 }

@@ -30,6 +30,7 @@ from lm.parallel.layout import lay_out
 from lm.parallel.mesh import MeshConfig, batch_ways
 from lm.parallel.platform import keep_programs
 from lm.parallel.sharding import parameter_shardings
+from lm.runs.run import Run
 from lm.training.report import model_line
 
 # Suite → its module, whose `measure(subject, settings, seed)` returns a Section, or raises
@@ -95,7 +96,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
     subject = examined(job)
     directory = pathlib.Path(workdir).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
-    about, made_by = facts(subject), command(config)
+    about, made_by = facts(subject.run), command(config)
     if (directory / CARD).exists():
         other = read_json(directory / CARD).get("facts", {}).get("directory", "")
         check(
@@ -145,9 +146,8 @@ def command(config: ml_collections.ConfigDict) -> str:
     return made_by("configs/evaluate.py", view(EvaluateJob, config))
 
 
-def facts(subject: Subject) -> dict[str, str]:
+def facts(loaded: Run) -> dict[str, str]:
     """What is examined, in words."""
-    loaded = subject.run
     config = loaded.skeleton.config
     total = costs.parameters(config, param_specs(loaded.skeleton)).total
     name = loaded.directory.resolve().name

@@ -250,6 +250,10 @@ class Stack(nnx.Module):
             yield self.dense_blocks, 0, dense
         yield self.blocks, dense, self.num_layers - dense
 
+    def each_block(self) -> list[Block]:
+        """The blocks in order, each with the parameters of its own layer."""
+        return [b for group, _, count in self._groups() for b in unstack(group, count)]
+
     def _reach(self, first: int, count: int) -> bool | jax.Array:
         """Whether each of these layers is local: one answer where it is the same for all."""
         local = [self.config.is_local(layer) for layer in range(first, first + count)]
@@ -310,8 +314,7 @@ class Stack(nnx.Module):
     def _unroll(self, x_BTD, context, cache, keys, tap):
         """The same blocks one by one: for taps, and for a few layers without the loop's copies."""
         caches, routers = [], []
-        blocks = [b for group, _, count in self._groups() for b in unstack(group, count)]
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(self.each_block()):
             key = None if keys is None else keys[index]
             here = context.of_layer(self.config.is_local(index))
             scope = within(tap, f"blocks.{index}")

@@ -1,0 +1,71 @@
+"""Tables of numbers as pictures, for pages light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lm.evaluation.card import Picture, picture
+from lm.training.plots import COLOURS, INK, bare, figure_of
+
+POSITIVE, NEGATIVE = COLOURS[0], COLOURS[1]
+_CELL = 0.62, 0.3  # inches
+
+
+def heatmap(
+    title: str,
+    values_RC: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    texts: Sequence[Sequence[str]] | None = None,
+    across: str = "",
+    down: str = "",
+) -> Picture:
+    """A cell for each number, blue for those above zero and red for those below.
+
+    The strongest colour is that of the largest in size, which the title says. What stands in the
+    cells, `texts`, is the numbers themselves where they are few enough, unless given.
+    """
+    values_RC = np.asarray(values_RC, float)
+    number_R, number_C = values_RC.shape
+    finite = np.where(np.isfinite(values_RC), values_RC, 0.0)
+    largest = np.abs(finite).max() or 1.0
+    if texts is None and number_C <= 24:
+        texts = [[f"{value:.2g}" for value in row] for row in values_RC]
+    wide, high = 1.6 + _CELL[0] * number_C, 1.1 + _CELL[1] * number_R
+    figure = figure_of(figsize=(max(4.5, min(wide, 16)), min(high, 14)), layout="constrained")
+    axes = figure.add_subplot()
+    colours = np.zeros((*values_RC.shape, 4))
+    for colour, where in ((POSITIVE, finite >= 0), (NEGATIVE, finite < 0)):
+        colours[where, :3] = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    colours[..., 3] = 0.85 * np.abs(finite) / largest
+    axes.pcolormesh(colours, edgecolors="none")
+    for r, line in enumerate(texts or ()):
+        for c, text in enumerate(line):
+            at = {"ha": "center", "va": "center", "fontsize": 7, "color": INK}
+            axes.text(c + 0.5, r + 0.5, text, parse_math=False, **at)
+    axes.set_xticks(np.arange(number_C) + 0.5, columns, rotation=45 if number_C > 8 else 0)
+    axes.set_yticks(np.arange(number_R) + 0.5, rows)
+    bare(axes)
+    axes.grid(False)
+    axes.set_title(f"{title} (strongest: {largest:.3g})", color=INK, fontsize=10)
+    axes.set_xlabel(across, color=INK)
+    axes.set_ylabel(down, color=INK)
+    for label in (axes.title, *axes.get_xticklabels(), *axes.get_yticklabels()):
+        label.set_parse_math(False)  # a token may be "$"
+    axes.tick_params(labelsize=8)
+    return picture(title, figure)
+
+
+def token_names(tokenizer, ids: Sequence[int]) -> list[str]:
+    """Tokens as a reader tells them apart: spaces and ends of lines are seen."""
+    marks = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
+    if tokenizer is None:
+        return [str(i) for i in ids]
+    found = []
+    for i in ids:
+        data = tokenizer.token_bytes(int(i))
+        text = data.decode("utf-8", "replace").translate(marks) if data else f"<{int(i)}>"
+        found.append(text if text.isprintable() else ascii(text)[1:-1])
+    return found
