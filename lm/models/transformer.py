@@ -117,7 +117,11 @@ class Embedding(nnx.Module):
         elif config.positions == "sinusoidal":
             x_BTD += tap("embedding.positions", sinusoids(text.positions_BT, config.width))
         if config.token_types and text.types_BT is None:
-            x_BTD += tap("embedding.types", jnp.broadcast_to(self.types[...][0], x_BTD.shape))
+            first_D = self.types[...][0]
+            spread = tap is not no_tap  # so that a tap sees a row for each token
+            x_BTD += tap(
+                "embedding.types", jnp.broadcast_to(first_D, x_BTD.shape) if spread else first_D
+            )
         elif config.token_types:
             types_BTD = layers.embedding_lookup(self.types[...], text.types_BT, dtype)
             x_BTD += tap("embedding.types", types_BTD)
