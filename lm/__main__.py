@@ -32,6 +32,7 @@ JOBS = {
     "compare": "lm.jobs.compare.CompareJob",  # cards of several models → which differ in what
     "emergence": "lm.jobs.emergence.EmergenceJob",  # jumps of training, smoothly measured
     "lens": "lm.jobs.lens.LensJob",  # what it would say after each block, and what says it
+    "embeddings": "lm.jobs.embeddings.EmbeddingsJob",  # what is near what, over training
     "compare_runs": "lm.jobs.compare_runs.CompareRunsJob",  # losses of several runs in one picture
     "corpus": "lm.jobs.corpus.CorpusJob",  # a corpus too large for one machine, on Apache Beam
 }

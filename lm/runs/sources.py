@@ -27,7 +27,7 @@ from lm.runs.directory import CHECKPOINTS, CONFIG, TOKENIZER
 from lm.tokenizers import Tokenizer
 from lm.tokenizers.kinds import framing_of_pieces, has_tokenizer
 from lm.training.checkpoint_files import fingerprint
-from lm.training.checkpoints import restore_parameters, saved_paths
+from lm.training.checkpoints import restore_parameters, saved_paths, saved_steps
 
 GENERATION = "generation_config.json"  # of a Hugging Face directory
 # Fields of its config.json that say which ids play a role.
@@ -73,6 +73,11 @@ class Source:
             return 0, self.checkpoint.parameters(shardings)
         abstract = _abstract(param_specs(skeleton(self.model)), shardings)
         return restore_parameters(self.directory / CHECKPOINTS, step, abstract, lazily)
+
+    def kept(self, every: int = 1) -> list[int]:
+        """The steps that `parameters` can be had of, one in `every` and the last; at least one."""
+        steps = [] if self.checkpoint else saved_steps(self.directory / CHECKPOINTS)
+        return sorted({*steps[::every], *steps[-1:]}) or [0]
 
     def adapters(
         self,
