@@ -30,6 +30,7 @@ JOBS = {
     "plan": "lm.jobs.plan.PlanJob",  # whether a run fits hardware that is not here, and how fast
     "evaluate": "lm.jobs.evaluate.EvaluateJob",  # what a model can and cannot do, on one page
     "compare": "lm.jobs.compare.CompareJob",  # cards of several models → which differ in what
+    "tale": "lm.jobs.tale.TaleJob",  # one token's way from text to the next token, and back
     "emergence": "lm.jobs.emergence.EmergenceJob",  # jumps of training, smoothly measured
     "lens": "lm.jobs.lens.LensJob",  # what it would say after each block, and what says it
     "embeddings": "lm.jobs.embeddings.EmbeddingsJob",  # what is near what, over training

@@ -66,6 +66,7 @@ def token_names(tokenizer, ids: Sequence[int]) -> list[str]:
     found = []
     for i in ids:
         data = tokenizer.token_bytes(int(i))
-        text = data.decode("utf-8", "replace").translate(marks) if data else f"<{int(i)}>"
+        text = data.decode("utf-8", "replace").translate(marks)
+        text = text or tokenizer.special_names.get(int(i), f"<{int(i)}>")
         found.append(text if text.isprintable() else ascii(text)[1:-1])
     return found
