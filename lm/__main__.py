@@ -34,6 +34,7 @@ JOBS = {
     "emergence": "lm.jobs.emergence.EmergenceJob",  # jumps of training, smoothly measured
     "lens": "lm.jobs.lens.LensJob",  # what it would say after each block, and what says it
     "embeddings": "lm.jobs.embeddings.EmbeddingsJob",  # what is near what, over training
+    "formation": "lm.jobs.formation.FormationJob",  # how small models came to what they do
     "compare_runs": "lm.jobs.compare_runs.CompareRunsJob",  # losses of several runs in one picture
     "corpus": "lm.jobs.corpus.CorpusJob",  # a corpus too large for one machine, on Apache Beam
 }
