@@ -36,6 +36,7 @@ JOBS = {
     "embeddings": "lm.jobs.embeddings.EmbeddingsJob",  # what is near what, over training
     "formation": "lm.jobs.formation.FormationJob",  # how small models came to what they do
     "compare_runs": "lm.jobs.compare_runs.CompareRunsJob",  # losses of several runs in one picture
+    "dictionary": "lm.jobs.dictionary.DictionaryJob",  # sparse features of a model's activations
     "corpus": "lm.jobs.corpus.CorpusJob",  # a corpus too large for one machine, on Apache Beam
 }
 HELP = {"--help", "-h", "-help", "--helpfull", "--helpshort"}

@@ -210,7 +210,7 @@ def mark_given(config: ml_collections.ConfigDict, fields: Iterable[str]) -> None
 
 
 def fields_set(section: type, config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The fields of `config`'s section `name` that somebody set.
+    """The fields of `config`'s section `name` that somebody set, but for sections within it.
 
     They have another value than the dataclass `section` has by default, or the command line gave
     them one (`mark_given`).
@@ -218,6 +218,8 @@ def fields_set(section: type, config: Mapping[str, Any], name: str) -> dict[str,
     given = vars(config).get("_given", ())
     values = {}
     for field in dataclasses.fields(section):
+        if dataclasses.is_dataclass(hints(section)[field.name]):
+            continue
         path = f"{name}.{field.name}"
         value = config.get(name, {}).get(field.name, field.default)
         value = coerce(value, hints(section)[field.name], f"config.{path}")
