@@ -35,6 +35,7 @@ JOBS = {
     "lens": "lm.jobs.lens.LensJob",  # what it would say after each block, and what says it
     "embeddings": "lm.jobs.embeddings.EmbeddingsJob",  # what is near what, over training
     "formation": "lm.jobs.formation.FormationJob",  # how small models came to what they do
+    "causes": "lm.jobs.causes.CausesJob",  # what makes it answer so: patched, by path and subspace
     "compare_runs": "lm.jobs.compare_runs.CompareRunsJob",  # losses of several runs in one picture
     "dictionary": "lm.jobs.dictionary.DictionaryJob",  # sparse features of a model's activations
     "corpus": "lm.jobs.corpus.CorpusJob",  # a corpus too large for one machine, on Apache Beam

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +15,15 @@ POSITIVE, NEGATIVE = COLOURS[0], COLOURS[1]
 _CELL = 0.62, 0.3  # inches
 
 
+@dataclasses.dataclass(frozen=True)
+class Heatmap(Picture):
+    """A picture of numbers, which a page's JSON has beside it."""
+
+    rows: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    values: Sequence[Sequence[float]] = ()
+
+
 def heatmap(
     title: str,
     values_RC: np.ndarray,
@@ -21,7 +32,7 @@ def heatmap(
     texts: Sequence[Sequence[str]] | None = None,
     across: str = "",
     down: str = "",
-) -> Picture:
+) -> Heatmap:
     """A cell for each number, blue for those above zero and red for those below.
 
     The strongest colour is that of the largest in size, which the title says. What stands in the
@@ -55,7 +66,10 @@ def heatmap(
     for label in (axes.title, *axes.get_xticklabels(), *axes.get_yticklabels()):
         label.set_parse_math(False)  # a token may be "$"
     axes.tick_params(labelsize=8)
-    return picture(title, figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts have it
+        drawn = picture(title, figure)
+    return Heatmap(drawn.title, drawn.svg, list(rows), list(columns), values_RC.tolist())
 
 
 def token_names(tokenizer, ids: Sequence[int]) -> list[str]:

@@ -209,7 +209,8 @@ def jacobian(
 
             def tap(name, x_BTD):
                 if name in names:
-                    x_BTD = x_BTD.at[rows, place_B].add(change_LBD[names.index(name)])
+                    change_BD = change_LBD[names.index(name)].astype(x_BTD.dtype)
+                    x_BTD = x_BTD.at[rows, place_B].add(change_BD)
                     found[name] = x_BTD
                 return x_BTD
 

@@ -17,6 +17,7 @@ from lm.evaluation.page import made_by, write_report
 from lm.interpretability.lens_report import attributed, mapped, one_token, said
 from lm.interpretability.lenses import Lens, jacobian, readable, rows_of, train_tuned
 from lm.jobs.evaluate import facts
+from lm.models import skeleton
 from lm.parallel.platform import keep_programs
 from lm.runs.run import Run
 
@@ -40,7 +41,7 @@ class LensJob:
     tuned: Path = ""  # a lens saved before, WORKDIR/tuned_lens of that job, in place of training
     batch_size: Positive = 8  # rows of a training step
     learning_rate: AboveZero = 1e-3  # at the start of the training
-    jacobian_rows: Count = 64  # texts that the Jacobian lens is the mean of; 0: no such lens
+    jacobian_rows: Count = 16  # texts that the Jacobian lens is the mean of; 0: no such lens
 
     def validate(self, prefix: str = "config") -> None:
         """Raises `ConfigError` naming the first field that makes no sense."""
@@ -86,7 +87,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
 
 
 def opened(init_from: str, step: int | None) -> Run:
-    """A run whose residual stream can be read.
+    """A run whose residual stream can be read, and which computes in float32: parts then sum.
 
     Raises:
       ConfigError: see `run`.
@@ -97,7 +98,8 @@ def opened(init_from: str, step: int | None) -> Run:
         readable(loaded.skeleton)
     except ConfigError as error:
         raise ConfigError(f"config.init_from={init_from!r}: {error}") from None
-    return loaded
+    exact = dataclasses.replace(loaded.skeleton.config, compute_dtype="float32")
+    return dataclasses.replace(loaded, skeleton=skeleton(exact))
 
 
 def prompt_tokens(loaded: Run, text: str, field: str) -> np.ndarray:

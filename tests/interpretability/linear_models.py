@@ -11,6 +11,6 @@ def linear_model():
     values = tiny_models.params(config)
     for name, value in values.items():
         if name.endswith("_bias"):
-            values[name] = np.zeros_like(value) if "up" not in name else np.full_like(value, 16.0)
+            values[name] = np.zeros_like(value) if "up" not in name else np.full_like(value, 2.0)
     down = np.einsum("lf,lfd->ld", values["blocks.mlp.up_bias"], values["blocks.mlp.down"])
     return config, {**values, "blocks.mlp.down_bias": -down}

@@ -10,7 +10,8 @@ import tiny_models
 from linear_models import linear_model
 from tiny_run import write_tiny_run
 
-from lm.config import ConfigError
+import lm
+from lm.config import ConfigError, defaults
 from lm.evaluation.card import NotApplicable
 from lm.interpretability.attribution import TERMS, direct_logit_attribution, summed
 from lm.interpretability.lens_report import attributed
@@ -90,12 +91,13 @@ def test_what_the_parts_add_sums_to_the_logit(family):
 
 
 def test_identity_is_the_logit_lens():
-    config, _, model = model_of()
+    config, _, model = model_of(num_layers=1, width=16)
     x_LBTD = streams(model, tiny_models.tokens())
     eye_LDD = jnp.broadcast_to(jnp.eye(config.width), (len(x_LBTD), config.width, config.width))
     assert np.array_equal(Lens(eye_LDD)(model, x_LBTD), Lens()(model, x_LBTD))
 
 
+@pytest.mark.slow
 def test_a_jacobian_is_that_of_the_layers_that_are_left():
     config, values, model = model_of(norm="layernorm", bias=True)
     tokens = tiny_models.tokens(1, 6)
@@ -147,14 +149,13 @@ def run(tmp_path_factory):
 
 
 def config_of(run, **fields):
-    from lm.config import defaults
-
     config = defaults(job.LensJob)
     config.init_from, config.path, config.prompt = str(run), str(run / "text.txt"), "The cat"
     config.update({"tuned_steps": 4, "jacobian_rows": 4, "length": 16, **fields})
     return config
 
 
+@pytest.mark.slow
 def test_a_run_through_lenses(run, tmp_path):
     job.run(config_of(run, right="a", wrong="b"), str(tmp_path))
     page = (tmp_path / "lens.html").read_text(encoding="utf-8")
@@ -167,6 +168,10 @@ def test_a_run_through_lenses(run, tmp_path):
     parts = dict(found["attribution"]["tables"][0]["rows"])
     assert parts["all of these"] == pytest.approx(parts["the model's own"], abs=1e-5)
     assert len(found["stream"]["pictures"]) == 7
+    norms = found["stream"]["pictures"][0]  # the picture's numbers, the last block's first
+    wanted = np.linalg.norm(lm.load(run).trace("The cat", "embedding")["embedding"][0], axis=-1)
+    assert norms["rows"] == ["0", "embedding"] and norms["columns"] == [*"The␣cat"]
+    assert norms["values"][1] == pytest.approx(wanted.tolist(), rel=1e-5)
     # The lens that was trained is read again, in place of training.
     again = job.run(config_of(run, tuned=str(tmp_path / "tuned_lens")), str(tmp_path / "again"))
     assert again["lens"].tables[0].rows[0][2] == pytest.approx(divergence["rows"][0][2], rel=1e-4)
