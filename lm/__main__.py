@@ -33,6 +33,7 @@ JOBS = {
     "tale": "lm.jobs.tale.TaleJob",  # one token's way from text to the next token, and back
     "emergence": "lm.jobs.emergence.EmergenceJob",  # jumps of training, smoothly measured
     "lens": "lm.jobs.lens.LensJob",  # what it would say after each block, and what says it
+    "graph": "lm.jobs.graph.GraphJob",  # which features and tokens a prediction is the sum of
     "embeddings": "lm.jobs.embeddings.EmbeddingsJob",  # what is near what, over training
     "formation": "lm.jobs.formation.FormationJob",  # how small models came to what they do
     "causes": "lm.jobs.causes.CausesJob",  # what makes it answer so: patched, by path and subspace

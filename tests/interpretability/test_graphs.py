@@ -80,8 +80,9 @@ def exact():
         yield
 
 
-SLOW = ("2017", "gptj", "bare", "t5")
-PARAMS = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES]
+PARAMS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "gemma2")) for name in CASES
+]  # another one is the page's
 
 
 @pytest.fixture(scope="module", params=PARAMS)
@@ -163,6 +164,7 @@ def test_heads_and_what_passes_them_by_are_the_edge(frozen):
     assert np.abs(found.heads_ELH).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_what_is_beyond_the_most_features_is_error(exact):
     local = freeze(*model(**MODELS["gpt2"]), CASES["gpt2"], TOKENS, max_features=8)
     graph = attribute(local, logits=[7], batch=4)
@@ -171,6 +173,7 @@ def test_what_is_beyond_the_most_features_is_error(exact):
     assert np.abs(graph.residual).max() < 1e-12
 
 
+@pytest.mark.slow
 def test_float32_loses_what_float32_loses():
     with jax.enable_x64(False):
         local = freeze(*model(**MODELS["gpt2"]), CASES["gpt2"], TOKENS)

@@ -1,0 +1,62 @@
+"""What a graph's features are, as far as texts show: where they say most, and what they promote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm.interpretability.dictionaries import Dictionary
+from lm.models import Transformer, bind
+from lm.models.activations import trace
+
+_TEXTS, _BEFORE, _AFTER, _PROMOTED, _ROWS = 4, 20, 8, 8, 8
+
+
+def examples(
+    model: Transformer,
+    params: dict[str, jax.Array],
+    dictionary: Dictionary,
+    features: Sequence[tuple[int, int]],
+    rows_NT: np.ndarray,
+    spell: Callable[[int], str],
+) -> dict[str, dict[str, Any]]:
+    """Of features (layer of the model, number): "layer_number" → `texts` and `promotes`.
+
+    Texts are stretches of `rows_NT`, ids, around the tokens at which a feature says most, one of a
+    row. Promoted are the tokens whose logits its decoder vectors add most to, past all later layers
+    and through the final norm's gains.
+    """
+    at = {layer: own for own, layer in enumerate(dictionary.layers)}
+    own_N, index_N = np.array([(at[layer], index) for layer, index in features], int).T
+
+    @jax.jit
+    def said(params, dictionary, rows_BT):
+        found = trace(bind(model, params), rows_BT, names=dictionary.sources)
+        a_LBTF = dictionary.encode(jnp.stack([found[name] for name in dictionary.sources]))
+        return jnp.moveaxis(a_LBTF, -1, 1)[own_N, index_N]
+
+    parts = range(0, len(rows_NT) // _ROWS * _ROWS or len(rows_NT), _ROWS)
+    read = [np.asarray(said(params, dictionary, rows_NT[i : i + _ROWS])) for i in parts]
+    a_CNT = np.concatenate(read, 1)
+    bound = bind(model, params)
+    gain_D = bound.final_norm.scale[...] if model.config.has_final_norm else 1.0
+    gain_D += model.config.has_final_norm and bound.final_norm.unit_offset
+    head_VD = bound.output_weights() * gain_D
+    found = {}
+    for (layer, index), own, a_NT in zip(features, own_N, a_CNT):
+        logits_V = np.asarray(head_VD @ dictionary.decoder(own)[1][:, index].sum(0))
+        promoted = [spell(int(one)) for one in np.argsort(-logits_V)[:_PROMOTED]]
+        texts = []
+        for row in np.argsort(-a_NT.max(1), kind="stable")[:_TEXTS]:
+            if a_NT[row].max() > 0:
+                centre = int(a_NT[row].argmax())
+                part = slice(max(0, centre - _BEFORE), centre + _AFTER)
+                tokens = [spell(int(token)) for token in rows_NT[row, part]]
+                values = [round(float(value), 4) for value in a_NT[row, part]]
+                texts.append({"tokens": tokens, "values": values})
+        found[f"{layer}_{index}"] = {"promotes": promoted, "texts": texts}
+    return found
