@@ -1,24 +1,16 @@
 """Eight fake devices, set before JAX starts, so that sharding is tested on every machine."""
 
 import gc
-import importlib.metadata
 import os
+
+import quick
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nobody reads where in the source an operation comes from, and to find out takes time.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
-_flags = [
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=8",
-    # Tests compile far more than they run.
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-]
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # XLA's older code generator takes a fifth of the newer one's time. Later versions have only the
-    # newer, and end the process at a flag that they do not know.
-    _flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
-os.environ["XLA_FLAGS"] = " ".join(_flags)
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", quick.FLAGS]
+)
 
 
 # Files with a test of a minute or more.

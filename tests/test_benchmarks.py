@@ -8,11 +8,10 @@ import subprocess
 import sys
 
 import pytest
+import quick
 from tiny_run import write_tiny_run
 
 FOLDER = pathlib.Path(__file__).parent.parent / "benchmarks"
-# Compiling is most of it, and speed is not what is tested.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 TRAINED = {"tokens_per_second", "milliseconds", "mfu", "mfu_published", "memory_gb", "batch"}
 WRITTEN = {"prefill_tokens_per_second", "decode_tokens_per_second", "of_bandwidth"}
 FIELDS = {
@@ -49,7 +48,8 @@ sys.exit(accelerator.main())
 
 
 def run(*command):
-    environment = {**os.environ, "PYTHONPATH": f"{FOLDER}:{FOLDER.parent}", "XLA_FLAGS": QUICK}
+    path = f"{FOLDER}:{FOLDER.parent}"
+    environment = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": quick.FLAGS}
     done = subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600
     )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import quick
 
 from lm import command
 from lm.models.presets import PRESETS
@@ -178,7 +179,7 @@ def test_commands_of_the_readme_work_one_after_the_other(tmp_path):
         "PYTHONPATH": str(clone),  # in place of `pip install -e .`
         "HOME": str(home),
         "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "XLA_FLAGS": quick.FLAGS,
     }
 
     def run(*words):

@@ -87,7 +87,9 @@ def command(tmp_path: pathlib.Path, name: str, **fields) -> list[str]:
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     """Starts `python main.py …` on one device, as a user would, its output to be read."""
-    environment = {name: v for name, v in os.environ.items() if name != "XLA_FLAGS"}
+    import quick  # not above: where main.py reads this file as a config, it is not found
+
+    environment = {**os.environ, "XLA_FLAGS": quick.FLAGS}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(arguments, cwd=REPOSITORY, env=environment, **pipes)
 

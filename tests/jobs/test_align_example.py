@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import quick
 import tiny_jobs
 from tiny_run import write_tiny_run
 
@@ -22,7 +23,7 @@ def test_walks_are_learnt_from_examples_and_rewards(tmp_path):
     command = ["benchmarks/align_example.py", "--task=walks", "--seeds=1", f"--workdir={tmp_path}"]
     command += [f"--pictures={tmp_path}", "--set", *LITTLE]
     command += [f"train.compilation_cache={tmp_path / 'xla'}"]
-    one_device = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    one_device = {**os.environ, "XLA_FLAGS": quick.FLAGS}
     done = subprocess.run(
         [sys.executable, *command],
         cwd=tiny_jobs.REPOSITORY,

@@ -11,6 +11,7 @@ import types
 
 import numpy as np
 import pytest
+import quick
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -68,12 +69,11 @@ def message(role, content):
 
 def start(place, *flags):
     files = (f"{name}.jsonl" for name in ("chats", "pairs", "prompts"))
-    cheap = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    own = {"PYTHON": sys.executable, "LM_CACHE_DIR": str(place / "tokens"), "XLA_FLAGS": cheap}
+    own = {"LM_CACHE_DIR": str(place / "tokens"), "XLA_FLAGS": quick.FLAGS}
     return subprocess.Popen(
         ["bash", str(CLONE / "launch" / "align.sh"), "llama", *files, "out", *FLAGS,
          f"--config.train.compilation_cache={place / 'xla'}", *flags],
-        cwd=place, env={**os.environ, **own}, text=True,
+        cwd=place, env={**os.environ, "PYTHON": sys.executable, **own}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
