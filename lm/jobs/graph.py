@@ -55,6 +55,9 @@ class GraphJob:
         """Raises `ConfigError` naming the first field that makes no sense."""
         for name in ("init_from", "transcoder", "prompt"):
             check(bool(getattr(self, name)), f"{prefix}.{name}='' must be given")
+        for name, ids in self.supernodes.items():
+            lists = isinstance(ids, list | tuple) and all(isinstance(one, str) for one in ids)
+            check(lists, f"{prefix}.supernodes: {name!r} must be a list of ids, not {ids!r}")
 
 
 def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
@@ -65,7 +68,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
     Raises:
       ConfigError: no such run or transcoder, or they do not belong together; a target that is not
-        one token, a supernode of a node that was left out.
+        one token, a supernode of a node that is not there.
     """
     job = view(GraphJob, config)
     keep_programs()
@@ -75,7 +78,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"config.transcoder={job.transcoder!r}: {error}") from None
     tokens_T = prompt_tokens(loaded, job.prompt, "config.prompt")[0]
-    wanted = [one_token(loaded, text, "config.targets") for text in job.targets]
+    wanted = [one_token(loaded, text, "config.targets") for text in dict.fromkeys(job.targets)]
     rows_NT = _texts(job, loaded)
     spell = functools.cache(lambda token: token_names(loaded.tokenizer, [token])[0])
     with jax.enable_x64(job.float64):
@@ -85,6 +88,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         scores, summary = influence.graph_scores(graph), report.summary_of(local, graph)
         summary |= scores._asdict() | {"nodes": int(pruned.nodes_n.sum())}
         summary |= {"edges": int(pruned.edges_nn.sum())}
+        summary["supernodes"] = report.between(graph, job.supernodes)
         strongest = report.strongest_edges(graph, pruned)
         found = loadings(local, graph, strongest)
         apart = report.taken_apart(local, graph, strongest, found.heads_ELH, job.scores)
@@ -99,8 +103,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
         | {"info": {"transcoder": about, "step": loaded.step}, "summary": summary},
         supernodes=job.supernodes,
         heads={
-            pair: report.largest_heads(heads_LH)
-            for pair, heads_LH in zip(strongest, found.heads_ELH)
+            pair: report.largest(heads_LH, 3) for pair, heads_LH in zip(strongest, found.heads_ELH)
         },
     )
     directory = pathlib.Path(workdir).expanduser()

@@ -51,7 +51,7 @@ def drawn(made):
         patch.setattr("sys.argv", [
             "main.py", "--config=configs/interpret/graph.py", *words, f"--workdir={place / 'out'}",
             "--config.targets=t", "--config.targets=s", "--config.float64=True",
-            "--config.supernodes={'first': ['E_97_1']}",
+            "--config.supernodes={'first': ['E_97_1'], 'said': ['3_116_5', '3_115_5']}",
         ])  # fmt: skip
         with pytest.raises(SystemExit) as left:
             main()
@@ -67,8 +67,8 @@ def test_the_files_are_what_other_readers_read(drawn):
     assert {"slug", "scan", "transcoder_list", "prompt", "node_threshold"} <= {*metadata}
     assert metadata["schema_version"] == 1
     assert found["qParams"] == {
-        "pinnedIds": [], "supernodes": [["first", "E_97_1"]], "linkType": "both", "clickedId": "",
-        "sg_pos": "",
+        "pinnedIds": [], "linkType": "both", "clickedId": "", "sg_pos": "",
+        "supernodes": [["first", "E_97_1"], ["said", "3_116_5", "3_115_5"]],
     }  # fmt: skip
     nodes = {node["node_id"]: node for node in found["nodes"]}
     assert len(nodes) == len(found["nodes"])  # no two share an id
@@ -82,6 +82,7 @@ def test_the_files_are_what_other_readers_read(drawn):
     for link in found["links"]:
         assert link["source"] in nodes and link["target"] in nodes
         assert nodes[link["target"]]["feature_type"] in ("cross layer transcoder", "logit")
+    assert [*summary["supernodes"]] == ["first → said"]
     # What is asked for is what is explained, and it adds up.
     logits = [node["clerp"][:10] for node in found["nodes"] if node["kind"] == "logit"]
     assert logits == ['Output "t"', 'Output "s"']
@@ -98,6 +99,7 @@ def test_what_cannot_be_explained_is_said_in_a_line(made, tmp_path, monkeypatch,
         ("--config.targets=cat", "config.targets='cat' must be one token"),
         ("--config.nodes=1.5", "config.nodes=1.5"),
         ("--config.prompt=", "config.prompt='' must be given"),
+        ("--config.supernodes={'a': 'E_97_1'}", "config.supernodes: 'a' must be a list of ids"),
     ):
         code, said = command(monkeypatch, capsys, *words, word, f"--workdir={tmp_path}")
         assert code == 2 and message in said.err and said.err.count("\n") == 1
@@ -150,12 +152,16 @@ def test_the_page_is_walked_by_keyboard(drawn):
             # What is pinned becomes a supernode beside the one that was asked for.
             page.get_by_label("Name").fill("below")
             page.keyboard.press("Enter")
-            expect(page.locator("#groups li")).to_have_count(2)
+            expect(page.locator("#groups li")).to_have_count(3)
             expect(page.locator("#pinned")).to_have_text("Nothing is pinned.")
             with page.expect_download() as download:
                 page.get_by_role("button", name="Save graph.json").click()
             saved = json.loads(download.value.path().read_text(encoding="utf-8"))
-            assert [group[0] for group in saved["qParams"]["supernodes"]] == ["first", "below"]
+            assert [group[0] for group in saved["qParams"]["supernodes"]] == [
+                "first",
+                "said",
+                "below",
+            ]
             # With less influence shown there are fewer nodes; tokens and logits stay.
             before = page.locator(".node").count()
             page.locator("#share").focus()

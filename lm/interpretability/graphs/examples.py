@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.interpretability.dictionaries import Dictionary
+from lm.interpretability.dictionary_page import direct_logits
 from lm.models import Transformer, bind
 from lm.models.activations import trace
 
@@ -42,13 +43,9 @@ def examples(
     parts = range(0, len(rows_NT) // _ROWS * _ROWS or len(rows_NT), _ROWS)
     read = [np.asarray(said(params, dictionary, rows_NT[i : i + _ROWS])) for i in parts]
     a_CNT = np.concatenate(read, 1)
-    bound = bind(model, params)
-    gain_D = bound.final_norm.scale[...] if model.config.has_final_norm else 1.0
-    gain_D += model.config.has_final_norm and bound.final_norm.unit_offset
-    head_VD = bound.output_weights() * gain_D
+    logits_CV = direct_logits(bind(model, params), dictionary, [*zip(own_N, index_N)])
     found = {}
-    for (layer, index), own, a_NT in zip(features, own_N, a_CNT):
-        logits_V = np.asarray(head_VD @ dictionary.decoder(own)[1][:, index].sum(0))
+    for (layer, index), logits_V, a_NT in zip(features, logits_CV, a_CNT):
         promoted = [spell(int(one)) for one in np.argsort(-logits_V)[:_PROMOTED]]
         texts = []
         for row in np.argsort(-a_NT.max(1), kind="stable")[:_TEXTS]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from lm.config import ConfigError, nearest
 from lm.evaluation.page import write_page
 from lm.interpretability.graphs.attribution import Graph, Node
 from lm.interpretability.graphs.influence import Pruned, Scores
@@ -94,11 +93,8 @@ def document(
       graph, pruned, scores: see `lm.interpretability.graphs.influence`.
       spell: an id's text.
       metadata: `slug`, `scan` (which model and transcoder), `prompt`, `node_threshold`, and more.
-      supernodes: name → ids of nodes that are one to the reader.
+      supernodes: name → ids of nodes that are one to the reader; of these what is left.
       heads: (target, source) → [layer, head, loading] of the heads the edge runs through.
-
-    Raises:
-      ConfigError: a supernode of a node that is not there.
     """
     kept = np.flatnonzero(pruned.nodes_n).tolist()
     nodes = [described(graph, n, spell, float(pruned.cumulative_n[n])) for n in kept]
@@ -109,14 +105,9 @@ def document(
         | ({"heads": heads[target, source]} if (target, source) in (heads or {}) else {})
         for target, source in zip(*(numbers.tolist() for numbers in pruned.edges_nn.nonzero()))
     ]
-    groups = [[name, *ids] for name, ids in (supernodes or {}).items()]
-    for name, *ids in groups:
-        for one in ids:
-            if one not in names.values():
-                raise ConfigError(
-                    f"supernodes: {name!r} has {one!r}, which is no node that is left"
-                    f"{nearest(str(one), [*names.values()])}"
-                )
+    # Other readers know no nodes but those in the file.
+    left = {*names.values()}
+    groups = [[name, *(i for i in ids if i in left)] for name, ids in (supernodes or {}).items()]
     return {
         "metadata": {
             "transcoder_list": [],

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from lm.config import check, nearest
 from lm.interpretability.graphs import influence
 from lm.interpretability.graphs.attribution import Graph, intervene
 from lm.interpretability.graphs.files import node_id
@@ -32,19 +33,35 @@ def summary_of(local: Local, graph: Graph) -> dict[str, Any]:
     }
 
 
+def largest(values: np.ndarray, number: int) -> list[list[float]]:
+    """[row, column, value] of the numbers that are furthest from zero, and not zero."""
+    size = np.abs(values).ravel()
+    some = np.argpartition(-size, min(number, size.size) - 1)[:number]
+    some = some[np.argsort(-size[some], kind="stable")]
+    places = zip(*(axis.tolist() for axis in np.unravel_index(some, values.shape)))
+    return [[*place, float(values[place])] for place in places if values[place]]
+
+
 def strongest_edges(graph: Graph, pruned: influence.Pruned) -> list[tuple[int, int]]:
     """(target, source) of the edges left that carry most of what reaches the logits."""
     share_nn = influence.edge_influence(graph.adjacency, graph.probability_n) * pruned.edges_nn
-    largest = np.argsort(-share_nn, axis=None, kind="stable")[:THROUGH]
-    pairs = zip(*np.unravel_index(largest, share_nn.shape))
-    return [(int(target), int(source)) for target, source in pairs]
+    return [(target, source) for target, source, _ in largest(share_nn, THROUGH)]
 
 
-def largest_heads(heads_LH: np.ndarray, number: int = 3) -> list[list[float]]:
-    """The largest of an edge's heads: layer, head and loading."""
-    order = np.argsort(-np.abs(heads_LH), axis=None)[:number]
-    found = zip(*np.unravel_index(order, heads_LH.shape))
-    return [[int(a), int(b), float(heads_LH[a, b])] for a, b in found if heads_LH[a, b]]
+def between(graph: Graph, supernodes: dict[str, list[str]]) -> dict[str, float]:
+    """What supernodes, of ids of nodes, add to each other: "first → second" → the sum of edges.
+
+    Raises:
+      ConfigError: a node that is not there.
+    """
+    numbers = {node_id(node): number for number, node in enumerate(graph.nodes)}
+    for name, one in ((name, one) for name, ids in supernodes.items() for one in ids):
+        close = "" if one in numbers else nearest(one, [*numbers])
+        check(one in numbers, f"config.supernodes: {name!r} has {one!r}, which is no node{close}")
+    names = [*supernodes]
+    groups = {name: [numbers[one] for one in ids] for name, ids in supernodes.items()}
+    edges = largest(influence.grouped(graph, groups), len(names) ** 2) if names else []
+    return {f"{names[source]} → {names[target]}": edge for target, source, edge in edges}
 
 
 def taken_apart(local, graph, pairs, heads_ELH, number: int) -> list[dict[str, Any]]:
@@ -53,16 +70,13 @@ def taken_apart(local, graph, pairs, heads_ELH, number: int) -> list[dict[str, A
     for (target, source), heads_LH in zip(pairs, heads_ELH):
         query, key = graph.nodes[target].position, graph.nodes[source].position
         if query != key and heads_LH.any():
-            at = np.unravel_index(np.abs(heads_LH).argmax(), heads_LH.shape)
-            places[(*map(int, at), query, key)] = None
+            places[(*largest(heads_LH, 1)[0][:2], query, key)] = None
     found = []
     for place in [*places][:number]:
         score = looked(local, *place)
-        largest = np.argsort(-np.abs(score.terms_nn), axis=None)[:TERMS]
         terms = [
-            [node_id(graph.nodes[q]), node_id(graph.nodes[k]), float(score.terms_nn[q, k])]
-            for q, k in zip(*np.unravel_index(largest, score.terms_nn.shape))
-            if score.terms_nn[q, k]
+            [node_id(graph.nodes[q]), node_id(graph.nodes[k]), term]
+            for q, k, term in largest(score.terms_nn, TERMS)
         ]
         named = dict(zip(("layer", "head", "query", "key"), place))
         found.append({**named, "score": score.score, "terms": terms})
@@ -103,4 +117,5 @@ def lines(graph: Graph, summary: dict[str, Any], spell) -> list[str]:
         f"in the model {one['followed']:+.4f}"
         for one in summary["tested"]
     ]
-    return [about, sums, *tests]
+    groups = [f"{name}: {edge:+.4f}" for name, edge in summary["supernodes"].items()]
+    return [about, sums, *tests, *groups]
