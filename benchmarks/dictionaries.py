@@ -42,7 +42,7 @@ SETTINGS = {
     "jumprelu": {"sparsity": 0.05},
     "topk": {},
     "batch_topk": {},
-    "gated": {"sparsity": 0.03},
+    "gated": {"sparsity": 0.3, "sparsity_warmup": 0.0},
     "matryoshka": {"activation": "batch_topk"},
 }
 WORLDS = {"orthogonal": 1, "superposed": 2}  # features a dimension
@@ -125,7 +125,7 @@ def learned(name, world_name, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, value in dict(width=64, active=4, tokens=1024, steps=2000).items():
+    for name, value in dict(width=32, active=3, tokens=512, steps=1500).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--sparsity", type=float, default=0.0, help="in place of SETTINGS")

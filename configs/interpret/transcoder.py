@@ -31,7 +31,7 @@ def get_config():
     config.optimizer.weight_decay = 0.0
     config.optimizer.b2 = 0.999
 
-    config.train.steps = 600
-    config.train.log_every = 50
-    config.checkpoint.every = 200
+    config.train.steps = 400
+    config.train.log_every = 20
+    config.checkpoint.every = 100
     return config

@@ -37,7 +37,7 @@ from lm.interpretability.dictionaries import Dictionary, Kind, beside, keep_larg
 from lm.models.params import declare
 
 _TANH = 4.0  # the slope of the tanh penalty at zero
-_BITS = 31  # of a float32 that is not negative
+_SIGN, _BITS = 31, 20  # where a float32's sign is; bits behind it that `nth_largest` finds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _fired(model: Trainable, z_LNF, norms_LF, weights_1N1):
 
 
 def nth_largest(values: jax.Array, n: jax.Array) -> jax.Array:
-    """The n-th largest of all `values`, float32 ≥ 0; 0 where fewer are above 0.
+    """The n-th largest of all `values`, float32 ≥ 0, or up to 2⁻¹² of it less; 0 of too few.
 
     Found bit by bit, since such floats are ordered as their bits are: no sort, and on a mesh no
     more than a count travels.
@@ -244,7 +244,7 @@ def nth_largest(values: jax.Array, n: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
 
     def body(i, found):
-        tried = found | (jnp.int32(1) << (_BITS - 1 - i))
+        tried = found | (jnp.int32(1) << (_SIGN - 1 - i))
         return jnp.where(jnp.sum(bits >= tried) >= n, tried, found)
 
     found = jax.lax.fori_loop(0, _BITS, body, jnp.int32(0))

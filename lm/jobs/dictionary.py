@@ -62,7 +62,7 @@ CALIBRATION = 8  # batches that scales and means are measured on
 # What may be otherwise when a run goes on.
 FREE = ("data.cache_dir", "data.prefetch", "data.num_threads", "train.", "checkpoint.", "mesh.",
         "hosts.", "strategy", "zero", "eval_batches", "dashboards")  # fmt: skip
-FIXED = ("train.steps", "train.accumulation")  # of these
+FIXED = ("train.accumulation",)  # of these
 
 
 @dataclasses.dataclass(frozen=True)
