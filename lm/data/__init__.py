@@ -7,7 +7,8 @@
     conversation_rows.py  those → tokens with what is to be learnt, and rows
     stdlib.py     the running Python's documentation and source → documents
     storyworld/   generated stories together with what is true in them, and an invented language
-    random_walks.py, tasks.py  walks; sums, strings, facts: generated, with right answers
+    random_walks.py, tasks.py, pronouns.py  walks; sums, strings, facts; whom a pronoun means:
+                  generated, with right answers
     source.py     what a corpus is
     lines.py      generated lines of conversations
     corpora.py    corpora by name; training and validation splits

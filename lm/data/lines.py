@@ -23,6 +23,7 @@ LINES = {
     "storyworld_prompts": "lm.data.storyworld.instructions.prompt",
     "random_walks": "lm.data.random_walks.example",
     "random_walks_prompts": "lm.data.random_walks.prompt",
+    "pronouns": "lm.data.pronouns.line",
     "reversal": "lm.data.tasks.fact",
     **{name: f"lm.data.tasks.line {name}" for name in tasks.NAMES},
     **{name: f"lm.data.algorithmic.equation {name}" for name in algorithmic.ADDITIONS},

@@ -23,8 +23,8 @@ from lm.files import replacing
 # Corpora by name that are made, not read (`lm.data.corpora`, `lm.data.lines`).
 GENERATED = (
     "storyworld", "translation", "storyworld_instructions", "storyworld_preferences",
-    "storyworld_prompts", "random_walks", "random_walks_prompts", "reversal", *tasks.NAMES,
-    *algorithmic.PERIODS, *algorithmic.ADDITIONS,
+    "storyworld_prompts", "random_walks", "random_walks_prompts", "pronouns", "reversal",
+    *tasks.NAMES, *algorithmic.PERIODS, *algorithmic.ADDITIONS,
 )  # fmt: skip
 COMPRESSION = (".gz", ".zst", ".bz2", ".xz")
 RECORDS = (".json", ".jsonl", ".ndjson")

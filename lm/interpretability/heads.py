@@ -148,16 +148,20 @@ def repeated_tokens(
     return np.take_along_axis(drawn, places_BT, 1), periods_B
 
 
-def in_context_learning_score(loss_BT: Array, early: int = 50, late: int = 500) -> float:
+def in_context_learning_score(
+    loss_BT: Array, early: int = 50, late: int = 500, window: int = 1
+) -> float:
     """Loss at the token number `late` less that at `early`, nats (Olsson et al. 2022).
 
     The loss of token number n, from 1, is `loss_BT[:, n - 1]`; of a shorter context both numbers
-    are so much smaller. Negative where context helps.
+    are so much smaller. Of both, and of the `window` - 1 tokens before, the mean is taken, NaN
+    aside. Negative where context helps.
     """
     T = loss_BT.shape[1]
     if late > T:
         early, late = max(1, early * T // late), T
-    return float(np.nanmean(loss_BT[:, late - 1]) - np.nanmean(loss_BT[:, early - 1]))
+    both = [np.nanmean(loss_BT[:, max(0, end - window) : end]) for end in (early, late)]
+    return float(both[1] - both[0])
 
 
 # ---- What the weights say
