@@ -1,6 +1,7 @@
 """The house's plan, checked where files import each other: its rooms in order are `ROOMS`."""
 
 import ast
+import functools
 import pathlib
 
 CLONE = pathlib.Path(__file__).parent.parent
@@ -66,11 +67,18 @@ def _imports(module: str) -> dict[str, bool]:
     return found
 
 
-IMPORTS = {module: _imports(module) for module in FILES}
-GRAPH = {
-    module: {name for name in found if name in FILES and name != module}
-    for module, found in IMPORTS.items()
-}
+@functools.cache
+def _imported() -> dict[str, dict[str, bool]]:
+    return {module: _imports(module) for module in FILES}
+
+
+@functools.cache
+def _graph() -> dict[str, set[str]]:
+    """Of each file, which others of the package it imports."""
+    return {
+        module: {name for name in found if name in FILES and name != module}
+        for module, found in _imported().items()
+    }
 
 
 def _room(module: str) -> str:
@@ -80,16 +88,16 @@ def _room(module: str) -> str:
 def _circles() -> set[tuple[str, ...]]:
     """Groups of files of which each reaches each other by imports."""
     reached = {}
-    for module in GRAPH:
+    for module in _graph():
         found, left = set(), [module]
         while left:
-            new = GRAPH[left.pop()] - found
+            new = _graph()[left.pop()] - found
             found |= new
             left += new
         reached[module] = found
     return {
         tuple(sorted(other for other in reached[module] if module in reached[other]))
-        for module in GRAPH
+        for module in _graph()
         if module in reached[module]
     }
 
@@ -97,7 +105,7 @@ def _circles() -> set[tuple[str, ...]]:
 def test_what_a_file_imports_of_the_package_exists():
     missing = {
         (module, name)
-        for module, found in IMPORTS.items()
+        for module, found in _imported().items()
         for name in found
         if name.split(".")[0] == "lm" and name not in FILES
     }
@@ -109,7 +117,7 @@ def test_a_file_imports_from_its_own_room_or_from_those_before_it():
     assert not unknown, f"say in ROOMS where {unknown} stand"
     upward = {
         module: name
-        for module, names in GRAPH.items()
+        for module, names in _graph().items()
         for name in names
         if ROOMS.index(_room(name)) > ROOMS.index(_room(module))
     }
@@ -130,7 +138,7 @@ def test_importing_the_package_needs_no_private_module_of_jax():
     # Each version of JAX changes them; a file that needs one imports it where it is used.
     private = {
         (module, name)
-        for module, names in IMPORTS.items()
+        for module, names in _imported().items()
         for name, at_once in names.items()
         if name.startswith(("jax._", "jaxlib._")) and at_once
     }

@@ -1,3 +1,4 @@
+import functools
 import json
 import subprocess
 import sys
@@ -10,10 +11,18 @@ from lm.data import storyworld
 from lm.data.storyworld import instructions as ins
 from lm.data.storyworld.asking import UNKNOWN, WORDINGS, Draw, asked, beginning, words
 
-PROMPTS = [ins.prompt(3, index) for index in range(1500)]
-PAIRS = [ins.preference(3, index) for index in range(800)]
 # SHA-256 over 40 lines of each kind, of training and held out.
 GOLDEN = "b5208348c519714cca91632cbd0237edfe49df5cd8eeaa71729bafcb0789b546"
+
+
+@functools.cache
+def prompts():
+    return [ins.prompt(3, index) for index in range(1500)]
+
+
+@functools.cache
+def pairs():
+    return [ins.preference(3, index) for index in range(800)]
 
 
 def line(kind, answer, story="The cat sat on the mat. Mia saw the cat."):
@@ -103,11 +112,11 @@ def test_the_user_and_the_assistant_take_turns():
 
 
 def test_kinds_come_as_often_as_they_should_and_no_answer_is_a_tenth_of_all():
-    kinds = Counter(prompt["kind"] for prompt in PROMPTS)
+    kinds = Counter(prompt["kind"] for prompt in prompts())
     total = sum(ins.KINDS.values())
     for kind, tickets in ins.KINDS.items():
-        assert kinds[kind] / len(PROMPTS) == pytest.approx(tickets / total, rel=0.35), kind
-    answers = Counter(prompt["answer"] for prompt in PROMPTS)
+        assert kinds[kind] / len(prompts()) == pytest.approx(tickets / total, rel=0.35), kind
+    answers = Counter(prompt["answer"] for prompt in prompts())
     assert answers.most_common(1)[0][1] < 0.1 * answers.total(), answers.most_common(3)
 
 
@@ -125,7 +134,7 @@ def test_the_user_asks_whether_answers_are_right():
 
 def test_held_out_beginnings_are_told_in_no_other_set():
     held_out = {ins.prompt(3, index, held_out=True)["story"] for index in range(500)}
-    trained = {prompt["story"] for prompt in PROMPTS}
+    trained = {prompt["story"] for prompt in prompts()}
     told = {
         ins.conversation(3, index)["messages"][0]["content"].rpartition("\n")[0]
         for index in range(500)
@@ -137,7 +146,7 @@ def test_some_wordings_are_for_held_out_questions_alone():
     reserved = {several[-1].format("", "").strip() for several in WORDINGS.values()}
     assert len(reserved) == len(WORDINGS)
     go_on = WORDINGS["continue"]
-    seen = {p["prompt"][0]["content"].rpartition("\n")[2] for p in PROMPTS}
+    seen = {p["prompt"][0]["content"].rpartition("\n")[2] for p in prompts()}
     assert go_on[-1] not in seen and {*go_on[:-1]} <= seen
     new = {ins.prompt(3, n, held_out=True)["prompt"][0]["content"] for n in range(800)}
     assert any(content.endswith(go_on[-1]) for content in new)
@@ -145,7 +154,7 @@ def test_some_wordings_are_for_held_out_questions_alone():
 
 def test_answers_follow_from_what_is_told():
     implied = {"sad", "happy", "afraid", "proud", "cold", "ill"}  # "began to cry"
-    for prompt in PROMPTS:
+    for prompt in prompts():
         kind, answer, story = prompt["kind"], prompt["answer"], prompt["story"]
         told = {word.lower() for word in words(story)}
         said = {word.lower() for word in words(answer)} - {"a", "an", "the"}
@@ -166,7 +175,7 @@ def test_answers_follow_from_what_is_told():
 
 def test_what_is_not_known_is_not_said():
     number = 0
-    for prompt in PROMPTS:
+    for prompt in prompts():
         if prompt["kind"] != "unknown":
             continue
         number += 1
@@ -196,20 +205,20 @@ def test_statements_that_are_false_contradict_the_story():
 
 def test_the_chosen_answer_has_more_of_the_true_reward():
     differ = Counter()
-    for pair in PAIRS:
+    for pair in pairs():
         chosen, rejected = ins.gold(pair, pair["chosen"]), ins.gold(pair, pair["rejected"])
         assert chosen > rejected + 0.2
         truths = {ins.truth(pair, pair[side]) for side in ("chosen", "rejected")}
         courtesies = {ins._without_courtesies(pair[side])[0] for side in ("chosen", "rejected")}
         differ[len(truths) == 2, len(courtesies) == 2] += 1
     for truth, courtesy, share in ((True, False, 0.39), (False, True, 0.31), (False, False, 0.22)):
-        assert differ[truth, courtesy] / len(PAIRS) == pytest.approx(share, abs=0.05), differ
+        assert differ[truth, courtesy] / len(pairs()) == pytest.approx(share, abs=0.05), differ
 
 
 def test_invented_answers_tell_of_what_the_story_does_not():
     of_thing = ("where", "did", "has", "lost", "is a", "name", "feels", "count", "lives", "why")
     invented = 0
-    for pair in PAIRS:
+    for pair in pairs():
         said = ins._without_courtesies(pair["rejected"])[1]
         short = len(said.split()) < 5
         if short and pair["kind"] in of_thing and ins.truth(pair, said) == -1:
@@ -223,10 +232,10 @@ def test_noise_exchanges_as_many_pairs_as_it_says():
     noisy = [ins.preference(3, index, noise=0.2) for index in range(500)]
     wrong = sum(ins.gold(p, p["chosen"]) < ins.gold(p, p["rejected"]) for p in noisy)
     assert 0.14 < wrong / 500 < 0.26
-    for one, other in zip(noisy, PAIRS):
+    for one, other in zip(noisy, pairs()):
         assert {one["chosen"], one["rejected"]} == {other["chosen"], other["rejected"]}
 
 
 def test_lines_survive_json():
-    for made in (PROMPTS[7], PAIRS[7], ins.conversation(3, 7)):
+    for made in (prompts()[7], pairs()[7], ins.conversation(3, 7)):
         assert json.loads(json.dumps(made)) == made

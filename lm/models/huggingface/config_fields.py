@@ -196,12 +196,12 @@ def settings(hf: Json, defaults: Json, inert: Iterable[str]) -> dict[str, Any]:
     """
     known = {*defaults, *inert, *_INERT.split(), *_FIXED}
     for name, value in hf.items():
-        check(
-            name in known or value is None,
-            f"config.json has {name}={value!r}, a field that is not known of this family"
-            f"{nearest(name, defaults)}: it may change what is computed; config.ignore={name} says "
-            "that it does not",
-        )
+        if name not in known and value is not None:
+            raise ConfigError(
+                f"config.json has {name}={value!r}, a field that is not known of this family"
+                f"{nearest(name, defaults)}: it may change what is computed; config.ignore={name} "
+                "says that it does not"
+            )
     for name, allowed in _FIXED.items():
         demand(name, hf.get(name), *allowed)
     values = {}
