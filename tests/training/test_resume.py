@@ -146,21 +146,30 @@ def read_steps(directory):
         return []
 
 
+LONGER = {**HARD, "train__steps": 60, "checkpoint__async_save": False}
+
+
+@pytest.fixture(scope="module")
+def unbroken(place):
+    """A run of a process of its own."""
+    tiny_jobs.start(tiny_jobs.command(place, "unbroken", **LONGER)).communicate(timeout=300)
+    return place / "unbroken"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_process_is_bitwise_replaced_by_the_next(tmp_path, signal_number):
-    fields = {**HARD, "train__steps": 60, "checkpoint__async_save": False}
-    tiny_jobs.start(tiny_jobs.command(tmp_path, "whole", **fields)).communicate(timeout=300)
+def test_a_killed_process_is_bitwise_replaced_by_the_next(place, unbroken, signal_number):
+    name = f"killed_{signal_number}"
     chance = random.Random(int(signal_number))
-    arguments = tiny_jobs.command(tmp_path, "killed", **fields)
+    arguments = tiny_jobs.command(place, name, **LONGER)
     process = tiny_jobs.start(arguments)
     after = chance.randrange(8, 32)
-    while process.poll() is None and max(read_steps(tmp_path / "killed"), default=0) < after:
+    while process.poll() is None and max(read_steps(place / name), default=0) < after:
         time.sleep(0.002)
     time.sleep(chance.random() * 0.05)
     process.send_signal(signal_number)
     output, errors = process.communicate(timeout=300)
-    assert max(read_steps(tmp_path / "killed")) < 60  # it was still on its way
+    assert max(read_steps(place / name)) < 60  # it was still on its way
     if signal_number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
@@ -171,4 +180,4 @@ def test_a_killed_process_is_bitwise_replaced_by_the_next(tmp_path, signal_numbe
 
     output, errors = tiny_jobs.start(arguments).communicate(timeout=300)
     assert "resuming at step" in output, errors
-    tiny_jobs.assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    tiny_jobs.assert_same_run(place / name, unbroken)
