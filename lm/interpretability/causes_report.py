@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lm.config import ConfigError, check
+from lm.config import ConfigError
 from lm.evaluation.card import NotApplicable, Score, Section, Table
 from lm.interpretability import edges as paths
 from lm.interpretability.heatmaps import heatmap, token_names
@@ -109,16 +109,6 @@ def circuit(run: Run, contrast: Contrast, points: int, listed: int = 30) -> Sect
         ],
         [heatmap(title, direct.reshape(shape)[::-1], layers[::-1], columns, None, "head", "block")],
     )  # fmt: skip
-
-
-def places_of(run: Run, ids: Sequence[int], words: str, field: str) -> tuple[int, int]:
-    """Where words stand in a prompt: their first token, and the one behind their last."""
-    texts = [run.tokenizer.token_bytes(int(i)).decode("utf-8", "replace") for i in ids]
-    ends = np.cumsum([len(text) for text in texts])
-    start = "".join(texts).find(words)
-    check(start >= 0, f"{field}={words!r} is not in the prompt")
-    first, last = np.searchsorted(ends, [start, start + len(words) - 1], side="right")
-    return int(first), int(last) + 1
 
 
 def traced(

@@ -35,17 +35,19 @@ def heatmap(
 ) -> Heatmap:
     """A cell for each number, blue for those above zero and red for those below.
 
-    The strongest colour is that of the largest in size, which the title says. What stands in the
-    cells, `texts`, is the numbers themselves where they are few enough, unless given.
+    The first row is on top. The strongest colour is that of the number largest in size. What stands
+    in the cells, `texts`, is the numbers themselves where they are few enough, unless given.
     """
     values_RC = np.asarray(values_RC, float)
     number_R, number_C = values_RC.shape
     finite = np.where(np.isfinite(values_RC), values_RC, 0.0)
     largest = np.abs(finite).max() or 1.0
     if texts is None and number_C <= 24:
-        texts = [[f"{value:.2g}" for value in row] for row in values_RC]
-    wide, high = 1.6 + _CELL[0] * number_C, 1.1 + _CELL[1] * number_R
-    figure = figure_of(figsize=(max(4.5, min(wide, 16)), min(high, 14)), layout="constrained")
+        texts = [[f"{round(value, 3) + 0.0:.2g}" for value in row] for row in values_RC]
+    wide, high = 1.2 + _CELL[0] * number_C, 1.1 + _CELL[1] * number_R
+    figure = figure_of(
+        figsize=(size := max(7.0, min(wide, 24)), min(high, 14)), layout="constrained"
+    )
     axes = figure.add_subplot()
     colours = np.zeros((*values_RC.shape, 4))
     for colour, where in ((POSITIVE, finite >= 0), (NEGATIVE, finite < 0)):
@@ -58,9 +60,10 @@ def heatmap(
             axes.text(c + 0.5, r + 0.5, text, parse_math=False, **at)
     axes.set_xticks(np.arange(number_C) + 0.5, columns, rotation=45 if number_C > 8 else 0)
     axes.set_yticks(np.arange(number_R) + 0.5, rows)
+    axes.invert_yaxis()
     bare(axes)
     axes.grid(False)
-    axes.set_title(f"{title} (strongest: {largest:.3g})", color=INK, fontsize=10)
+    axes.set_title(title, color=INK, fontsize=10)
     axes.set_xlabel(across, color=INK)
     axes.set_ylabel(down, color=INK)
     for label in (axes.title, *axes.get_xticklabels(), *axes.get_yticklabels()):
@@ -69,7 +72,9 @@ def heatmap(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts have it
         drawn = picture(title, figure)
-    return Heatmap(drawn.title, drawn.svg, list(rows), list(columns), values_RC.tolist())
+    # So wide that its text can be read, however narrow the page: it scrolls.
+    svg = drawn.svg.replace("<svg", f'<svg style="min-width: {68 * size:.0f}px"', 1)
+    return Heatmap(title, svg, list(rows), list(columns), values_RC.tolist())
 
 
 def token_names(tokenizer, ids: Sequence[int]) -> list[str]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.config import ConfigError, check
+from lm.config import ConfigError
 from lm.evaluation.card import NotApplicable, Section, Table
 from lm.interpretability.attribution import TERMS, direct_logit_attribution, summed
 from lm.interpretability.heatmaps import heatmap, token_names
@@ -27,19 +27,6 @@ _MAPS = {
     "mlp_cosine": "Cosine of what the MLP writes with the stream",
 }
 _SHOWN = 32  # places of the prompt that are drawn: the last ones
-
-
-def one_token(run: Run, text: str, field: str) -> int:
-    """The id of a text that is one token.
-
-    Raises:
-      ConfigError: it is none, or several; it names them.
-    """
-    check(run.tokenizer is not None, f"{run.directory} has no tokenizer: it reads no text")
-    ids = run.tokenizer.encode(text)
-    names = " ".join(token_names(run.tokenizer, ids)) or "no token"
-    check(len(ids) == 1, f"{field}={text!r} must be one token; the model reads it as: {names}")
-    return ids[0]
 
 
 def layer_names(run: Run) -> list[str]:
@@ -142,7 +129,7 @@ def attributed(run: Run, tokens_1T: np.ndarray, right: int, wrong: int | None) -
         (),
         [Table(f"Parts of {what}", ["part", "adds"], rows), *_neurons(terms)],
         [
-            heatmap(f"Heads, {what}", terms["heads"][:, 0], layers, [*map(str, heads)],
+            heatmap(f"Heads, {what}", terms["heads"][::-1, 0], layers[::-1], [*map(str, heads)],
                     across="head", down="block"),
             heatmap(f"Attention and MLP by block, {what}", by_layer, ["attention", "MLP"], layers,
                     across="block"),

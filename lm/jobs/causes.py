@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import time
 from typing import Any
 
 import ml_collections
@@ -14,12 +15,11 @@ from lm.evaluation.card import NotApplicable, Section
 from lm.evaluation.page import made_by, write_report
 from lm.evaluation.subject import Subject
 from lm.files import parse_object, read_bytes
-from lm.interpretability.causes_report import aligned, circuit, patched, places_of, probed, traced
-from lm.interpretability.lens_report import one_token
+from lm.interpretability.causes_report import aligned, circuit, patched, probed, traced
 from lm.interpretability.patching import Contrast, logit_difference
+from lm.interpretability.prompts import one_token, opened, places_of, prompt_tokens
 from lm.interpretability.subspaces import InterchangeSettings, Pairs, align, probe
 from lm.jobs.evaluate import facts
-from lm.jobs.lens import opened, prompt_tokens
 from lm.parallel.platform import keep_programs
 from lm.runs.run import Run
 
@@ -91,8 +91,10 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
         parts["probe"] = lambda: probed(probe(Subject(loaded), texts, *asked, job.seed))
     sections, left_out = {}, {}
     for name, make in parts.items():
+        began = time.perf_counter()
         try:
-            sections[name] = make()
+            section = make()
+            sections[name] = dataclasses.replace(section, seconds=time.perf_counter() - began)
         except NotApplicable as why:
             left_out[name] = str(why)
     about = {**facts(loaded), "clean": job.clean, "corrupt": job.corrupt}

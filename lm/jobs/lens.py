@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import time
 
 import ml_collections
 import numpy as np
 from rich.console import Console
 
-import lm
 from lm.config import AboveZero, ConfigError, Count, Path, Positive, Seed, check, view
 from lm.evaluation.card import NotApplicable, Section
 from lm.evaluation.documents import Trained, given
 from lm.evaluation.page import made_by, write_report
-from lm.interpretability.lens_report import attributed, mapped, one_token, said
-from lm.interpretability.lenses import Lens, jacobian, readable, rows_of, train_tuned
+from lm.interpretability.lens_report import attributed, mapped, said
+from lm.interpretability.lenses import Lens, jacobian, rows_of, train_tuned
+from lm.interpretability.prompts import one_token, opened, prompt_tokens
 from lm.jobs.evaluate import facts
-from lm.models import skeleton
 from lm.parallel.platform import keep_programs
 from lm.runs.run import Run
 
@@ -69,13 +69,23 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
         right = int(np.argmax(loaded.model(tokens_1T)[0, -1]))
     directory = pathlib.Path(workdir).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
-    lenses, held_NT = _lenses(job, loaded, directory, Console(highlight=False))
-    sections, left_out = {"lens": said(loaded, tokens_1T, lenses, held_NT)}, {}
-    try:
-        sections["attribution"] = attributed(loaded, tokens_1T, right, wrong)
-    except NotApplicable as why:
-        left_out["attribution"] = str(why)
-    sections["stream"] = mapped(loaded, tokens_1T)
+
+    def lenses() -> Section:
+        return said(loaded, tokens_1T, *_lenses(job, loaded, directory, Console(highlight=False)))
+
+    sections: dict[str, Section] = {}
+    left_out: dict[str, str] = {}
+    for name, make in {
+        "lens": lenses,
+        "attribution": lambda: attributed(loaded, tokens_1T, right, wrong),
+        "stream": lambda: mapped(loaded, tokens_1T),
+    }.items():
+        began = time.perf_counter()
+        try:
+            section = make()
+            sections[name] = dataclasses.replace(section, seconds=time.perf_counter() - began)
+        except NotApplicable as why:
+            left_out[name] = str(why)
     about = {**facts(loaded), "prompt": job.prompt}
     title = f"{about['model']}: through lenses"
     words = "What it would say after each block, which parts say it, and along which stream."
@@ -84,29 +94,6 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
     path = write_report(directory / "lens.html", title, words, about, made, parts, left_out)
     print(f"page: {path}")
     return sections
-
-
-def opened(init_from: str, step: int | None) -> Run:
-    """A run whose residual stream can be read, and which computes in float32: parts then sum.
-
-    Raises:
-      ConfigError: see `run`.
-    """
-    try:
-        loaded = lm.load(init_from, step)
-        check(loaded.tokenizer is not None, "it has no tokenizer, and prompts are texts")
-        readable(loaded.skeleton)
-    except ConfigError as error:
-        raise ConfigError(f"config.init_from={init_from!r}: {error}") from None
-    exact = dataclasses.replace(loaded.skeleton.config, compute_dtype="float32")
-    return dataclasses.replace(loaded, skeleton=skeleton(exact))
-
-
-def prompt_tokens(loaded: Run, text: str, field: str) -> np.ndarray:
-    """A prompt as the model reads it, [1, T]; raises `ConfigError` where it is too long."""
-    ids, longest = loaded.encode(text), loaded.skeleton.config.max_length
-    check(0 < len(ids) <= longest, f"{field} has {len(ids)} tokens; the model reads 1 to {longest}")
-    return np.array([ids], np.int32)
 
 
 def _lenses(job: LensJob, loaded: Run, directory: pathlib.Path, console: Console):

@@ -16,12 +16,12 @@ from lm.evaluation.card import NotApplicable
 from lm.interpretability.attribution import TERMS, direct_logit_attribution, summed
 from lm.interpretability.lens_report import attributed
 from lm.interpretability.lenses import Lens, divergences, jacobian, streams, train_tuned
+from lm.interpretability.prompts import opened
 from lm.jobs import lens as job
 from lm.models import bind, skeleton
 
 RIGHT, WRONG = np.array([1, 2]), np.array([3, 4])
 FAMILIES = {
-    "tied, rmsnorm, rotary": {},
     "layernorm, biases, learned positions, types, soft cap": {
         "norm": "layernorm",
         "bias": True,
@@ -39,7 +39,11 @@ FAMILIES = {
         "num_kv_heads": 2,
         "activation": "swiglu",
     },
-    "experts after a dense layer": {"num_experts": 2, "activation": "swiglu", "dense_layers": 1},
+    "tied, rotary, experts after a dense layer": {
+        "num_experts": 2,
+        "activation": "swiglu",
+        "dense_layers": 1,
+    },
 }
 
 
@@ -90,11 +94,23 @@ def test_what_the_parts_add_sums_to_the_logit(family):
     assert np.abs(lens_LBTV[0] - logits_BTV).max() > 0.01
 
 
-def test_identity_is_the_logit_lens():
-    config, _, model = model_of(num_layers=1, width=16)
-    x_LBTD = streams(model, tiny_models.tokens())
+def test_identity_is_the_logit_lens_and_bert_is_read_through_its_own_head():
+    config, _, model = model_of(
+        num_layers=1,
+        width=16,
+        architecture="encoder",
+        norm="layernorm",
+        norm_position="post",
+        bias=True,
+        head_transform=True,
+        head_bias=True,
+    )
+    tokens = tiny_models.tokens(1, 6)
+    x_LBTD = streams(model, tokens)
     eye_LDD = jnp.broadcast_to(jnp.eye(config.width), (len(x_LBTD), config.width, config.width))
-    assert np.array_equal(Lens(eye_LDD)(model, x_LBTD), Lens()(model, x_LBTD))
+    plain_LBTV = Lens()(model, x_LBTD)
+    assert np.array_equal(Lens(eye_LDD)(model, x_LBTD), plain_LBTV)
+    assert np.allclose(plain_LBTV[-1], model(tokens), atol=2e-6)
 
 
 @pytest.mark.slow
@@ -121,6 +137,7 @@ def test_a_jacobian_is_that_of_the_layers_that_are_left():
     assert np.array_equal(lens.matrix_LDD[-1], np.eye(config.width))
 
 
+@pytest.mark.slow
 def test_a_tuned_lens_is_nearer_and_comes_back_from_its_file(tmp_path):
     config, values, model = model_of(num_layers=1)
     rows = np.random.default_rng(0).integers(0, 40, (64, 8), np.int32)
@@ -170,7 +187,8 @@ def test_a_run_through_lenses(run, tmp_path):
     assert len(found["stream"]["pictures"]) == 7
     norms = found["stream"]["pictures"][0]  # the picture's numbers, the last block's first
     wanted = np.linalg.norm(lm.load(run).trace("The cat", "embedding")["embedding"][0], axis=-1)
-    assert norms["rows"] == ["0", "embedding"] and norms["columns"] == [*"The␣cat"]
+    assert norms["rows"] == ["0", "embedding"]
+    assert norms["columns"] == ["<|endoftext|>", *"The␣cat"]
     assert norms["values"][1] == pytest.approx(wanted.tolist(), rel=1e-5)
     # The lens that was trained is read again, in place of training.
     again = job.run(config_of(run, tuned=str(tmp_path / "tuned_lens")), str(tmp_path / "again"))
@@ -192,6 +210,7 @@ def test_what_no_lens_can_read_is_said_in_a_line(run, tmp_path):
         job.run(config_of(both), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_logits_of_a_post_norm_model_are_not_attributed(run, tmp_path):
     post = tmp_path / "post"
     post.mkdir()
@@ -201,4 +220,4 @@ def test_logits_of_a_post_norm_model_are_not_attributed(run, tmp_path):
     left_out = json.loads((tmp_path / "lens.json").read_text(encoding="utf-8"))["left_out"]
     assert "norm_position='post'" in left_out["attribution"]
     with pytest.raises(NotApplicable):
-        attributed(job.opened(str(post), None), np.ones((1, 3), np.int32), 1, None)
+        attributed(opened(str(post), None), np.ones((1, 3), np.int32), 1, None)
