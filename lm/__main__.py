@@ -38,6 +38,7 @@ JOBS = {
     "formation": "lm.jobs.formation.FormationJob",  # how small models came to what they do
     "causes": "lm.jobs.causes.CausesJob",  # what makes it answer so: patched, by path and subspace
     "heads": "lm.jobs.heads.HeadsJob",  # what attention heads do, and how they came to do it
+    "learning": "lm.jobs.learning.LearningJob",  # gradients, steps, scales, the loss's landscape
     "compare_runs": "lm.jobs.compare_runs.CompareRunsJob",  # losses of several runs in one picture
     "dictionary": "lm.jobs.dictionary.DictionaryJob",  # sparse features of a model's activations
     "corpus": "lm.jobs.corpus.CorpusJob",  # a corpus too large for one machine, on Apache Beam

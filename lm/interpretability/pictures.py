@@ -32,9 +32,10 @@ def panels(rows: Sequence[Panel], columns: int = 2, **style: Any) -> Any:
     for axes, panel in zip(grid, rows):
         for (label, values), colour in zip(panel.curves.items(), _colours(len(panel.curves))):
             marker = "o" if len(panel.x) < 30 else ""
-            # A curve ends where its numbers do: what overflowed has no place on an axis.
-            kept = np.where(np.isfinite(y := np.asarray(values, np.float64)), y, np.nan)
-            axes.plot(panel.x, kept, color=colour, label=label, marker=marker, markersize=3)
+            # A curve ends where its numbers do: what over- or underflowed has no place on an axis.
+            y = np.asarray(values, np.float64)
+            y = np.where(np.isfinite(y) & ((y > 0) | (not panel.log)), y, np.nan)
+            axes.plot(panel.x, y, color=colour, label=label, marker=marker, markersize=3)
         if panel.log:
             axes.set_yscale("log")
         dress(axes, panel.title, panel.xlabel, panel.ylabel, legend=len(panel.curves) > 1)

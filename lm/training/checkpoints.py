@@ -284,6 +284,7 @@ def restore_parameters(
     step: int | str | None,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     lazily: bool = False,
+    part: str = "params",
 ) -> tuple[int, Mapping[str, jax.Array]]:
     """The step and the parameters (the state's `params`) of a checkpoint, and nothing else of it.
 
@@ -296,6 +297,7 @@ def restore_parameters(
       abstract: their shardings place the parameters and their dtypes convert them.
       lazily: whether each parameter is read when it is asked for and not kept. To find damage
         beforehand all are read once at first.
+      part: of the state, to be read in place of the parameters; `abstract` is then like it.
 
     Raises:
       ConfigError: no such checkpoint, a damaged one, or other parameters than `abstract`.
@@ -303,7 +305,8 @@ def restore_parameters(
 
     def read(path: pathlib.Path) -> Mapping[str, jax.Array]:
         if not lazily:
-            return load_tree(path, {"params": dict(abstract)}, partial=True)["params"]
+            wanted = dict(abstract) if isinstance(abstract, Mapping) else abstract
+            return load_tree(path, {part: wanted}, partial=True)[part]
         params = _Lazy(path, abstract)
         for name in params:
             params[name]
