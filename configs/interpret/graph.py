@@ -1,14 +1,20 @@
 r"""Why a model predicts what it does: an attribution graph, with a transcoder's features.
 
     python main.py --config=configs/interpret/graph.py --config.init_from=runs/quickstart \
-        --config.transcoder=runs/transcoder --config.prompt="The cat sat on the" \
-        --workdir=runs/graph
+        --config.transcoder=runs/transcoder --workdir=runs/graph \
+        --config.prompt="Once upon a time there was a little"
 
     # what speaks for one token; nodes that belong together; sums to 1e-12
     python main.py --config=configs/interpret/graph.py --config.init_from=runs/quickstart \
         --config.transcoder=runs/transcoder --config.prompt="The cat sat on the" \
         --config.targets=" mat" --config.supernodes="{'cat': ['0_17_1', '1_4_1']}" \
         --config.float64=True --workdir=runs/graph
+
+Two CPU cores: 15 seconds of the quickstart's model, two thirds of them compiling. That prompt goes
+on with " boy" (44 %) or " girl" (39 %); 800 features are active, 103 nodes and 2,500 edges are left
+of the graph; features explain .81 (replacement) and .96 (completeness), even of a transcoder that
+has been trained for a minute. Edges add up to the logits to 2e-6, in float64 to 1e-14. A model of
+GPT-2's size with 3,000 active features takes a minute of processor time and 2.2 GB.
 
 Writes graph.html, which needs no network, and graph.json, which circuit-tracer's page and
 Neuronpedia read.

@@ -22,9 +22,8 @@ from lm.interpretability.graphs.examples import examples
 from lm.interpretability.graphs.heads import loadings
 from lm.interpretability.graphs.replacement import freeze
 from lm.interpretability.heatmaps import token_names
-from lm.interpretability.lens_report import one_token
 from lm.interpretability.lenses import rows_of
-from lm.jobs.lens import opened, prompt_tokens
+from lm.interpretability.prompts import one_token, opened, prompt_tokens
 from lm.parallel.platform import keep_programs
 from lm.runs.run import Run
 

@@ -72,7 +72,8 @@ def taken_apart(local, graph, pairs, heads_ELH, number: int) -> list[dict[str, A
         if query != key and heads_LH.any():
             places[(*largest(heads_LH, 1)[0][:2], query, key)] = None
     found = []
-    for place in [*places][:number]:
+    # In the first layer a query is little but its own token; what is made of more comes first.
+    for place in sorted(places, key=lambda place: place[0] == 0)[:number]:
         score = looked(local, *place)
         terms = [
             [node_id(graph.nodes[q]), node_id(graph.nodes[k]), term]
