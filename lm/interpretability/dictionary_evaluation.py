@@ -13,6 +13,7 @@ reads what the layers below, replaced already, have left to it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from lm.interpretability.dictionaries import Dictionary
 from lm.models import Model, bind
 from lm.models.activations import trace
 from lm.models.hooks import Tap
+from lm.parallel.mesh import replicated
 from lm.training.step import Batch
 
 KEEP, REBUILD, ZERO, MEAN = range(4)  # what becomes of a layer's target
@@ -102,14 +104,22 @@ def text_fields(batch: Batch) -> tuple[dict[str, jax.Array], jax.Array]:
     return fields, valid_BT
 
 
-def make_measure(model: Model) -> Callable[..., Faithfulness]:
+def on_all(mesh: jax.sharding.Mesh | None) -> Callable[..., Any]:
+    """`jax.jit` of a function whose results every host is to have."""
+    return functools.partial(jax.jit, out_shardings=replicated(mesh) if mesh else None)
+
+
+def make_measure(
+    model: Model, mesh: jax.sharding.Mesh | None = None
+) -> Callable[..., Faithfulness]:
     """A function (dictionary, base parameters, batches) → `Faithfulness`; compiled once a shape.
 
     Args:
       model: the skeleton of the model whose activations they are.
+      mesh: whose devices share the batches; None: one device has them.
     """
 
-    @jax.jit
+    @on_all(mesh)
     def rebuilding(base, dictionary, batch):
         fields, valid_BT = text_fields(batch)
         names = list(dict.fromkeys((*dictionary.sources, *dictionary.targets)))
@@ -129,7 +139,7 @@ def make_measure(model: Model) -> Callable[..., Faithfulness]:
             "tokens": jnp.sum(w_BT1),
         }
 
-    @jax.jit
+    @on_all(mesh)
     def nats(base, dictionary, batch, fate_L):
         fields, valid_BT = text_fields(batch)
         tap = splicing(dictionary, fate_L, valid_BT)

@@ -20,7 +20,14 @@ import numpy as np
 from lm.evaluation.card import Table
 from lm.evaluation.page import table_html, write_page
 from lm.interpretability.dictionaries import Dictionary
-from lm.interpretability.dictionary_evaluation import MEAN, REBUILD, ZERO, Faithfulness, text_fields
+from lm.interpretability.dictionary_evaluation import (
+    MEAN,
+    REBUILD,
+    ZERO,
+    Faithfulness,
+    on_all,
+    text_fields,
+)
 from lm.models import Model, bind
 from lm.models.activations import trace
 from lm.tokenizers import Tokenizer
@@ -41,6 +48,7 @@ class Examples(NamedTuple):
     chosen: Sequence[tuple[int, int]]  # (index of the layer, feature)
     tokens_NT: np.ndarray  # ids; -1 is padding
     activations_CNT: np.ndarray
+    logits_CV: np.ndarray  # what one unit of each adds to the logits directly, centred
 
 
 def collect(
@@ -50,8 +58,12 @@ def collect(
     batches: Iterable[Batch],
     faithful: Faithfulness,
     count: int,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Examples:
-    """Watches features on some text: of each layer `count`, from the busiest to the rarest."""
+    """Watches features on some text: of each layer `count`, from the busiest to the rarest.
+
+    Arguments as of `lm.interpretability.dictionary_evaluation.make_measure`; all hosts call it.
+    """
     chosen = []
     for index, density_F in enumerate(faithful.density_LF):
         order = np.argsort(-density_F, kind="stable")[: (density_F > 0).sum()]
@@ -59,7 +71,7 @@ def collect(
         chosen += [(index, int(order[rank])) for rank in ranks]
     layers, features = np.array(chosen, int).reshape(-1, 2).T
 
-    @jax.jit
+    @on_all(mesh)
     def watch(base, batch):
         fields, valid_BT = text_fields(batch)
         found = trace(bind(model, base), batch["inputs"], names=list(dictionary.sources), **fields)
@@ -69,7 +81,9 @@ def collect(
 
     seen = [jax.tree.map(np.asarray, watch(base, batch)) for batch in batches]
     tokens_NT = np.concatenate([tokens for tokens, _ in seen])
-    return Examples(chosen, tokens_NT, np.concatenate([a for _, a in seen], axis=1))
+    direct = on_all(mesh)(lambda base: direct_logits(bind(model, base), dictionary, chosen))
+    activations_CNT = np.concatenate([a for _, a in seen], axis=1)
+    return Examples(chosen, tokens_NT, activations_CNT, np.asarray(direct(base)))
 
 
 def table(dictionary: Dictionary, faithful: Faithfulness) -> Table:
@@ -104,27 +118,25 @@ def lines(dictionary: Dictionary, faithful: Faithfulness) -> str:
 def write(
     path: pathlib.Path,
     facts: Mapping[str, Any],
-    model: Model,
     tokenizer: Tokenizer,
     dictionary: Dictionary,
     faithful: Faithfulness,
     examples: Examples,
     command: str,
 ) -> pathlib.Path:
-    """Writes the page, and returns its path.
-
-    Args:
-      path: of the page.
-      facts: said at its head.
-      model: bound.
-    """
-    logits_CV = direct_logits(model, dictionary, examples.chosen)
-    body = _body(facts, tokenizer, dictionary, faithful, examples, logits_CV, command)
+    """Writes the page, and returns its path; `facts` are said at its head."""
+    body = _body(facts, tokenizer, dictionary, faithful, examples, command)
     return write_page(path, "Features", body)
 
 
-def direct_logits(model: Model, dictionary: Dictionary, chosen: Sequence[tuple[int, int]]):
-    """What one unit of each chosen feature adds to the logits directly: [C, V], centred."""
+def direct_logits(
+    model: Model, dictionary: Dictionary, chosen: Sequence[tuple[int, int]]
+) -> jax.Array:
+    """What one unit of each chosen feature adds to the logits directly: [C, V], centred.
+
+    Args:
+      model: bound.
+    """
     vectors = []
     for index, feature in chosen:
         _, written = dictionary.decoder(index)
@@ -136,10 +148,10 @@ def direct_logits(model: Model, dictionary: Dictionary, chosen: Sequence[tuple[i
     if norm is not None and hasattr(norm, "scale"):
         w_CD *= norm.scale[...] + (1 if norm.unit_offset else 0)
     logits_CV = w_CD @ model.output_weights().T
-    return np.asarray(logits_CV - logits_CV.mean(-1, keepdims=True))
+    return logits_CV - logits_CV.mean(-1, keepdims=True)
 
 
-def _body(facts, tokenizer, dictionary, faithful, examples, logits_CV, command) -> Iterator[str]:
+def _body(facts, tokenizer, dictionary, faithful, examples, command) -> Iterator[str]:
     esc = html.escape
     yield f"{_STYLE}<h1>Features of {esc(str(facts['model']))}</h1><dl>"
     for name, value in facts.items():
@@ -159,13 +171,13 @@ def _body(facts, tokenizer, dictionary, faithful, examples, logits_CV, command) 
     for number, (index, feature) in enumerate(examples.chosen):
         if not number or examples.chosen[number - 1][0] != index:
             yield f"<h2>Features of layer {dictionary.layers[index]}</h2>"
-        a_NT = examples.activations_CNT[number]
+        a_NT, logits_V = examples.activations_CNT[number], examples.logits_CV[number]
         share = faithful.density_LF[index, feature]
         yield f"<section><h3>Feature {feature}</h3><p>Fires at {share:.3%} of tokens"
         yield f", up to {a_NT.max():.2f}.</p>" + _bars(a_NT[a_NT > 0], "activation where it fires")
-        order = np.argsort(logits_CV[number][: len(text)], kind="stable")
+        order = np.argsort(logits_V[: len(text)], kind="stable")
         for words, ids in (("promotes", order[::-1][:_TOKENS]), ("suppresses", order[:_TOKENS])):
-            said = ", ".join(f"{text[i]!r} {logits_CV[number][i]:+.2f}" for i in ids)
+            said = ", ".join(f"{text[i]!r} {logits_V[i]:+.2f}" for i in ids)
             yield f"<p><b>{words}</b> {esc(said)}</p>"
         yield from _examples(text, examples.tokens_NT, a_NT)
         yield "</section>"

@@ -43,7 +43,6 @@ from lm.interpretability.dictionary_training import (
     reading_of,
     set_up,
 )
-from lm.models import bind
 from lm.parallel import hosts
 from lm.parallel.cluster import HostsConfig
 from lm.parallel.layout import lay_out
@@ -151,7 +150,7 @@ def _run(job: DictionaryJob, own: dict[str, Any], directory: pathlib.Path):
     )  # fmt: skip
     check_workload(workload)
     reading = reading_of(workload)
-    training, measure = set_up(workload, reading), make_measure(reading.model)
+    training, measure = set_up(workload, reading), make_measure(reading.model, layout.mesh)
 
     def held() -> Iterator[Any]:
         for batch in itertools.islice(validation, job.eval_batches):
@@ -194,13 +193,14 @@ def _run(job: DictionaryJob, own: dict[str, Any], directory: pathlib.Path):
         # ---- What came of it
         dictionary = whole(state)
         faithful = measured.get("last") or measure(dictionary, base, held())
-        model = reading.model
-        seen = dictionary_page.collect(model, dictionary, base, held(), faithful, job.dashboards)
+        seen = dictionary_page.collect(
+            reading.model, dictionary, base, held(), faithful, job.dashboards, layout.mesh
+        )
         if hosts.index() == 0:
             say(f"dictionary: {dictionaries.save(dictionary, directory)}")
             facts = {"model": f"{job.init_from}, step {step}", **_facts(job)}
             page = dictionary_page.write(
-                directory / "features.html", facts, bind(model, base), source.tokenizer,
+                directory / "features.html", facts, source.tokenizer,
                 dictionary, faithful, seen, made_by("configs/interpret/transcoder.py", job),
             )  # fmt: skip
             say(dictionary_page.lines(dictionary, faithful))
@@ -209,10 +209,8 @@ def _run(job: DictionaryJob, own: dict[str, Any], directory: pathlib.Path):
 
 
 def _facts(job: DictionaryJob) -> dict[str, str]:
-    chosen, rows = (
-        job.dictionary,
-        f"{job.tokens_per_row or 'all'} tokens of each of {job.rows} rows",
-    )
+    chosen = job.dictionary
+    rows = f"{job.tokens_per_row or 'all'} tokens of each of {job.rows} rows"
     return {
         "dictionary": f"{chosen.kind}, {chosen.activation}, {chosen.features:,} features a layer",
         "trained": f"{job.train.steps:,} steps on {rows}",
