@@ -55,6 +55,7 @@ def texts(subject: Subject, seed: int, rows: int) -> list[Texts]:
             "pronoun to antecedent": told.antecedent_BTS,
             "pronoun to another": told.distractor_BTS,
         }
+        targets = {name: some for name, some in targets.items() if some.any()}
         both = told.tokens_BT, told.segments_BT
         found.append(Texts(*both, np.array([*targets.values()]), (*targets,)))
     return found
@@ -138,7 +139,7 @@ class History:
 
 def draw(history: History, lines: Sequence[Sequence[str]], titles: Sequence[str]) -> Any:
     """A figure with a panel for each group of names; the first one's phase change is shaded."""
-    figure = figure_of(figsize=(7.6, 2.6 * len(lines)), dpi=110, layout="constrained")
+    figure = figure_of(figsize=(7.6, 2.6 * len(lines)), dpi=100, layout="constrained")
     panels = figure.subplots(len(lines), 1, squeeze=False, sharex=True)[:, 0]
     first, last, _ = history.phase_change(lines[0][0])
     for axes, names, title in zip(panels, lines, titles):
@@ -147,7 +148,8 @@ def draw(history: History, lines: Sequence[Sequence[str]], titles: Sequence[str]
         axes.axvspan(first, last, color="#999999", alpha=0.15, linewidth=0)
         axes.set_title(title, color=INK, fontsize=10, loc="left")
         bare(axes)
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc="center left",
-                    bbox_to_anchor=(1.0, 0.5))  # fmt: skip
+        if len(names) > 1:
+            below = {"loc": "upper left", "bbox_to_anchor": (0, -0.06), "ncols": 2}
+            axes.legend(frameon=False, labelcolor=INK, fontsize=8, **below)
     panels[-1].set_xlabel("step", color=INK, fontsize=9)
     return figure

@@ -135,7 +135,7 @@ def pronoun_choice(subject: Subject, seed: int, pairs: int = 64) -> Task | None:
     for row, (text, both) in enumerate(zip(texts, spans)):
         for kind, span in enumerate(both):
             targets[kind, row, len(text) - 1, span] = True
-    name = "whom a pronoun will mean, before it is said"
+    name = "whom the next pronoun means"
     return task_of(name, texts, targets, np.array(answers).T)
 
 
