@@ -4,21 +4,20 @@ r"""Why a model predicts what it does: an attribution graph, with a transcoder's
         --config.transcoder=runs/transcoder --workdir=runs/graph \
         --config.prompt="Once upon a time there was a little"
 
-    # what speaks for one token; nodes that belong together; sums to 1e-12
+    # what speaks for one token, with sums that hold to 1e-12
     python main.py --config=configs/interpret/graph.py --config.init_from=runs/quickstart \
         --config.transcoder=runs/transcoder --config.prompt="The cat sat on the" \
-        --config.targets=" mat" --config.supernodes="{'cat': ['0_17_1', '1_4_1']}" \
-        --config.float64=True --workdir=runs/graph
+        --config.targets=" mat" --config.float64=True --workdir=runs/graph
 
-Two CPU cores: 15 seconds of the quickstart's model, two thirds of them compiling. That prompt goes
-on with " boy" (44 %) or " girl" (39 %); 800 features are active, 103 nodes and 2,500 edges are left
-of the graph; features explain .81 (replacement) and .96 (completeness), even of a transcoder that
-was trained for 120 steps (docs/attribution_graph.png). Edges add up to the logits to 2e-6, with
---config.float64=True to 4e-15. A model of GPT-2's size with 3,000 active features takes a minute of
-processor time and 2.2 GB.
+15 seconds of processor time for the quickstart's model. That prompt goes on with " boy" (44 %) or
+" girl" (39 %); 800 features are active, 103 nodes and 2,500 edges are left of the graph; features
+explain .81 (replacement) and .96 (completeness), even of a transcoder that was trained for 120
+steps of 1,024 tokens (docs/attribution_graph.png). Edges add up to the logits to 2e-6, in float64
+to 4e-15. A model of GPT-2's size with 3,000 active features takes a minute, and 2.2 GB.
 
 Writes graph.html, which needs no network, and graph.json, which circuit-tracer's page and
-Neuronpedia read.
+Neuronpedia read. Nodes that belong together are grouped on the page, whose button writes graph.json
+again, or by --config.supernodes="{'name': ['0_17_1', '1_4_1']}", of that file's ids.
 """
 
 from lm.config import defaults
