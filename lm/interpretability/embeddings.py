@@ -308,9 +308,13 @@ def drawn(
 def _map(
     title: str, steps: Sequence[int], maps: Sequence[np.ndarray], words: Sequence[str], groups: Any
 ) -> Picture:
-    figure = figure_of(figsize=(4.4 * len(steps), 4.2), layout="constrained")
+    columns = min(2, len(steps))
+    lines = -(-len(steps) // columns)
+    figure = figure_of(figsize=(4.8 * columns, 4.2 * lines), layout="constrained")
     colours = [COLOURS[i % len(COLOURS)] for i, group in enumerate(groups) for _ in group]
-    for axes, step, at_N2 in zip(figure.subplots(1, len(steps), squeeze=False)[0], steps, maps):
+    for axes in (grid := figure.subplots(lines, columns, squeeze=False).reshape(-1))[len(steps) :]:
+        axes.set_visible(False)
+    for axes, step, at_N2 in zip(grid, steps, maps):
         axes.scatter(*at_N2.T, c=colours, s=12)
         for word, at, colour in zip(words, at_N2, colours):
             axes.annotate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import time
 from typing import Literal
 
 import ml_collections
@@ -80,10 +81,13 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
     }
     sections, left_out = {}, {}
     for part, make in parts.items():
+        began = time.perf_counter()
         try:
-            sections[part] = make()
+            made = make()
         except NotApplicable as why:
             left_out[part] = str(why)
+        else:
+            sections[part] = dataclasses.replace(made, seconds=time.perf_counter() - began)
     facts = {
         "model": source.directory.resolve().name,
         "directory": str(source.directory),
