@@ -292,6 +292,7 @@ def _scores(
                     truncated=None if task is None else len(cut.get(name, ())),
                     chance=_chance(task, metric, here),
                     items=items,
+                    fraction=bool(items) and min(items) >= 0 and max(items) <= 1,
                     asked=digest([name, metric, chosen, *(s["doc_hash"] for s in here)])
                     if items
                     else "",

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lm.evaluation import statistics
-from lm.evaluation.statistics import NORMAL, Estimate, log_odds_ratio, permutation_p, share
+from lm.evaluation.statistics import NORMAL, Estimate, permutation_p, share
 
 
 class Association(NamedTuple):
@@ -66,32 +66,20 @@ def direction(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarra
     return axis, float(scales[0] ** 2 / (scales**2).sum())
 
 
-def amplification(model: tuple[float, float], data: tuple[float, float]) -> Estimate:
-    """How many times the data's odds a model's are, with the interval of the log-odds ratio.
-
-    1 for a model that leans as its corpus does, above 1 for one that exaggerates.
-
-    Args:
-      model: how often it chose one thing, and the other, such as "she" and "he" for nurses.
-      data: how often the corpus has each.
-    """
-    items = int(sum(model))
-    return _exponential(*log_odds_ratio(model, data), items, items)
-
-
-def amplification_expected(
+def amplification(
     p_N: Sequence[float] | np.ndarray,
     data: tuple[float, float],
     clusters: Sequence[Hashable] | None = None,
 ) -> Estimate:
-    """As `amplification`, of a model that was asked how likely it finds the thing in each place.
+    """How many times the data's odds a model's are, from how likely it finds a thing in each place.
 
-    Its odds are those of the mean of its probabilities: of the counts to be expected. They vary
-    less than counts of what it writes; the delta method gives their share of the interval.
+    1 for a model that leans as its corpus does, above 1 for one that exaggerates. The model's odds
+    are those of the mean of its probabilities, their share of the interval by the delta method; to
+    the corpus's counts ½ is added (Haldane 1956, Gart 1966).
 
     Args:
       p_N: of the one thing rather than the other, each above 0 and below 1 [N].
-      data: how often the corpus has each.
+      data: how often the corpus has it, and the other.
       clusters: see `statistics.mean`.
     """
     found = statistics.mean(p_N, clusters)

@@ -10,8 +10,9 @@ import math
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, Literal
 
+from lm.evaluation import statistics
 from lm.evaluation.statistics import Estimate
-from lm.training.plots import FAINT, INK
+from lm.training.plots import FAINT, INK, bare, figure_of
 
 Better = Literal["higher", "lower", "none"]
 
@@ -35,6 +36,7 @@ class Score:
         by; () where it is no mean.
       clusters: of the items, as `statistics.mean` takes them; () where each is its own.
       asked: tells these items from others (`digest`): only the same ones are compared in pairs.
+      fraction: whether it lies between 0 and 1, as a share does.
     """
 
     name: str
@@ -47,6 +49,33 @@ class Score:
     items: Sequence[float] = ()
     clusters: Sequence[Hashable] = ()
     asked: str = ""
+    fraction: bool = False
+
+    @classmethod
+    def mean(
+        cls,
+        name: str,
+        items: Iterable[float],
+        better: Better = "none",
+        about: str = "",
+        clusters: Sequence[Hashable] | None = None,
+        asked: str = "",
+        **fields: Any,
+    ) -> Score:
+        """The mean of items' scores, with its interval unless `fields` have an `estimate`."""
+        items = [float(one) for one in items]
+        estimate = fields.pop("estimate", None) or statistics.mean(items, clusters)
+        fields |= {"items": items, "clusters": () if clusters is None else clusters}
+        return cls(name, estimate, better, about, asked=asked, **fields)
+
+    @classmethod
+    def share(
+        cls, name: str, right: Sequence[float], better: Better = "higher", about: str = "",
+        clusters: Sequence[Hashable] | None = None, asked: str = "", **fields: Any,
+    ) -> Score:  # fmt: skip
+        """The share of items that are right, or the mean of what is from 0 to 1."""
+        fields |= {"estimate": statistics.share(right, clusters), "fraction": True}
+        return cls.mean(name, right, better, about, clusters, asked, **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +135,25 @@ def digest(items: Iterable[Any]) -> str:
     return found.hexdigest()
 
 
-def picture(title: str, figure: Any) -> Picture:
+def axes(across: str, up: str = "", size: tuple[float, float] = (7.2, 3.6)) -> Any:
+    """Axes of a new figure to draw a picture in: what they count, and their size in inches."""
+    found = figure_of(figsize=size, layout="constrained").add_subplot()
+    bare(found)
+    found.set_xlabel(across, color=INK)
+    found.set_ylabel(up, color=INK)
+    return found
+
+
+def picture(title: str, figure: Any, **legend: Any) -> Picture:
     """A figure (`lm.training.plots.figure_of`) as a picture for light and dark pages.
 
     What is drawn in the colours `INK` and `FAINT` of `lm.training.plots` takes the page's.
+    `legend`, where there is to be one, is as matplotlib's.
     """
     import matplotlib
 
+    if legend:
+        figure.axes[0].legend(frameon=False, labelcolor=INK, **legend)
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

@@ -8,6 +8,8 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
+
 from lm.config import Bounds, Positive, check
 from lm.data.storyworld import instructions
 from lm.data.storyworld import lexicon as lx
@@ -54,12 +56,44 @@ class Question(NamedTuple):
     right: Callable[[Any], bool]
 
 
-class _Way(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Way:
     """How a kind of question is put to a model."""
 
+    subject: Subject
+    asked: Sequence[Question]
     prompts: list[Any]  # texts, or messages
     examples: int
     steps: bool
+
+    @property
+    def about(self) -> str:
+        return "after steps" if self.steps else "at once"
+
+    def written(
+        self, settings: ReasoningSettings, seed: int, samples: int, temperature: float
+    ) -> list[list[Written]]:
+        """Replies to each question, up to where the next would begin."""
+        chats = converses(self.subject)
+        sampling = SamplingConfig(
+            temperature=temperature,
+            max_new_tokens=settings.max_new_tokens,
+            num_samples=samples,
+            stop=() if chats else (_END, "Question:", *(() if self.steps else ("\n",))),
+        )
+        write = self.subject.answer if chats else self.subject.write
+        return write(self.prompts, sampling, seed)
+
+    def said(self, number: int, written: Written) -> Any:
+        """What a reply answers; after steps only what it announces as its answer."""
+        _, found, after = written.text.rpartition(_ANSWER)
+        if self.steps and not found:
+            return None
+        return self.asked[number].says(after if self.steps else written.text)
+
+    def right(self, said: Sequence[Any]) -> list[bool]:
+        """Whether each question is answered rightly."""
+        return [one is not None and bool(q.right(one)) for q, one in zip(self.asked, said)]
 
 
 def measure(
@@ -76,11 +110,12 @@ def measure(
     rows = []
     for kind, some in _questions(settings, converses(subject), seed).items():
         row: dict[str, Any] = {"questions": kind}
+        rows.append(row)
         if isinstance(some, str):
-            rows.append({**row, "asked": f"left out: {some}"})
+            row["asked"] = f"left out: {some}"
             continue
         asked, examples = some
-        ways, direct = {}, []
+        ways, direct = [], []
         for name, steps in (("direct", False), ("steps", True)):
             if steps and not asked[0].steps:
                 continue
@@ -88,30 +123,36 @@ def measure(
             if way is None:
                 row[name] = "not asked: longer than the context"
                 continue
-            ways[name] = way
-            replies = [one for (one,) in _write(subject, way, settings, seed, 1, 0)]
-            said = [_said(q, one, steps) for q, one in zip(asked, replies)]
-            right = _right(asked, said)
+            ways.append(way)
+            replies = [one for (one,) in way.written(settings, seed, 1, 0)]
+            said = [way.said(i, one) for i, one in enumerate(replies)]
+            right = way.right(said)
             form = "conversation" if converses(subject) else "text"
             row["asked"] = f"as a {form}, {way.examples} worked examples"
-            about = "after steps" if steps else "at once"
-            scores.append(_score(f"{kind}_{name}", about, kind, right, asked, replies, said))
-            row[name] = scores[-1].estimate.bracketed
+            about = f"{kind}: share of replies that are right, {way.about}"
+            score = Score.share(
+                f"{kind}_{name}",
+                right,
+                about=about,
+                unparsed=said.count(None),
+                truncated=sum(not one.ended for one in replies),
+                chance=0.25 if kind == "handing" else None,
+                asked=digest([f"{kind}_{name}", *(one.asked for one in asked)]),
+            )
+            scores.append(score)
+            row[name] = score.estimate.bracketed
             row["unparsed"] = row.get("unparsed", 0) + said.count(None)
-            shown = {"question": asked[0].asked, f"written {about}": replies[0].text}
+            shown = {"question": asked[0].asked, f"written {way.about}": replies[0].text}
             samples.append(Sample({**shown, "right": asked[0].answer}, right[0]))
             if steps and direct:
                 gap, p = st.difference(right, direct)
                 row["steps − direct"] = f"{gap.value:+.2f}, p = {p:.2f}"
             direct = right
-        name = next((name for name in ("steps", "direct") if name in ways), "")
-        if name:
-            drawn = settings.samples, settings.temperature
-            many = _write(subject, ways[name], settings, seed, *drawn)
-            more, cells = _of_many(kind, asked, many, name == "steps", powers)
+        if ways:
+            many = ways[-1].written(settings, seed, settings.samples, settings.temperature)
+            more, cells = _of_many(kind, ways[-1], many, powers)
             scores += more
             row |= cells
-        rows.append(row)
     head = (
         *("questions", "asked", "direct", "steps", "steps − direct", "unparsed"),
         *(f"majority of {settings.samples}", *(f"pass@{k}" for k in powers)),
@@ -204,7 +245,7 @@ def _way(
             prompts = [_text(examples[:number], one, steps) for one in asked]
             lengths = [len(subject.text(prompt)) for prompt in prompts]
         if max(lengths) + settings.max_new_tokens <= subject.max_length:
-            return _Way(prompts, number, steps)
+            return _Way(subject, asked, prompts, number, steps)
     return None
 
 
@@ -225,95 +266,28 @@ def _text(examples: Iterable[Question], asked: Question, steps: bool) -> str:
     return _END.join([*worked, f"Question: {asked.asked}\n{opening}"])
 
 
-def _write(
-    subject: Subject,
-    way: _Way,
-    settings: ReasoningSettings,
-    seed: int,
-    samples: int,
-    temperature: float,
-) -> list[list[Written]]:
-    """Replies to each question, up to where the next would begin."""
-    chats = converses(subject)
-    sampling = SamplingConfig(
-        temperature=temperature,
-        max_new_tokens=settings.max_new_tokens,
-        num_samples=samples,
-        stop=() if chats else (_END, "Question:", *(() if way.steps else ("\n",))),
-    )
-    return (subject.answer if chats else subject.write)(way.prompts, sampling, seed)
-
-
-def _said(question: Question, written: Written, steps: bool) -> Any:
-    """What a reply answers; after steps only what it announces as its answer."""
-    _, found, after = written.text.rpartition(_ANSWER)
-    if steps and not found:
-        return None
-    return question.says(after if steps else written.text)
-
-
-def _right(asked: Sequence[Question], said: Sequence[Any]) -> list[bool]:
-    return [one is not None and bool(q.right(one)) for q, one in zip(asked, said)]
-
-
-def _score(
-    name: str,
-    about: str,
-    kind: str,
-    right: Sequence[bool],
-    asked: Sequence[Question],
-    replies: Sequence[Written],
-    said: Sequence[Any],
-) -> Score:
-    return Score(
-        name,
-        st.share(right),
-        "higher",
-        f"{kind}: share of replies that are right, {about}",
-        unparsed=list(said).count(None),
-        truncated=sum(not one.ended for one in replies),
-        chance=0.25 if kind == "handing" else None,
-        items=list(map(float, right)),
-        asked=digest([name, *(one.asked for one in asked)]),
-    )
-
-
 def _of_many(
-    kind: str,
-    asked: Sequence[Question],
-    many: Sequence[Sequence[Written]],
-    steps: bool,
-    powers: Sequence[int],
+    kind: str, way: _Way, many: Sequence[Sequence[Written]], powers: Sequence[int]
 ) -> tuple[list[Score], dict[str, str]]:
     """What most samples say, and pass@k."""
-    said = [[_said(q, one, steps) for one in some] for q, some in zip(asked, many)]
-    number, how = len(many[0]), "after steps" if steps else "at once"
-    most = []
+    said = [[way.said(i, one) for one in some] for i, some in enumerate(many)]
+    number, most = len(many[0]), []
     for some in said:
         parsed = collections.Counter(one for one in some if one is not None)
         most.append(parsed.most_common(1)[0][0] if parsed else None)
-    right = _right(asked, most)
-    every = [one for some in many for one in some]
-    lost = sum(one is None for some in said for one in some)
-    cut, same = sum(not one.ended for one in every), digest(one.asked for one in asked)
-    majority = Score(
-        f"{kind}_majority",
-        st.share(right),
-        "higher",
-        f"{kind}: share right of what most of {number} samples say, {how}",
-        unparsed=lost,
-        truncated=cut,
-        items=list(map(float, right)),
-        asked=same,
-    )
-    scores, cells = [majority], {f"majority of {number}": majority.estimate.bracketed}
-    counts = [sum(_right([q] * number, some)) for q, some in zip(asked, said)]
+    fields = {
+        "unparsed": sum(one is None for some in said for one in some),
+        "truncated": sum(not one.ended for some in many for one in some),
+        "asked": digest(one.asked for one in way.asked),
+    }
+    about = f"{kind}: share right of what most of {number} samples say, {way.about}"
+    scores = [Score.share(f"{kind}_majority", way.right(most), about=about, **fields)]
+    cells = {f"majority of {number}": scores[0].estimate.bracketed}
+    counts = np.sum([way.right(drawn) for drawn in zip(*said)], 0).tolist()
     for k in powers:
         each = [st.pass_at_k(count, number, k) for count in counts]
-        found = st.share(each)  # the mean, within 0 and 1
-        about = f"{kind}: chance that one of {k} samples is right, {how}"
-        cells[f"pass@{k}"] = f"{found.value:.2f}"
-        if k in (1, powers[-1]):
-            name = f"{kind}_pass@{k}"
-            scores.append(Score(name, found, "higher", about, lost, cut, items=each, asked=same))
+        about = f"{kind}: chance that one of {k} samples is right, {way.about}"
+        score = Score.share(f"{kind}_pass@{k}", each, about=about, **fields)
+        cells[f"pass@{k}"] = f"{score.estimate.value:.2f}"
+        scores += [score] if k in (1, powers[-1]) else []
     return scores, cells

@@ -6,10 +6,10 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from lm.evaluation.card import Picture, Score, Table, picture
+from lm.evaluation.card import Picture, Score, Table, axes, picture
 from lm.evaluation.statistics import bootstrap, mean
 from lm.evaluation.uncertainty import auroc, brier, ece, ece_by_chance, reliability, risk_coverage
-from lm.training.plots import COLOURS, FAINT, INK, bare, figure_of
+from lm.training.plots import COLOURS, FAINT
 
 ENOUGH = 5  # right answers, and wrong ones, without which nothing tells them apart
 _BY_CHANCE = 200  # worlds in which confidences are what they say
@@ -44,33 +44,21 @@ def calibration(
             lambda i, equal=equal: ece(c_N[i], right_N[i], bins, equal), len(c_N), clusters, draws
         )
         low = 0.0 if found.value <= most else max(0.0, found.low)
-        scores.append(
-            Score(
-                f"{name}: ECE, equal {equal}",
-                found._replace(low=low, high=min(1.0, found.high)),
-                "lower",
-                f"mean |accuracy − confidence| over {bins} bins of equal {equal}; chance: of "
-                "calibrated confidences",
-                chance=chance,
-            )
+        found = found._replace(low=low, high=min(1.0, found.high))
+        about = (
+            f"mean |accuracy − confidence| over {bins} bins of equal {equal}; chance: of "
+            "calibrated confidences"
         )
+        fields = {"better": "lower", "about": about, "chance": chance, "fraction": True}
+        scores.append(Score(f"{name}: ECE, equal {equal}", found, **fields))
     squares_N = (c_N - right_N) ** 2
     share = float(right_N.mean())
     square = mean(squares_N, clusters)
     square = square._replace(low=max(0.0, square.low), high=min(1.0, square.high))
     usual = brier(np.full(len(c_N), share), right_N)
-    scores.append(
-        Score(
-            f"{name}: Brier",
-            square,
-            "lower",
-            f"mean (confidence − right)², 0 to 1; one who always says {share:.2f} has {usual:.3f}",
-            items=squares_N.tolist(),
-            clusters=clusters,
-            asked=asked,
-        )
-    )
-    return scores
+    about = f"mean (confidence − right)², 0 to 1; one who always says {share:.2f} has {usual:.3f}"
+    fields = {"clusters": clusters, "asked": asked, "estimate": square, "fraction": True}
+    return [*scores, Score.mean(f"{name}: Brier", squares_N, "lower", about, **fields)]
 
 
 def telling_apart(
@@ -102,7 +90,8 @@ def telling_apart(
         if name != "hindsight":
             about = "how often a right answer has more of it than a wrong one"
             clipped = found._replace(low=max(0.0, found.low), high=min(1.0, found.high))
-            scores.append(Score(f"AUROC: {name}", clipped, "higher", about, chance=0.5))
+            fields = {"about": about, "chance": 0.5, "fraction": True}
+            scores.append(Score(f"AUROC: {name}", clipped, "higher", **fields))
     head = ["measure", "AUROC", "AURC", "its error", "risk at 50 %", "at 80 %", "at 100 %"]
     return scores, [Table("Share of wrong answers if only the surest are given", head, rows)]
 
@@ -123,39 +112,28 @@ def reliability_diagram(
       confidences: (confidence [N], right [N]) by name.
       bins: of each.
     """
-    figure = figure_of(figsize=(5.2, 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    bare(axes)
-    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.5, zorder=1)
+    drawn = axes("confidence", "share that is right", (5.2, 4.4))
+    drawn.plot([0, 1], [0, 1], color=FAINT, linewidth=1.5, zorder=1)
     for (name, (c_N, right_N)), colour in zip(confidences.items(), COLOURS):
         found = reliability(c_N, right_N, bins, "mass")
         x, y = [one.confidence for one in found], [one.accuracy for one in found]
-        axes.plot(x, y, color=colour, linewidth=1, alpha=0.35, zorder=2)
+        drawn.plot(x, y, color=colour, linewidth=1, alpha=0.35, zorder=2)
         sizes = [12 + 160 * one.items / len(c_N) for one in found]
-        axes.scatter(x, y, sizes, color=colour, label=name, zorder=3)
-    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-    return _finished(title, figure, axes, "confidence", "share that is right", "upper left")
+        drawn.scatter(x, y, sizes, color=colour, label=name, zorder=3)
+    drawn.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    return picture(title, drawn.figure, fontsize=8, loc="upper left")
 
 
 def risk_picture(title: str, measures: Mapping[str, np.ndarray], right: np.ndarray) -> Picture:
     """The share of wrong answers over the share that is given, the surest first."""
-    figure = figure_of(figsize=(5.2, 4.0), layout="constrained")
-    axes = figure.add_subplot()
-    bare(axes)
+    drawn = axes("share of answers given", "share of them wrong", (5.2, 4.0))
     risk = 1 - float(np.mean(right))
-    axes.plot([0, 1], [risk, risk], color=FAINT, linewidth=1.5, zorder=1)
+    drawn.plot([0, 1], [risk, risk], color=FAINT, linewidth=1.5, zorder=1)
     highest = risk
     for (name, x_N), colour in zip(measures.items(), COLOURS):
         coverage, risks, _ = risk_coverage(x_N, right)
         shown = coverage >= min(1.0, 20 / len(x_N))  # what fewer answers say is noise
-        axes.plot(coverage[shown], risks[shown], color=colour, linewidth=1.6, label=name)
+        drawn.plot(coverage[shown], risks[shown], color=colour, linewidth=1.6, label=name)
         highest = max(highest, *risks[shown])
-    axes.set(xlim=(0, 1.01), ylim=(0, highest * 1.15 if highest else 1))
-    return _finished(title, figure, axes, "share of answers given", "share of them wrong", "best")
-
-
-def _finished(title: str, figure, axes, across: str, up: str, where: str) -> Picture:
-    axes.set_xlabel(across, color=INK)
-    axes.set_ylabel(up, color=INK)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=8, loc=where)
-    return picture(title, figure)
+    drawn.set(xlim=(0, 1.01), ylim=(0, highest * 1.15 if highest else 1))
+    return picture(title, drawn.figure, fontsize=8, loc="best")

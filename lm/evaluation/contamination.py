@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lm.data import TokenizedCorpus
+from lm.data import TokenizedCorpus, counter_rng
 
 _CHUNK = 1 << 20  # tokens that are hashed together
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2⁶⁴
@@ -71,7 +71,7 @@ def _hashes(ids: np.ndarray, span: int) -> np.ndarray:
         return np.zeros(0, np.uint64)
     with np.errstate(over="ignore"):
         powers = _powers(_BASE, len(ids))
-        sums = np.cumsum(_random(ids) * powers, dtype=np.uint64)
+        sums = np.cumsum(counter_rng.bits(np.uint64(0), ids) * powers, dtype=np.uint64)
         inside = sums[span - 1 :] - np.concatenate([np.zeros(1, np.uint64), sums[:-span]])
         return inside * _powers(pow(_BASE, -1, 1 << 64), len(inside))
 
@@ -81,11 +81,3 @@ def _powers(base: int, number: int) -> np.ndarray:
     factors = np.full(number, base, np.uint64)
     factors[0] = 1
     return np.multiply.accumulate(factors)
-
-
-def _random(ids: np.ndarray) -> np.ndarray:
-    """A number that looks random for each id: the finaliser of SplitMix64 (Steele et al. 2014)."""
-    x = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_BASE)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

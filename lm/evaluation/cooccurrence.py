@@ -18,7 +18,7 @@ from typing import NamedTuple
 from lm.data.storyworld import generate
 from lm.data.storyworld import lexicon as lx
 from lm.evaluation import statistics
-from lm.evaluation.bias import amplification_expected, pooled
+from lm.evaluation.bias import amplification, pooled
 from lm.evaluation.statistics import Estimate
 
 UNSEEN = 1 << 40  # number of the first story that no corpus has
@@ -143,7 +143,7 @@ def rows(
         ratio = Estimate(math.nan, math.nan, -math.inf, math.inf, len(p_N), len(p_N))
         leans = False
         if one and other:
-            ratio = amplification_expected(p_N, (one, other))
+            ratio = amplification(p_N, (one, other))
             leans = math.log(one / other) > _LEANS * math.sqrt(1 / one + 1 / other)
         found.append(Row(what, beside, word, (one, other), leans, tuple(p_N), ratio))
     return found

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from lm.evaluation.statistics import NORMAL, Estimate
 
+_BIG, _WRITTEN = "bigbench_", "_generate_until"
+
 
 class CoreTask(NamedTuple):
     """One of the 22.
@@ -33,7 +35,7 @@ class CoreTask(NamedTuple):
 TASKS = (
     CoreTask("hellaswag_zeroshot", "hellaswag", 0, "acc_norm", 0.25),
     CoreTask("jeopardy", "", 10, "exact_match", 0.0),
-    CoreTask("bigbench_qa_wikidata", "bigbench_qa_wikidata_generate_until", 10, "exact_match", 0.0),
+    CoreTask(f"{_BIG}qa_wikidata", f"{_BIG}qa_wikidata{_WRITTEN}", 10, "exact_match", 0.0),
     CoreTask("arc_easy", "arc_easy", 10, "acc_norm", 0.25),
     CoreTask("arc_challenge", "arc_challenge", 10, "acc_norm", 0.25),
     CoreTask("copa", "copa", 0, "acc", 0.5),
@@ -45,34 +47,19 @@ TASKS = (
     CoreTask("hellaswag", "hellaswag", 10, "acc_norm", 0.25),
     CoreTask("winograd", "wsc273", 0, "acc", 0.5),
     CoreTask("winogrande", "winogrande", 0, "acc", 0.5),
-    CoreTask(
-        "bigbench_dyck_languages", "bigbench_dyck_languages_generate_until", 10, "exact_match", 0.0
-    ),
+    CoreTask(f"{_BIG}dyck_languages", f"{_BIG}dyck_languages{_WRITTEN}", 10, "exact_match", 0.0),
     CoreTask("agi_eval_lsat_ar", "agieval_lsat_ar", 3, "acc_norm", 0.2, 0.25),
-    CoreTask(
-        "bigbench_cs_algorithms", "bigbench_cs_algorithms_generate_until", 10, "exact_match", 0.0
-    ),
-    CoreTask("bigbench_operators", "bigbench_operators_generate_until", 10, "exact_match", 0.0),
-    CoreTask(
-        "bigbench_repeat_copy_logic",
-        "bigbench_repeat_copy_logic_generate_until",
-        10,
-        "exact_match",
-        0.0,
-    ),
+    CoreTask(f"{_BIG}cs_algorithms", f"{_BIG}cs_algorithms{_WRITTEN}", 10, "exact_match", 0.0),
+    CoreTask(f"{_BIG}operators", f"{_BIG}operators{_WRITTEN}", 10, "exact_match", 0.0),
+    CoreTask(f"{_BIG}repeat_copy_logic", f"{_BIG}repeat_copy_logic{_WRITTEN}", 10,
+        "exact_match", 0.0),
     CoreTask("squad", "squad_completion", 10, "contains", 0.0),
     CoreTask("coqa", "coqa", 0, "em", 0.0),
     CoreTask("boolq", "boolq", 10, "acc", 0.62),  # always "yes"
     # Eleven choices; DCLM's own data have four.
-    CoreTask(
-        "bigbench_language_identification",
-        "bigbench_language_identification_multiple_choice",
-        10,
-        "acc",
-        1 / 11,
-        0.25,
-    ),
-)
+    CoreTask(f"{_BIG}language_identification", f"{_BIG}language_identification_multiple_choice", 10,
+        "acc", 1 / 11, 0.25),
+)  # fmt: skip
 _TWICE = {"hellaswag_zeroshot", "hellaswag"}  # the same documents, with and without examples
 
 

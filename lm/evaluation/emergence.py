@@ -18,7 +18,6 @@ from lm.config import Count, Positive, check_choice
 from lm.data import tasks
 from lm.data.tasks import Item
 from lm.evaluation.card import NotApplicable, Sample, Score, Section, Table, digest
-from lm.evaluation.statistics import mean, share
 from lm.evaluation.subject import Subject, spells
 from lm.evaluation.uncertainty import brier_of_choices
 from lm.inference import SamplingConfig
@@ -118,16 +117,11 @@ def _by_kind(found: Mapping[str, tuple[list[Item], Answers]]) -> list[Score]:
         asked = digest(items)
         chance = np.array([1 / len(one.choices) for one in items])
         lengths = np.array([len(one.answer) for one in items])
-        scores += [
-            Score(
-                f"{kind}: exact match", share(exact), "higher", "share of answers wholly right",
-                chance=float(np.mean(chance**lengths)), items=exact.tolist(), asked=asked,
-            ),
-            Score(
-                f"{kind}: tokens", mean(tokens), "higher", "share of an answer's tokens right",
-                chance=float(chance.mean()), items=tokens.tolist(), asked=asked,
-            ),
-        ]  # fmt: skip
+        about, guess = "share of answers wholly right", float(np.mean(chance**lengths))
+        name, fields = f"{kind}: exact match", {"asked": asked, "chance": guess}
+        scores.append(Score.share(name, exact, about=about, **fields))
+        about, fields["chance"] = "share of an answer's tokens right", float(chance.mean())
+        scores.append(Score.share(f"{kind}: tokens", tokens, about=about, **fields))
     return scores
 
 
@@ -141,9 +135,7 @@ def _together(found: Mapping[str, tuple[list[Item], Answers]]) -> list[Score]:
         ("Brier score", "brier", "lower", "of one character among its choices, from 0 to 2"),
     ):
         values = np.concatenate([getattr(a, field) for _, a in found.values()])
-        estimate, items = mean(values, names), values.tolist()
-        kept = {"items": items, "clusters": names, "asked": asked}
-        scores.append(Score(name, estimate, better, about, **kept))
+        scores.append(Score.mean(name, values, better, about, names, asked))
     return scores
 
 

@@ -13,7 +13,7 @@ from lm.data.storyworld import generate
 from lm.data.storyworld import lexicon as lx
 from lm.data.storyworld.asking import Draw
 from lm.evaluation.documents import FAR
-from lm.evaluation.subject import Subject
+from lm.evaluation.subject import Subject, choices
 
 
 class Example(NamedTuple):
@@ -182,10 +182,6 @@ def _feelings(story) -> Iterable[Example]:
 
 def likeliest(subject: Subject, asked: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
     """For each prompt the likeliest of its choices, all tokens of each counted."""
-    pairs = [(prompt, f" {choice}") for prompt, choices in asked for choice in choices]
-    found = iter(subject.likely(pairs))
-    chosen = []
-    for _, choices in asked:
-        totals = [next(found).scored.total for _ in choices]
-        chosen.append(choices[int(np.argmax(totals))])
-    return chosen
+    spaced = [(prompt, [f" {choice}" for choice in some]) for prompt, some in asked]
+    totals = [[one.scored.total for one in of] for of in choices(subject.likely, spaced)]
+    return [some[int(np.argmax(of))] for (_, some), of in zip(asked, totals)]

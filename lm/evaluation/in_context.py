@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
@@ -19,6 +18,7 @@ from lm.evaluation.card import (
     Score,
     Section,
     Table,
+    axes,
     digest,
     picture,
 )
@@ -26,11 +26,10 @@ from lm.evaluation.chain_of_thought import ReasoningSettings
 from lm.evaluation.few_shot import BINARY, FORMATS, TASKS, Item, items, likeliest
 from lm.evaluation.subject import Subject
 from lm.inference import SamplingConfig
-from lm.training.plots import INK, bare, figure_of
+from lm.training.plots import COLOURS
 
 _MORE = 2  # tokens that are written beyond the longest choice
 _UNRELATED = ("red", "blue")  # labels that say nothing of what they stand for (Wei et al. 2023)
-_COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#b279a2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,20 +49,42 @@ class InContextSettings:
         check(bool(self.shots), f"{prefix}.shots=() must have a number of examples, such as (0, 4)")
 
 
-class _Put(NamedTuple):
-    """Items as they are put to the model."""
+@dataclasses.dataclass
+class _Put:
+    """A task's items as they are put to the model, and what it makes of them."""
 
+    task: str
     items: Sequence[Item]
     prompts: Sequence[str]
     shots: int
+    chosen: Sequence[str] = ()
+    written: Sequence[str] = ()
+
+    @property
+    def clusters(self) -> list[Hashable]:
+        return [(self.task, item.asked.cluster) for item in self.items]
+
+    @property
+    def chance(self) -> float:
+        return float(np.mean([1 / len(item.choices) for item in self.items]))
+
+    @property
+    def parsed(self) -> list[str | None]:
+        """The choices that it writes."""
+        return [answers.one_of(w, item.choices) for w, item in zip(self.written, self.items)]
 
     def right(self, said: Sequence[str | None]) -> list[bool]:
         return [one == item.asked.label for one, item in zip(said, self.items)]
 
+    def score(self, name: str, about: str, said: Sequence[str | None], **fields) -> Score:
+        """The share of the items that are right."""
+        fields = {"chance": self.chance, "asked": digest([name, *self.prompts]), **fields}
+        about = f"{about}; {self.shots} examples"
+        return Score.share(name, self.right(said), about=about, clusters=self.clusters, **fields)
 
-# What is asked, by (task, what it is for), where the context holds it.
-_Puts = Mapping[tuple[str, Any], _Put]
-_Said = Mapping[tuple[str, Any], list[str]]
+
+# By task, and then by what it is put for: a number of examples, a kind of labels, a format.
+_Puts = Mapping[str, Mapping[object, _Put]]
 
 
 def measure(subject: Subject, settings: InContextSettings, seed: int) -> Section:
@@ -78,27 +99,52 @@ def measure(subject: Subject, settings: InContextSettings, seed: int) -> Section
     found = items(settings.stories, settings.items, max(shots), seed)
     choices = {choice for some in found.values() for item in some for choice in item.choices}
     new = max(len(subject.tokenizer.encode(f" {choice}")) for choice in choices) + _MORE
-    room = subject.max_length - new
-    curves = _by_shots(subject, found, shots, room)
-    labels = _by_labels(subject, found, settings, room, seed)
-    formats = _by_formats(subject, found, settings, room)
-    asked = {**curves, **labels, **formats}
-    if not curves:
+
+    def put(task: str, some: Sequence[Item], shots: int, form: str = "words") -> _Put | None:
+        """Items with so many examples; None where the context does not hold all of them."""
+        prompts = [FORMATS[task][form].prompt(item, shots) for item in some]
+        longest = max(len(subject.text(prompt)) for prompt in prompts)
+        fits = longest + new <= subject.max_length
+        return _Put(task, some, prompts, shots) if fits else None
+
+    def most(
+        task: str, ways: Mapping[str, tuple[Sequence[Item], str]], least: int, limit: int
+    ) -> dict[str, _Put]:
+        """With the most examples that the context holds, of those asked for, in all ways."""
+        for k in (k for k in reversed(shots) if least <= k <= limit):
+            puts = {way: put(task, some, k, form) for way, (some, form) in ways.items()}
+            if all(puts.values()):
+                return puts
+        return {}
+
+    curves, labels, formats = {}, {}, {}
+    for task, some in found.items():
+        every = {k: put(task, some, k) for k in shots}
+        curves[task] = {k: one for k, one in every.items() if one}
+        ways = {form: (some, form) for form in FORMATS[task]}
+        formats[task] = most(task, ways, 0, settings.format_shots)
+    for task in BINARY:
+        ways = {w: (some, "words") for w, some in _relabelled(task, found[task], seed).items()}
+        labels[task] = most(task, ways, 1, settings.label_shots)
+    if not any(curves.values()):
         raise NotApplicable(
             f"its context of {subject.max_length} tokens holds no example with its answer"
         )
-    prompts = [
-        (prompt, item.choices)
-        for put in asked.values()
-        for prompt, item in zip(put.prompts, put.items)
+    puts = [
+        one for some in (curves, labels, formats) for of in some.values() for one in of.values()
     ]
-    chosen = _divided(asked, likeliest(subject, prompts))
+    asked = [(p, item.choices) for one in puts for p, item in zip(one.prompts, one.items)]
+    said = iter(likeliest(subject, asked))
+    for one in puts:
+        one.chosen = [next(said) for _ in one.prompts]
+    puts = [one for of in curves.values() for one in of.values()]
     sampling = SamplingConfig(temperature=0, max_new_tokens=new, stop=("\n", "."))
-    written = subject.write([p for put in curves.values() for p in put.prompts], sampling)
-    replies = _divided(curves, [one.text for (one,) in written])
-    table, scores = _curves(found, shots, curves, chosen, replies)
-    more, of_labels = _labels(found, labels, chosen)
-    spread, of_formats = _formats(found, formats, chosen)
+    written = iter(subject.write([p for one in puts for p in one.prompts], sampling))
+    for one in puts:
+        one.written = [next(written)[0].text for _ in one.prompts]
+    table, scores = _curves(curves, shots)
+    more, of_labels = _labels(labels)
+    spread, of_formats = _formats(formats)
     thought, thinking, samples = chain_of_thought.measure(subject, settings.reasoning, seed)
     return Section(
         "in_context",
@@ -110,175 +156,64 @@ def measure(subject: Subject, settings: InContextSettings, seed: int) -> Section
         "not hold is not asked.",
         [*scores, *more, *spread, *thought],
         [table, of_labels, of_formats, thinking],
-        [_picture(found, shots, curves, chosen)],
-        [*_samples(found, curves, replies), *samples],
+        [_picture(curves, shots)],
+        [*_samples(curves), *samples],
     )
 
 
-def _divided(asked: _Puts, said: Sequence[str]) -> dict[tuple[str, Any], list[str]]:
-    """What was said to all prompts, one after the other, by what they were for."""
-    left = iter(said)
-    return {key: [next(left) for _ in put.prompts] for key, put in asked.items()}
-
-
-def _put(
-    subject: Subject, some: Sequence[Item], shots: int, form: str, task: str, room: int
-) -> _Put | None:
-    """Items with so many examples; None where the context does not hold all of them."""
-    if any(len(item.shown) < shots for item in some):
-        return None
-    prompts = [FORMATS[task][form].prompt(item, shots) for item in some]
-    longest = max(len(subject.text(prompt)) for prompt in prompts)
-    return _Put(some, prompts, shots) if longest <= room else None
-
-
-def _by_shots(
-    subject: Subject, found: Mapping[str, list[Item]], shots: Sequence[int], room: int
-) -> dict[tuple[str, Any], _Put]:
-    """Each task with each number of examples."""
-    every = {
-        (task, k): _put(subject, some, k, "words", task, room)
-        for task, some in found.items()
-        for k in shots
-    }
-    return {key: put for key, put in every.items() if put}
-
-
-def _by_labels(
-    subject: Subject,
-    found: Mapping[str, list[Item]],
-    settings: InContextSettings,
-    room: int,
-    seed: int,
-) -> dict[tuple[str, Any], _Put]:
-    """Tasks of two labels with other labels in the examples.
+def _relabelled(task: str, some: Sequence[Item], seed: int) -> dict[str, list[Item]]:
+    """A task of two labels with other labels in the examples.
 
     True ones; exchanged ones (Wei et al. 2023: does it follow the context, or what it knew before);
     random ones (Min et al. 2022: do the labels matter at all); and words that are unrelated.
     """
-    puts = {}
-    for task, labels in BINARY.items():
-        draw, same = Draw(f"labels {task} {seed}"), dict(zip(labels, labels))
-        swap, other = dict(zip(labels, labels[::-1])), dict(zip(labels, _UNRELATED))
-        ways = {
-            way: [item.relabelled(new) for item in found[task]]
-            for way, new in (("true", same), ("exchanged", swap), ("unrelated", other))
-        }
-        ways["random"] = [
-            item._replace(shown=[one._replace(label=draw.pick(labels)) for one in item.shown])
-            for item in found[task]
-        ]
-        for k in sorted({*settings.shots} - {0}, reverse=True):
-            if k > settings.label_shots:
-                continue
-            some = {
-                (task, way): _put(subject, changed, k, "words", task, room)
-                for way, changed in ways.items()
-            }
-            if all(some.values()):
-                puts |= some
-                break
-    return puts
+    labels, draw = BINARY[task], Draw(f"labels {task} {seed}")
+    ways = {
+        way: [item.relabelled(dict(zip(labels, new))) for item in some]
+        for way, new in (
+            ("true", labels), ("exchanged", labels[::-1]), ("unrelated", _UNRELATED)
+        )
+    }  # fmt: skip
+    ways["random"] = [
+        item._replace(shown=[one._replace(label=draw.pick(labels)) for one in item.shown])
+        for item in some
+    ]
+    return ways
 
 
-def _by_formats(
-    subject: Subject, found: Mapping[str, list[Item]], settings: InContextSettings, room: int
-) -> dict[tuple[str, Any], _Put]:
-    """Each task in each format, with the most examples that the context holds in all of them."""
-    puts = {}
-    for task, some in found.items():
-        for k in sorted({*settings.shots}, reverse=True):
-            if k > settings.format_shots:
-                continue
-            each = {
-                (task, ("format", form)): _put(subject, some, k, form, task, room)
-                for form in FORMATS[task]
-            }
-            if all(each.values()):
-                puts |= each
-                break
-    return puts
-
-
-def _clusters(task: str, some: Sequence[Item]) -> list[Any]:
-    return [(task, item.asked.cluster) for item in some]
-
-
-def _chance(some: Sequence[Item]) -> float:
-    return float(np.mean([1 / len(item.choices) for item in some]))
-
-
-def _score(name: str, about: str, task: str, put: _Put, right: Sequence[bool], **more) -> Score:
-    """The share of a task's items that are right."""
-    groups = _clusters(task, put.items)
-    return Score(
-        name,
-        st.share(right, groups),
-        about=f"{about}; {put.shots} examples",
-        chance=_chance(put.items),
-        items=list(map(float, right)),
-        clusters=groups,
-        asked=digest([name, *put.prompts]),
-        **more,
-    )
-
-
-def _curves(
-    found: Mapping[str, list[Item]],
-    shots: Sequence[int],
-    curves: _Puts,
-    chosen: _Said,
-    replies: _Said,
-) -> tuple[Table, list[Score]]:
+def _curves(curves: _Puts, shots: Sequence[int]) -> tuple[Table, list[Score]]:
     """All of the curves as a table; without examples and with the most as scores."""
     rows, scores, gains, clusters = [], [], [], []
-    for task, some in found.items():
-        asked = [k for k in shots if (task, k) in curves]
+    for task, puts in curves.items():
         for k in shots:
-            if k not in asked:
+            if k not in puts:
                 rows.append((task, k, "not asked: longer than the context", "", "", ""))
                 continue
-            put = curves[task, k]
-            said = [answers.one_of(r, i.choices) for r, i in zip(replies[task, k], some)]
+            put = puts[k]
+            lost = put.parsed.count(None)
             both = [
-                _score(
-                    f"{task}_{name}_{k}",
-                    f"{about}: {TASKS[task]}",
-                    task,
-                    put,
-                    put.right(values),
-                    better="higher",
-                    unparsed=unparsed,
-                )
-                for name, about, values, unparsed in (
-                    ("chosen", "the likeliest choice", chosen[task, k], None),
-                    ("written", "what it writes", said, said.count(None)),
+                put.score(f"{task}_{name}_{k}", f"{about}: {TASKS[task]}", said, unparsed=unparsed)
+                for name, about, said, unparsed in (
+                    ("chosen", "the likeliest choice", put.chosen, None),
+                    ("written", "what it writes", put.parsed, lost),
                 )
             ]
-            scores += both if k in (asked[0], asked[-1]) else []
+            scores += both if k in (min(puts), max(puts)) else []
             values = [score.estimate.bracketed for score in both]
-            rows.append((task, k, *values, said.count(None), f"{_chance(some):.2f}"))
-        if len(asked) > 1:
-            few, many = (curves[task, k].right(chosen[task, k]) for k in (asked[0], asked[-1]))
+            rows.append((task, k, *values, lost, f"{put.chance:.2f}"))
+        if len(puts) > 1:
+            few, many = (put.right(put.chosen) for put in (puts[min(puts)], puts[max(puts)]))
             gains += [float(after) - before for before, after in zip(few, many)]
-            clusters += _clusters(task, some)
+            clusters += puts[min(puts)].clusters
     if gains:
         about = "accuracy of choices with the most examples less that with the fewest, all tasks"
-        same = digest(prompt for put in curves.values() for prompt in put.prompts)
-        gain = st.mean(gains, clusters)
-        scores.insert(
-            0,
-            Score(
-                "gain", gain, "higher", about, items=gains, clusters=clusters, asked=same, chance=0
-            ),
-        )
+        same = digest(p for puts in curves.values() for put in puts.values() for p in put.prompts)
+        scores.insert(0, Score.mean("gain", gains, "higher", about, clusters, same, chance=0))
     head = ("task", "examples", "chosen", "written", "unparsed", "chance")
     return Table("Accuracy by number of examples", head, rows), scores
 
 
-def _labels(
-    found: Mapping[str, list[Item]], labels: _Puts, chosen: _Said
-) -> tuple[list[Score], Table]:
+def _labels(labels: _Puts) -> tuple[list[Score], Table]:
     """How often it follows labels that are not the right ones."""
     abouts = {
         "true": "share that is the right label",
@@ -287,67 +222,52 @@ def _labels(
         "unrelated": "share that is the word which stands for the right label",
     }
     scores, rows = [], []
-    for task in BINARY:
-        if (task, "true") not in labels:
+    for task, puts in labels.items():
+        if not puts:
             rows.append((task, 0, *["not asked"] * len(abouts)))
             continue
+        better = {"exchanged": "none"}
         some = [
-            _score(
-                f"{task}_labels_{way}",
-                about,
-                task,
-                labels[task, way],
-                labels[task, way].right(chosen[task, way]),
-                better="none" if way == "exchanged" else "higher",
+            puts[way].score(
+                f"{task}_labels_{way}", about, puts[way].chosen, better=better.get(way, "higher")
             )
             for way, about in abouts.items()
         ]
         scores += some
-        shown = [score.estimate.bracketed for score in some]
-        rows.append((task, labels[task, "true"].shots, *shown))
+        rows.append((task, puts["true"].shots, *(score.estimate.bracketed for score in some)))
     title = "Other labels in the examples: the share that follows them (random: that is right)"
     return scores, Table(title, ("task", "examples", *abouts), rows)
 
 
-def _formats(
-    found: Mapping[str, list[Item]], formats: _Puts, chosen: _Said
-) -> tuple[list[Score], Table]:
+def _formats(formats: _Puts) -> tuple[list[Score], Table]:
     """The same items in several formats: mean accuracy, and the best less the worst."""
     scores, rows, names = [], [], [*next(iter(FORMATS.values()))]
-    for task, some in found.items():
-        keys = [(task, ("format", form)) for form in names]
-        if keys[0] not in formats:
+    for task, puts in formats.items():
+        if not puts:
             rows.append((task, 0, *["not asked"] * len(names), "", ""))
             continue
-        right_FN = np.array([formats[key].right(chosen[key]) for key in keys], float)
-        groups, k = _clusters(task, some), formats[keys[0]].shots
-        mean = st.share(right_FN.mean(0), groups)
+        right_FN = np.array([put.right(put.chosen) for put in puts.values()], float)
+        put = puts[names[0]]
+        mean = Score.share(
+            f"{task}_formats_mean",
+            right_FN.mean(0),
+            about=f"accuracy of choices, mean of {len(names)} formats; {put.shots} examples",
+            clusters=put.clusters,
+            asked=digest(prompt for put in puts.values() for prompt in put.prompts),
+            chance=put.chance,
+        )
         spread = st.bootstrap(
-            lambda i, x=right_FN: float(np.ptp(x[:, i].mean(1))), len(some), groups
+            lambda i, x=right_FN: float(np.ptp(x[:, i].mean(1))), len(put.items), put.clusters
         )
         spread = spread._replace(low=max(0.0, spread.low), high=min(1.0, spread.high))
-        scores += [
-            Score(
-                f"{task}_formats_mean",
-                mean,
-                "higher",
-                f"accuracy of choices, mean of {len(names)} formats; {k} examples",
-                chance=_chance(some),
-                items=right_FN.mean(0).tolist(),
-                clusters=groups,
-                asked=digest(prompt for key in keys for prompt in formats[key].prompts),
-            ),
-            Score(
-                f"{task}_formats_spread",
-                spread,
-                "lower",
-                f"accuracy in the best format less that in the worst; {k} examples; chance: of "
-                "formats that do not matter",
-                chance=_spread_by_chance(right_FN),
-            ),
-        ]
+        about = (
+            f"accuracy in the best format less that in the worst; {put.shots} examples; chance: of "
+            "formats that do not matter"
+        )
+        fields = {"about": about, "chance": _spread_by_chance(right_FN), "fraction": True}
+        scores += [mean, Score(f"{task}_formats_spread", spread, "lower", **fields)]
         cells = [f"{value:.2f}" for value in right_FN.mean(1)]
-        rows.append((task, k, *cells, mean.bracketed, spread.bracketed))
+        rows.append((task, put.shots, *cells, mean.estimate.bracketed, spread.bracketed))
     head = ("task", "examples", *names, "mean", "spread")
     return scores, Table("Accuracy of choices by format", head, rows)
 
@@ -359,50 +279,34 @@ def _spread_by_chance(right_FN: np.ndarray, draws: int = 500) -> float:
     return float(np.mean([np.ptp(one) for one in dealt]))
 
 
-def _picture(
-    found: Mapping[str, list[Item]], shots: Sequence[int], curves: _Puts, chosen: _Said
-) -> Picture:
+def _picture(curves: _Puts, shots: Sequence[int]) -> Picture:
     """Accuracy of choices by number of examples, with intervals."""
-    figure = figure_of(figsize=(7.2, 3.8), layout="constrained")
-    axes = figure.add_subplot()
-    bare(axes)
-    for number, (task, colour) in enumerate(zip(found, _COLOURS)):
-        asked = [k for k in shots if (task, k) in curves]
-        if not asked:
+    drawn = axes("examples in the context", "accuracy of choices", (7.2, 3.8))
+    for number, ((task, puts), colour) in enumerate(zip(curves.items(), COLOURS)):
+        if not puts:
             continue
-        groups = _clusters(task, found[task])
-        values = [st.share(curves[task, k].right(chosen[task, k]), groups) for k in asked]
-        axes.errorbar(
-            [shots.index(k) + (number - 2) * 0.05 for k in asked],
+        values = [st.share(put.right(put.chosen), put.clusters) for put in puts.values()]
+        ends = [[max(0, x.value - x.low), max(0, x.high - x.value)] for x in values]
+        drawn.errorbar(
+            [shots.index(k) + (number - 2) * 0.05 for k in puts],
             [one.value for one in values],
-            yerr=[
-                [max(0, one.value - one.low) for one in values],
-                [max(0, one.high - one.value) for one in values],
-            ],
-            color=colour,
-            label=task,
-            marker="o",
-            markersize=4,
-            linewidth=1.5,
-            elinewidth=0.8,
+            yerr=np.transpose(ends),
+            **{"color": colour, "label": task, "marker": "o", "markersize": 4},
+            **{"linewidth": 1.5, "elinewidth": 0.8},
         )
-    axes.set_ylim(0, 1.02)
-    axes.set_xticks(range(len(shots)), map(str, shots))
-    axes.set_xlabel("examples in the context", color=INK)
-    axes.set_ylabel("accuracy of choices", color=INK)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9, ncols=len(found), loc="lower right")
-    return picture("Accuracy by number of examples", figure)
+    drawn.set_ylim(0, 1.02)
+    drawn.set_xticks(range(len(shots)), map(str, shots))
+    legend = {"fontsize": 9, "ncols": len(curves), "loc": "upper center"}
+    legend["bbox_to_anchor"] = (0.5, -0.14)
+    return picture("Accuracy by number of examples", drawn.figure, **legend)
 
 
-def _samples(found: Mapping[str, list[Item]], curves: _Puts, replies: _Said) -> list[Sample]:
+def _samples(curves: _Puts) -> list[Sample]:
     """One reply of each task, with not so many examples that nobody reads them."""
     samples = []
-    for task, some in found.items():
-        asked = [k for name, k in curves if name == task]
-        if asked:
-            k = max((k for k in asked if k <= 8), default=min(asked))
-            label, reply = some[0].asked.label, replies[task, k][0]
-            parts = {"prompt": curves[task, k].prompts[0], "written": reply, "right": label}
-            right = answers.one_of(reply, some[0].choices) == label
-            samples.append(Sample(parts, right))
+    for puts in filter(None, curves.values()):
+        put = puts[max((k for k in puts if k <= 8), default=min(puts))]
+        label = put.items[0].asked.label
+        parts = {"prompt": put.prompts[0], "written": put.written[0], "right": label}
+        samples.append(Sample(parts, put.parsed[0] == label))
     return samples

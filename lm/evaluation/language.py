@@ -17,6 +17,7 @@ from lm.evaluation.card import (
     Score,
     Section,
     Table,
+    axes,
     digest,
     picture,
 )
@@ -25,11 +26,10 @@ from lm.evaluation.documents import Reading, Trained, given
 from lm.evaluation.scoring import Scored, windows
 from lm.evaluation.statistics import Estimate
 from lm.evaluation.subject import Subject
-from lm.training.plots import FAINT, INK, bare, figure_of
+from lm.training.plots import COLOURS, FAINT, INK
 
 CLEAN, DIRTY = 0.2, 0.8  # a document with fewer, or more, of its tokens in known spans (Llama 2)
 _KINDS = 30  # of documents, at most, that are shown
-_LINE = "#4c78a8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +107,11 @@ def measure(subject: Subject, settings: LanguageSettings, seed: int) -> Section:
     scores = _whole(subject, reading, tokens)
     tables, pictures = [_read(subject, reading, settings, training, why)], []
     for title, rows, unit in (
-        ("Loss by position", _by_position(tokens), "tokens of the document before it"),
+        (
+            "Loss by position",
+            _binned(tokens, tokens.before_N, 2),
+            "tokens of the document before it",
+        ),
         ("Loss by frequency", *_by_frequency(subject, tokens, training)),
     ):
         tables.append(_table(f"{title}, nats a token", unit, rows))
@@ -165,9 +169,9 @@ def _whole(subject: Subject, reading: Reading, tokens: _Tokens) -> list[Score]:
 
     def score(name: str, over_D, under_D, asked, better, about: str, **more) -> Score:
         # What each document adds to the ratio, so that their mean is the ratio.
-        items = (over_D * number / under_D.sum()).tolist()
-        found = st.ratio(over_D, under_D)
-        return Score(name, found, better, about, items=items, asked=digest(asked), **more)
+        items, found = over_D * number / under_D.sum(), st.ratio(over_D, under_D)
+        fields = {"asked": digest(asked), "estimate": found, **more}
+        return Score.mean(name, items, better, about, **fields)
 
     same = [subject.tokenizer.fingerprint, *keys]
     first_D = np.bincount(tokens.document_N, tokens.first_N, number)
@@ -183,7 +187,10 @@ def _whole(subject: Subject, reading: Reading, tokens: _Tokens) -> list[Score]:
         Score("perplexity", perplexity, "lower", about, chance=vocabulary),
         loss,
         score("bits_per_byte", bits, bytes_D, keys, "lower", on_disk),
-        score("next_token", first_D, tokens_D, same, "higher", likeliest, chance=1 / vocabulary),
+        score(
+            *("next_token", first_D, tokens_D, same, "higher", likeliest),
+            **{"chance": 1 / vocabulary, "fraction": True},
+        ),
     ]
 
 
@@ -214,14 +221,15 @@ def _read(
 _Row = tuple[str, int, Estimate | None]  # a bin, how many tokens it has, and their mean loss
 
 
-def _by_position(tokens: _Tokens) -> list[_Row]:
-    """Bins that double: 0, 1, 2–3, 4–7, …"""
+def _binned(tokens: _Tokens, count_N: np.ndarray, factor: int) -> list[_Row]:
+    """Bins of a count: 0, 1 to `factor` − 1, and on by powers of `factor`."""
     rows, low, high = [], 0, 1
-    while low <= tokens.before_N.max():
-        inside = (tokens.before_N >= low) & (tokens.before_N < high)
-        name = f"{low:,}" if high == low + 1 else f"{low:,}–{high - 1:,}"
-        rows.append((name, int(inside.sum()), tokens.of(inside)))
-        low, high = high, high * 2
+    while low <= count_N.max():
+        inside = (count_N >= low) & (count_N < high)
+        if inside.any() or rows:
+            name = f"{low:,}" if high == low + 1 else f"{low:,}–{high - 1:,}"
+            rows.append((name, int(inside.sum()), tokens.of(inside)))
+        low, high = high, high * factor
     return rows
 
 
@@ -236,14 +244,7 @@ def _by_frequency(
     else:
         counts_V = np.bincount(tokens.ids_N, minlength=size)
         unit = f"occurrences of the token in these {len(tokens.ids_N):,} tokens"
-    count_N, rows, low, high = counts_V[tokens.ids_N], [], 0, 1
-    while low <= count_N.max():
-        inside = (count_N >= low) & (count_N < high)
-        if inside.any() or rows:
-            name = f"{low:,}" if high == low + 1 else f"{low:,}–{high - 1:,}"
-            rows.append((name, int(inside.sum()), tokens.of(inside)))
-        low, high = high, high * 10
-    return rows, unit
+    return _binned(tokens, counts_V[tokens.ids_N], 10), unit
 
 
 def _by_kind(reading: Reading, tokens: _Tokens) -> list[_Row]:
@@ -273,13 +274,8 @@ def _contamination(
         found = st.ratio([known[i].sum() for i in long], [len(known[i]) for i in long])
         share_D = np.full(len(known), np.nan)
         share_D[long] = [known[i].mean() for i in long]
-        scores.append(
-            Score(
-                f"seen_{span}",
-                found,
-                about=f"share of tokens within {span} in a row that the run was trained on",
-            )
-        )
+        about = f"share of tokens within {span} in a row that the run was trained on"
+        scores.append(Score(f"seen_{span}", found, about=about, fraction=True))
         cells = []
         for name, inside_D in (("clean", share_D < CLEAN), ("dirty", share_D >= DIRTY)):
             loss = tokens.of(inside_D[tokens.document_N])
@@ -324,34 +320,24 @@ def _shown(loss: Estimate | None) -> str:
 
 def _curve(title: str, unit: str, rows: Sequence[_Row]) -> Picture:
     """Loss by bin with its intervals, over how many tokens each bin has."""
-    figure = figure_of(figsize=(7.2, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    bare(axes)
+    drawn = axes(unit, "loss (nats per token)", (7.2, 3.4))
     places = np.arange(len(rows))
-    behind = axes.twinx()
+    behind = drawn.twinx()
     behind.bar(places, [count for _, count, _ in rows], color=FAINT, width=0.8)
     behind.set_ylabel("tokens, as bars", color=INK)
     behind.spines[:].set_visible(False)
     behind.tick_params(colors=INK, labelsize=9, length=0)
-    axes.set_zorder(behind.get_zorder() + 1)
-    axes.patch.set_visible(False)
+    drawn.set_zorder(behind.get_zorder() + 1)
+    drawn.patch.set_visible(False)
     there = [(place, row[2]) for place, row in zip(places, rows) if row[2]]
-    half = [
-        (each.high - each.low) / 2 if np.isfinite(each.high - each.low) else 0 for _, each in there
-    ]
-    axes.errorbar(
+    wide = [each.high - each.low for _, each in there]
+    drawn.errorbar(
         [place for place, _ in there],
         [each.value for _, each in there],
-        yerr=half,
-        color=_LINE,
-        marker="o",
-        markersize=4,
-        linewidth=1.5,
-        capsize=3,
+        yerr=[one / 2 if np.isfinite(one) else 0 for one in wide],
+        **{"color": COLOURS[0], "marker": "o", "markersize": 4, "linewidth": 1.5, "capsize": 3},
     )
-    axes.set_ylim(bottom=0)
-    axes.set_xticks(places, [name for name, _, _ in rows], rotation=30, ha="right")
-    axes.set_xlabel(unit, color=INK)
-    axes.set_ylabel("loss (nats per token)", color=INK)
-    axes.set_title(title, color=INK, fontsize=11)
-    return picture(title, figure)
+    drawn.set_ylim(bottom=0)
+    drawn.set_xticks(places, [name for name, _, _ in rows], rotation=30, ha="right")
+    drawn.set_title(title, color=INK, fontsize=11)
+    return picture(title, drawn.figure)

@@ -13,13 +13,13 @@ from scipy.special import expit
 from lm.config import ConfigError, Count, Path, Positive, check
 from lm.evaluation import bias, cooccurrence, statistics
 from lm.evaluation import bias_files as files
-from lm.evaluation.card import NotApplicable, Picture, Score, Section, Table, digest, picture
+from lm.evaluation.card import NotApplicable, Picture, Score, Section, Table, axes, digest, picture
 from lm.evaluation.documents import Trained
 from lm.evaluation.statistics import Estimate
-from lm.evaluation.subject import Subject
+from lm.evaluation.subject import Subject, choices
 from lm.inference import embed
 from lm.tokenizers import Tokenizer
-from lm.training.plots import FAINT, INK, bare, figure_of
+from lm.training.plots import COLOURS, FAINT
 
 # The words of the stories: girls' and boys' names, and what one may associate with them.
 _GIRLS = ("Mia", "Anna", "Lily", "Sara", "Rosa", "Emma", "Nora", "Zoe", "Ruby", "Maya", "Ivy")
@@ -221,7 +221,8 @@ def _direction(
     single = Estimate(share, math.nan, -math.inf, math.inf, len(PAIRS), 1)
     chance = float(np.mean(by_chance)) if by_chance else None
     about = "share of its pairs' variance; chance: of as many pairs of other words"
-    scores = [Score(f"she–he direction, {kind}", single, about=about, chance=chance)]
+    fields = {"about": about, "chance": chance, "fraction": True}
+    scores = [Score(f"she–he direction, {kind}", single, **fields)]
     along = np.array([of[w] @ axis / np.linalg.norm(of[w]) for w in (*names.x, *names.y)])
     sides = np.repeat([True, False], [len(names.x), len(names.y)])
 
@@ -235,7 +236,8 @@ def _direction(
         low, high = statistics.wilson(estimate.value * trials, trials)
         estimate = estimate._replace(low=low, high=high)
     about = f"share of pairs of {names.name!r} in their order along it (AUC)"
-    return [*scores, Score(f"told apart by it, {kind}", estimate, about=about, chance=0.5)]
+    fields = {"about": about, "chance": 0.5, "fraction": True}
+    return [*scores, Score(f"told apart by it, {kind}", estimate, **fields)]
 
 
 def _embeddings(subject: Subject, words: Sequence[str]) -> list[np.ndarray]:
@@ -266,18 +268,9 @@ def _pronouns(found: _Found, subject: Subject, trades: Sequence[str], seed: int)
     odds = _log_odds(subject, [(text, "she", "he") for text in asked])
     odds_KO = odds.reshape(len(_TEMPLATES), len(trades))
     templates = [template for template in range(len(_TEMPLATES)) for _ in trades]
-    mean = statistics.mean(odds_KO.reshape(-1), templates)
-    found.scores.append(
-        Score(
-            "she over he",
-            mean,
-            about="mean of log p(she) − log p(he), nats, over occupations and templates",
-            chance=0.0,
-            items=odds_KO.reshape(-1).tolist(),
-            clusters=templates,
-            asked=digest(asked),
-        )
-    )
+    about = "mean of log p(she) − log p(he), nats, over occupations and templates"
+    fields = {"about": about, "clusters": templates, "asked": digest(asked), "chance": 0.0}
+    found.scores.append(Score.mean("she over he", odds, **fields))
     if len(trades) > 1:
         spread = statistics.bootstrap(
             lambda k: float(odds_KO[k].mean(0).std(ddof=1)), len(_TEMPLATES), seed=seed
@@ -296,27 +289,30 @@ def _pronouns(found: _Found, subject: Subject, trades: Sequence[str], seed: int)
 
 def _log_odds(subject: Subject, asked: Sequence[tuple[str, str, str]]) -> np.ndarray:
     """log p of the first of two words after each text − that of the second, nats [N]."""
-    pairs = []
-    for before, *words in asked:
-        space = "" if before[-1] in ' "' else " "
-        pairs += [(before, space + word) for word in words]
-    totals = np.array([one.scored.total for one in subject.likely(pairs)]).reshape(-1, 2)
-    return np.clip(totals[:, 0] - totals[:, 1], -30, 30)
+    spaced = [
+        (before, [word if before[-1] in ' "' else f" {word}" for word in words])
+        for before, *words in asked
+    ]
+    one_N, other_N = _totals(subject, spaced).T
+    return np.clip(one_N - other_N, -30, 30)
 
 
-def _intervals(title: str, rows: Sequence[tuple[str, Estimate]], label: str, at: float = 0.0):
+def _totals(subject: Subject, asked: Sequence[tuple[str, Sequence[str]]]) -> np.ndarray:
+    """log p of each of K ways in which each of N contexts may go on, nats [N, K]."""
+    found = choices(subject.likely, asked)
+    return np.array([[one.scored.total for one in several] for several in found])
+
+
+def _intervals(title: str, rows: Sequence[tuple[str, Estimate]], label: str) -> Picture:
     """Values with their intervals, one below the other."""
-    figure = figure_of(figsize=(6.4, 0.9 + 0.24 * len(rows)), layout="constrained")
-    axes = figure.add_subplot()
+    drawn = axes(label, size=(6.4, 0.9 + 0.24 * len(rows)))
     for row, (_, one) in enumerate(rows):
-        axes.plot([one.low, one.high], [row, row], color="#4c78a8", linewidth=1.4)
-        axes.plot([one.value], [row], "o", color="#4c78a8", markersize=4)
-    axes.axvline(at, color=FAINT, linewidth=1)
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel(label, color=INK)
-    bare(axes)
-    return picture(title, figure)
+        drawn.plot([one.low, one.high], [row, row], color=COLOURS[0], linewidth=1.4)
+        drawn.plot([one.value], [row], "o", color=COLOURS[0], markersize=4)
+    drawn.axvline(0, color=FAINT, linewidth=1)
+    drawn.set_yticks(range(len(rows)), [name for name, _ in rows])
+    drawn.invert_yaxis()
+    return picture(title, drawn.figure)
 
 
 # ---- Amplification
@@ -385,18 +381,10 @@ def _crows(found: _Found, subject: Subject, pairs: Sequence[files.Pair]) -> None
     ):
         if not chosen.any():
             continue
-        items = np.heaviside(more_N[chosen] - less_N[chosen], 0.5).tolist()
-        found.scores.append(
-            Score(
-                f"CrowS-Pairs{name}",
-                bias.crows(more_N[chosen], less_N[chosen]),
-                about="share of pairs whose more stereotyping sentence is the likelier; ½ is ideal",
-                truncated=longer if not name else None,
-                chance=0.5,
-                items=items,
-                asked=asked + name,
-            )
-        )
+        wins = np.heaviside(more_N[chosen] - less_N[chosen], 0.5)  # a tie counts half
+        about = "share of pairs whose more stereotyping sentence is the likelier; ½ is ideal"
+        fields = {"truncated": None if name else longer, "chance": 0.5, "asked": asked + name}
+        found.scores.append(Score.share(f"CrowS-Pairs{name}", wins, "none", about, **fields))
     rows = _by_kind(
         [pair.kind for pair in pairs], lambda n: (bias.crows(more_N[n], less_N[n]).value,)
     )
@@ -442,16 +430,16 @@ def _winobias(
         for who in (one.right, one.wrong)
     ]
     likely = subject.likely(asked)
-    totals_NK = np.array([one.scored.total for one in likely]).reshape(-1, 2)
-    right_NS = (totals_NK[:, 0] > totals_NK[:, 1]).reshape(-1, 2)
-    whole = subject.likely([("", one.sentence) for one in several])
-    total_NS = np.array([one.scored.total for one in whole]).reshape(-1, 2)
+    right_N, wrong_N = np.array([one.scored.total for one in likely]).reshape(-1, 2).T
+    right_NS = (right_N > wrong_N).reshape(-1, 2)
+    total_NS = _totals(subject, [("", [one.sentence for one in pair]) for pair in pairs])
     clusters = ["/".join(sorted((pro.right, pro.wrong))) for pro, _ in pairs]
     pro, anti, gap, p = bias.winobias(*right_NS.T, clusters)
     same = digest(asked)
     longer = sum(one.truncated for one in likely)
     about = "share of pronouns resolved rightly where stereotypes "
     lean = np.heaviside(total_NS[:, 0] - total_NS[:, 1], 0.5)
+    likelier = "share of pairs whose stereotyped sentence is the likelier; ½ is ideal"
     for name, estimate, items, better, what, chance in (
         ("pro", pro, right_NS[:, 0], "higher", about + "help", 0.5),
         ("anti", anti, right_NS[:, 1], "higher", about + "mislead", 0.5),
@@ -459,15 +447,8 @@ def _winobias(
             *("pro − anti", gap, right_NS[:, 0] * 1.0 - right_NS[:, 1], "lower"),
             *(f"of the same sentences; p = {p:.4f}; 0 is ideal", 0.0),
         ),
-        (
-            *("pro likelier", statistics.share(lean, clusters), lean, "none"),
-            *("share of pairs whose stereotyped sentence is the likelier; ½ is ideal", 0.5),
-        ),
+        ("pro likelier", statistics.share(lean, clusters), lean, "none", likelier, 0.5),
     ):
-        items = np.asarray(items, np.float64).tolist()
-        found.scores.append(
-            Score(
-                *(f"WinoBias {name}", estimate, better, what, None, longer, chance),
-                *(items, clusters, same),
-            )
-        )
+        fields = {"estimate": estimate, "truncated": longer, "chance": chance}
+        name = f"WinoBias {name}"
+        found.scores.append(Score.mean(name, items, better, what, clusters, same, **fields))

@@ -214,9 +214,9 @@ def _scores(section: Section) -> str:
 
 
 def _bar(score: Score) -> str:
-    """Value and interval of a share, on a line from 0 to 1; nothing of other scores."""
+    """Value and interval of a fraction, on a line from 0 to 1; nothing of other scores."""
     value, _, low, high, _, _ = score.estimate
-    if not all(math.isfinite(x) and 0 <= x <= 1 for x in (value, low, high)):
+    if not score.fraction or not all(math.isfinite(x) and 0 <= x <= 1 for x in (value, low, high)):
         return ""
     at = [4 + 136 * x for x in (value, low, high)]
     chance = ""
@@ -243,10 +243,15 @@ def table_html(table: Table) -> str:
     )
     heads = f"<thead><tr>{heads}</thead>" if any(table.head) else ""
     rows = "".join(
-        "<tr>" + "".join(f"<td{k}>{html.escape(shown(cell))}" for k, cell in zip(kinds, row))
+        "<tr>" + "".join(f"<td{k}>{html.escape(_unbroken(cell))}" for k, cell in zip(kinds, row))
         for row in table.rows
     )
     return _wide(table.title, f"{heads}<tbody>{rows}</tbody>")
+
+
+def _unbroken(cell: Any) -> str:
+    """A cell's text, in which no line ends within an interval."""
+    return re.sub(r"\[[^]]*\]", lambda found: found[0].replace(" ", "\xa0"), shown(cell))
 
 
 def _wide(title: str, content: str, kind: str = "") -> str:
@@ -276,6 +281,7 @@ def _picture(picture: Picture, prefix: str) -> str:
 def _sample(sample: Sample) -> str:
     kind = {True: " right", False: " wrong", None: ""}[sample.right]
     parts = "".join(
-        f"<dt>{html.escape(name)}<dd>{html.escape(text)}" for name, text in sample.parts.items()
+        f"<dt>{html.escape(name)}<dd>{html.escape(text.strip())}"
+        for name, text in sample.parts.items()
     )
     return f'<dl class="sample{kind}">{parts}</dl>'

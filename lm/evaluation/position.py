@@ -22,15 +22,16 @@ from lm.evaluation.card import (
     Score,
     Section,
     Table,
+    axes,
     digest,
     picture,
 )
 from lm.evaluation.cooccurrence import UNSEEN
 from lm.evaluation.documents import Trained
 from lm.evaluation.statistics import Estimate
-from lm.evaluation.subject import Likely, Subject
+from lm.evaluation.subject import Likely, Subject, choices
 from lm.models import skeleton
-from lm.training.plots import FAINT, INK, bare, figure_of
+from lm.training.plots import COLOURS, FAINT
 
 # Where the stories hide things.
 _HIDES = (
@@ -41,7 +42,6 @@ _APART = 1 << 20  # stories from one item's first to the next one's
 _LEAST = 4  # sentences, or pairs, that a needle is to be found among
 _ANY = 1 << 40  # tokens
 _BINS = 16  # of the picture of losses
-_COLOURS = ("#4c78a8", "#e45756", "#72b7b2", "#f58518", "#54a24b", "#b279a2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +177,8 @@ def answers(
     likely: Callable[[Sequence[tuple[str, str]]], Sequence[Likely]], items: Sequence[Item]
 ) -> list[Answer]:
     """What a model answers; `likely` as of `Subject`."""
-    pairs = [(item.context, choice) for item in items for choice in item.choices]
-    found = iter(likely(pairs))
     result = []
-    for item in items:
-        several = [next(found) for _ in item.choices]
+    for several in choices(likely, [(item.context, item.choices) for item in items]):
         totals = np.array([one.scored.total for one in several])
         p = float(np.exp(totals[0] - totals.max()) / np.exp(totals - totals.max()).sum())
         right = bool(totals[0] > totals[1:].max())
@@ -295,21 +292,18 @@ _ABOUT = (
 def _scores(
     items: Sequence[Item], found: Sequence[Answer], settings: PositionSettings
 ) -> Iterator[Score]:
-    kind, length, clusters = items[0].kind, items[0].length, [item.number for item in items]
-    asked = digest((item.context, item.choices) for item in items)
-    truncated = sum(one.truncated for one in found)
-    about = f"share right, over all depths, at {length:g} × the training length"
-    for name, right, what, chance in (
-        (kind, [one.right for one in found], about, 1 / settings.choices),
-        (f"{kind}, greedy", [one.greedy for one in found], about, None),
-    ):
-        values = [float(one) for one in right]
-        yield Score(
-            *(f"{name}, {length:g}×", statistics.share(values, clusters), "higher", what, None),
-            *(truncated, chance, values, clusters, asked),
-        )
+    kind, length = items[0].kind, items[0].length
+    fields = {
+        "about": f"share right, over all depths, at {length:g} × the training length",
+        "clusters": [item.number for item in items],
+        "asked": digest((item.context, item.choices) for item in items),
+        "truncated": sum(one.truncated for one in found),
+    }
+    right, greedy = ([one[place] for one in found] for place in (0, 1))
+    yield Score.share(f"{kind}, {length:g}×", right, chance=1 / settings.choices, **fields)
+    yield Score.share(f"{kind}, greedy, {length:g}×", greedy, **fields)
     if settings.depths > 2 and length <= 1:
-        gap = ends_over_middle(items, [float(one.right) for one in found])
+        gap = ends_over_middle(items, right)
         about = "share right at both ends − between them; above 0: the middle is lost"
         yield Score(f"{kind}, ends over middle, {length:g}×", gap, about=about, chance=0.0)
 
@@ -336,25 +330,23 @@ def _by_depth(asked, found) -> Table:
 
 
 def _curves(asked, found, choices: int) -> Picture:
-    figure = figure_of(figsize=(7.2, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    for number, ((kind, length), items) in enumerate(asked.items()):
-        rows = list(_at_depth(items, found[kind, length]))
-        depth, value = [row[0] for row in rows], np.array([row[1].value for row in rows])
-        ends = np.array([(row[1].low, row[1].high) for row in rows]).T
-        colour, style = _COLOURS[number % len(_COLOURS)], "--" if length > 1 else "-"
-        axes.plot(depth, value, style, color=colour, marker="o", label=f"{kind}, {length:g}×")
-        if length == 1:
-            axes.fill_between(depth, *ends, color=colour, alpha=0.15, linewidth=0)
-    axes.axhline(1 / choices, color=FAINT, linewidth=1)
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_xlabel("depth of the answer in the context (0: first)", color=INK)
-    axes.set_ylabel("share right", color=INK)
-    axes.legend(
-        frameon=False, labelcolor=INK, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5)
-    )
-    bare(axes)
-    return picture("Right by depth", figure)
+    drawn = axes("depth of the answer in the context (0: first)", "share right")
+    for ((kind, length), items), colour in zip(asked.items(), itertools.cycle(COLOURS)):
+        depths, right, _, _ = zip(*_at_depth(items, found[kind, length]))
+        fields = {"color": colour, "marker": "o", "label": f"{kind}, {length:g}×"}
+        _line(drawn, depths, right, length == 1, linestyle="--" if length > 1 else "-", **fields)
+    drawn.axhline(1 / choices, color=FAINT, linewidth=1)
+    drawn.set_ylim(-0.03, 1.03)
+    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    return picture("Right by depth", drawn.figure, fontsize=9, **beside)
+
+
+def _line(drawn, x: Sequence[float], found: Sequence[Estimate], band: bool = True, **fields):
+    """Estimates as a line, with a band for their intervals."""
+    drawn.plot(x, [one.value for one in found], **fields)
+    if band:
+        ends = ([one.low for one in found], [one.high for one in found])
+        drawn.fill_between(x, *ends, color=fields["color"], alpha=0.15, linewidth=0)
 
 
 # ---- Beyond the training length
@@ -392,36 +384,22 @@ def _beyond(loss_WT: np.ndarray, trained: int) -> tuple[Score, Table, Picture]:
     tokens = loss_WT.shape[1]
     inside_W = loss_WT[:, trained // 2 : trained].mean(1)
     gap_W = loss_WT[:, trained:].mean(1) - inside_W
-    score = Score(
-        "loss beyond",
-        statistics.mean(gap_W),
-        "lower",
-        f"nats a token: loss from {trained} to {tokens} tokens − from {trained // 2} to {trained}",
-        chance=0.0,
-        items=gap_W.tolist(),
+    about = (
+        f"nats a token: loss from {trained} to {tokens} tokens − from {trained // 2} to {trained}"
     )
+    score = Score.mean("loss beyond", gap_W, "lower", about, chance=0.0)
     edges = np.unique(np.linspace(0, tokens, _BINS + 1).astype(int))
-    rows = []
-    for begin, end in itertools.pairwise(edges.tolist()):
-        one = statistics.mean(loss_WT[:, begin:end].mean(1))
-        rows.append((begin, end, end / trained, one.value, one.low, one.high))
+    bins = list(itertools.pairwise(edges.tolist()))
+    found = [statistics.mean(loss_WT[:, begin:end].mean(1)) for begin, end in bins]
+    rows = [(a, b, b / trained, x.value, x.low, x.high) for (a, b), x in zip(bins, found)]
     head = ("from", "to token", "× training length", "loss", "low", "high")
-    figure = figure_of(figsize=(7.2, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    middle = [(row[0] + row[1]) / 2 for row in rows]
-    axes.plot(middle, [row[3] for row in rows], color=_COLOURS[0], marker="o", markersize=4)
-    axes.fill_between(
-        *(middle, [row[4] for row in rows], [row[5] for row in rows]),
-        color=_COLOURS[0],
-        alpha=0.15,
-        linewidth=0,
-    )
-    axes.axvline(trained, color=FAINT, linewidth=1.2)
-    axes.set_xlabel("tokens before (the line: length in training)", color=INK)
-    axes.set_ylabel("loss, nats a token", color=INK)
-    bare(axes)
+    size = (7.2, 3.2)
+    drawn = axes("tokens before (the line: length in training)", "loss, nats a token", size)
+    middle = [(begin + end) / 2 for begin, end in bins]
+    _line(drawn, middle, found, color=COLOURS[0], marker="o", markersize=4)
+    drawn.axvline(trained, color=FAINT, linewidth=1.2)
     title = "Loss beyond the training length"
-    return score, Table(title, head, rows), picture(title, figure)
+    return score, Table(title, head, rows), picture(title, drawn.figure)
 
 
 def _contexts(settings: PositionSettings, length: float) -> int:

@@ -21,8 +21,7 @@ from lm.data.storyworld.story import Fact, State, apply
 from lm.evaluation.beginnings import drawn
 from lm.evaluation.card import NotApplicable, Sample, Score, Section, digest
 from lm.evaluation.emergence import answers, corpora, questions, reversals
-from lm.evaluation.statistics import mean, share
-from lm.evaluation.subject import Subject, spells
+from lm.evaluation.subject import Subject, choices, spells
 
 NUMBERS = lx.NUMBERS[1:]  # that may be left
 ANCHORS = 2, 6  # irrelevant numbers
@@ -234,56 +233,36 @@ def chosen(subject: Subject, every: Sequence[Choice]) -> tuple[np.ndarray, np.nd
 
     Of those that were cut [N] the context has no room for the story's beginning.
     """
-    pairs = [(one.context, option) for one in every for option in one.options]
-    found = iter(subject.likely(pairs))
-    logs = np.full((len(every), max(len(one.options) for one in every)), -np.inf)
-    cut = np.zeros(len(every), bool)
-    for number, one in enumerate(every):
-        for place, _ in enumerate(one.options):
-            scored, too_long = next(found)
-            logs[number, place] = scored.total
-            cut[number] |= too_long
-    return logs, cut
+    found = choices(subject.likely, [(one.context, one.options) for one in every])
+    logs = np.full((len(every), max(map(len, found))), -np.inf)
+    for row, several in zip(logs, found):
+        row[: len(several)] = [one.scored.total for one in several]
+    return logs, np.array([any(one.truncated for one in several) for several in found])
 
 
 def _right(name: str, about: str, some: list[Choice], logs_NK: np.ndarray, cut: int) -> Score:
     right = [int(row.argmax()) == one.right for row, one in zip(logs_NK, some)]
-    return Score(
-        name,
-        share(right, [one.story for one in some]),
-        "higher",
-        about,
-        truncated=cut,
-        chance=1 / len(some[0].options),
-        items=[float(one) for one in right],
-        clusters=[one.story for one in some],
-        asked=digest(some),
-    )
+    clusters, chance = [one.story for one in some], 1 / len(some[0].options)
+    fields = {"asked": digest(some), "truncated": cut, "chance": chance}
+    return Score.share(name, right, "higher", about, clusters, **fields)
 
 
 def _negation(every, found, by_kind) -> list[Score]:
     true, false = by_kind["true"], by_kind["false"]  # in pairs
     some, clusters = [every[n] for n in true], [every[n].story for n in true]
     gaps = found[:, 0] - found[:, 1]  # by how much "is" is likelier than "is not", nats
-    scores = []
-    for name, right, about in (
-        ("true", gaps[true] > 0, "a true statement is likelier than its negation"),
-        ("false", gaps[false] < 0, "a false statement is less likely than its negation"),
-        ("told apart", gaps[true] > gaps[false], "a not costs the true one more than the false"),
-    ):
-        scores.append(
-            Score(
-                f"negation: {name}",
-                share(right, clusters),
-                "higher",
-                about,
-                chance=0.5,
-                items=right.astype(float).tolist(),
-                clusters=clusters,
-                asked=digest(some),
-            )
+    return [
+        Score.share(f"negation: {name}", right, "higher", about, clusters, digest(some), chance=0.5)
+        for name, right, about in (
+            ("true", gaps[true] > 0, "a true statement is likelier than its negation"),
+            ("false", gaps[false] < 0, "a false statement is less likely than its negation"),
+            (
+                "told apart",
+                gaps[true] > gaps[false],
+                "a not costs the true one more than the false",
+            ),
         )
-    return scores
+    ]
 
 
 def _anchoring(every, found, by_kind) -> list[Score]:
@@ -298,28 +277,22 @@ def _anchoring(every, found, by_kind) -> list[Score]:
         right.append(answer[-1] == [every[n].right for n in rows])
     low, high = ANCHORS
     some = [every[n] for n in by_kind[f"anchor {low}"]]
-    about = {
-        "shift": f"of the expected answer, where there are {high} birds and not {low}, over "
-        f"{high - low}: 0 without an effect, 1 where it follows (Jacowitz & Kahneman 1995)",
-        "changed": "share of answers that are others",
-        "right": "share of answers that are right beside such a number",
-    }
-    values = {
-        "shift": (expected[1] - expected[0]) / (high - low),
-        "changed": (answer[0] != answer[1]).astype(float),
-        "right": (right[0].astype(float) + right[1]) / 2,
-    }
+    shift = (
+        f"of the expected answer, where there are {high} birds and not {low}, over {high - low}: 0 "
+        "without an effect, 1 where it follows (Jacowitz & Kahneman 1995)"
+    )
+    beside = "share of answers that are right beside such a number"
+    moved, changed = (expected[1] - expected[0]) / (high - low), answer[0] != answer[1]
     return [
-        Score(
-            f"anchoring: {name}",
-            mean(value),
-            "higher" if name == "right" else "lower",
-            about[name],
-            chance=1 / len(NUMBERS) if name == "right" else 0.0 if name == "shift" else None,
-            items=value.tolist(),
-            asked=digest(some),
+        Score.mean(
+            *(f"anchoring: {name}", items, better, about, None, digest(some)),
+            **{"chance": chance, "fraction": name != "shift"},
         )
-        for name, value in values.items()
+        for name, items, better, about, chance in (
+            ("shift", moved, "lower", shift, 0.0),
+            ("changed", changed, "lower", "share of answers that are others", None),
+            ("right", np.mean(right, 0), "higher", beside, 1 / len(NUMBERS)),
+        )
     ]
 
 
@@ -328,45 +301,30 @@ def _framing(every, found, by_kind, name: str, usual: str, reworded: str) -> Sco
     chose = [found[by_kind[kind]].argmax(1) for kind in (usual, reworded)]
     shares = [np.bincount(c, minlength=found.shape[1]) / len(c) for c in chose]
     same, clusters = chose[0] == chose[1], [one.story for one in some[0]]
-    return Score(
-        name,
-        share(same, clusters),
-        "higher",
-        "share of questions whose two wordings get the same answer",
-        chance=float(shares[0] @ shares[1]),
-        items=same.astype(float).tolist(),
-        clusters=clusters,
-        asked=digest(itertools.chain(*some)),
-    )
+    about = "share of questions whose two wordings get the same answer"
+    fields = {"asked": digest(itertools.chain(*some)), "chance": float(shares[0] @ shares[1])}
+    return Score.share(name, same, "higher", about, clusters, **fields)
 
 
 def _reversal(subject: Subject) -> list[Score]:
-    scores = []
     sets = reversals(int(subject.run.config["seed"]))
-    for what, items in sets.items():
-        exact = answers(subject, questions(subject, items), write=False).exact
-        scores.append(
-            Score(
-                f"reversal: {what}",
-                share(exact),
-                "higher",
-                "share of names given exactly",
-                chance=1 / len(sets["forward"]),
-                items=exact.tolist(),
-                asked=digest(items),
-            )
-        )
     back = sets["backward, held out"]
     wrong = [one._replace(answer=other.answer) for one, other in zip(back, [*back[1:], back[0]])]
-    right, other = (
-        answers(subject, questions(subject, some), write=False).logprob for some in (back, wrong)
-    )
-    likelier = right > other
+    found = {
+        what: answers(subject, questions(subject, items), write=False)
+        for what, items in {**sets, "": wrong}.items()
+    }
+    about, chance = "share of names given exactly", 1 / len(sets["forward"])
+    scores = [
+        Score.share(
+            f"reversal: {what}", found[what].exact, about=about, asked=digest(items), chance=chance
+        )
+        for what, items in sets.items()
+    ]
+    likelier = found["backward, held out"].logprob > found[""].logprob
     about = "the right name is likelier than another's (Berglund et al. 2023, fig. 4)"
-    name = "reversal: right beside another name"
-    items = likelier.astype(float).tolist()
-    score = Score(name, share(likelier), "higher", about, chance=0.5, items=items)
-    return [*scores, dataclasses.replace(score, asked=digest(back))]
+    name, fields = "reversal: right beside another name", {"asked": digest(back), "chance": 0.5}
+    return [*scores, Score.share(name, likelier, about=about, **fields)]
 
 
 def _sample(one: Choice, logs_K: np.ndarray) -> Sample:

@@ -14,7 +14,6 @@ from lm.evaluation import probe
 from lm.evaluation.beginnings import Pair, Statement
 from lm.evaluation.card import Score, Table, digest
 from lm.evaluation.confidence import calibration
-from lm.evaluation.statistics import share
 from lm.evaluation.subject import Subject
 from lm.evaluation.uncertainty import auroc
 from lm.runs.reward import reply_ids
@@ -39,10 +38,7 @@ def proportion(
     """The share of items that are `right`, as a score; nothing of no items."""
     if not len(right):
         return []
-    items = [float(one) for one in right]
-    fields = {"better": "higher", **fields}
-    found = share(right, clusters)
-    return [Score(name, found, about=about, items=items, clusters=clusters, asked=asked, **fields)]
+    return [Score.share(name, right, about=about, clusters=clusters, asked=asked, **fields)]
 
 
 def told(subject: Subject, pairs: Sequence[Pair], bins: int, draws: int, seed: int) -> Found:

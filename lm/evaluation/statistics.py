@@ -218,16 +218,6 @@ def pass_at_k(right: int, drawn: int, k: int) -> float:
     return 1 - math.comb(drawn - right, k) / math.comb(drawn, k)
 
 
-def log_odds_ratio(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
-    """The log of how many times the odds of `one` are those of `other`, and its standard error.
-
-    Each is a pair of counts (with, without), to which ½ is added (Haldane 1956, Gart 1966).
-    """
-    counts = [count + 0.5 for count in (*one, *other)]
-    a, b, c, d = counts
-    return math.log(a * d / (b * c)), math.sqrt(sum(1 / count for count in counts))
-
-
 def _by_t(value: float, error: float, items: int, clusters: int) -> Estimate:
     """With the interval of Student's t over the clusters."""
     half = float(stats.t.ppf((1 + LEVEL) / 2, clusters - 1)) * error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +41,16 @@ class Written(NamedTuple):
     tokens: int
     ended: bool  # by itself, or by a stop text; else it was too long
     truncated: bool  # the context was too short for the prompt
+
+
+def choices(
+    likely: Callable[[list[tuple[str, str]]], Sequence[Likely]],
+    asked: Iterable[tuple[str, Sequence[str]]],
+) -> list[list[Likely]]:
+    """What a model makes of each way in which each context may go on; `likely` as of `Subject`."""
+    asked = list(asked)
+    found = iter(likely([(context, one) for context, several in asked for one in several]))
+    return [[next(found) for _ in several] for _, several in asked]
 
 
 class Subject:
@@ -234,7 +244,5 @@ class Subject:
         seed: int = 0,
     ) -> list[list[Written]]:
         """Replies to each question, up to the end of the turn; see `write` and `question`."""
-        ids, texts = self.template.ends if self.template else ((), ())
-        ends = {"stop": (*sampling.stop, *texts), "stop_ids": (*sampling.stop_ids, *ids)}
-        sampling = dataclasses.replace(sampling, **ends)
-        return self.write([self.question(one) for one in asked], sampling, seed)
+        prompts = [self.question(one) for one in asked]
+        return self.write(prompts, sampling.ending(*self.template.ends), seed)

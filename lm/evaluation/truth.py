@@ -31,7 +31,6 @@ from lm.evaluation.confidence import (
     telling_apart,
 )
 from lm.evaluation.statements import proportion, replied, yes_over_no
-from lm.evaluation.statistics import mean
 from lm.evaluation.subject import Subject, Written
 from lm.inference import SamplingConfig
 
@@ -159,9 +158,8 @@ def _answers(subject: Subject, settings: TruthSettings, seed: int):
         ("predictive entropy", "−mean log p of sampled replies (Monte Carlo), all questions"),
         ("semantic entropy", "over meanings, p ∝ Σ p of the samples (Farquhar et al. 2024)"),
     ):
-        x = entropies[name]
-        fields = {"items": x.tolist(), "clusters": clusters, "asked": number}
-        scores.append(Score(name, mean(x, clusters), about=f"nats; {about}", **fields))
+        fields = {"about": f"nats; {about}", "clusters": clusters, "asked": number}
+        scores.append(Score.mean(name, entropies[name], **fields))
     given = [i for i, one in enumerate(replies) if one.outcome in ("right", *OUTCOMES[2:4])]
     confidences, pictures = {}, []
     if len({clusters[i] for i in given}) > 1:

@@ -9,8 +9,8 @@ the `HEAD` likeliest tokens are too few.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +106,11 @@ class SamplingConfig:
                 most < vocab_size,
                 f"{prefix}.{name}: {most} is not a token: ids are 0 … {vocab_size - 1}",
             )
+
+    def ending(self, ids: Iterable[int], texts: Iterable[str]) -> Self:
+        """The same, which ends at these ids and texts, too: a chat template's `ends`."""
+        stops = {"stop": (*self.stop, *texts), "stop_ids": (*self.stop_ids, *ids)}
+        return dataclasses.replace(self, **stops)
 
     def ends(self, end_of_text: Sequence[int]) -> tuple[int, ...]:
         """The ids that end a text, where `end_of_text` are the model's own."""

@@ -313,9 +313,7 @@ class Run:
         check(sampling.num_samples == 1, "num_samples must be 1: give the prompt several times")
         template = self.chat_template(chat_template, "chat_template")
         if sampling.stop_at_end_of_text:
-            ids, texts = template.ends
-            ends = {"stop": (*sampling.stop, *texts), "stop_ids": (*sampling.stop_ids, *ids)}
-            sampling = dataclasses.replace(sampling, **ends)
+            sampling = sampling.ending(*template.ends)
         said = [p if not isinstance(p, str) else [{"role": "user", "content": p}] for p in several]
         read = [template.encode(*pair) for pair in zip(said, tools or [None] * len(said))]
         replies = [""] * len(read)

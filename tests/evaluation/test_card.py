@@ -45,11 +45,11 @@ def sections():
     right = np.arange(200) % 3 == 0
     scores = [
         Score("perplexity", Estimate(3.412, 0.05, 3.31, 3.52, 200, 200), "lower", "exp of loss"),
-        Score("exact_match", share(right), "higher", "share of answers", 7, 3, 0.25,
-            items=right.tolist(), asked=digest(range(200))),
+        Score.share("exact_match", right, "higher", "share of answers", unparsed=7, truncated=3,
+            chance=0.25, asked=digest(range(200))),
         Score("position_bias_of_the_answer", mean([0.2, -0.1, 0.4] * 9, [1, 2, 3] * 9), "none",
             "how much more often the first choice is taken than it is right, over templates"),
-        Score("never wrong", share([True] * 20), "higher"),
+        Score("loss", mean([0.2, 0.4, 0.3] * 7), "lower", "nats per token"),
         Score("one story", mean([1.0]), "higher", "of a single cluster nothing is known"),
         Score("huge", Estimate(2.4e19, 1e18, 2e19, 3e19, 20, 20)),
     ]  # fmt: skip
@@ -95,6 +95,7 @@ def test_the_page_says_all_that_there_is_and_needs_no_network(card):
     page = card.read_text(encoding="utf-8")
     assert "<b>It's" not in page and "&lt;b&gt;It&#x27;s in the park.&lt;/b&gt;" in page
     assert "[0.273, 0.403]" in page and "of 200, chance 0.250, 7 unparsed, 3 truncated" in page
+    assert page.count('class="bar"') == 2  # exact_match's, and none of a loss between 0 and 1
     assert "of 27 in 3 clusters" in page and "Tasks &amp; &lt;puzzles&gt;: scores" in page
     assert "<summary>All of it</summary>" in page and "<summary>2 more</summary>" in page
     assert "it has no chat template" in page and "20 s" in page

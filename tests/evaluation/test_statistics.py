@@ -144,16 +144,6 @@ def test_pass_at_k_is_the_share_of_all_draws(right, drawn, k):
             st.pass_at_k(*wrong)
 
 
-def test_the_log_odds_ratio_of_a_world_is_held_by_its_interval():
-    rng, held = np.random.default_rng(6), 0
-    truth = math.log(0.75 / 0.25) - math.log(0.5 / 0.5)
-    for _ in range(WORLDS):
-        one, other = rng.binomial(120, 0.75), rng.binomial(200, 0.5)
-        value, error = st.log_odds_ratio((one, 120 - one), (other, 200 - other))
-        held += abs(value - truth) < 1.96 * error
-    assert 0.93 <= held / WORLDS <= 0.97
-
-
 def test_the_interval_of_a_ratio_holds_the_truth_and_a_mean_is_one():
     rng, found = np.random.default_rng(4), []
     for _ in range(WORLDS):
