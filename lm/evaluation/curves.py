@@ -46,16 +46,12 @@ class Curve:
 
 def jump(curve: Curve) -> tuple[float, float]:
     """The steps at which the exact match has 10 % and 90 % of its way behind it, interpolated."""
-    return transition(curve.steps, curve.values("exact"))
-
-
-def transition(steps: Sequence[int], values: np.ndarray) -> tuple[float, float]:
-    """The steps at which values have 10 % and 90 % of their way behind them, interpolated."""
+    values = curve.values("exact")
     way = values[-1] - values[0]
     if not way:
-        return float(steps[0]), float(steps[-1])
+        return float(curve.steps[0]), float(curve.steps[-1])
     done = np.maximum.accumulate((values - values[0]) / way)
-    return tuple(_crossed(steps, done, share) for share in (0.1, 0.9))
+    return tuple(_crossed(curve.steps, done, share) for share in (0.1, 0.9))
 
 
 def _crossed(steps: Sequence[int], done: np.ndarray, share: float) -> float:

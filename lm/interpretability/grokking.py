@@ -20,9 +20,10 @@ import jax
 import numpy as np
 
 from lm.data.algorithmic import SYMBOLS, pairs
+from lm.interpretability.pictures import Panel, dress, panels
 from lm.models import ModelConfig, bind, skeleton
 from lm.runs.run import Run
-from lm.training.plots import COLOURS, FAINT, INK, bare, figure_of, save
+from lm.training.plots import COLOURS, FAINT, save
 
 KEY_SHARE = 0.9  # of the power of sums, which the key frequencies have together
 
@@ -167,44 +168,30 @@ def course(runs: Sequence[Run], name: str, p: int) -> Course:
 
 def draw(course: Course, path: pathlib.Path) -> pathlib.Path:
     """Draws accuracy, losses, frequencies and norm, and returns `path`."""
-    figure = figure_of(figsize=(11, 7), dpi=90, layout="constrained")
-    (accuracy, loss), (power, share) = figure.subplots(2, 2)
-    steps = course.values("step")
-    for axes, title, fields in (
-        (accuracy, "accuracy", {"train_accuracy": "pairs learnt", "test_accuracy": "held out"}),
-        (
-            loss,
-            "loss, nats an answer",
-            {
-                "train_loss": "pairs learnt",
-                "test_loss": "held out",
-                "restricted_loss": "held out, key frequencies alone",
-                "excluded_loss": "learnt, without key frequencies",
-            },
-        ),
-        (share, "while it learns", {"key_power": "embedding's power at key frequencies, share"}),
-    ):
-        for (field, label), colour in zip(fields.items(), COLOURS):
-            axes.plot(steps, course.values(field), color=colour, label=label)
-        axes.set_title(title, color=INK, fontsize=10)
-        axes.set_xlabel("step", color=INK, fontsize=9)
-        bare(axes)
-    norm = course.values("weight_norm")
-    share.plot(steps, norm / norm.max(), color=COLOURS[1], label="norm of all weights, of its most")
-    accuracy.set_ylim(0, 1.02)
-    share.set_ylim(0, 1.02)
-    loss.set_yscale("log")
-    for axes in (accuracy, loss, share):
-        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    at, norm = course.values, course.values("weight_norm")
+    known = {"pairs learnt": at("train_accuracy"), "pairs held out": at("test_accuracy")}
+    losses = {
+        "pairs learnt": at("train_loss"),
+        "pairs held out": at("test_loss"),
+        "held out, key frequencies alone": at("restricted_loss"),
+        "learnt, without key frequencies": at("excluded_loss"),
+    }
+    size = {
+        "embedding's power at key frequencies": at("key_power"),
+        "norm of all weights, of its most": norm / norm.max(),
+    }
+    rows = (
+        Panel("accuracy", at("step"), known),
+        Panel("loss, nats an answer", at("step"), losses, log=True),
+        Panel("rule and memory, share", at("step"), size),
+    )
+    figure = panels(rows, figsize=(11, 8), dpi=90)
+    power = figure.axes[3]
+    power.set_visible(True)
     places = np.arange(1, len(course.embedding) + 1)
-    colours = [COLOURS[0] if k in course.key else FAINT for k in places]
-    power.bar(places, course.embedding, color=colours)
-    for k in course.key:
-        power.text(k, course.embedding[k - 1], str(k), ha="center", va="bottom", fontsize=8)
-    power.set_title(
-        "embedding's power by frequency at the end; blue: key in the logits",
-        color=INK, fontsize=10,
-    )  # fmt: skip
-    power.set_xlabel("frequency k of cos and sin 2πk/p", color=INK, fontsize=9)
-    bare(power)
+    key = np.isin(places, course.key)
+    power.bar(places, course.embedding, color=np.where(key, COLOURS[0], FAINT))
+    keys = ", ".join(map(str, course.key))
+    title = f"embedding's power by frequency, share; key in the logits: {keys}"
+    dress(power, title, "frequency k of 2πk/p")
     return save(figure, path)

@@ -11,25 +11,28 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lm.data import algorithmic
-from lm.evaluation.curves import transition
 from lm.interpretability.heads import (
     in_context_learning_score,
     induction_scores,
     previous_token_scores,
 )
+from lm.interpretability.pictures import Panel, dress, panels
 from lm.models import ModelConfig, bind, skeleton
 from lm.models.activations import trace
 from lm.runs.run import Run
-from lm.training.plots import COLOURS, INK, bare, figure_of, save
+from lm.training.plots import COLOURS, save
+
+FOUND = 0.3  # a head that has come to look for prefixes raised its score by more
 
 
 class Texts(NamedTuple):
@@ -77,9 +80,16 @@ class Course:
         return float(np.max(self.points[-1].prefix_LH))
 
     @property
-    def change(self) -> tuple[float, float]:
-        """The steps between which the repeat loss goes from 10 % to 90 % of its way."""
-        return transition(self.steps, self.values("repeat_loss"))
+    def change(self) -> tuple[float, float] | None:
+        """The phase change: the fewest steps in which the best head goes half of its way.
+
+        None where no head comes to match prefixes.
+        """
+        best, steps = self.values("prefix_LH").max((1, 2)), self.steps
+        way = best[-1] - best[0]
+        pairs = itertools.combinations(range(len(steps)), 2) if way > FOUND else ()
+        spans = [(steps[i], steps[j]) for i, j in pairs if best[j] - best[i] >= way / 2]
+        return min(spans, key=lambda span: span[1] - span[0], default=None)
 
 
 def texts(run: Run, name: str, seed: int, number: int) -> Texts:
@@ -133,53 +143,43 @@ def course(runs: Sequence[Run], name: str, corpus: str, seed: int, number: int) 
 def draw(courses: Sequence[Course], path: pathlib.Path) -> pathlib.Path:
     """Draws what courses are like, and returns `path`: losses, heads, and who only seems to do it.
 
-    The heads are those of the first course, and so are the steps that are shaded.
+    The heads are those of the first course, and so are the steps of the phase change, shaded.
     """
-    figure = figure_of(figsize=(11, 7), dpi=90, layout="constrained")
-    (losses, context), (heads, ends) = figure.subplots(2, 2)
-    first = courses[0]
-    grey = {"color": "#999999", "alpha": 0.15, "linewidth": 0}
-    for axes in (losses, context, heads):
-        axes.axvspan(*first.change, **grey)
-        axes.set_xlabel("step", color=INK, fontsize=9)
-    for one, colour in zip(courses, _colours(courses)):
-        losses.plot(one.steps, one.values("repeat_loss"), color=colour, label=one.run)
-        context.plot(one.steps, one.values("in_context"), color=colour)
-    losses.set_ylim(0)
-    _titled(losses, "loss on what is repeated, nats (shaded: 10 % to 90 % of the way)")
-    _titled(context, "in-context-learning score: last token less an early one, nats")
-    losses.legend(frameon=False, labelcolor=INK, fontsize=8)
-    prefix_NLH, previous_NLH = first.values("prefix_LH"), first.values("previous_LH")
-    for layer, head in np.ndindex(prefix_NLH.shape[1:]):
-        colour, name = COLOURS[layer % len(COLOURS)], f"layer {layer}, {{}}"
-        named = {} if head else {"label": name.format("prefix matching")}
-        heads.plot(first.steps, prefix_NLH[:, layer, head], color=colour, **named)
-        named = {} if head else {"label": name.format("previous token")}
-        style = {"color": colour, "linestyle": ":"}
-        heads.plot(first.steps, previous_NLH[:, layer, head], **style, **named)
-    _titled(heads, f"{first.run}: what each head attends to, share")
-    heads.set_ylim(0, 1)
-    heads.legend(frameon=False, labelcolor=INK, fontsize=8)
+    first, steps = courses[0], sorted({step for one in courses for step in one.steps})
+
+    def side_by_side(field: str) -> dict[str, np.ndarray]:
+        outside = {"left": np.nan, "right": np.nan}
+        return {c.run: np.interp(steps, c.steps, c.values(field), **outside) for c in courses}
+
+    heads = {
+        f"layer {layer} head {head}: {label}": first.values(field)[:, layer, head]
+        for field, label in (("prefix_LH", "prefix"), ("previous_LH", "previous token"))
+        for layer, head in np.ndindex(first.values(field).shape[1:])
+        if (layer > 0) == (field == "prefix_LH")
+    }
+    rows = (
+        Panel("loss on what is repeated, nats", steps, side_by_side("repeat_loss")),
+        Panel("in-context-learning score, nats", steps, side_by_side("in_context")),
+        Panel(f"{first.run}: what heads attend to, share", first.steps, heads),
+    )
+    figure = panels(rows, figsize=(11, 8), dpi=90)
+    *curves, ends = figure.axes
+    if first.change:
+        for axes in curves:
+            axes.axvspan(*first.change, color="#999999", alpha=0.15, linewidth=0)
+    curves[0].set_ylim(0, 1.3 * first.values("repeat_loss").max())
+    reach = np.abs(first.values("in_context")).max()
+    curves[1].set_ylim(-1.1 * reach, 0.4 * reach)
+    ends.set_visible(True)
     places = np.arange(len(courses))
     for shift, values, colour, label in (
         (-0.2, [one.own_prefix for one in courses], "#bbbbbb", "on texts like those learnt"),
         (0.2, [one.prefix for one in courses], COLOURS[0], "on random periods"),
     ):
-        ends.barh(places + shift, values, 0.36, color=colour, label=label)
-        for place, value in zip(places, values):
-            ends.text(value + 0.01, place + shift, f"{value:.2f}", va="center", fontsize=8)
+        bars = ends.barh(places + shift, values, 0.36, color=colour, label=label)
+        ends.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
     ends.set_yticks(places, [one.run for one in courses])
     ends.invert_yaxis()
-    ends.set_xlim(0, 1.1)
-    _titled(ends, "prefix-matching score of the best head at the end")
-    ends.legend(frameon=False, labelcolor=INK, fontsize=8, loc="lower right")
+    ends.set_xlim(0, 1.08)
+    dress(ends, "prefix-matching score of the best head at the end", legend=True)
     return save(figure, path)
-
-
-def _colours(courses: Sequence[Course]) -> list[str]:
-    return [COLOURS[number % len(COLOURS)] for number in range(len(courses))]
-
-
-def _titled(axes: Any, title: str) -> None:
-    axes.set_title(title, color=INK, fontsize=10)
-    bare(axes)

@@ -95,15 +95,15 @@ def _checkpoints(name: str, every: int) -> list[Run]:
 
 
 def _induction_table(courses: list[induction.Course]) -> Table:
+    """The best head's score on random periods, on texts of the run's own, and when it rose."""
     table = Table("run", title="Repeats of random periods, at the end", box=None, pad_edge=False)
-    heads = ("loss", "repeat loss", "accuracy", "in context", "best head", "on its own", "change")
-    for head in heads:
-        table.add_column(head, justify="right")
+    for head in ("repeat loss", "accuracy", "in context", "best head", "its own", "rose in steps"):
+        table.add_column(head, justify="right", no_wrap=True)
     for one in courses:
-        last, (first, until) = one.points[-1], one.change
-        numbers = (last.first_loss, last.repeat_loss, last.accuracy, last.in_context)
-        cells = [f"{value:.2f}" for value in (*numbers, one.prefix, one.own_prefix)]
-        table.add_row(one.run, *cells, f"{first:.0f} to {until:.0f}")
+        last = one.points[-1]
+        numbers = (last.repeat_loss, last.accuracy, last.in_context, one.prefix, one.own_prefix)
+        rose = "–" if one.change is None else "{:.0f} to {:.0f}".format(*one.change)
+        table.add_row(one.run, *(f"{value:.2f}" for value in numbers), rose)
     return table
 
 
