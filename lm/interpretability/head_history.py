@@ -57,7 +57,8 @@ def texts(subject: Subject, seed: int, rows: int) -> list[Texts]:
         }
         targets = {name: some for name, some in targets.items() if some.any()}
         both = told.tokens_BT, told.segments_BT
-        found.append(Texts(*both, np.array([*targets.values()]), (*targets,)))
+        if targets:
+            found.append(Texts(*both, np.array([*targets.values()]), (*targets,)))
     return found
 
 

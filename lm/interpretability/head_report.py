@@ -52,7 +52,7 @@ def tested(
         f"whether its output is zero or its mean; and if it brings {bar.patching:.0%} of the "
         "difference of logits along where it is put into the other text of a pair (1: all of it).",
         tables=[
-            *([Table("Heads", (*head, "verdict"), rows)] if done else []),
+            *(_shown((*head, "verdict"), rows) if done else []),
             Table(
                 "The head that attends best, and controls",
                 ("what", "attention", "accuracy", "preference", "verdict"),
@@ -61,6 +61,13 @@ def tested(
             ),
         ],
     )  # fmt: skip
+
+
+def _shown(head: Sequence[str], rows: list[tuple]) -> list[Table]:
+    """A table of all heads, and before a long one those with a verdict."""
+    every = Table("Heads", head, rows)
+    some = [row for row in rows if row[-1]]
+    return [Table("Heads that stand out", head, some), every] if len(rows) > 15 else [every]
 
 
 def _verdict(bar: Bar, found: Tested, at: tuple[int, int]) -> str:

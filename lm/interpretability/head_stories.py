@@ -17,7 +17,7 @@ from lm.data.storyworld import generate
 from lm.data.storyworld import lexicon as lx
 from lm.data.storyworld.story import Reference, Story
 from lm.evaluation.documents import FAR
-from lm.evaluation.subject import Subject
+from lm.evaluation.subject import Subject, spells
 from lm.interpretability.head_tests import Task, task_of
 
 CLASSES = ("name", "pronoun", "noun", "adjective", "verb", "function word")
@@ -202,6 +202,8 @@ def _mirror(text: str) -> str:
 
 def _tokens(subject: Subject, text: str) -> tuple[list[int] | None, np.ndarray]:
     """A text's ids, and where in it each ends; none where they do not spell it out."""
+    if not spells(subject.tokenizer, text):
+        return None, np.zeros(0)
     own = subject.tokenizer.encode(text)
     before = subject.text(text)[: -len(own)]
     ends = np.cumsum(subject.tokenizer.byte_lengths()[own])

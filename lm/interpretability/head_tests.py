@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.config import Share
+from lm.config import Share, check
 from lm.data import pronouns
-from lm.evaluation.subject import Subject
+from lm.evaluation.subject import Subject, spells
 from lm.interpretability.heads import attention_to, repeated_tokens
 from lm.models import ModelConfig, bind, skeleton
 from lm.models.hooks import reading
@@ -198,8 +198,11 @@ def _accuracy(logits_BV: jax.Array, task: Task) -> float:
 def pronoun_task(subject: Subject, seed: int, pairs: int = 64) -> Task | None:
     """Whom "She" or "He" means, of names that were not learnt together (`lm.data.pronouns`).
 
-    None where the context has no room for it, or where too few names differ in their first token.
+    None where the context has no room for it, its tokens do not spell it, or too few names differ
+    in their first token.
     """
+    if not spells(subject.tokenizer, pronouns.pair(0, 0)[0].text + "".join(pronouns.NAMES)):
+        return None
     begins = {}  # the first token of each name that follows a pronoun
     for name in pronouns.NAMES:
         ids, start = subject.pair("She", f" {name}")
@@ -227,10 +230,17 @@ def pronoun_task(subject: Subject, seed: int, pairs: int = 64) -> Task | None:
 
 
 def induction_task(subject: Subject, seed: int, pairs: int = 64) -> Task:
-    """What followed a random token when it was there before; a pair differs in that alone."""
+    """What followed a random token when it was there before; a pair differs in that alone.
+
+    Raises:
+      ConfigError: the context is too short for it.
+    """
     rng = np.random.default_rng(seed)
     ids = plain_ids(subject)
     room = min(20, (subject.max_length - 1) // 2)
+    check(
+        room >= 4, f"a context of {subject.max_length} tokens has no room for a repeat: 9 at least"
+    )
     texts, places, answers = [], [], []
     for row in range(pairs):
         tokens, (period,) = repeated_tokens(seed * 1000 + row, 1, 2 * room, ids, (room // 2, room))

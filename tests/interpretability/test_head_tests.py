@@ -14,7 +14,7 @@ from lm.data import pronouns
 from lm.evaluation.subject import Subject
 from lm.interpretability import head_stories
 from lm.interpretability.head_history import History
-from lm.interpretability.head_tests import Bar, pronoun_task, run_task, task_of
+from lm.interpretability.head_tests import Bar, induction_task, pronoun_task, run_task, task_of
 from lm.jobs import heads
 from lm.tokenizers import TokenizerConfig, train
 
@@ -135,6 +135,16 @@ def test_what_has_no_heads_is_said_in_a_line(tmp_path):
     config.init_from = str(tmp_path)
     with pytest.raises(ConfigError, match="is of cell='lstm'"):
         heads.run(config, str(tmp_path))
+
+
+def test_a_task_that_the_tokens_cannot_write_is_left_out(tmp_path):
+    digits = train(TokenizerConfig(kind="char"), ["0123456789"])
+    write_tiny_run(tmp_path, tokenizer=digits, max_length=8)
+    subject = Subject(lm.load(tmp_path))
+    assert pronoun_task(subject, 0) is None and head_stories.read(subject, 0) is None
+    assert head_stories.pronoun_choice(subject, 0, 2) is None
+    with pytest.raises(ConfigError, match="a context of 8 tokens"):
+        induction_task(subject, 0)
 
 
 @pytest.mark.slow
