@@ -13,6 +13,12 @@ and architecture a line:
     l0    features that fire at a token, beside how many are there
     fvu   fraction of variance unexplained
     dead  share of features that never fired on the tokens that were measured
+
+About five CPU-seconds each. With 3 features a token on 32 dimensions (jax 0.10.2, one seed):
+
+    MCC, L0       relu        jumprelu    topk        batch_topk  gated       matryoshka
+    orthogonal    1.00, 2.96  1.00, 2.87  0.99, 2.94  0.99, 2.95  1.00, 2.96  0.95, 2.96
+    superposed    0.88, 13.0  0.94, 2.72  0.95, 2.95  0.88, 2.92  0.92, 5.52  0.84, 2.94
 """
 
 import argparse

@@ -4,7 +4,17 @@ r"""Transcoders of every MLP of a trained model: what it computes, as a few feat
     python main.py --config=configs/interpret/transcoder.py --config.init_from=runs/quickstart \
         --workdir=runs/transcoder
 
-In Python `lm.interpretability.dictionaries.load("runs/transcoder")` encodes and decodes.
+dictionary.safetensors reads raw activations: in Python
+`lm.interpretability.dictionaries.load("runs/transcoder")` encodes and decodes. features.html shows
+features of each layer: examples, the tokens they promote, how often they fire. Other kinds:
+--config.dictionary.kind=cross_layer, or sae with --config.dictionary.site=residual_after; other
+architectures: --config.dictionary.activation=jumprelu --config.dictionary.sparsity=0.05, ….
+
+About three CPU-minutes, no accelerator. On the quickstart's model (0.397 nats a token) after 614,400
+tokens expect a fraction of variance unexplained of about 0.19 at 15 of 512 features a token, 2 %
+dead, and of the loss between a zeroed and the true output of one layer 0.99, 0.81, 0.75 and 0.80
+recovered; with all four layers' MLPs replaced at once 0.93 (0.86 nats; without MLPs 6.74). Longer
+training goes on improving it: ten million tokens are usual.
 """
 
 from lm.config import defaults
@@ -31,7 +41,7 @@ def get_config():
     config.optimizer.weight_decay = 0.0
     config.optimizer.b2 = 0.999
 
-    config.train.steps = 400
+    config.train.steps = 300
     config.train.log_every = 20
     config.checkpoint.every = 100
     return config
