@@ -62,6 +62,7 @@ SHORTER = {
     "python main.py --config=configs/emergence/": (
         " --config.train.steps=10 --config.data.num_documents=400 --config.model.num_layers=1"
     ),
+    "python main.py --config=configs/interpret/": "",
     "python main.py --config=configs/finetune.py": TRAIN,
     "python main.py --config=configs/align/story_base.py": SMALL.replace("=64", "=256"),
     "python main.py --config=configs/align/story_ppo.py": LEARN + " --config.rollout.prompts=8",
