@@ -10,11 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lm.config import view
 from lm.interpretability.embeddings import effective_rank
 from lm.models import ModelConfig, bind, init, param_specs, skeleton
 from lm.models.hooks import Tap, no_tap
 from lm.parallel.sharding import ParamSpec
-from lm.training.config import OptimizerConfig
+from lm.runs.directory import CHECKPOINTS
+from lm.runs.sources import Source
+from lm.training.checkpoints import restore_parameters
+from lm.training.config import OptimizerConfig, TrainConfig
+from lm.training.optimizer import make_optimizer
 
 Params = Mapping[str, jax.Array]
 
@@ -208,6 +213,32 @@ def adam_steps(state: optax.ScaleByAdamState, config: OptimizerConfig) -> dict[s
         name: (state.mu[name] / first) / (jnp.sqrt(state.nu[name] / second) + config.eps)
         for name in state.mu
     }
+
+
+def adam_history(
+    source: Source, kept: list[int]
+) -> tuple[dict[int, Params], dict[int, float], str]:
+    """At each checkpoint Adam's direction and the learning rate; or none, and why."""
+    config, specs = source.config, param_specs(skeleton(source.model))
+    if config.get("job") != "train" or source.base is not None or source.checkpoint:
+        return {}, {}, "no optimizer's state of a whole model's training"
+    settings = view(OptimizerConfig, config["optimizer"], "optimizer")
+    optimizer = make_optimizer(settings, view(TrainConfig, config["train"], "train").steps, specs)
+    shapes = {n: jax.ShapeDtypeStruct(spec.shape, "float32") for n, spec in specs.items()}
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        jax.eval_shape(optimizer.init, shapes),
+    )
+    if adam_state(abstract) is None:
+        return {}, {}, f"optimizer.name={settings.name!r} keeps no moments as Adam's"
+    steps = {}
+    for step in kept:
+        _, state = restore_parameters(
+            source.directory / CHECKPOINTS, step, abstract, part="optimizer"
+        )
+        steps[step] = adam_steps(adam_state(state), settings)
+    return steps, {step: float(optimizer.schedule(step)) for step in kept}, ""
 
 
 # ---- Redundancy

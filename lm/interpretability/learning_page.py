@@ -86,7 +86,7 @@ def gradients(moments: Sequence[Moment]) -> Section:
     return Section(
         "gradients", "Gradients", about,
         tables=[table, Table(f"Gradient norms at step {last.step:,}", head, rows)],
-        pictures=[picture("Gradient norms over training", panels(found, 3))],
+        pictures=[picture("Gradient norms over training", panels(found))],
     )  # fmt: skip
 
 
@@ -282,7 +282,7 @@ def landscape(
         axes.plot([0], [0], "*", color=COLOURS[1], markersize=10)
         dress(axes, title)
         axes.grid(False)
-    lines = Panel("Loss along directions", at, curves, "distance", "loss, nats a token")
+    lines = Panel("Loss along directions", at, curves, "distance", "loss, nats a token", True)
     about = (
         "Around the last checkpoint (★), on the documents. A random direction is as long in "
         "each filter as the filter (Li et al. 2018), and the others as long as it. The plane of "

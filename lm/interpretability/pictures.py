@@ -38,6 +38,8 @@ def panels(rows: Sequence[Panel], columns: int = 2, **style: Any) -> Any:
             axes.plot(panel.x, y, color=colour, label=label, marker=marker, markersize=3)
         if panel.log:
             axes.set_yscale("log")
+        whole = all(float(x).is_integer() for x in panel.x)  # layers and steps have no halves
+        axes.xaxis.get_major_locator().set_params(integer=whole)
         dress(axes, panel.title, panel.xlabel, panel.ylabel, legend=len(panel.curves) > 1)
     return figure
 

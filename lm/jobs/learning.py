@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import time
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
-import jax
 import ml_collections
 
 import lm
@@ -16,15 +15,10 @@ from lm.evaluation.card import NotApplicable, Section
 from lm.evaluation.documents import Trained, given
 from lm.evaluation.page import made_by, write_report
 from lm.interpretability import learning_page as page
-from lm.interpretability.learning import Params, Rows, adam_state, adam_steps
-from lm.models import param_specs
+from lm.interpretability.learning import Rows, adam_history
 from lm.parallel.platform import keep_programs
-from lm.runs.directory import CHECKPOINTS
 from lm.runs.run import Run
-from lm.runs.sources import Source, open_source
-from lm.training.checkpoints import restore_parameters
-from lm.training.config import OptimizerConfig, TrainConfig
-from lm.training.optimizer import make_optimizer
+from lm.runs.sources import open_source
 from lm.training.plots import save
 
 Part = Literal["gradients", "updates", "scale", "adam", "depth", "dropout", "landscape"]
@@ -76,10 +70,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
     some = Rows(*(x[:16] for x in rows))  # of the run itself, for a pass at each checkpoint
     checkpoints = {step: source.parameters(step)[1] for step in source.kept(job.every)}
     moments = page.watch(model, some, checkpoints)
-    steps, rates = {}, {}
-    why = "adam", "its optimizer keeps no moments"
+    steps, rates, why = {}, {}, ""
     if {"adam", "landscape"} & {*job.parts}:
-        steps, rates, why = _adam(source, [*checkpoints])
+        steps, rates, why = adam_history(source, [*checkpoints])
     small = model.config, rows
 
     def several() -> None:
@@ -147,27 +140,3 @@ def _rows(job: LearningJob, loaded: Run) -> Rows:
     before = loaded.framing.before or ()
     texts = [[*before, *document.ids] for document in read.documents]
     return Rows.of(texts, min(job.length, loaded.skeleton.config.max_length))
-
-
-def _adam(source: Source, kept: list[int]) -> tuple[dict[int, Params], dict[int, float], str]:
-    """At each checkpoint Adam's direction and the learning rate; or none, and why."""
-    config, specs = source.config, param_specs(lm.models.skeleton(source.model))
-    if config.get("job") != "train" or source.base is not None or source.checkpoint:
-        return {}, {}, "no optimizer's state of a whole model's training"
-    settings = view(OptimizerConfig, config["optimizer"], "optimizer")
-    optimizer = make_optimizer(settings, view(TrainConfig, config["train"], "train").steps, specs)
-    shapes = {n: jax.ShapeDtypeStruct(spec.shape, "float32") for n, spec in specs.items()}
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract: Any = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-        jax.eval_shape(optimizer.init, shapes),
-    )
-    if adam_state(abstract) is None:
-        return {}, {}, f"optimizer.name={settings.name!r} keeps no moments as Adam's"
-    steps = {}
-    for step in kept:
-        _, state = restore_parameters(
-            source.directory / CHECKPOINTS, step, abstract, part="optimizer"
-        )
-        steps[step] = adam_steps(adam_state(state), settings)
-    return steps, {step: float(optimizer.schedule(step)) for step in kept}, ""
