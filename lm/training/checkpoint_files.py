@@ -143,6 +143,8 @@ def _orbax_context() -> ocp.Context:
     saving.use_compression = False  # trained float32 weights shrink by a twelfth: not worth it
     saving.array_metadata_store = None
     saving.enable_write_sharding_file = False
+    # Copies share the writing of an array, each by a program that cuts out its part.
+    saving.min_slice_bytes_for_replica_parallel = 2**20
     saving.enable_post_merge_validation = False  # the manifest has the sizes and checksums
     return context
 
