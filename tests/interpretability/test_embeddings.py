@@ -105,6 +105,7 @@ def run(tmp_path_factory):
     return tiny_jobs.run(tmp_path_factory.mktemp("runs"), "words", **tokenizer, **fields)
 
 
+@pytest.mark.slow
 def test_a_page_follows_a_run(run, tmp_path):
     words = f"--config=configs/interpret/embeddings.py --config.init_from={run} --config.moments=2"
     words += f" --config.shuffles=99 --workdir={tmp_path}"
