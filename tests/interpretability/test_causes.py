@@ -55,7 +55,7 @@ def linear():
 def test_all_is_one_and_nothing_is_none(general):
     masks = np.stack([np.zeros((LAYERS, 1), bool), np.ones((LAYERS, 1), bool)])
     found = activation_patching(general, "blocks.*.residual_before", masks)
-    assert found[0] == 0 and found[1] == pytest.approx(1, abs=1e-5)
+    assert found[0] == pytest.approx(0, abs=1e-5) and found[1] == pytest.approx(1, abs=1e-5)
     edges_RS = Graph.of(general.skeleton.config).edges_RS
     both = np.stack([np.zeros_like(edges_RS), edges_RS])
     assert np.allclose(edge_patching(general, both), [0, 1], atol=1e-5)

@@ -215,11 +215,14 @@ def contributions(local: Local) -> tuple[Any, ...]:
 
 def from_sources(local: Local, gradient: Sources, sources, errors_LTD, decoders, slots_N):
     """What each source node adds, [B, n], to B targets that have these gradients, [B, …]."""
-    features = []
-    for (layers, _), rows_RTnD in zip(local.decoders, decoders):
-        written_BRTD = gradient.written_LTD[:, layers]
-        found = jnp.einsum("brtd,rtnd->btn", written_BRTD, rows_RTnD)
-        features.append(found.reshape(len(found), -1))
+    features, (B, _, T, _) = [], gradient.written_LTD.shape
+    written_TBLD = gradient.written_LTD.transpose(2, 0, 1, 3)
+    for (layers, _), rows_TnRD in zip(local.decoders, decoders):
+        # one contracted axis: XLA has no fast product on processors where there are two
+        written_TBW = written_TBLD[:, :, layers].reshape(T, B, -1)
+        rows_TnW = rows_TnRD.reshape(*rows_TnRD.shape[:2], -1)
+        found = jnp.einsum("tbw,tnw->btn", written_TBW, rows_TnW)
+        features.append(found.reshape(B, -1))
     parts = [
         jnp.concatenate(features, 1)[:, slots_N],
         jnp.einsum("bltd,ltd->blt", gradient.written_LTD, errors_LTD),

@@ -113,7 +113,7 @@ class Local:
     def decoders(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Of each layer of the dictionary what its active features write, padded with zeros.
 
-        Pairs of the model's layers that are written to, and of arrays [those, T, n, D], n the most
+        Pairs of the model's layers that are written to, and of arrays [T, n, those, D], n the most
         features at one position; `slots` says which feature stands where.
         """
         return [self._decoder(layer)[:2] for layer in range(self.dictionary.num_layers)]
@@ -124,7 +124,7 @@ class Local:
         first, slots = 0, []
         for layer, (_, rows) in enumerate(self.decoders):
             slots.append(first + self._decoder(layer)[2])
-            first += rows.shape[1] * rows.shape[2]
+            first += rows.shape[0] * rows.shape[1]
         return np.concatenate(slots)
 
     def _decoder(self, layer: int):
@@ -135,8 +135,9 @@ class Local:
         place = np.arange(len(position)) - np.repeat(np.cumsum(counts) - counts, counts)
         reached, W_RFD = self.dictionary.decoder(layer)
         W_RFD = np.asarray(W_RFD)
-        rows = np.zeros((len(reached), T, most, W_RFD.shape[-1]), W_RFD.dtype)
-        rows[:, position, place] = W_RFD[:, index] * self.active.value_N[here][:, None]
+        rows = np.zeros((T, most, len(reached), W_RFD.shape[-1]), W_RFD.dtype)
+        written_NRD = W_RFD[:, index].swapaxes(0, 1)
+        rows[position, place] = written_NRD * self.active.value_N[here][:, None, None]
         layers = np.array(self.dictionary.layers)[list(reached)]
         return layers, rows, position * most + place
 
