@@ -8,8 +8,8 @@ r"""The embedding space of a model over its training: neighbours, analogies, sha
     ... --config.words="king queen prince" --config.words="cat dog" \
         --config.analogies=man:king::woman:queen
 
-Ten seconds on two CPU cores, half a minute with UMAP. The page, embeddings.html in the run
-directory, needs no network; embeddings.json has its numbers. Expect most analogies of the stories
+Ten seconds on two CPU cores, half a minute with UMAP. runs/embeddings/embeddings.html, the page,
+needs no network; embeddings.json beside it has its numbers. Expect most analogies of the stories
 to come out, and as many without any analogy: the word nearest to she is he anyway. Maps by UMAP,
 beside those by PCA, need pip install -e '.[interpret]'.
 """

@@ -8,7 +8,7 @@ r"""Learning, seen from inside: gradients, updates, scales, Adam's steps, dropou
     # one part alone: deep stacks with and without residual connections and norms
     ... --config.parts=depth
 
-The page, learning.html in the run directory, needs no network; learning.json has its numbers.
+The page, runs/learning/learning.html, needs no network; learning.json has its numbers.
 Parts `depth` and `dropout` train small models beside the run, on its documents; depth.png is the
 former's picture (docs/learning.png, in fewer colours). Two CPU cores: 3 minutes.
 --config.path=storyworld reads stories that no run has seen, which is faster than to look for those

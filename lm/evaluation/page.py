@@ -269,11 +269,11 @@ def _folded(title: str, parts: Iterable[str]) -> str:
 
 def _picture(picture: Picture, prefix: str) -> str:
     """A picture whose ids, which matplotlib counts anew in each, are those of no other."""
-    title = html.escape(picture.title)
+    title, drawn = html.escape(picture.title), html.escape(picture.title, quote=False)
     svg = re.sub(r"<!--.*?-->\s*|<metadata>.*?</metadata>\s*", "", picture.svg, flags=re.S)
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}", svg)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-    caption = "" if f">{title}</text>" in svg else f"<figcaption>{title}</figcaption>"
+    caption = "" if f">{drawn}</text>" in svg else f"<figcaption>{title}</figcaption>"
     box = f'class="wide" role="group" tabindex="0" aria-label="{title}"'
     return f"<figure {box}>{svg}{caption}</figure>"
 

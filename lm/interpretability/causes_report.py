@@ -104,7 +104,7 @@ def circuit(run: Run, contrast: Contrast, points: int, listed: int = 30) -> Sect
         (),
         [
             Table(f"Faithfulness of the strongest of {total:,} edges", ["edges", *scores],
-                  [[n, *map(float, some)] for n, some in zip(numbers, left.T)]),
+                  [[n, *map(float, some)] for n, some in zip(numbers, left.round(4).T + 0.0)]),
             Table(f"Strongest edges, {[*scores][-1]}", ["from", "to", "effect"], rows),
         ],
         [heatmap(title, direct.reshape(shape)[::-1], layers[::-1], columns, None, "head", "block")],

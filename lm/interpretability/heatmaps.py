@@ -43,7 +43,7 @@ def heatmap(
     finite = np.where(np.isfinite(values_RC), values_RC, 0.0)
     largest = np.abs(finite).max() or 1.0
     if texts is None and number_C <= 24:
-        texts = [[f"{round(value, 3) + 0.0:.2g}" for value in row] for row in values_RC]
+        texts = [[_short(value) for value in row] for row in values_RC]
     wide, high = 1.2 + _CELL[0] * number_C, 1.1 + _CELL[1] * number_R
     figure = figure_of(
         figsize=(size := max(7.0, min(wide, 24)), min(high, 14)), layout="constrained"
@@ -63,18 +63,22 @@ def heatmap(
     axes.invert_yaxis()
     bare(axes)
     axes.grid(False)
-    axes.set_title(title, color=INK, fontsize=10)
+    above = axes.set_title(title, color=INK, fontsize=10, loc="left")  # seen where a page is narrow
     axes.set_xlabel(across, color=INK)
     axes.set_ylabel(down, color=INK)
-    for label in (axes.title, *axes.get_xticklabels(), *axes.get_yticklabels()):
+    for label in (above, *axes.get_xticklabels(), *axes.get_yticklabels()):
         label.set_parse_math(False)  # a token may be "$"
     axes.tick_params(labelsize=8)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts have it
-        drawn = picture(title, figure)
+        svg = picture(title, figure).svg
     # So wide that its text can be read, however narrow the page: it scrolls.
-    svg = drawn.svg.replace("<svg", f'<svg style="min-width: {68 * size:.0f}px"', 1)
+    svg = svg.replace("<svg", f'<svg style="min-width: {68 * size:.0f}px"', 1)
     return Heatmap(title, svg, list(rows), list(columns), values_RC.tolist())
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 99.5 else f"{round(value, 3) + 0.0:.2g}"
 
 
 def token_names(tokenizer, ids: Sequence[int]) -> list[str]:
@@ -85,7 +89,7 @@ def token_names(tokenizer, ids: Sequence[int]) -> list[str]:
     found = []
     for i in ids:
         data = tokenizer.token_bytes(int(i))
-        text = data.decode("utf-8", "replace").translate(marks)
+        text = data.decode("utf-8", "backslashreplace").translate(marks)
         text = text or tokenizer.special_names.get(int(i), f"<{int(i)}>")
         found.append(text if text.isprintable() else ascii(text)[1:-1])
     return found

@@ -165,7 +165,10 @@ def mapped(run: Run, tokens_1T: np.ndarray) -> Section:
         "next stream near one, are what pre-norm blocks make of it.",
         (),
         (),
-        [_by_place(title, maps[name][:, 0], layers, names) for name, title in _MAPS.items()],
+        [
+            _by_place(title, maps[name][:, 0], layers[:-1] if name == "to_next" else layers, names)
+            for name, title in _MAPS.items()
+        ],
     )
 
 

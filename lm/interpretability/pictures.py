@@ -61,4 +61,5 @@ def _colours(number: int) -> Sequence[Any]:
         return COLOURS
     from matplotlib import colormaps
 
-    return [colormaps["viridis"](0.9 * i / (number - 1)) for i in range(number)]
+    # Its ends are seen on either dark or light paper, not on both.
+    return [colormaps["viridis"](0.3 + 0.55 * i / (number - 1)) for i in range(number)]

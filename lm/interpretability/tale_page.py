@@ -114,9 +114,11 @@ class _Teller:
 
     def _embedding(self) -> Iterator[str]:
         tale, width = self.tale, self.config.width
+        scale = self.config.embedding_scale or width**0.5
+        times = "" if scale == 1 else f", which the model takes times {shown(scale)}"
         yield (
             f"<p>Row {tale.ids[tale.place]:,} of the embedding: {width:,} numbers, of length "
-            f"{shown(tale.row)}. The rows nearest to it are of</p>"
+            f"{shown(tale.row)}{times}. The rows nearest to it are of</p>"
         )
         yield self._likely_table("Nearest tokens by cosine", tale.neighbours, "cosine")
 
@@ -145,7 +147,7 @@ class _Teller:
         yield (
             f"<p>From here on the token is a vector of {self.config.width:,} numbers to which "
             "every part adds. Each row below is that vector after one of them, blue above and red "
-            "below zero, each on a scale of its own; it grows from a length of "
+            "below zero, each on a scale of its own; its length goes from "
             f"{shown(float(np.linalg.norm(tale.streams[0])))} to "
             f"{shown(float(np.linalg.norm(tale.streams[-1])))}.</p>"
         )
@@ -159,11 +161,12 @@ class _Teller:
         )
 
     def _layers(self) -> Iterator[str]:
+        then = "" if self.config.mlp_width == 0 else "; the MLP then looks at this token alone"
         yield (
             "<p>A head compares this token's query with the keys of all tokens up to it, and takes "
-            "a mean of their values; the MLP then looks at this token alone. A layer's line says "
-            "what the model would answer if it stopped there. A write <i>says</i> the tokens whose "
-            "logits it raises most by itself.</p>"
+            f"a mean of their values{then}. A layer's line says what the model would answer if it "
+            "stopped there. A write <i>says</i> the tokens whose logits it raises most by itself."
+            "</p>"
         )
         for number, layer in enumerate(self.tale.layers):
             yield f"<details{' open' if number == 0 else ''}>{self._summary(number, layer)}"
@@ -231,10 +234,10 @@ class _Teller:
                 f"{shown(head.wrote)}<td>{self._words(head.promotes, True)}"
             )
         title = f"Heads of layer {number}: whom each asked, and what it took"
-        heading = '<th>head<th>from the first token to this<th>asked<th class="n">wrote<th>says'
+        heading = '<th>head<th>from first to this<th>asked<th class="n">wrote<th>says'
         return (
-            f'<div class="wide" role="region" tabindex="0" aria-label="{title}"><table>'
-            f"<caption>{title}</caption><thead><tr>{heading}</thead>"
+            f'<div class="wide" role="region" tabindex="0" aria-label="{title}">'
+            f'<table class="heads"><caption>{title}</caption><thead><tr>{heading}</thead>'
             f"<tbody>{''.join(rows)}</tbody></table></div>"
         )
 

@@ -132,7 +132,7 @@ def bare(axes: Any) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color("#999999")
-    axes.tick_params(colors=INK, labelsize=9, length=0)
+    axes.tick_params(which="both", colors=INK, labelsize=9, length=0)
 
 
 def _dress(axes: Any, title: str, against: str, drawn: list[tuple[list[int], list[float]]]) -> None:

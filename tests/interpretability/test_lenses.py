@@ -12,8 +12,10 @@ from tiny_run import write_tiny_run
 
 import lm
 from lm.config import ConfigError, defaults
-from lm.evaluation.card import NotApplicable
+from lm.evaluation.card import NotApplicable, Section
+from lm.evaluation.page import write_report
 from lm.interpretability.attribution import TERMS, direct_logit_attribution, summed
+from lm.interpretability.heatmaps import heatmap
 from lm.interpretability.lens_report import attributed
 from lm.interpretability.lenses import Lens, divergences, jacobian, streams, train_tuned
 from lm.interpretability.prompts import opened
@@ -190,6 +192,9 @@ def test_a_run_through_lenses(run, tmp_path):
     assert norms["rows"] == ["0", "embedding"]
     assert norms["columns"] == ["<|endoftext|>", *"The␣cat"]
     assert norms["values"][1] == pytest.approx(wanted.tolist(), rel=1e-5)
+    to_last, to_next = found["stream"]["pictures"][1:3]
+    assert to_next["rows"] == ["embedding"]  # of one block, whose stream is both the next and last
+    assert to_next["values"][0] == pytest.approx(to_last["values"][1], abs=1e-6)
     # The lens that was trained is read again, in place of training.
     again = job.run(config_of(run, tuned=str(tmp_path / "tuned_lens")), str(tmp_path / "again"))
     assert again["lens"].tables[0].rows[0][2] == pytest.approx(divergence["rows"][0][2], rel=1e-4)
@@ -221,3 +226,11 @@ def test_logits_of_a_post_norm_model_are_not_attributed(run, tmp_path):
     assert "norm_position='post'" in left_out["attribution"]
     with pytest.raises(NotApplicable):
         attributed(opened(str(post), None), np.ones((1, 3), np.int32), 1, None)
+
+
+def test_a_picture_of_numbers_says_them_plainly_and_its_title_once(tmp_path):
+    drawn = heatmap("Each head's way & <back>", np.array([[421.7, -0.25]]), ["0"], ["a", "b"])
+    assert ">422<" in drawn.svg and ">-0.25<" in drawn.svg
+    section = Section("one", "One", "", (), (), [drawn])
+    page = write_report(tmp_path / "a.html", "a", "", {"model": "m"}, "", [section])
+    assert "<figcaption>" not in page.read_text(encoding="utf-8")
