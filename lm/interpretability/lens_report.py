@@ -55,13 +55,14 @@ def said(run: Run, tokens_1T: np.ndarray, lenses: Mapping[str, Lens], held_NT=No
         return divergences(model, lens, streams(model, held_NT))
 
     names, layers = token_names(run.tokenizer, tokens_1T[0]), layer_names(run)
+    follows = "next " if run.skeleton.config.architecture == "decoder" else ""
     pictures, tables = [], []
     for name, lens in lenses.items():
         ids_LT, p_LT = (np.asarray(x)[::-1] for x in likeliest(run.params, tokens_1T, lens))
         texts = [token_names(run.tokenizer, row) for row in ids_LT]
         shown = slice(-_SHOWN, None)
         cells = [row[shown] for row in texts]
-        title = f"{name}: the likeliest next token and its probability"
+        title = f"{name}: the likeliest {follows}token and its probability"
         down = "after block"
         pictures.append(
             heatmap(title, p_LT[:, shown], layers[::-1], names[shown], cells, "token", down)

@@ -267,9 +267,10 @@ class _Teller:
             rows.append([f"{len(rest)} more", sum(tale.parts[name] for name in rest)])
         rows.append(["sum", tale.parts_sum])
         raw = " before the soft cap" if self.config.logits_softcap else ""
+        held = "" if tale.final_gain is None else ", the last norm's scale held"
         yield (
-            f"<p>The stream is a sum, so the logit of {_code(self.target)}{raw} is one, too, the "
-            "last norm's scale held: these are its terms.</p>"
+            f"<p>The stream is a sum, so the logit of {_code(self.target)}{raw} is one, too{held}: "
+            "these are its terms.</p>"
         )
         yield table_html(Table("Terms of the logit", ["part", "adds"], rows))
 

@@ -16,6 +16,7 @@ from lm.__main__ import guarded
 from lm.__main__ import run as main
 from lm.config import ConfigError
 from lm.interpretability.tale import tell
+from lm.interpretability.tale_page import write_tale
 from lm.models import bind, skeleton
 from lm.tokenizers import TokenizerConfig, train
 from lm.tokenizers.export import huggingface_files
@@ -85,6 +86,19 @@ def test_what_has_no_tale_says_so():
     encoder = tiny_models.config(architecture="encoder", positions="learned")
     with pytest.raises(ConfigError, match="a tale is of a decoder"):
         tell(skeleton(encoder), tiny_models.params(encoder), [1, 2])
+
+
+def test_a_page_tells_only_of_what_the_model_has(tmp_path):
+    lacks = {"norm": "none", "mlp_width": 0, "embedding_scale": 0.0, "num_layers": 1}
+    for name, fields in (("with", KINDS["gpt"]), ("without", lacks)):
+        config = tiny_models.config(**fields)
+        tale = tell(skeleton(config), tiny_models.params(config), [1, 2])
+        write_tale(tmp_path / name, tale, config, None, "tiny", "")
+    whole, bare = ((tmp_path / name).read_text(encoding="utf-8") for name in ("with", "without"))
+    for words in ("the MLP then", "The MLP (its norm", "A last norm", "norm's scale held"):
+        assert words in whole and words not in bare
+    times = "which the model takes times"
+    assert f"{times} {config.width**0.5:.3f}" in bare and times not in whole
 
 
 @pytest.fixture(scope="module")
