@@ -13,7 +13,8 @@ r"""Why a model predicts what it does: an attribution graph, with a transcoder's
 " girl" (39 %); 800 features are active, 103 nodes and 2,500 edges are left of the graph; features
 explain .81 (replacement) and .96 (completeness), even of a transcoder that was trained for 120
 steps of 1,024 tokens (docs/attribution_graph.png). Edges add up to the logits to 2e-6, in float64
-to 4e-15. A model of GPT-2's size with 3,000 active features takes a minute, and 2.2 GB.
+to 4e-15. At GPT-2's size, with 10 tokens and 3,000 active features of 2,048 a layer, the graph
+takes 45 seconds of processor time and 1.8 GB; of a cross-layer transcoder 75 seconds and 2.5 GB.
 
 Writes graph.html, which needs no network, and graph.json, which circuit-tracer's page and
 Neuronpedia read. Nodes that belong together are grouped on the page, whose button writes graph.json
