@@ -136,7 +136,8 @@ def _rows(job: LearningJob, loaded: Run) -> Rows:
             else Trained.of(loaded).held_out(loaded.tokenizer, *many)
         )
     except (NotApplicable, ConfigError) as error:
-        raise ConfigError(f"config.path={job.path!r}: {error}; name documents by it") from None
+        why = str(error).replace("config.language.path", "config.path")
+        raise ConfigError(f"config.path={job.path!r}: {why}") from None
     before = loaded.framing.before or ()
     texts = [[*before, *document.ids] for document in read.documents]
     return Rows.of(texts, min(job.length, loaded.skeleton.config.max_length))
