@@ -7,7 +7,8 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Hashable, Iterable, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from lm.evaluation import statistics
@@ -125,6 +126,34 @@ class Section:
     def score(self, name: str) -> Score:
         """The score of this name; raises KeyError."""
         return {score.name: score for score in self.scores}[name]
+
+
+def timed(make: Callable[[], Section]) -> Section:
+    """What `make` finds, and the seconds that it took."""
+    began = time.perf_counter()
+    section = make()
+    return dataclasses.replace(section, seconds=time.perf_counter() - began)
+
+
+def made(
+    parts: Mapping[str, Callable[[], Section]], told: Callable[[Section], None] = lambda _: None
+) -> tuple[dict[str, Section], dict[str, str]]:
+    """The sections of a page, by name; and of those that are not applicable why.
+
+    Args:
+      parts: what makes each.
+      told: is told of each as soon as it is there.
+    """
+    found: dict[str, Section] = {}
+    left_out: dict[str, str] = {}
+    for name, make in parts.items():
+        try:
+            found[name] = timed(make)
+        except NotApplicable as why:
+            left_out[name] = str(why)
+        else:
+            told(found[name])
+    return found, left_out
 
 
 def digest(items: Iterable[Any]) -> str:

@@ -28,6 +28,7 @@ from lm.runs.directory import CONFIG
 from lm.runs.run import Run
 from lm.tokenizers import Tokenizer
 
+FIELD = "config.language.path"  # that names documents, unless another does
 FAR = 1 << 32  # above every seed of a run, so that what is generated was not trained on
 
 
@@ -61,9 +62,10 @@ class Trained:
     config: DataConfig
     seed: int
     directory: pathlib.Path
+    field: str = FIELD  # that names documents where these will not do
 
     @classmethod
-    def of(cls, run: Run) -> Trained:
+    def of(cls, run: Run, field: str = FIELD) -> Trained:
         """Of a run, or of the one it began from where its own data are conversations.
 
         Raises:
@@ -75,13 +77,13 @@ class Trained:
             if learnt_documents(config):
                 where = f"{directory / CONFIG}: data"
                 data = view(DataConfig, config.get("data", {}), where)
-                return cls(data, config.get("seed", 0), directory)
+                return cls(data, config.get("seed", 0), directory, field)
             origin = pathlib.Path(os.path.expanduser(config.get("init_from") or ""))
             if config.get("init_from") and (origin / CONFIG).is_file():
                 config, directory = read_json(origin / CONFIG), origin
         raise NotApplicable(
             f"{directory / CONFIG} tells of no documents that it was trained on: give some by "
-            "config.language.path"
+            f"{field}"
         )
 
     def tokens(self, tokenizer: Tokenizer) -> list[TokenizedCorpus]:
@@ -109,14 +111,12 @@ class Trained:
         """
         config = self.config
         if not (config.validation_fraction or config.validation_paths):
-            raise NotApplicable("its run held no documents out: give some by config.language.path")
+            raise NotApplicable(f"its run held no documents out: give some by {self.field}")
         try:
             corpora, own = sources(config, self.seed)
             corpora, part = (own, "train") if own else (corpora, "validation")
             if any(corpus.pairs for corpus in corpora):
-                raise NotApplicable(
-                    "its data are pairs of texts: give documents by config.language.path"
-                )
+                raise NotApplicable(f"its data are pairs of texts: give documents by {self.field}")
             several = len(corpora) > 1
             each, found = -(-documents // len(corpora)), []
             for corpus in corpora:
@@ -137,8 +137,23 @@ def learnt_documents(config: Mapping[str, Any]) -> bool:
     return config.get("job") == "train" and objective not in CONVERSATIONAL
 
 
-def given(path: str, tokenizer: Tokenizer, documents: int, tokens: int, seed: int) -> Reading:
-    """Documents of `path`, which is what `data.path` may be.
+def documents_of(run: Run, path: str, documents: int, tokens: int, seed: int) -> Reading:
+    """Documents of `path`, the job's field `config.path`; "": those that the run held out.
+
+    Raises:
+      NotApplicable: it held none out.
+      ConfigError: there is nothing to read.
+    """
+    field = "config.path"
+    if path:
+        return given(path, run.tokenizer, documents, tokens, seed, field)
+    return Trained.of(run, field).held_out(run.tokenizer, documents, tokens)
+
+
+def given(
+    path: str, tokenizer: Tokenizer, documents: int, tokens: int, seed: int, field: str = FIELD
+) -> Reading:
+    """Documents of `path`, which is what `data.path` may be; `field` is what named it.
 
     A file of plain text is one document, byte for byte. Of more files than `documents` some are
     drawn; of other corpora the first documents are taken.
@@ -146,7 +161,6 @@ def given(path: str, tokenizer: Tokenizer, documents: int, tokens: int, seed: in
     Raises:
       ConfigError: there is nothing to read.
     """
-    field = "config.language.path"
     config = DataConfig(path=path, validation_fraction=0.0, num_documents=documents)
     corpus = source(path, config, FAR + seed, field)
     check(not corpus.pairs, f"{field}={path!r} holds pairs of texts, not documents")

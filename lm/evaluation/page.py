@@ -181,13 +181,13 @@ def _body(
             yield _picture(one, f"{section.name}-{number}-")
         for table in section.tables:
             long = len(table.rows) > _ROWS
-            yield _folded(table.title, [table_html(table)]) if long else table_html(table)
+            yield folded(table.title, [table_html(table)]) if long else table_html(table)
         samples = [_sample(one) for one in section.samples[:_SAMPLES]]
         if samples:
             yield "<h3>Samples</h3>"
         yield from samples[:_AT_ONCE]
         if samples[_AT_ONCE:]:
-            yield _folded(f"{len(samples) - _AT_ONCE} more", samples[_AT_ONCE:])
+            yield folded(f"{len(samples) - _AT_ONCE} more", samples[_AT_ONCE:])
         yield "</section>"
     if left_out:
         rows = "".join(f"<dt>{esc(name)}<dd>{esc(why)}" for name, why in left_out.items())
@@ -263,7 +263,8 @@ def _wide(title: str, content: str, kind: str = "") -> str:
     )
 
 
-def _folded(title: str, parts: Iterable[str]) -> str:
+def folded(title: str, parts: Iterable[str]) -> str:
+    """Parts of a page that are shown on a click."""
     return f"<details><summary>{html.escape(title)}</summary>{''.join(parts)}</details>"
 
 

@@ -89,6 +89,18 @@ def summed(term: jax.Array) -> jax.Array:
     return term if term.ndim == 1 else jnp.moveaxis(term, 1, 0).reshape(term.shape[1], -1).sum(-1)
 
 
+def held(norm, x_xD: jax.Array, inverse_scale: jax.Array | float = 1.0) -> jax.Array:
+    """What a norm makes of a part of what it reads, its scale held: linear, and without its bias.
+
+    Args:
+      norm: a bound `lm.models.layers.Norm`.
+      inverse_scale: what it divides the whole by, inverted.
+    """
+    if norm.kind == "layernorm":
+        x_xD = x_xD - x_xD.mean(-1, keepdims=True)
+    return x_xD * inverse_scale * (norm.scale[...] + norm.unit_offset)
+
+
 def _through(norm, at, name: str, g_BD):
     """The gradient by what a norm reads, its scale held; and what its bias adds."""
     if norm is None:

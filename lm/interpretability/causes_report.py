@@ -18,7 +18,6 @@ from lm.interpretability.patching import (
     one_by_one,
 )
 from lm.interpretability.subspaces import Alignment, Probe
-from lm.models.activations import sites
 from lm.runs.run import Run
 
 _SITES = {
@@ -31,7 +30,7 @@ _EFFECT = "1 is all of the way from the corrupt prompt's logit difference to the
 
 def patched(run: Run, contrast: Contrast) -> Section:
     """Activation patching of streams, sublayers and heads, and its first order beside it."""
-    names, known = token_names(run.tokenizer, contrast.clean_BT[0]), sites(run.skeleton)
+    names, known = token_names(run.tokenizer, contrast.clean_BT[0]), contrast.sites
     config, T = run.skeleton.config, len(names)
     layers = [*map(str, range(config.num_layers))]
     found = {f"blocks.*.{site}": words for site, words in _SITES.items()}

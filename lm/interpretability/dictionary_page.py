@@ -19,6 +19,7 @@ import numpy as np
 
 from lm.evaluation.card import Table
 from lm.evaluation.page import table_html, write_page
+from lm.interpretability.attribution import held
 from lm.interpretability.dictionaries import Dictionary
 from lm.interpretability.dictionary_evaluation import (
     MEAN,
@@ -143,10 +144,7 @@ def direct_logits(
         vectors.append(written[:, feature].sum(0))
     w_CD = jnp.stack(vectors) if vectors else jnp.zeros((0, dictionary.b_dec.shape[1]))
     norm = getattr(model, "final_norm", None)
-    if norm is not None and norm.kind == "layernorm":
-        w_CD -= w_CD.mean(-1, keepdims=True)
-    if norm is not None and hasattr(norm, "scale"):
-        w_CD *= norm.scale[...] + (1 if norm.unit_offset else 0)
+    w_CD = w_CD if norm is None else held(norm, w_CD)
     logits_CV = w_CD @ model.output_weights().T
     return logits_CV - logits_CV.mean(-1, keepdims=True)
 

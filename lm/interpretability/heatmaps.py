@@ -24,6 +24,15 @@ class Heatmap(Picture):
     values: Sequence[Sequence[float]] = ()
 
 
+def coloured(shares_RC: np.ndarray) -> np.ndarray:
+    """RGBA [R, C, 4] of numbers from −1 to 1: blue above zero, red below, clear at it."""
+    found = np.zeros((*shares_RC.shape, 4))
+    for colour, where in ((POSITIVE, shares_RC >= 0), (NEGATIVE, shares_RC < 0)):
+        found[where, :3] = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    found[..., 3] = np.abs(shares_RC)
+    return found
+
+
 def heatmap(
     title: str,
     values_RC: np.ndarray,
@@ -49,11 +58,7 @@ def heatmap(
         figsize=(size := max(7.0, min(wide, 24)), min(high, 14)), layout="constrained"
     )
     axes = figure.add_subplot()
-    colours = np.zeros((*values_RC.shape, 4))
-    for colour, where in ((POSITIVE, finite >= 0), (NEGATIVE, finite < 0)):
-        colours[where, :3] = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    colours[..., 3] = 0.85 * np.abs(finite) / largest
-    axes.pcolormesh(colours, edgecolors="none")
+    axes.pcolormesh(coloured(0.85 * finite / largest), edgecolors="none")
     for r, line in enumerate(texts or ()):
         for c, text in enumerate(line):
             at = {"ha": "center", "va": "center", "fontsize": 7, "color": INK}

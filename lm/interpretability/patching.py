@@ -75,9 +75,14 @@ class Contrast:
         readable(self.skeleton)
         check(clean == corrupt, f"the clean text has the shape {clean}, the corrupt one {corrupt}")
 
+    @functools.cached_property
+    def sites(self) -> dict[str, str]:
+        """Every activation of the model → its axes (`lm.models.activations.sites`)."""
+        return sites(self.skeleton)
+
     def matching(self, patterns: str | Sequence[str]) -> dict[str, str]:
-        """Name → axes (`lm.models.activations.sites`); raises `ConfigError` where none matches."""
-        known, found = sites(self.skeleton), {}
+        """Name → axes, of `sites`; raises `ConfigError` where none matches."""
+        known, found = self.sites, {}
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             fits = {n: axes for n, axes in known.items() if fnmatch.fnmatchcase(n, pattern)}
             check(
@@ -252,7 +257,7 @@ def causal_tracing(
         ("mlp.output", window),
         ("attention.output", window),
     ):
-        if f"blocks.0.{site}" in sites(skeleton):
+        if f"blocks.0.{site}" in contrast.sites:
             near_LL = (ahead_LL >= -(width // 2)) & (ahead_LL < width - width // 2)
             masks = np.einsum("lm,tu->ltmu", near_LL, np.eye(T, dtype=bool)).reshape(L * T, L, T)
             gained = activation_patching(contrast, f"blocks.*.{site}", masks)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config import ConfigError, check
-from lm.interpretability.attribution import direct_logit_attribution
+from lm.interpretability.attribution import direct_logit_attribution, held
 from lm.interpretability.lenses import readable, unembed
 from lm.models import Model, bind, skeleton
 from lm.models.activations import trace
@@ -260,11 +260,7 @@ def _written(at, name: str, part: str):
 
 def _through(norm, wrote_xD, at, name: str):
     """What becomes of a part of what a norm reads, its scale held."""
-    if norm is None:
-        return wrote_xD
-    if norm.kind == "layernorm":
-        wrote_xD = wrote_xD - wrote_xD.mean(-1, keepdims=True)
-    return wrote_xD * at[f"{name}.inverse_scale"] * (norm.scale[...] + norm.unit_offset)
+    return wrote_xD if norm is None else held(norm, wrote_xD, at[f"{name}.inverse_scale"])
 
 
 def _promoted(model: Model, wrote_xD, at) -> Likely:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from lm.evaluation.card import Table
-from lm.evaluation.page import shown, table_html, write_page
-from lm.interpretability.heatmaps import NEGATIVE, POSITIVE, token_names
+from lm.evaluation.page import folded, shown, table_html, write_page
+from lm.interpretability.heatmaps import coloured, token_names
 from lm.interpretability.tale import Head, Layer, Likely, Tale
 from lm.models import ModelConfig
 from lm.tokenizers import Tokenizer
@@ -156,7 +156,7 @@ class _Teller:
         rows = [
             [name, float(np.linalg.norm(x))] for name, x in zip(tale.stream_names, tale.streams)
         ]
-        yield _folded(
+        yield folded(
             "Lengths", [table_html(Table("Length of the stream", ["after", "length"], rows))]
         )
 
@@ -334,20 +334,12 @@ def _scaled(values_RC: np.ndarray) -> np.ndarray:
     return values_RC / np.where(largest_R == 0, 1, largest_R)
 
 
-def _folded(title: str, parts: Iterable[str]) -> str:
-    return f"<details><summary>{html.escape(title)}</summary>{''.join(parts)}</details>"
-
-
 def _strip(values_RC: np.ndarray, alt: str, kind: str) -> str:
     """A small picture, a pixel a number: blue above zero, red below, clear at it."""
     from matplotlib.image import imsave
 
     largest = np.quantile(np.abs(values_RC), 0.995) or 1.0
-    pixels = np.zeros((*values_RC.shape, 4))
-    for colour, where in ((POSITIVE, values_RC >= 0), (NEGATIVE, values_RC < 0)):
-        pixels[where, :3] = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    pixels[..., 3] = np.clip(np.abs(values_RC) / largest, 0, 1)
     buffer = io.BytesIO()
-    imsave(buffer, pixels, format="png")
+    imsave(buffer, coloured(np.clip(values_RC / largest, -1, 1)), format="png")
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img class="strip {kind}" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import time
 from typing import Any
 
 import ml_collections
 import numpy as np
 
 from lm.config import Count, Path, Positive, Seed, check, view
-from lm.evaluation.card import NotApplicable, Section
+from lm.evaluation.card import Section, made
 from lm.evaluation.page import made_by, write_report
 from lm.evaluation.subject import Subject
 from lm.files import parse_object, read_bytes
@@ -89,14 +88,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
         texts = [prompt_tokens(loaded, one["text"], "config.probe")[0].tolist() for one in lines]
         asked = ([one[name] for one in lines] for name in ("label", "group"))
         parts["probe"] = lambda: probed(probe(Subject(loaded), texts, *asked, job.seed))
-    sections, left_out = {}, {}
-    for name, make in parts.items():
-        began = time.perf_counter()
-        try:
-            section = make()
-            sections[name] = dataclasses.replace(section, seconds=time.perf_counter() - began)
-        except NotApplicable as why:
-            left_out[name] = str(why)
+    sections, left_out = made(parts)
     about = {**facts(loaded), "clean": job.clean, "corrupt": job.corrupt}
     about["answer"] = f"{job.right!r} rather than {job.wrong!r}"
     path = write_report(

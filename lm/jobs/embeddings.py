@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import time
 from typing import Literal
 
 import ml_collections
 import numpy as np
 
 from lm.config import Path, Positive, Seed, check, view
-from lm.evaluation.card import NotApplicable, Section
+from lm.evaluation.card import Section, made
 from lm.evaluation.leaning import PAIRS, STORY_SETS
 from lm.evaluation.page import made_by, write_report
 from lm.interpretability import embeddings
@@ -79,15 +78,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
         "map": lambda: embeddings.drawn(tables, tokenizer, groups, job.moments, job.seed),
         "bias": lambda: embeddings.leaning(tables, tokenizer, job.shuffles),
     }
-    sections, left_out = {}, {}
-    for part, make in parts.items():
-        began = time.perf_counter()
-        try:
-            made = make()
-        except NotApplicable as why:
-            left_out[part] = str(why)
-        else:
-            sections[part] = dataclasses.replace(made, seconds=time.perf_counter() - began)
+    sections, left_out = made(parts)
     facts = {
         "model": source.directory.resolve().name,
         "directory": str(source.directory),

@@ -22,7 +22,7 @@ from lm.files import write_json
 from lm.models import costs, param_specs
 from lm.parallel.platform import keep_programs
 from lm.runs.directory import CHECKPOINTS
-from lm.training.checkpoints import saved_steps
+from lm.training.checkpoints import some_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +67,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[dict[str, Any]]
 def _followed(job: EmergenceJob, name: str, console: Console) -> list[Curve]:
     """A curve for each set of questions."""
     folder = pathlib.Path(name).expanduser()
-    steps = saved_steps(folder / CHECKPOINTS)
-    steps = sorted({*steps[:: job.every], *steps[-1:]}) or [None]
+    steps = some_steps(folder / CHECKPOINTS, job.every) or [None]
     subject = Subject(lm.load(folder, steps[0]))
     learnt = corpora(subject)
     check(

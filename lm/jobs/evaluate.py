@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import pathlib
-import time
 from collections.abc import Callable
 
 import jax
@@ -14,7 +14,7 @@ import ml_collections
 import lm
 from lm.config import ConfigError, Path, Seed, check, check_choice, view
 from lm.evaluation.benchmarks import HarnessSettings
-from lm.evaluation.card import NotApplicable, Section
+from lm.evaluation.card import NotApplicable, Section, timed
 from lm.evaluation.emergence import TasksSettings
 from lm.evaluation.in_context import InContextSettings
 from lm.evaluation.language import LanguageSettings
@@ -96,7 +96,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
     subject = examined(job)
     directory = pathlib.Path(workdir).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
-    about, made_by = facts(subject.run), command(config)
+    about, made = facts(subject.run), command(config)
     if (directory / CARD).exists():
         other = read_json(directory / CARD).get("facts", {}).get("directory", "")
         check(
@@ -110,20 +110,18 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
     left_out: dict[str, str] = {}
     for name in job.suites or SUITES:
         measure: Callable[..., Section] = importlib.import_module(SUITES[name]).measure
-        began = time.perf_counter()
         try:
             if name not in ENCODERS:
                 subject.needs_decoder()
-            section = measure(subject, settings[name], job.seed)
+            found[name] = timed(functools.partial(measure, subject, settings[name], job.seed))
         except NotApplicable as reason:
             if job.suites:
                 raise ConfigError(f"config.suites={name!r}: {reason}") from None
             left_out[name] = str(reason)
         else:
-            found[name] = dataclasses.replace(section, seconds=time.perf_counter() - began)
             print(line(found[name]), flush=True)
         # What is found stays, whatever becomes of the rest.
-        path = write_card(directory, about, made_by, [*found.values()], left_out)
+        path = write_card(directory, about, made, [*found.values()], left_out)
     print(f"card: {path}")
     return found
 

@@ -19,7 +19,7 @@ from lm.interpretability import grokking, induction
 from lm.parallel.platform import keep_programs
 from lm.runs.directory import CHECKPOINTS
 from lm.runs.run import Run
-from lm.training.checkpoints import saved_steps
+from lm.training.checkpoints import some_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +90,7 @@ def _corpus(name: str) -> str:
 
 def _checkpoints(name: str, every: int) -> list[Run]:
     folder = pathlib.Path(name).expanduser()
-    steps = saved_steps(folder / CHECKPOINTS)
-    return [lm.load(folder, step) for step in sorted({*steps[::every], *steps[-1:]})]
+    return [lm.load(folder, step) for step in some_steps(folder / CHECKPOINTS, every)]
 
 
 def _induction_table(courses: list[induction.Course]) -> Table:

@@ -13,7 +13,7 @@ import numpy as np
 
 from lm.config import ConfigError, Count, Path, Positive, Share, check, view
 from lm.evaluation.card import NotApplicable
-from lm.evaluation.documents import Trained, given
+from lm.evaluation.documents import documents_of
 from lm.files import write_json
 from lm.interpretability import dictionaries
 from lm.interpretability.graphs import files, influence, report
@@ -129,10 +129,7 @@ def _texts(job: GraphJob, loaded: Run) -> np.ndarray | None:
         return None
     length, limits = min(64, loaded.skeleton.config.max_length), (job.documents, 100_000)
     try:
-        if job.path:
-            reading = given(job.path, loaded.tokenizer, *limits, 0)
-        else:
-            reading = Trained.of(loaded).held_out(loaded.tokenizer, *limits)
+        reading = documents_of(loaded, job.path, *limits, 0)
         return rows_of([one.ids for one in reading.documents], length, loaded.tokenizer.eos_id)
     except (NotApplicable, ConfigError) as why:
         if job.path:

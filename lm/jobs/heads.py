@@ -20,7 +20,7 @@ from lm.interpretability import head_history, head_report, head_stories
 from lm.interpretability.head_tests import Bar, induction_task, pronoun_task, run_task
 from lm.parallel.platform import keep_programs
 from lm.runs.directory import CHECKPOINTS
-from lm.training.checkpoints import saved_steps
+from lm.training.checkpoints import some_steps
 from lm.training.plots import save
 
 
@@ -54,8 +54,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     keep_programs()
     console = Console(highlight=False)
     folder = pathlib.Path(job.init_from).expanduser()
-    steps = saved_steps(folder / CHECKPOINTS)
-    steps = sorted({*steps[:: job.every], *steps[-1:]}) or [None]
+    steps = some_steps(folder / CHECKPOINTS, job.every) or [None]
     run = lm.load(folder, steps[-1])
     model = run.skeleton.config
     for field, needed in (("architecture", "decoder"), ("cell", "attention")):

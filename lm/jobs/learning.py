@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import time
 from typing import Literal, get_args
 
 import ml_collections
 
 import lm
 from lm.config import ConfigError, Path, Positive, Seed, check, view
-from lm.evaluation.card import NotApplicable, Section
-from lm.evaluation.documents import Trained, given
+from lm.evaluation.card import NotApplicable, Section, made
+from lm.evaluation.documents import documents_of
 from lm.evaluation.page import made_by, write_report
 from lm.interpretability import learning_page as page
 from lm.interpretability.learning import Rows, adam_history
@@ -101,17 +100,11 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
             model, some, checkpoints, last, job.landscape, job.seed
         ),
     }
-    found: dict[str, Section] = {}
-    left_out: dict[str, str] = {}
-    for part in job.parts:
-        began = time.perf_counter()
-        try:
-            section = makers[part]()
-        except NotApplicable as reason:
-            left_out[part] = str(reason)
-        else:
-            found[part] = dataclasses.replace(section, seconds=time.perf_counter() - began)
-            print(f"{section.title}: {found[part].seconds:.0f} s", flush=True)
+
+    def told(section: Section) -> None:
+        print(f"{section.title}: {section.seconds:.0f} s", flush=True)
+
+    found, left_out = made({part: makers[part] for part in job.parts}, told)
     facts = {
         "model": loaded.directory.resolve().name,
         "directory": str(loaded.directory),
@@ -119,9 +112,9 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
         "read": f"{len(rows.tokens_BT)} documents, the first {rows.tokens_BT.shape[1]} tokens each",
     }
     about = "Its learning, seen from inside: gradients, steps, scales, and the loss around it."
-    title, made = f"{facts['model']}: learning", made_by("configs/interpret/learning.py", job)
+    title, again = f"{facts['model']}: learning", made_by("configs/interpret/learning.py", job)
     file = directory / "learning.html"
-    print(f"page: {write_report(file, title, about, facts, made, [*found.values()], left_out)}")
+    print(f"page: {write_report(file, title, about, facts, again, [*found.values()], left_out)}")
     return found
 
 
@@ -130,14 +123,9 @@ def _rows(job: LearningJob, loaded: Run) -> Rows:
     check(loaded.tokenizer is not None, f"config.init_from={job.init_from!r} has no tokenizer")
     try:
         many = job.documents, job.documents * 10**5
-        read = (
-            given(job.path, loaded.tokenizer, *many, job.seed)
-            if job.path
-            else Trained.of(loaded).held_out(loaded.tokenizer, *many)
-        )
+        read = documents_of(loaded, job.path, *many, job.seed)
     except (NotApplicable, ConfigError) as error:
-        why = str(error).replace("config.language.path", "config.path")
-        raise ConfigError(f"config.path={job.path!r}: {why}") from None
+        raise ConfigError(f"config.path={job.path!r}: {error}") from None
     before = loaded.framing.before or ()
     texts = [[*before, *document.ids] for document in read.documents]
     return Rows.of(texts, min(job.length, loaded.skeleton.config.max_length))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import time
 
 import ml_collections
 import numpy as np
 from rich.console import Console
 
 from lm.config import AboveZero, ConfigError, Count, Path, Positive, Seed, check, view
-from lm.evaluation.card import NotApplicable, Section
-from lm.evaluation.documents import Trained, given
+from lm.evaluation.card import NotApplicable, Section, made
+from lm.evaluation.documents import documents_of
 from lm.evaluation.page import made_by, write_report
 from lm.interpretability.lens_report import attributed, mapped, said
 from lm.interpretability.lenses import Lens, jacobian, rows_of, train_tuned
@@ -73,25 +72,17 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Section]:
     def lenses() -> Section:
         return said(loaded, tokens_1T, *_lenses(job, loaded, directory, Console(highlight=False)))
 
-    sections: dict[str, Section] = {}
-    left_out: dict[str, str] = {}
-    for name, make in {
+    parts = {
         "lens": lenses,
         "attribution": lambda: attributed(loaded, tokens_1T, right, wrong),
         "stream": lambda: mapped(loaded, tokens_1T),
-    }.items():
-        began = time.perf_counter()
-        try:
-            section = make()
-            sections[name] = dataclasses.replace(section, seconds=time.perf_counter() - began)
-        except NotApplicable as why:
-            left_out[name] = str(why)
+    }
+    sections, left_out = made(parts)
     about = {**facts(loaded), "prompt": job.prompt}
     title = f"{about['model']}: through lenses"
     words = "What it would say after each block, which parts say it, and along which stream."
-    made = made_by("configs/interpret/lens.py", job)
-    parts = [*sections.values()]
-    path = write_report(directory / "lens.html", title, words, about, made, parts, left_out)
+    again, found = made_by("configs/interpret/lens.py", job), [*sections.values()]
+    path = write_report(directory / "lens.html", title, words, about, again, found, left_out)
     print(f"page: {path}")
     return sections
 
@@ -124,11 +115,8 @@ def _rows(job: LensJob, loaded: Run) -> np.ndarray:
     length, tokenizer = min(job.length, loaded.skeleton.config.max_length), loaded.tokenizer
     limits = job.documents, job.documents * 10_000
     try:
-        if job.path:
-            reading = given(job.path, tokenizer, *limits, job.seed)
-        else:
-            reading = Trained.of(loaded).held_out(tokenizer, *limits)
+        reading = documents_of(loaded, job.path, *limits, job.seed)
         return rows_of([one.ids for one in reading.documents], length, tokenizer.eos_id)
     except (NotApplicable, ConfigError) as why:
         text = f"{why}; or config.tuned_steps=0 with config.jacobian_rows=0"
-        raise ConfigError(text.replace("config.language.path", "config.path")) from None
+        raise ConfigError(text) from None

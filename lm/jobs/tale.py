@@ -12,10 +12,10 @@ from lm.evaluation.card import plain
 from lm.evaluation.page import made_by
 from lm.files import write_json
 from lm.interpretability.heatmaps import token_names
+from lm.interpretability.prompts import opened, prompt_tokens
 from lm.interpretability.tale import Tale, tell
 from lm.interpretability.tale_page import write_tale
 from lm.jobs.evaluate import facts
-from lm.jobs.lens import opened, prompt_tokens
 from lm.parallel.platform import keep_programs
 
 

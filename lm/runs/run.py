@@ -148,7 +148,6 @@ class Run:
 
         run.intervene(tokens_BT, {"blocks.1.attention.heads": lambda x: x.at[:, :, 3].set(0)})
         """
-        edits = dict(edits)
         return self.trace(tokens_BT, "logits", targets_BT, edits=edits, **fields)["logits"]
 
     def encode(self, text: str) -> list[int]:

@@ -27,7 +27,7 @@ from lm.runs.directory import CHECKPOINTS, CONFIG, TOKENIZER
 from lm.tokenizers import Tokenizer
 from lm.tokenizers.kinds import framing_of_pieces, has_tokenizer
 from lm.training.checkpoint_files import fingerprint
-from lm.training.checkpoints import restore_parameters, saved_paths, saved_steps
+from lm.training.checkpoints import restore_parameters, saved_paths, some_steps
 
 GENERATION = "generation_config.json"  # of a Hugging Face directory
 # Fields of its config.json that say which ids play a role.
@@ -76,8 +76,7 @@ class Source:
 
     def kept(self, every: int = 1) -> list[int]:
         """The steps that `parameters` can be had of, one in `every` and the last; at least one."""
-        steps = [] if self.checkpoint else saved_steps(self.directory / CHECKPOINTS)
-        return sorted({*steps[::every], *steps[-1:]}) or [0]
+        return ([] if self.checkpoint else some_steps(self.directory / CHECKPOINTS, every)) or [0]
 
     def adapters(
         self,

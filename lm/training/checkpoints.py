@@ -413,6 +413,12 @@ def saved_steps(directory: pathlib.Path) -> list[int]:
     return [int(path.name) for path in paths if path == _path(directory, int(path.name))]
 
 
+def some_steps(directory: pathlib.Path, every: int) -> list[int]:
+    """One in `every` of `saved_steps`, and the last."""
+    steps = saved_steps(directory)
+    return sorted({*steps[::every], *steps[-1:]})
+
+
 def best_step(directory: pathlib.Path) -> int | None:
     """The step with the lowest `eval_loss`, if there was an evaluation."""
     losses = {}

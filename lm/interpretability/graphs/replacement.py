@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config import check, check_choice
+from lm.interpretability.attribution import held
 from lm.interpretability.dictionaries import Dictionary, decode
 from lm.models import ModelConfig, Transformer, bind, skeleton
 from lm.models.activations import trace
@@ -116,16 +117,20 @@ class Local:
         Pairs of the model's layers that are written to, and of arrays [T, n, those, D], n the most
         features at one position; `slots` says which feature stands where.
         """
-        return [self._decoder(layer)[:2] for layer in range(self.dictionary.num_layers)]
+        return [found[:2] for found in self._decoded]
 
     @functools.cached_property
     def slots(self) -> np.ndarray:
         """[N]: where each feature stands among the [T, n] of all `decoders`, flat."""
         first, slots = 0, []
-        for layer, (_, rows) in enumerate(self.decoders):
-            slots.append(first + self._decoder(layer)[2])
+        for _, rows, places in self._decoded:
+            slots.append(first + places)
             first += rows.shape[0] * rows.shape[1]
         return np.concatenate(slots)
+
+    @functools.cached_property
+    def _decoded(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        return [self._decoder(layer) for layer in range(self.dictionary.num_layers)]
 
     def _decoder(self, layer: int):
         T, here = len(self.tokens_T), self.active.layer_N == layer
@@ -260,9 +265,7 @@ def _linear(model, dictionary, frozen, sources: Sources, heads_LH=None) -> dict[
     heads_LH = jnp.ones((L, config.num_heads)) if heads_LH is None else heads_LH
 
     def norm(name, module, x, bias_T):
-        x = x - x.mean(-1, keepdims=True) if module.kind == "layernorm" else x
-        scale = module.scale[...] + 1 if module.unit_offset else module.scale[...]
-        x = x * frozen[f"{name}.inverse_scale"] * scale
+        x = held(module, x, frozen[f"{name}.inverse_scale"])
         if hasattr(module, "bias"):
             x += bias_T.reshape(T, *(1,) * (x.ndim - 1)) * module.bias[...]
         return values.setdefault(f"{name}.output", x)
