@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from lm.config import (
     AboveZero,
@@ -36,6 +36,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("none", "int8", "fp8")
 ATTENTION = ("auto", "xla", "splash", "cudnn")
 AboveOne = Annotated[float, Bounds(1, ends="(]")]
+
+
+class LayerKind(NamedTuple):
+    """What sets a layer apart from others that have the same parameters."""
+
+    local: bool  # it sees only a window
+    rotated: bool  # rotary positions turn its queries and keys
+    query_scale: float  # multiplies its queries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +90,14 @@ class ModelConfig:
     rotary_original_length: Positive = 8192  # llama3, yarn: that original context
     rotary_low: AboveZero = 1.0  # llama3: low_freq_factor; yarn: beta_slow
     rotary_high: AboveZero = 4.0  # llama3: high_freq_factor; yarn: beta_fast
+    rotary_pattern: tuple[bool, ...] = (True,)  # of each layer in turn, repeated (SmolLM 3)
     relative_buckets: Size = 32  # relative: learned biases a head (Raffel et al. 2020, §2.1)
     relative_distance: Size = 128  # relative: distances from here on share a bucket
 
     # Attention
     qk_norm: bool = False  # normalise each head's queries and keys (Qwen 3, Gemma 3)
     attention_scale: AboveZero | None = None  # None: head_dim^-½; T5: 1
+    scale_by_layer: bool = False  # layer i's scores are divided by i + 1 (Mistral's GPT-2)
     attention_softcap: NotNegative = 0.0  # c·tanh(scores/c); 0: none (Gemma 2: 50)
     attention_pattern: tuple[Literal[RANGES], ...] = ("global",)  # of each layer in turn, repeated
     window: Count = 0  # local layers see this many tokens, their own included
@@ -178,6 +188,10 @@ class ModelConfig:
         self._needs(prefix, "attention_pattern", local, architecture="decoder")
         self._needs(prefix, "positions", alibi, architecture="decoder")
         self._needs(prefix, "num_experts", mixture, architecture="decoder")
+        check(len(self.rotary_pattern) > 0, f"{prefix}.rotary_pattern=() must not be empty")
+        unrotated = not all(self.rotary_pattern)
+        self._needs(prefix, "rotary_pattern", unrotated, architecture="decoder", positions="rotary")
+        self._needs(prefix, "scale_by_layer", self.scale_by_layer, architecture="decoder")
         self._needs(prefix, "shared_norm", self.shared_norm, parallel=True)
         self._needs(prefix, "parallel", self.parallel, norm_position="pre", architecture="decoder")
         self._needs(prefix, "pooler", self.pooler, architecture="encoder")
@@ -296,6 +310,14 @@ class ModelConfig:
     def is_local(self, layer: int) -> bool:
         """Whether this layer sees only a window."""
         return self.attention_pattern[layer % len(self.attention_pattern)] == "local"
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """What sets this layer apart from others."""
+        return LayerKind(
+            self.is_local(layer),
+            self.rotary_pattern[layer % len(self.rotary_pattern)],
+            1 / (layer + 1) if self.scale_by_layer else 1.0,
+        )
 
     def has_bias(self, part: str) -> bool:
         """Whether `part` (qkv | attention | norm) has biases: what it says itself, else `bias`."""

@@ -12,7 +12,7 @@ from lm.models.attention.attention import Attention, Pair
 from lm.models.attention.context import Context, ScoreBias, score_bias
 from lm.models.attention.paged import PagedCache
 from lm.models.cache import Cache
-from lm.models.config import ModelConfig
+from lm.models.config import LayerKind, ModelConfig
 from lm.models.hooks import Tap, no_tap, within
 from lm.models.matmul import compute_dtype
 from lm.models.moe.experts import Experts, RouterStats
@@ -254,42 +254,42 @@ class Stack(nnx.Module):
         """The blocks in order, each with the parameters of its own layer."""
         return [b for group, _, count in self._groups() for b in unstack(group, count)]
 
-    def _reach(self, first: int, count: int) -> bool | jax.Array:
-        """Whether each of these layers is local: one answer where it is the same for all."""
-        local = [self.config.is_local(layer) for layer in range(first, first + count)]
-        return local[0] if len(set(local)) == 1 else jnp.array(local)
+    def _kinds(self, first: int, count: int) -> LayerKind:
+        """What sets these layers apart; of a field that is the same for all, that one value."""
+        kinds = [self.config.layer_kind(layer) for layer in range(first, first + count)]
+        return LayerKind(*(v[0] if len(set(v)) == 1 else jnp.array(v) for v in zip(*kinds)))
 
     def _scan(self, x_BTD, context, keys, stages):
         for blocks, first, count in self._groups():
             part = None if keys is None else keys[first : first + count]
-            reach = self._reach(first, count)
+            kinds = self._kinds(first, count)
             if stages > 1 and blocks is self.blocks:
-                x_BTD, routers = self._through_stages(x_BTD, context, part, reach)
+                x_BTD, routers = self._through_stages(x_BTD, context, part, kinds)
             else:
-                x_BTD, routers = self._scan_blocks(blocks, x_BTD, context, part, reach)
+                x_BTD, routers = self._scan_blocks(blocks, x_BTD, context, part, kinds)
         return x_BTD, routers  # of the last group, which alone has experts
 
-    def _scan_blocks(self, blocks, x_BTD, context, keys_L, reach_L):
+    def _scan_blocks(self, blocks, x_BTD, context, keys_L, kinds_L: LayerKind):
         def body(x, layer):
-            block, key, is_local = layer
-            here = context.of_layer(reach_L if is_local is None else is_local)
+            block, key, varying = layer
+            here = context.of_layer(_kind(kinds_L, varying))
             x, _, router = block(x, here, key=key)
             return x, router
 
         # Under a loop nothing can merge the recomputation with what it is to replace.
         body = rematerialized(body, self.config, prevent_cse=False)
-        return jax.lax.scan(body, x_BTD, (blocks, keys_L, _varying(reach_L)))
+        return jax.lax.scan(body, x_BTD, (blocks, keys_L, _varying(kinds_L)))
 
     def _scan_cached(self, x_BTD, context, cache):
         # The whole cache is carried and written in place; scanning over it would copy it.
         carry = x_BTD, cache.own
         for blocks, first, count in self._groups():
-            reach = self._reach(first, count)
+            kinds = self._kinds(first, count)
 
-            def step(carry, layer, reach=reach):
+            def step(carry, layer, kinds=kinds):
                 x, caches_LBSKC = carry
-                block, index, is_local = layer
-                here = context.of_layer(reach if is_local is None else is_local)
+                block, index, varying = layer
+                here = context.of_layer(_kind(kinds, varying))
                 if here.paging is not None:
                     here = here.of_pool(index, caches_LBSKC, self.num_layers)
                     x, caches_LBSKC, router = block(x, here, caches_LBSKC, cache.layer(index)[1])
@@ -307,7 +307,7 @@ class Stack(nnx.Module):
                 )
                 return (x, caches_LBSKC), router
 
-            layer = (blocks, jnp.arange(first, first + count), _varying(reach))
+            layer = (blocks, jnp.arange(first, first + count), _varying(kinds))
             carry, routers = jax.lax.scan(step, carry, layer)
         return *carry, routers
 
@@ -316,7 +316,7 @@ class Stack(nnx.Module):
         caches, routers = [], []
         for index, block in enumerate(self.each_block()):
             key = None if keys is None else keys[index]
-            here = context.of_layer(self.config.is_local(index))
+            here = context.of_layer(self.config.layer_kind(index))
             scope = within(tap, f"blocks.{index}")
             if cache is None:
                 # A value read inside `jax.checkpoint` could not leave it.
@@ -336,7 +336,7 @@ class Stack(nnx.Module):
         join = tuple if isinstance(cache.own[0], tuple) else jnp.stack
         return x_BTD, tuple(map(join, zip(*caches))), routers
 
-    def _through_stages(self, x_BTD, context: Context, keys_L, reach_L):
+    def _through_stages(self, x_BTD, context: Context, keys_L, kinds_L: LayerKind):
         """As `_scan_blocks` of `blocks`, whose layers the devices share in a pipeline.
 
         Rows travel with their texts, and each stage makes its own `Context` of them; only the bias
@@ -367,15 +367,14 @@ class Stack(nnx.Module):
                 lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), by_layer
             )
             here = self.context(text, memory_BSD, source, *bias)
-            reach = reach_L if varying_L is None else varying_L
-            return self._scan_blocks(blocks, x_BTD, here, keys_L, reach)
+            return self._scan_blocks(blocks, x_BTD, here, keys_L, _kind(kinds_L, varying_L))
 
         return pipeline(
             stage_fn,
             self.blocks,
             x_BTD,
             (rows, context.memory_BSD),
-            (slots, (keys_L, _varying(reach_L)), bias),
+            (slots, (keys_L, _varying(kinds_L)), bias),
             microbatches=choose_microbatches(layout.microbatches, stages, x_BTD.shape[0], ways),
             rounds=layout.rounds,
             whole_axes=layout.whole_axes,
@@ -383,8 +382,14 @@ class Stack(nnx.Module):
         )
 
 
-def _varying(reach_L: bool | jax.Array) -> jax.Array | None:
-    return None if isinstance(reach_L, bool) else reach_L
+def _varying(kinds_L: LayerKind) -> LayerKind:
+    """What a loop over layers of these kinds hands each of them; None where they are alike."""
+    return LayerKind(*(v if isinstance(v, jax.Array) else None for v in kinds_L))
+
+
+def _kind(kinds_L: LayerKind, varying: LayerKind) -> LayerKind:
+    """One layer's, or a part of the layers', in full."""
+    return LayerKind(*(same if v is None else v for same, v in zip(kinds_L, varying)))
 
 
 def _stages(rows: int) -> int:

@@ -124,7 +124,7 @@ class Attention(nnx.Module):
         weights = (self.query[...], self.key[...], self.value[...])
         kind = self.config.quantization
         query_BTHC, *pair = contract_each("btd,dhc->bthc", x_BTD, weights, quantization=kind)
-        query_BTHC = self._query(query_BTHC, context.rotary, tap)
+        query_BTHC = self._query(query_BTHC, context, tap)
         pair = self._pair(*pair, context.rotary, tap)
         if context.paging is not None and len(cache) == 1:
             heads_BTHC, pool = attend_pairs(self.config, query_BTHC, pair, *cache, context)
@@ -155,16 +155,18 @@ class Attention(nnx.Module):
         """
         kind = self.config.quantization
         query_BTHC = contract("btd,dhc->bthc", x_BTD, self.query[...], quantization=kind)
-        return self._mix(self._query(query_BTHC, None, tap), pair, context, dropout_key, tap)
+        return self._mix(self._query(query_BTHC, context, tap), pair, context, dropout_key, tap)
 
-    def _query(self, query_BTHC, rotary, tap):
-        """A product with bias, norm and rotation."""
+    def _query(self, query_BTHC, context: Context, tap):
+        """A product with bias, norm, rotation and scale."""
         if hasattr(self, "query_bias"):
             query_BTHC = add_bias(query_BTHC, self.query_bias[...])
         if hasattr(self, "query_norm"):
             query_BTHC = self.query_norm(query_BTHC, within(tap, "query_norm"))
-        if rotary is not None:
-            query_BTHC = rotate(tap("query_unrotated", query_BTHC), rotary)
+        if context.rotary is not None:
+            query_BTHC = rotate(tap("query_unrotated", query_BTHC), context.rotary)
+        if not isinstance(context.query_scale, float) or context.query_scale != 1:
+            query_BTHC = query_BTHC * jnp.asarray(context.query_scale, query_BTHC.dtype)
         query_BTHC = tap("query", constrain(query_BTHC, "batch", "length", "heads", None))
         return checkpoint_name(query_BTHC, "query")
 

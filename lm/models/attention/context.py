@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.models.attention.paged import Paging
-from lm.models.config import ModelConfig
+from lm.models.config import LayerKind, ModelConfig
 from lm.models.positions import alibi_bias, alibi_slopes, relative_bias, rotary_angles
 from lm.models.text import Text, visible
 
@@ -56,6 +56,7 @@ class Context(NamedTuple):
     memory_BSD: jax.Array | None = None  # the encoder's output, unless the cache has its keys
     across: Context | None = None  # of attention to the encoder's output
     paging: Paging | None = None  # where keys lie in pages; then there is no mask
+    query_scale: jax.Array | float = 1.0  # multiplies queries
 
     @classmethod
     def of(
@@ -121,15 +122,22 @@ class Context(NamedTuple):
         first = layer * (pools[0].shape[0] // num_layers)
         return self._replace(paging=self.paging._replace(first=first))
 
-    def of_layer(self, is_local: bool | jax.Array) -> Context:
-        """With the mask, angles and window of a local layer, or of a global one."""
-        if self.local is None or is_local is False:
-            return self
-        reach = self.local
-        if is_local is not True:
-            reach = jax.tree.map(
-                lambda local, other: jnp.where(is_local, local, other),
-                self.local,
-                (self.mask_BTS, self.rotary, self.window),
-            )
-        return self._replace(**dict(zip(("mask_BTS", "rotary", "window"), reach)))
+    def of_layer(self, kind: LayerKind) -> Context:
+        """With the mask, angles and window of a layer of this kind, and its queries' scale.
+
+        Fields of the kind are arrays where they differ among the layers of a loop.
+        """
+        reach, is_local = (self.mask_BTS, self.rotary, self.window), kind.local
+        if self.local is not None and is_local is not False:
+            reach = self.local if is_local is True else _either(is_local, self.local, reach)
+        mask_BTS, rotary, window = reach
+        if rotary is not None and kind.rotated is not True:
+            still = (jnp.ones_like(rotary[0]), jnp.zeros_like(rotary[1]))  # cosine and sine of 0
+            rotary = None if kind.rotated is False else _either(kind.rotated, rotary, still)
+        return self._replace(
+            mask_BTS=mask_BTS, rotary=rotary, window=window, query_scale=kind.query_scale
+        )
+
+
+def _either(first: jax.Array, one: tuple, other: tuple) -> tuple:
+    return jax.tree.map(lambda one, other: jnp.where(first, one, other), one, other)

@@ -228,7 +228,7 @@ _FREE = (
 # Fields that mean nothing unless another has the value.
 _ONLY_IF: dict[str, Callable[[ModelConfig], bool]] = {
     "position_offset": lambda c: c.positions == "learned",
-    "rotary_base rotary_fraction rotary_scaling": lambda c: c.positions == "rotary",
+    "rotary_base rotary_fraction rotary_scaling rotary_pattern": lambda c: c.positions == "rotary",
     "rotary_factor": lambda c: c.positions == "rotary" and c.rotary_scaling != "none",
     "rotary_original_length rotary_low rotary_high": lambda c: (
         c.positions == "rotary" and c.rotary_scaling in ("llama3", "yarn")
@@ -259,6 +259,9 @@ def resolved(config: ModelConfig) -> dict[str, Any]:
         "output_scale": config.output_scale or config.width**-0.5,
         "attention_scale": config.attention_scale or config.head_width**-0.5,
         "attention_pattern": tuple(config.is_local(layer) for layer in range(config.num_layers)),
+        "rotary_pattern": tuple(
+            config.layer_kind(layer).rotated for layer in range(config.num_layers)
+        ),
         "qkv_bias": config.has_bias("qkv"),
         "attention_bias": config.has_bias("attention"),
         "norm_bias": config.has_bias("norm"),

@@ -1,0 +1,150 @@
+"""Gemma 2 and 3 (its text; Gemma Team 2024, 2025) as Hugging Face writes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lm.config import check
+from lm.models.config import ModelConfig
+from lm.models.huggingface.config_fields import (
+    Field,
+    Json,
+    OrNull,
+    Together,
+    activation,
+    activation_name,
+    demand,
+    only,
+    with_defaults,
+)
+from lm.models.huggingface.llama import (
+    BIASES,
+    BODY,
+    FIELDS,
+    LAYER,
+    MLP,
+    check_divided,
+    family,
+    rotary,
+    windows,
+)
+from lm.models.huggingface.rope import ROPE_FIELDS, read_rotary, rope_parameters, write_rotary
+
+
+def _softcap(ours: str, default: float | None) -> Field:
+    def read(name: str, value: float | None) -> float:
+        check(value != 0, f"config.json: {name}=0 would make everything 0; null is none")
+        return value or 0.0
+
+    return Field(ours, OrNull(default), read, lambda cap: cap or None)
+
+
+_GEMMA_CONSTANTS = {
+    "embedding_scale": 0.0, "norm_position": "sandwich", "norm_unit_offset": True
+}  # fmt: skip
+_GEMMA_FIELDS = {
+    **with_defaults(
+        FIELDS,
+        vocab_size=256_000,
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=OrNull(4),
+        head_dim=OrNull(256),
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+    **BIASES,
+    "hidden_activation": activation("gelu_pytorch_tanh", gated=True),
+    "hidden_act": Field(""),  # is overruled
+    "query_pre_attn_scalar": Field(
+        "attention_scale",
+        256.0,
+        lambda name, scalar: scalar**-0.5,
+        lambda scale: round(scale**-2),  # transformers wants a whole number
+    ),
+    "final_logit_softcapping": _softcap("logits_softcap", 30.0),
+    "attn_logit_softcapping": _softcap("attention_softcap", 50.0),
+    "use_bidirectional_attention": only(None, False),
+}
+_GEMMA_TENSORS = {
+    **BODY,
+    "blocks.attention_post_norm": f"{LAYER}.post_attention_layernorm",
+    "blocks.mlp_norm": f"{LAYER}.pre_feedforward_layernorm",
+    "blocks.mlp_post_norm": f"{LAYER}.post_feedforward_layernorm",
+    **MLP,
+}
+
+
+def _gemma2_written(config: ModelConfig) -> dict[str, Any]:
+    return {**check_divided(config), "hidden_act": activation_name(config.activation)}
+
+
+def _read_gemma3_rotary(values: Json) -> dict[str, Any]:
+    local_base, rope = values["rope_local_base_freq"], values["rope_parameters"]
+    if rope:  # version 5 has parameters for each type of layer
+        kinds = ["full_attention", "sliding_attention"]
+        demand("rope_parameters", sorted(rope), kinds)
+        length = {"max_position_embeddings": values["max_position_embeddings"]}
+        local_rope = {**ROPE_FIELDS, **length, "rope_parameters": rope["sliding_attention"]}
+        local = read_rotary(local_rope, local_base)
+        demand("rope_type", local["rotary_scaling"], "none")
+        local_base = local["rotary_base"]
+        whole = {**rope["full_attention"], **(values["rope_scaling"] or {})}
+        values = {**values, "rope_parameters": whole, "rope_scaling": None}
+    return {**rotary(1e6).read(values), "rotary_local_base": local_base}
+
+
+def _write_gemma3_rotary(config: ModelConfig) -> dict[str, Any]:
+    local_base = config.rotary_local_base or config.rotary_base
+    return {
+        **write_rotary(config),
+        "rope_parameters": {
+            "full_attention": rope_parameters(config),
+            "sliding_attention": {"rope_type": "default", "rope_theta": local_base},
+        },
+        "rope_local_base_freq": local_base,
+    }
+
+
+_GEMMA2 = family(
+    "gemma2",
+    "Gemma2ForCausalLM Gemma2Model",
+    constants=_GEMMA_CONSTANTS,
+    fields=_GEMMA_FIELDS,
+    together=(rotary(), windows(lambda values, layer: layer % 2 == 0)),
+    written=_gemma2_written,
+    tensors=_GEMMA_TENSORS,
+)
+_GEMMA3 = family(
+    "gemma3_text",
+    "Gemma3ForCausalLM Gemma3TextModel",
+    constants={**_GEMMA_CONSTANTS, "qk_norm": True},
+    fields={
+        **with_defaults(
+            _GEMMA_FIELDS,
+            vocab_size=262_208,
+            max_position_embeddings=131_072,
+            final_logit_softcapping=OrNull(None),
+        ),
+        "attn_logit_softcapping": only(None),  # a field that transformers does not look at
+    },
+    together=(
+        Together(
+            {**ROPE_FIELDS, "rope_local_base_freq": 10_000.0},
+            _read_gemma3_rotary,
+            _write_gemma3_rotary,
+        ),
+        # Every so many layers one is global.
+        windows(
+            lambda values, layer: (layer + 1) % values["sliding_window_pattern"] != 0,
+            sliding_window_pattern=6,
+        ),
+    ),
+    inert=("_sliding_window_pattern",),
+    written=_gemma2_written,
+    tensors=_GEMMA_TENSORS,
+)
+
+FAMILIES = (_GEMMA2, _GEMMA3)
