@@ -21,8 +21,16 @@ from lm.config import (
 
 ARCHITECTURES = ("decoder", "encoder", "encoder_decoder")
 CELLS = ("attention", "rnn", "gru", "lstm")
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu")
-GATED = ("swiglu", "geglu")
+# Gated → the nonlinearity of the gate (Shazeer 2020; "geglu" by its usual approximation).
+GATED = {
+    "swiglu": "silu",
+    "geglu": "gelu_tanh",
+    "geglu_exact": "gelu",
+    "geglu_quick": "gelu_quick",
+    "reglu": "relu",
+    "relu2glu": "relu2",
+}
+ACTIVATIONS = ("gelu", "gelu_tanh", "gelu_quick", "relu", "relu2", "silu", *GATED)
 NORMS = ("layernorm", "rmsnorm", "none")
 NORM_POSITIONS = ("pre", "post", "sandwich")
 POSITIONS = ("learned", "sinusoidal", "rotary", "relative", "alibi", "none")

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.extend.random import threefry2x32_p
 from jax.sharding import PartitionSpec
 
-from lm.models.config import ModelConfig
+from lm.models.config import GATED, ModelConfig
 from lm.models.hooks import Tap, no_tap
 from lm.models.matmul import add_bias, cheap, contract, contract_each, precise
 from lm.models.params import declare
@@ -29,13 +29,13 @@ from lm.parallel.sharding import (
     zero_rules,
 )
 
-ACTIVATION_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+NONLINEARITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "geglu": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_quick": lambda x: x * jax.nn.sigmoid(1.702 * x),  # Hendrycks & Gimpel 2016, §2
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # So et al. 2021, §5
     "silu": jax.nn.silu,
-    "swiglu": jax.nn.silu,
 }
 
 
@@ -141,7 +141,7 @@ def activate(name: str, hidden: jax.Array, gate: jax.Array | None = None) -> jax
 
     In float32: rounding between its terms costs accuracy and time.
     """
-    nonlinearity = ACTIVATION_FUNCTIONS[name]
+    nonlinearity = NONLINEARITIES[GATED.get(name, name)]
 
     @cheap
     def activated(hidden, gate):

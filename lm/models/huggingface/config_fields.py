@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lm.config import ConfigError, check, check_choice, nearest
-from lm.models.config import ModelConfig
+from lm.models.config import GATED, ModelConfig
 
 Json = Mapping[str, Any]
 
@@ -105,38 +105,40 @@ def classifier(architecture: str) -> Together:
     return Together(LABELS, read, write)
 
 
-# ACT2FN's names of our nonlinearities, and of the gated MLP around them.
-_PLAIN = {
+# ACT2FN's names of our nonlinearities; the first of several is written.
+_NONLINEARITIES = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_python": "gelu",
+    "quick_gelu": "gelu_quick",
     "relu": "relu",
+    "relu2": "relu2",
     "silu": "silu",
     "swish": "silu",
 }
-_GATED = {
-    "gelu_pytorch_tanh": "geglu",
-    "gelu_new": "geglu",
-    "gelu_fast": "geglu",
-    "silu": "swiglu",
-    "swish": "swiglu",
-}
+# Which of gelu_tanh's names a gate has.
+_WRITTEN_OF_GATES = {"gelu_tanh": "gelu_pytorch_tanh"}
 
 
 def activation_name(ours: str) -> str:
     """The name of our nonlinearity; of the one in the gate where there is a gate."""
-    names = _GATED if ours in _GATED.values() else _PLAIN
-    return next(theirs for theirs, known in names.items() if known == ours)
+    plain = GATED.get(ours, ours)
+    if ours in GATED and plain in _WRITTEN_OF_GATES:
+        return _WRITTEN_OF_GATES[plain]
+    return next(theirs for theirs, known in _NONLINEARITIES.items() if known == plain)
 
 
 def activation(default: str, gated: bool = False) -> Field:
     """The nonlinearity of the MLP."""
-    known = _GATED if gated else _PLAIN
+    gates = {plain: ours for ours, plain in GATED.items()}
 
     def read(name: str, value: str) -> str:
-        check_choice(f"config.json: {name}", value, known)
-        return known[value]
+        check_choice(f"config.json: {name}", value, _NONLINEARITIES)
+        plain = _NONLINEARITIES[value]
+        return gates[plain] if gated else plain
 
     return Field("activation", default, read, activation_name)
 
