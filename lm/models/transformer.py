@@ -169,7 +169,7 @@ class Transformer(LanguageModel, Stack):
                 initializer = layers.embedding_initializer(config)
             shape = (config.vocab_size, config.width)
             self.head = declare(shape, ("vocab", "embed"), initializer)
-        if config.head_bias:
+        if config.head_bias and config.has_output_head:
             zeros = jax.nn.initializers.zeros
             self.head_bias = declare((config.vocab_size,), ("vocab",), zeros)
         if config.pooler:

@@ -22,6 +22,7 @@ import family_checks  # noqa: E402
 # Two layers are enough for a pattern; compiling them is most of what a test does.
 _LAYERS = {
     "gpt2": {"n_layer": 2},
+    "gptj": {"n_layer": 2},
     "bloom": {"n_layer": 2},
     "gemma3": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
 }

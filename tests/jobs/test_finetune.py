@@ -26,6 +26,7 @@ ODD = {
     "gpt2": {"layer_norm_epsilon": 1e-2},
     "bloom": {"layer_norm_epsilon": 1e-2},
     "opt": {},
+    "gptj": {"layer_norm_epsilon": 1e-2},
     "gpt_neox": {
         "layer_norm_eps": 1e-2,
         "rope_parameters": {

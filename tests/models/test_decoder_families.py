@@ -18,7 +18,7 @@ from lm.models.presets import PRESETS, preset
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 DECODERS = (
     "gpt2", "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_neox", "opt",
-    "bloom",
+    "bloom", "gptj",
 )  # fmt: skip
 
 
@@ -120,6 +120,15 @@ PUBLISHED = {
         "rotary_emb_base": 10_000, "rotary_pct": 0.25, "tie_word_embeddings": False,
         "use_parallel_residual": True, "vocab_size": 50_304,
     },
+    "gpt_j_6b": {
+        "model_type": "gptj", "activation_function": "gelu_new",
+        "architectures": ["GPTJForCausalLM"], "attn_pdrop": 0.0, "embd_pdrop": 0.0,
+        "gradient_checkpointing": False, "initializer_range": 0.02, "layer_norm_epsilon": 1e-5,
+        "n_embd": 4096, "n_head": 16, "n_inner": None, "n_layer": 28, "n_positions": 2048,
+        "resid_pdrop": 0.0, "rotary": True, "rotary_dim": 64, "scale_attn_weights": True,
+        "summary_activation": None, "summary_first_dropout": 0.1, "summary_type": "cls_index",
+        "tie_word_embeddings": False, "vocab_size": 50_400,
+    },
     "opt_125m": {
         "model_type": "opt", "_remove_final_layer_norm": False, "activation_dropout": 0.0,
         "activation_function": "relu", "attention_dropout": 0.0, "do_layer_norm_before": True,
@@ -149,14 +158,14 @@ HOMES = {
     "gpt2": "gpt2", "gpt3": "gpt2", "llama": "llama", "llama2": "llama", "llama3": "llama",
     "mistral": "mistral", "mixtral": "mixtral", "qwen2": "qwen2", "qwen3": "qwen3",
     "gemma2": "gemma2", "gemma3": "gemma3_text", "pythia": "gpt_neox", "gpt": "gpt_neox",
-    "opt": "opt", "bloom": "bloom",
+    "opt": "opt", "bloom": "bloom", "gpt_j_6b": "gptj",
 }  # fmt: skip
 
 
 def test_every_preset_of_a_family_can_be_written_as_that_family():
     written = []
     for name in PRESETS:
-        family = FAMILIES.get(HOMES.get(name.split("_")[0]))
+        family = FAMILIES.get(HOMES.get(name) or HOMES.get(name.split("_")[0]))
         if family:
             family.write_config(preset(name))  # raises if anything would be lost
             written.append(family.model_type)
@@ -199,6 +208,7 @@ _ORIGINAL = "original_max_position_embeddings"
         ("gemma3_1b", {"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters"),
         ("pythia_160m", {"rotary_pct": 0.02}, "rotary_fraction"),
         ("pythia_160m", {"hidden_act": "laplace"}, "hidden_act"),
+        ("gpt_j_6b", {"rotary_dim": 300}, "rotary_dim=300"),
         ("opt_125m", {"word_embed_proj_dim": 512}, "word_embed_proj_dim=512 must be the same"),
         ("opt_125m", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
         ("opt_125m", {"num_attention_heads": 5}, "num_attention_heads"),

@@ -82,6 +82,7 @@ PUBLISHED = {
     "pythia_6_9b": 6_857_302_016,
     "pythia_12b": 11_846_072_320,
     "gpt_neox_20b": 20_554_567_680,
+    "gpt_j_6b": 6_050_882_784,
 }
 
 # Sizes that were only published rounded, and how closely the counts must meet them.

@@ -37,6 +37,13 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "n_inner": 20,
         },
     ),
+    "gptj": (
+        "GPTJ",
+        {
+            "vocab_size": 97, "n_embd": 30, "n_layer": 3, "n_head": 3, "n_positions": 32,
+            "n_inner": 20, "rotary_dim": 6,
+        },
+    ),
     "llama": (
         "Llama",
         {**_LLAMA, **_rope(

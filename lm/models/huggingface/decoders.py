@@ -1,9 +1,10 @@
-"""Decoders before and beside Llama: GPT-2, OPT, BLOOM, GPT-NeoX with Pythia."""
+"""Decoders before and beside Llama: GPT-2, GPT-J, OPT, BLOOM, GPT-NeoX with Pythia."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from lm.config import check
 from lm.models.config import ModelConfig
 from lm.models.huggingface.config_fields import (
     Field,
@@ -15,7 +16,7 @@ from lm.models.huggingface.config_fields import (
     only,
 )
 from lm.models.huggingface.family import Family
-from lm.models.huggingface.name_map import QKV, Linear
+from lm.models.huggingface.name_map import QKV, Linear, Table
 from lm.models.huggingface.rope import ROPE_FIELDS, read_rotary, write_rotary
 
 # ---- GPT-2 (Radford et al. 2019) -------------------------------------------------------------
@@ -64,6 +65,84 @@ _GPT2 = Family(
     },
     base_prefix="transformer.",
     ignored=(r"\.attn\.(bias|masked_bias)$",),
+)  # fmt: skip
+
+# ---- GPT-J (Wang & Komatsuzaki 2021) ---------------------------------------------------------
+
+
+def _read_gptj_rotary(values: Json) -> dict[str, Any]:
+    rotated, heads = values["rotary_dim"], values["n_head"]
+    head = values["n_embd"] // heads
+    check(
+        0 < rotated <= head,
+        f"config.json: rotary_dim={rotated} must be 1 to {head}, as n_embd={values['n_embd']} and "
+        f"n_head={heads} make heads",
+    )
+    # The least share that comes to so many, also after rounding.
+    return {"rotary_fraction": rotated / head + (int(rotated / head * head) < rotated) * 1e-9}
+
+
+def _gptj_tensors(config: ModelConfig) -> Table:
+    layer = "transformer.h.{layer}"
+    turned = {"interleaved": config.rotary_dim}
+    return {
+        "embedding.tokens": "transformer.wte.weight",
+        "blocks.attention_norm": f"{layer}.ln_1",
+        "blocks.attention.query": Linear(f"{layer}.attn.q_proj", **turned),
+        "blocks.attention.key": Linear(f"{layer}.attn.k_proj", **turned),
+        "blocks.attention.value": f"{layer}.attn.v_proj",
+        "blocks.attention.output": f"{layer}.attn.out_proj",
+        "blocks.mlp.up": f"{layer}.mlp.fc_in",
+        "blocks.mlp.down": f"{layer}.mlp.fc_out",
+        "final_norm": "transformer.ln_f",
+        "head": "lm_head.weight",
+        "head_bias": "lm_head.bias",
+        "classifier": "score",
+    }
+
+
+_GPTJ = Family(
+    "gptj",
+    ("GPTJForCausalLM", "GPTJModel", "GPTJForSequenceClassification"),
+    constants={
+        "norm": "layernorm", "parallel": True, "shared_norm": True, "bias": True,
+        "qkv_bias": False, "attention_bias": False, "head_bias": True, "initializer": "normal",
+    },
+    fields={
+        "vocab_size": Field("vocab_size", 50_400),
+        "n_positions": Field("max_length", 2048),
+        "n_embd": Field("width", 4096),
+        "n_layer": Field("num_layers", 28),
+        "n_head": Field("num_heads", 16),
+        "n_inner": Field("mlp_width"),
+        "activation_function": activation("gelu_new"),
+        "layer_norm_epsilon": Field("norm_epsilon", 1e-5),
+        "resid_pdrop": Field("dropout", 0.0),
+        "initializer_range": Field("initializer_std", 0.02),
+        "tie_word_embeddings": Field("tie_embeddings", False),
+        "scale_attn_weights": only(True),
+        "rotary": only(True),
+    },
+    together=(
+        Together(
+            {"rotary_dim": 64},
+            _read_gptj_rotary,
+            lambda config: {"rotary_dim": config.rotary_dim},
+        ),
+        classifier("GPTJForSequenceClassification"),
+    ),
+    inert=(
+        "embd_pdrop", "attn_pdrop", "n_ctx", "summary_type", "summary_use_proj",
+        "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
+    ),
+    written=lambda config: {"embd_pdrop": config.dropout, "attn_pdrop": config.dropout},
+    tensors=_gptj_tensors,
+    base_prefix="transformer.",
+    ignored=(r"\.attn\.(bias|masked_bias)$",),
+    old_fields={
+        "max_position_embeddings": "n_positions", "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+    },
 )  # fmt: skip
 
 # ---- OPT (Zhang et al. 2022) -----------------------------------------------------------------
@@ -260,4 +339,4 @@ _NEOX = Family(
     old_tensors=((r"^lm_head\.", "embed_out."),),
 )
 
-FAMILIES = (_GPT2, _OPT, _BLOOM, _NEOX)
+FAMILIES = (_GPT2, _GPTJ, _OPT, _BLOOM, _NEOX)

@@ -74,12 +74,15 @@ class Linear:
         else all queries come first (GPT-2).
       conv1d: whether its weight is [inputs, outputs].
       scale: its numbers are this times ours.
+      interleaved: so many of each head's first dimensions (negative: of its last) are turned by
+        rotary positions, as pairs of neighbours there (GPT-J) and as two halves here.
     """
 
     name: str
     by_head: bool = False
     conv1d: bool = False
     scale: float = 1.0
+    interleaved: int = 0
 
 
 Table = Mapping[str | tuple[str, ...], str | Linear | Rule]
@@ -149,9 +152,13 @@ def _linear(ours: tuple[str, ...], theirs: str, inputs: int, layer: Linear) -> R
         sizes = [math.prod(shape) // (groups * columns) for shape in shapes]
         parts = np.split(rows.reshape(groups, -1, columns), np.cumsum(sizes)[:-1], axis=1)
         ours = [np.moveaxis(x, -1, 0).reshape(shape) for x, shape in zip(parts, shapes)]
+        if layer.interleaved:
+            ours = [x[..., _apart(x.shape[-1], layer.interleaved)] for x in ours]
         return ours if layer.scale == 1 else [array / layer.scale for array in ours]
 
     def save(arrays: Arrays) -> Arrays:
+        if layer.interleaved:
+            arrays = [x[..., np.argsort(_apart(x.shape[-1], layer.interleaved))] for x in arrays]
         columns = math.prod(arrays[0].shape[:inputs])
         groups = arrays[-1].shape[-2] if layer.by_head else 1
         parts = [np.moveaxis(array.reshape(columns, groups, -1), 0, -1) for array in arrays]
@@ -167,6 +174,14 @@ def _linear(ours: tuple[str, ...], theirs: str, inputs: int, layer: Linear) -> R
         return [tensor.T if layer.conv1d and inputs else tensor]
 
     return Rule(ours, (theirs,), load, save)
+
+
+def _apart(width: int, rotated: int) -> np.ndarray:
+    """Where the dimensions of a head are there: those of `Linear.interleaved` in halves."""
+    order = np.arange(width)
+    part = slice(rotated) if rotated > 0 else slice(rotated, None)
+    order[part] = order[part].reshape(-1, 2).T.reshape(-1)
+    return order
 
 
 def _each_expert(rule: Rule, experts: int) -> Rule:

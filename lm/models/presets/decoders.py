@@ -128,6 +128,21 @@ PRESETS |= table(
     gpt_neox_20b=(44, 64, 6144),
 )
 
+PRESETS |= table(
+    "Wang & Komatsuzaki 2021; EleutherAI/gpt-j-6b",
+    {
+        **_NEOX,
+        "vocab_size": 50_400,
+        "shared_norm": True,
+        "activation": "gelu_tanh",
+        "qkv_bias": False,
+        "attention_bias": False,
+        "head_bias": True,
+    },
+    "num_layers num_heads width",
+    gpt_j_6b=(28, 16, 4096),
+)
+
 # Attention and MLP in parallel behind one LayerNorm without bias, one key/value head, SwiGLU, and
 # tied embeddings of unit spread behind a head scaled by width^-½.
 PRESETS |= table(
