@@ -37,6 +37,7 @@ POSITIONS = ("learned", "sinusoidal", "rotary", "relative", "alibi", "none")
 ROTARY_SCALINGS = ("none", "linear", "llama3", "yarn")
 RANGES = ("global", "local")
 ROUTER_SCORES = ("softmax", "sigmoid")
+POOLERS = ("tanh", "relu")
 CLASSIFIERS = ("none", "sequence", "token")
 INITIALIZERS = ("gpt2", "normal", "scaled_zero", "xavier", "lecun", "t5")
 REMAT = ("none", "dots", "projections", "qkv", "full", "offload")
@@ -142,7 +143,8 @@ class ModelConfig:
     head_bias: bool = False
     output_scale: NotNegative = 1.0  # multiplies what the head reads; 0: width^-½ (T5 when tied)
     logits_softcap: NotNegative = 0.0  # c·tanh(logits/c); 0: none (Gemma 2: 30)
-    pooler: bool = False  # encoder: tanh projection of the first token (BERT)
+    pooler: bool = False  # encoder: projection and nonlinearity of the first token (BERT)
+    pooler_activation: Literal[POOLERS] = "tanh"  # tanh (BERT) | relu (DistilBERT's classifier)
     # none | sequence | token. Of a text an encoder's reads the first token, and a decoder's the
     # last, in place of the output head: with one label, a reward model. A decoder's of each token
     # stands beside the output head: with one label, a policy's value head.

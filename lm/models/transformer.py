@@ -333,8 +333,10 @@ class Transformer(LanguageModel, Stack):
         return self.head_transform(x_BTD) if self.config.head_transform else x_BTD
 
     def pool(self, x_BTD: jax.Array) -> jax.Array:
-        """One vector a row [B, D]: BERT's tanh projection of the first token."""
-        return jnp.tanh(self.pooler(x_BTD[:, 0]))
+        """One vector a row [B, D]: the first token's projection, through a nonlinearity."""
+        pooled_BD = self.pooler(x_BTD[:, 0])
+        tanh = self.config.pooler_activation == "tanh"
+        return jnp.tanh(pooled_BD) if tanh else jax.nn.relu(pooled_BD)
 
     def classify(self, x_BTD: jax.Array, last_BT: jax.Array | None = None) -> jax.Array:
         """Scores of the labels, float32: [B, labels] of each row, or [B, T, labels] of each token.

@@ -19,13 +19,13 @@ import safetensors.numpy
 from lm.config import ConfigError
 from lm.models import bind, skeleton
 from lm.models.huggingface.config_fields import essence
-from lm.models.huggingface.families import FAMILIES, family_for
+from lm.models.huggingface.families import FAMILIES, family_for, family_of
 from lm.models.huggingface.read import open_checkpoint
 from lm.models.huggingface.write import save_pretrained
 from lm.models.presets import preset
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
-NAMES = ("bert", "roberta", "t5", "t5_v1_1", "bart")
+NAMES = ("bert", "roberta", "distilbert", "t5", "t5_v1_1", "bart")
 
 
 def slow(*values):
@@ -178,6 +178,7 @@ def test_cached_decoding_is_the_full_forward_pass(name, scan_layers):
         ("bert_base", "bert"),
         ("bert_large_mlm", "bert"),
         ("roberta_base", "roberta"),
+        ("distilbert_base", "distilbert"),
         ("t5_small", "t5"),
         ("t5_v1_1_xl", "t5"),
         ("bart_large", "bart"),
@@ -200,7 +201,7 @@ def test_a_preset_is_what_its_config_json_says(name, model_type):
         ("bert", {"is_decoder": True}, "is_decoder"),
         ("bert", {"add_cross_attention": True}, "add_cross_attention"),
         ("bert", {"hidden_act": "mish"}, "hidden_act"),
-        ("bert", {"tie_word_embeddings": False}, "tie_word_embeddings"),
+        ("bert", {"tie_word_embeddings": False}, "cls.predictions.decoder.weight"),
         ("bert", {"num_attention_heads": 2}, "num_attention_heads"),
         ("bert", {"architectures": ["BertForQuestionAnswering"]}, "BertForQuestionAnswering"),
         ("bert", {"embedding_size": 128}, "embedding_size"),
@@ -240,6 +241,25 @@ def test_a_model_that_its_family_has_not_is_not_written(name, changes):
     config = dataclasses.replace(preset(name), **changes)
     with pytest.raises(ConfigError, match=next(iter(changes))):
         family.write_config(config)
+
+
+# config.json as it stands beside the published weights.
+PUBLISHED = {
+    "distilbert_base": {
+        "activation": "gelu", "architectures": ["DistilBertForMaskedLM"], "attention_dropout": 0.1,
+        "dim": 768, "dropout": 0.1, "hidden_dim": 3072, "initializer_range": 0.02,
+        "max_position_embeddings": 512, "model_type": "distilbert", "n_heads": 12, "n_layers": 6,
+        "pad_token_id": 0, "qa_dropout": 0.1, "seq_classif_dropout": 0.2,
+        "sinusoidal_pos_embds": False, "tie_weights_": True, "transformers_version": "4.10.0.dev0",
+        "vocab_size": 30_522,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_is_the_preset(name):
+    hf = PUBLISHED[name]
+    assert essence(family_of(hf).read_config(hf)) == essence(preset(name))
 
 
 # ---- What only the tensors say ---------------------------------------------------------------

@@ -10,6 +10,7 @@ import transformers
 from family_checks import IGNORED
 
 VOCAB = 97
+KINDS = ("Bert", "Roberta", "DistilBert", "T5", "MT5", "Bart")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +31,19 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """Bert, Roberta, T5, MT5 or Bart."""
-        return next(k for k in ("Bert", "Roberta", "T5", "MT5", "Bart") if self.model.startswith(k))
+        """What the names of the model and of its config begin with."""
+        return next(k for k in KINDS if self.model.startswith(k))
 
 
 _ENCODER = {
     "vocab_size": VOCAB, "hidden_size": 21, "num_hidden_layers": 3, "num_attention_heads": 3,
     "intermediate_size": 37, "max_position_embeddings": 19, "num_labels": 5,
 }  # fmt: skip
+_DISTIL = {
+    "vocab_size": VOCAB, "dim": 21, "n_layers": 3, "n_heads": 3, "hidden_dim": 37,
+    "max_position_embeddings": 19, "num_labels": 5,
+}  # fmt: skip
+_UNTIED = {"tie_word_embeddings": False}
 _T5 = {
     "vocab_size": VOCAB, "d_model": 19, "d_kv": 5, "num_heads": 3, "d_ff": 33, "num_layers": 3,
     "num_decoder_layers": 2, "relative_attention_num_buckets": 8,
@@ -54,6 +60,12 @@ _V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 def untie(model) -> None:
     weights = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(7))
     model.lm_head.weight = torch.nn.Parameter(weights * 0.2)
+
+
+def one_bias(model) -> None:
+    """Of an untied head the bias that is read, and the other one which is not."""
+    head = model.cls.predictions if hasattr(model, "cls") else model.lm_head
+    head.bias.copy_(head.decoder.bias)
 
 
 def restless(model) -> None:
@@ -87,6 +99,15 @@ CASES = {
     "roberta_masked": Case("RobertaForMaskedLM", {**_ENCODER, "type_vocab_size": 1}),
     "roberta_sequence": Case("RobertaForSequenceClassification", _ENCODER),
     "roberta_token": Case("RobertaForTokenClassification", _ENCODER),
+    "bert_untied": Case("BertForMaskedLM", _ENCODER | _UNTIED, change=one_bias),
+    "roberta_untied": Case("RobertaForMaskedLM", _ENCODER | _UNTIED, change=one_bias),
+    "distilbert": Case("DistilBertModel", _DISTIL),
+    "distilbert_masked": Case("DistilBertForMaskedLM", _DISTIL | {"activation": "relu"}),
+    "distilbert_untied": Case("DistilBertForMaskedLM", _DISTIL | _UNTIED),
+    "distilbert_sequence": Case(
+        "DistilBertForSequenceClassification", {**_DISTIL, "sinusoidal_pos_embds": True}
+    ),
+    "distilbert_token": Case("DistilBertForTokenClassification", _DISTIL),
     "t5": Case("T5ForConditionalGeneration", _T5, 0.2),
     "t5_v1_1": Case("T5ForConditionalGeneration", {**_T5, **_V1_1}, 0.2, untie),
     "t5_silu": Case("T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-silu"}, 0.2),
@@ -122,7 +143,7 @@ def random_batch(case: Case | str, seed: int = 0, rows: int = 3, length: int = 1
     case = CASES[case] if isinstance(case, str) else case
     random = np.random.default_rng(seed)
     vocab = case.config["vocab_size"]
-    pad = 0 if "T5" in case.kind or case.kind == "Bert" else 1
+    pad = 0 if "T5" in case.kind or case.kind in ("Bert", "DistilBert") else 1
 
     def text(length):
         mask = np.arange(length) < random.integers(3, length + 1, (rows, 1))
@@ -150,7 +171,9 @@ def random_batch(case: Case | str, seed: int = 0, rows: int = 3, length: int = 1
     if case.model.endswith("TokenClassification"):
         batch["classes"] = labels(case.config["num_labels"])
     if case.model.endswith("Model"):
-        width = case.config.get("hidden_size", case.config.get("d_model"))
+        width = next(
+            n for name, n in case.config.items() if name in ("hidden_size", "dim", "d_model")
+        )
         batch["cotangent"] = random.normal(size=(*counts.shape, width)).astype(np.float32)
     return batch
 

@@ -28,7 +28,7 @@ from lm.models.huggingface.config_fields import (
     write_labels,
 )
 from lm.models.huggingface.family import Family
-from lm.models.huggingface.name_map import Table
+from lm.models.huggingface.name_map import Rule, Table
 
 _MASKED = ("ForMaskedLM", "ForPreTraining")
 _CLASSIFIERS = {
@@ -52,15 +52,20 @@ _FIELDS = {
 }
 
 
-def _head(kind: str) -> Together:
-    """What comes after the encoder, by the name of the class."""
+def head(kind: str, pooled: str = "Model") -> Together:
+    """What comes after the encoder, by the name of the class.
+
+    Args:
+      kind: what classes' names begin with.
+      pooled: the class that, beside the classifier of texts, has a pooler.
+    """
 
     def read(values: Json) -> dict[str, Any]:
         head = (values["architectures"] or (f"{kind}Model",))[0].removeprefix(kind)
         masked, classifier = head in _MASKED, _CLASSIFIERS.get(head, "none")
-        fields = {"pooler": head == "Model" or classifier == "sequence", "classifier": classifier}
+        fields = {"pooler": head == pooled or classifier == "sequence", "classifier": classifier}
         if masked:
-            demand("tie_word_embeddings", values["tie_word_embeddings"], True)
+            fields["tie_embeddings"] = values["tie_word_embeddings"]
             if kind == "Roberta":  # its head has this nonlinearity, whatever the blocks have
                 demand("hidden_act", values["hidden_act"], "gelu")
             fields |= {"head_transform": True, "head_bias": True}
@@ -120,15 +125,19 @@ def _encoder(config: ModelConfig, base: str) -> tuple[str, Table]:
 
 
 def _masked_head(config: ModelConfig, encoder: Table, head: str, transform: str, norm: str):
-    """The masked language model's head, which ends in the token embedding."""
+    """The masked language model's head, which ends in the token embedding if that is tied."""
     if not config.head_transform:
         return {}
-    return {
-        "embedding.tokens": f"{encoder['embedding.tokens']} {head}.decoder.weight",
-        "head_transform": f"{head}.{transform}",
-        "head_transform.norm": f"{head}.{norm}",
-        "head_bias": f"{head}.bias {head}.decoder.bias",
-    }
+    found = {"head_transform": f"{head}.{transform}", "head_transform.norm": f"{head}.{norm}"}
+    if config.tie_embeddings:
+        return found | {
+            "embedding.tokens": f"{encoder['embedding.tokens']} {head}.decoder.weight",
+            "head_bias": f"{head}.bias {head}.decoder.bias",
+        }
+    # The other bias is one that nothing reads.
+    biases = (f"{head}.decoder.bias", f"{head}.bias")
+    twice = Rule(("head_bias",), biases, lambda tensors, shapes: tensors[:1], lambda x: [*x, *x])
+    return found | {"head": f"{head}.decoder.weight", "head_bias": twice}
 
 
 def _bert_tensors(config: ModelConfig) -> Table:
@@ -153,6 +162,14 @@ def _roberta_tensors(config: ModelConfig) -> Table:
     }
 
 
+def _written(config: ModelConfig) -> dict[str, Any]:
+    check(
+        config.token_types > 0,
+        "config.model.token_types=0: BERT and RoBERTa have one or more; DistilBERT has none",
+    )
+    return {"attention_probs_dropout_prob": config.dropout}
+
+
 def _settle(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> ModelConfig:
     if config.classifier == "sequence" and not config.head_transform:
         return config
@@ -171,14 +188,14 @@ def _family(model_type: str, kind: str, heads: tuple[str, ...], together=(), **a
             "architecture": "encoder", "embedding_norm": True, "positions": "learned",
             "norm": "layernorm", "norm_position": "post", "bias": True, "initializer": "normal",
         },
-        together=(_head(kind), *together),
+        together=(head(kind), *together),
         # Other dropout than the residual stream's, and what Google's own files say of the pooler.
         inert=(
             "attention_probs_dropout_prob", "directionality", "pooler_fc_size",
             "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
             "pooler_type",
         ),
-        written=lambda config: {"attention_probs_dropout_prob": config.dropout},
+        written=_written,
         unsaid=("pooler",),
         settle=_settle,
         base_prefix=f"{model_type}.",

@@ -1,4 +1,4 @@
-"""Models with an encoder: the first Transformer, BERT, RoBERTa, T5 and BART."""
+"""Models with an encoder: the first Transformer, BERT and its heirs, T5 and BART."""
 
 from lm.models.presets.table import table
 
@@ -77,6 +77,13 @@ PRESETS |= table(
     "num_layers num_heads width",
     roberta_base=(12, 12, 768),
     roberta_large=(24, 16, 1024),
+)
+
+PRESETS |= table(
+    "Sanh et al. 2019, §3, uncased, with the masked language model's head",
+    {**_BERT, **_MASKED, "token_types": 0, "pooler_activation": "relu"},
+    "num_layers num_heads width",
+    distilbert_base=(6, 12, 768),
 )
 
 # ---- T5 (Raffel et al. 2020) -----------------------------------------------------------------
