@@ -140,7 +140,10 @@ def activation(default: str, gated: bool = False) -> Field:
         plain = _NONLINEARITIES[value]
         return gates[plain] if gated else plain
 
-    return Field("activation", default, read, activation_name)
+    def write(ours: str) -> str:  # of several names the one that the family's own files have
+        return default if read("", default) == ours else activation_name(ours)
+
+    return Field("activation", default, read, write)
 
 
 def with_defaults(fields: Mapping[str, Field], **defaults: Any) -> dict[str, Field]:
@@ -205,7 +208,8 @@ def settings(hf: Json, defaults: Json, inert: Iterable[str]) -> dict[str, Any]:
                 "says that it does not"
             )
     for name, allowed in _FIXED.items():
-        demand(name, hf.get(name), *allowed)
+        if name not in inert:
+            demand(name, hf.get(name), *allowed)
     values = {}
     for name, default in defaults.items():
         null = default is None or isinstance(default, OrNull)
