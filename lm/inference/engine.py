@@ -94,7 +94,7 @@ class Engine:
         )
         self.page_size = config.page_size if self.paged else self.context
         self._width = -(-self.context // self.page_size)  # pages of a whole context
-        kv_heads, across = model.config.kv_heads, mesh.shape["tensor"] if mesh else 1
+        kv_heads, across = model.config.cached_heads, mesh.shape["tensor"] if mesh else 1
         self._devices = across if kv_heads % across == 0 else 1  # that share a page
         settings = Settings(model.config, known, config.weights, config.cache)
         self._device = Device(settings, params, self.page_size, config.decode_chunk)

@@ -28,7 +28,10 @@ UNROLLED_LAYERS = 24  # up to here the time to compile them one by one is bearab
 # What the model looks up, adds or multiplies in float32 though it has the axes of a matrix.
 _FLOAT32 = ("positions", "types", "router")
 # Whose products can be taken of weights kept for reading (`lm.models.reading`), by their last name.
-_KEPT = ("query", "key", "value", "output", "up", "gate", "down", "projection", "head", "tokens")
+_KEPT = (
+    "query", "key", "value", "output", "query_latent", "latent", "up", "gate", "down",
+    "projection", "head", "tokens",
+)  # fmt: skip
 # Of the letters that name a cache's dimensions.
 _CACHE_AXES = {"B": "batch", "K": "kv_heads", "J": "kv_heads"}
 

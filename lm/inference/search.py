@@ -224,7 +224,7 @@ def _check_draft(generator: Generator, draft: Generator, searching: Search) -> N
 
 def _check_memory(config: ModelConfig, prompts: int, name: str, each: int, length: int) -> None:
     """Raises ConfigError where so many rows cannot fit: a rough count, before any is made."""
-    cached = 2 * config.num_layers * length * config.kv_heads * config.head_width
+    cached = config.num_layers * length * config.cached_numbers
     row = cached * compute_dtype(config.compute_dtype).itemsize + 8 * config.vocab_size
     has = device_memory()
     check(

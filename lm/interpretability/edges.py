@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config import check
+from lm.interpretability.heads import direct_heads
 from lm.interpretability.patching import Array, Contrast
 from lm.models import ModelConfig, bind
 
@@ -43,6 +44,7 @@ class Graph:
     @classmethod
     def of(cls, config: ModelConfig) -> Graph:
         """Of a decoder or encoder that is pre-norm; raises `ConfigError` of another."""
+        direct_heads(config)
         check(
             config.norm_position == "pre" and not config.shared_norm,
             f"norm_position={config.norm_position!r}, shared_norm={config.shared_norm}: edges need "

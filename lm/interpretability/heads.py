@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.config import check
 from lm.models import Model, ModelConfig
 from lm.models.attention.attention import rotate
 from lm.models.hooks import reading
@@ -184,8 +185,22 @@ class HeadWeights(NamedTuple):
     value_bias_LHC: np.ndarray
 
 
+def direct_heads(config: ModelConfig) -> None:
+    """Raises ConfigError unless queries, keys and values are products of what attention reads."""
+    check(
+        not config.kv_rank,
+        f"config.model.kv_rank={config.kv_rank}: keys and values are made of a latent with a norm "
+        "of its own, and heads' matrices alone do not say what they read",
+    )
+
+
 def head_weights(config: ModelConfig, params: Mapping[str, Array]) -> HeadWeights:
-    """The self-attention of a decoder's, or an encoder's, layers."""
+    """The self-attention of a decoder's, or an encoder's, layers.
+
+    Raises:
+      ConfigError: latent attention, whose heads have no matrices of their own.
+    """
+    direct_heads(config)
     groups = ("dense_blocks", "blocks") if config.dense_layers else ("blocks",)
 
     def stacked(name: str) -> np.ndarray | None:

@@ -4,7 +4,7 @@
     found["blocks.3.attention.pattern"]  # [B, H, T, S]
 
 A name's last words say its axes, in the letters of `lm.models` (and `k`, the experts chosen for a
-token; `g`, a recurrent cell's gates):
+token; `g`, a recurrent cell's gates; `r`, a latent's width; C of values may be a width of its own):
 
     embedding                                     BTD   the first residual stream
     embedding.tokens, .positions, .types          BTD   its terms, where there are several
@@ -17,6 +17,7 @@ token; `g`, a recurrent cell's gates):
     blocks.3.attention.query_unrotated            BTHC  before rotary positions; key_unrotated: BSKC
     blocks.3.attention.query_norm.*               BTH1, BTHC; key_norm.*: BSK1, BSKC
     blocks.3.attention.scores, .pattern           BHTS  before the mask, and after the softmax
+    blocks.3.attention.latent_norm.output         BTr   latent attention's; also query_latent_norm
     blocks.3.attention.output, blocks.3.mlp.output  BTD  added to the stream (after *_post_norm)
     blocks.3.mlp.up, .gate, .hidden               BTF   `hidden` after the nonlinearity
     blocks.3.mlp.router                           BTE   experts' logits; chosen, weights: BTk
@@ -49,6 +50,7 @@ Edit = Callable[[jax.Array], jax.Array] | jax.Array
 
 _AXES = {
     "query_norm.inverse_scale": "BTH1", "query_norm.output": "BTHC",
+    "latent_norm.output": "BTr", "query_latent_norm.output": "BTr",
     "key_norm.inverse_scale": "BSK1", "key_norm.output": "BSKC",
     "inverse_scale": "BT1", "query": "BTHC", "query_unrotated": "BTHC", "heads": "BTHC",
     "key": "BSKC", "key_unrotated": "BSKC", "value": "BSKC", "scores": "BHTS", "pattern": "BHTS",

@@ -27,7 +27,10 @@ from lm.models.params import init
 from lm.parallel.sharding import ParamSpec, Rules, partition
 
 # Last names of the matrices that `lm.models.matmul.contract` multiplies by.
-_LINEAR = ("query", "key", "value", "output", "up", "gate", "down", "projection")
+_LINEAR = (
+    "query", "key", "value", "output", "query_latent", "latent", "up", "gate", "down",
+    "projection",
+)  # fmt: skip
 LORA_A, LORA_B, MAGNITUDE = ".lora_a", ".lora_b", ".magnitude"
 
 

@@ -20,14 +20,15 @@ class Cache:
 
     Rows of different lengths share their slots: a row's unused slots have position -1 and are
     never seen. For layers that are not scanned, keys and values are tuples of one array a layer:
-    a loop writes those in place, where it would copy slices of a stacked array.
+    a loop writes those in place, where it would copy slices of a stacked array. Of latent attention
+    (`lm.models.attention.latent`) what is kept of a token is a key, and there are no values.
 
     An encoder-decoder's cache also holds what cross-attention reads: the keys and values of the
     encoder's output, and which of its places are not padding.
     """
 
     keys_LBSKC: Stacked
-    values_LBSKC: Stacked
+    values_LBSKC: Stacked | None
     positions_BS: jax.Array
     slot: jax.Array  # the next free slot
     source_keys_LBSKC: Stacked | None = None
@@ -38,23 +39,31 @@ class Cache:
     def empty(cls, config: ModelConfig, batch_size: int, length: int, scanned: bool) -> Cache:
         """A cache with room for `length` tokens a row, in the compute dtype."""
         dtype = compute_dtype(config.compute_dtype)
-        shape = (batch_size, length, config.kv_heads, config.head_width)
+        shape = (batch_size, length, config.cached_heads, config.cached_width)
 
         def zeros() -> Stacked:
             if scanned:
                 return jnp.zeros((config.num_layers, *shape), dtype)
             return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
 
-        return cls(zeros(), zeros(), jnp.full((batch_size, length), -1), jnp.int32(0))
+        keys, values = zeros(), None if config.kv_rank else zeros()
+        return cls(keys, values, jnp.full((batch_size, length), -1), jnp.int32(0))
 
     @property
-    def own(self) -> tuple[Stacked, Stacked]:
-        """Keys and values of the tokens so far."""
+    def own(self) -> tuple[Stacked, ...]:
+        """Keys and values of the tokens so far, or what is kept in their place."""
+        if self.values_LBSKC is None:
+            return (self.keys_LBSKC,)
         return self.keys_LBSKC, self.values_LBSKC
+
+    def with_own(self, own: tuple[Stacked, ...]) -> Cache:
+        """With others."""
+        values = own[1] if len(own) > 1 else None
+        return dataclasses.replace(self, keys_LBSKC=own[0], values_LBSKC=values)
 
     def layer(self, index: int | jax.Array) -> tuple[tuple, tuple | None]:
         """Layer `index`'s own keys and values, and those of the source, if there is one."""
-        own = (self.keys_LBSKC[index], self.values_LBSKC[index])
+        own = tuple(kept[index] for kept in self.own)
         if self.source_mask_BS is None:
             return own, None
         return own, (self.source_keys_LBSKC[index], self.source_values_LBSKC[index])

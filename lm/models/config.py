@@ -111,6 +111,13 @@ class ModelConfig:
     attention_pattern: tuple[Literal[RANGES], ...] = ("global",)  # of each layer in turn, repeated
     window: Count = 0  # local layers see this many tokens, their own included
 
+    # Multi-head latent attention (DeepSeek-V2 report, §2.1): the last of the `head_dim` dimensions
+    # of queries and keys are rotated, and of those one key serves all heads
+    kv_rank: SizeOrZero = 0  # width of what all keys and values are made of; 0: ordinary attention
+    query_rank: SizeOrZero = 0  # of what queries are made of; 0: they read the residual stream
+    shared_key_dim: SizeOrZero = 0  # rotated dimensions
+    value_dim: Size | None = None  # of a head's values; None: head_dim
+
     # Block
     norm: Literal[NORMS] = "rmsnorm"  # layernorm | rmsnorm | none: of no kind anywhere
     # pre (GPT-2) | post (2017) | sandwich: both (Gemma 2)
@@ -135,6 +142,14 @@ class ModelConfig:
     dense_layers: SizeOrZero = 0  # first layers that keep a dense MLP (DeepSeekMoE: 1)
     router_score: Literal[ROUTER_SCORES] = "softmax"  # softmax | sigmoid
     router_normalize: bool = True  # the chosen experts' weights sum to one
+    router_scale: AboveZero = 1.0  # and are multiplied by this (DeepSeek-V2)
+    # A number for each expert is added to its score where experts are chosen, and not to its weight
+    # (DeepSeek-V3 report, §2.1.2). Training leaves it as it is.
+    router_bias: bool = False
+    # A token's experts come from the best `router_group_limit` of so many groups, by the sum of
+    # each one's two best scores (DeepSeek-V3's published code)
+    router_groups: Size = 1
+    router_group_limit: Size = 1
     # experts take this × their fair share of tokens; 0: dropless
     capacity_factor: NotNegative = 0.0
 
@@ -195,6 +210,8 @@ class ModelConfig:
             f"{prefix}.dense_layers={self.dense_layers} must leave layers with experts, of which "
             f"there are {self.num_layers if mixture else 0}",
         )
+        self._validate_latents(prefix)
+        self._validate_groups(prefix)
         self._needs(prefix, "attention_pattern", local, architecture="decoder")
         self._needs(prefix, "positions", alibi, architecture="decoder")
         self._needs(prefix, "num_experts", mixture, architecture="decoder")
@@ -251,12 +268,52 @@ class ModelConfig:
             f"num_kv_heads={math.gcd(self.num_heads, self.kv_heads)}",
         )
         check(
-            self.positions != "rotary" or self.rotary_dim % 2 == 0,
+            self.positions != "rotary" or self.kv_rank > 0 or self.rotary_dim % 2 == 0,
             f"{prefix}.head_dim={self.head_width} must be even for rotary positions"
             + ("" if self.head_dim else f"; it is width={self.width} / num_heads={self.num_heads}")
             if self.rotary_fraction == 1
             else f"{prefix}.rotary_fraction={self.rotary_fraction} rotates {self.rotary_dim} of "
             f"{self.head_width} dimensions: the number must be even",
+        )
+
+    def _validate_latents(self, prefix: str) -> None:
+        shared, latent = self.shared_key_dim, self.kv_rank > 0
+        for field in ("query_rank", "shared_key_dim", "value_dim"):
+            check(
+                latent or not getattr(self, field),
+                f"{prefix}.{field}={getattr(self, field)} needs {prefix}.kv_rank, which is 0",
+            )
+        check(
+            not latent or (0 < shared < self.head_width and shared % 2 == 0),
+            f"{prefix}.shared_key_dim={shared} must be even and positive where kv_rank="
+            f"{self.kv_rank} is, and less than head_dim={self.head_width}",
+        )
+        needed = {"architecture": "decoder", "cell": "attention", "positions": "rotary"}
+        needed |= {"rotary_fraction": 1.0, "qk_norm": False}
+        self._needs(prefix, "kv_rank", latent, **needed)
+        check(
+            not latent or (self.norm != "none" and not self.has_bias("qkv")),
+            f"{prefix}.kv_rank={self.kv_rank} needs a norm, not norm={self.norm!r}, and no biases "
+            f"of queries, keys and values: qkv_bias=False, not {self.has_bias('qkv')}",
+        )
+        check(
+            not latent or self.kv_heads == self.num_heads,
+            f"{prefix}.num_kv_heads={self.kv_heads} must be num_heads={self.num_heads}, or None, "
+            f"where kv_rank={self.kv_rank} is positive",
+        )
+
+    def _validate_groups(self, prefix: str) -> None:
+        groups, limit, experts = self.router_groups, self.router_group_limit, self.num_experts
+        check(
+            groups == 1 or (experts % groups == 0 and experts >= 2 * groups),
+            f"{prefix}.router_groups={groups} must divide num_experts={experts} into groups of two "
+            "or more",
+        )
+        check(
+            limit <= groups
+            and (groups == 1 or self.experts_per_token <= experts // groups * limit),
+            f"{prefix}.router_group_limit={limit} must be at most router_groups={groups}, and so "
+            f"many groups have experts_per_token={self.experts_per_token} experts",
         )
 
     @property
@@ -270,6 +327,26 @@ class ModelConfig:
         return self.width // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
+    def value_width(self) -> int:
+        """Width of one head's values."""
+        return self.head_width if self.value_dim is None else self.value_dim
+
+    @property
+    def cached_heads(self) -> int:
+        """Key/value heads that decoding remembers: of latent attention the latent itself."""
+        return 1 if self.kv_rank else self.kv_heads
+
+    @property
+    def cached_width(self) -> int:
+        """Width of what it remembers of each of a token's keys."""
+        return self.shared_key_dim + self.kv_rank if self.kv_rank else self.head_width
+
+    @property
+    def cached_numbers(self) -> int:
+        """How many numbers it remembers of a token in a layer."""
+        return self.cached_heads * self.cached_width * (1 if self.kv_rank else 2)
+
+    @property
     def score_scale(self) -> float:
         """What multiplies attention scores."""
         return self.head_width**-0.5 if self.attention_scale is None else self.attention_scale
@@ -277,7 +354,7 @@ class ModelConfig:
     @property
     def rotary_dim(self) -> int:
         """How many of a head's dimensions are rotated."""
-        return int(self.head_width * self.rotary_fraction)
+        return self.shared_key_dim or int(self.head_width * self.rotary_fraction)
 
     @property
     def gated(self) -> bool:

@@ -2,7 +2,8 @@
 
 FLOPs of a token, the one definition behind every MFU this project reports:
 
-    forward   2 × (every parameter that multiplies it) + 4·H·C × (the keys it sees), each attention
+    forward   2 × (every parameter that multiplies it) + 4·H·C × (the keys it sees), each attention;
+              with values of another width V, 2·H·(C + V)
     training  3 × forward
 
 A parameter that multiplies is one of a projection, of a recurrent cell or of the output head, tied
@@ -116,10 +117,13 @@ def _part(config: ModelConfig, name: str, spec: ParamSpec) -> str | None:
     return "row" if last == "start" else "token"
 
 
-def _attention(config: ModelConfig, keys: float, window_keys: float, source_keys: float) -> float:
+def _attention(
+    config: ModelConfig, keys: float, window_keys: float, source_keys: float, cached: bool = False
+) -> float:
     """FLOPs of a token's attention in all layers of the decoder, or of an encoder by itself.
 
     A token sees `keys` in a global layer, `window_keys` in a local one, and `source_keys` across.
+    Of a latent that is `cached`, every head reads all, for scores and as values.
     """
     if config.cell != "attention":
         # Additive attention, once for all layers: v·tanh(…) and the mean are 2·width a key each.
@@ -127,7 +131,8 @@ def _attention(config: ModelConfig, keys: float, window_keys: float, source_keys
     local = sum(config.is_local(layer) for layer in range(config.num_layers))
     seen = (config.num_layers - local) * keys + local * window_keys
     seen += config.num_layers * source_keys
-    return 4 * config.num_heads * config.head_width * seen
+    read = 2 * config.cached_width if cached else config.head_width + config.value_width
+    return 2 * config.num_heads * read * seen
 
 
 def mean_keys(length: int, window: int) -> float:
@@ -205,7 +210,7 @@ def decode_flops_per_token(
     both = config.architecture == "encoder_decoder"
     source_length = (context if source_length is None else source_length) if both else 0
     window_keys = min(context, config.window or context)
-    attention = _attention(config, context, window_keys, source_length)
+    attention = _attention(config, context, window_keys, source_length, cached=True)
     return 2 * (weights.token + weights.head) + attention
 
 
@@ -219,7 +224,7 @@ def cache_bytes(
 
     Keys and values of `context` tokens, in a local layer of its window alone, and of the source
     in cross-attention; of recurrent cells their state, whatever the length, and what attention
-    reads of the source. An encoder remembers nothing.
+    reads of the source; of latent attention latents and shared keys. An encoder remembers nothing.
     """
     if config.architecture == "encoder":
         return 0
@@ -234,7 +239,7 @@ def cache_bytes(
         for layer in range(config.num_layers)
     )
     slots += config.num_layers * source_length if both else 0
-    return slots * 2 * config.kv_heads * config.head_width * itemsize
+    return slots * config.cached_numbers * itemsize
 
 
 def checkpoint_bytes(specs: Mapping[str, ParamSpec], bits: int) -> int:

@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from lm.models import layers
 from lm.models.attention.attention import Attention, Pair
 from lm.models.attention.context import Context, ScoreBias, score_bias
+from lm.models.attention.latent import LatentAttention
 from lm.models.attention.paged import PagedCache
 from lm.models.cache import Cache
 from lm.models.config import LayerKind, ModelConfig
@@ -47,7 +48,7 @@ class Block(nnx.Module):
         sandwich, normed = config.norm_position == "sandwich", config.norm != "none"
         if normed:
             self.attention_norm = layers.Norm(config)
-        self.attention = Attention(config)
+        self.attention = LatentAttention(config) if config.kv_rank else Attention(config)
         if sandwich:
             self.attention_post_norm = layers.Norm(config)
         if crosses:

@@ -288,13 +288,9 @@ class Transformer(LanguageModel, Stack):
             across=across,
         )
         x_BTD = self.embedding(text, self.embedding.tokens[...], None, tap)
-        x_BTD, (keys, values), _ = self.run(x_BTD, context, cache, tap=tap)
+        x_BTD, own, _ = self.run(x_BTD, context, cache, tap=tap)
         return x_BTD, dataclasses.replace(
-            cache,
-            keys_LBSKC=keys,
-            values_LBSKC=values,
-            positions_BS=keys_BS,
-            slot=cache.slot + tokens_BT.shape[1],
+            cache.with_own(own), positions_BS=keys_BS, slot=cache.slot + tokens_BT.shape[1]
         )
 
     def new_pages(

@@ -88,10 +88,10 @@ def decay_mask(decay: str, specs: dict[str, ParamSpec]) -> dict[str, bool]:
 
     `matrices` leaves out gains and biases, those of heads or experts too (nanoGPT's rule);
     `no_embeddings` leaves out token and position tables and the output head as well; `all` leaves
-    out nothing.
+    out nothing but what is not trained, a router's bias.
     """
     return {
-        name: decay == "all"
+        name: (decay == "all" and not name.endswith("router_bias"))
         or (matrix_axes(spec) is not None and not (decay == "no_embeddings" and _table(spec)))
         for name, spec in specs.items()
     }

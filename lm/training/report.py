@@ -183,6 +183,7 @@ def model_line(config: ModelConfig) -> str:
     heads = f"{config.num_heads} heads"
     if config.kv_heads != config.num_heads:
         heads += f" over {config.kv_heads}"
+    latent = f" over a latent of {config.kv_rank:,}" if config.kv_rank else ""
     hidden = f"{config.activation} {config.feed_forward:,}" if config.feed_forward else "no MLP"
     if config.num_experts:
         shared = f" + {config.shared_experts}" if config.shared_experts else ""
@@ -194,8 +195,8 @@ def model_line(config: ModelConfig) -> str:
     local = sum(config.is_local(layer) for layer in range(config.num_layers))
     window = f", {local} layers with a window of {config.window:,}" if local else ""
     return (
-        f"{kind} of {layers}, width {config.width}, {heads} of {config.head_width}{window}, "
-        f"{hidden}, {'parallel ' if config.parallel else ''}{norm}, "
+        f"{kind} of {layers}, width {config.width}, {heads} of {config.head_width}{latent}"
+        f"{window}, {hidden}, {'parallel ' if config.parallel else ''}{norm}, "
         f"{config.positions} positions, {head}"
     )
 

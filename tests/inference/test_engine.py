@@ -35,6 +35,13 @@ FAMILIES = {
     },
     "all_local": {"attention_pattern": ("local",), "window": 6},
     "experts": {"num_experts": 4, "activation": "swiglu", "expert_width": 16},
+    "latents": {
+        "head_dim": 12,
+        "kv_rank": 10,
+        "query_rank": 6,
+        "shared_key_dim": 4,
+        "value_dim": 5,
+    },
     "alibi": {"positions": "alibi"},
     "relative": {"positions": "relative", "relative_buckets": 8, "relative_distance": 10},
     "learned": {"positions": "learned", "scan_layers": True},
@@ -128,6 +135,7 @@ arrivals = st.lists(
         ("local", "compute"),
         pytest.param(("experts", "compute"), marks=pytest.mark.slow),
         pytest.param(("local", "int8"), marks=pytest.mark.slow),
+        pytest.param(("latents", "int8"), marks=pytest.mark.slow),
     ],
     ids="-".join,
 )

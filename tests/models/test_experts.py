@@ -86,11 +86,26 @@ def admitted(cfg, chosen, valid):
     return kept
 
 
+def ranked(cfg, values, logits):
+    """What experts are chosen by, counted one by one."""
+    if not cfg.router_bias:
+        return logits
+    scores = 1 / (1 + np.exp(-logits)) + values["router_bias"]
+    groups = np.sort(scores.reshape(*scores.shape[:2], cfg.router_groups, -1), -1)
+    best = np.argsort(-groups[..., -2:].sum(-1), -1)[..., : cfg.router_group_limit]
+    size = cfg.num_experts // cfg.router_groups
+    for b, t, expert in np.ndindex(scores.shape):
+        if expert // size not in best[b, t]:
+            scores[b, t, expert] = -np.inf
+    return scores
+
+
 def naive_outcome(cfg, values, x, valid=None):
     """The same by computing every expert for every token, with decisions made in NumPy."""
     valid = np.ones(x.shape[:2], bool) if valid is None else valid
     logits = np.asarray(x, np.float64) @ values["router"]
-    chosen = np.argsort(-logits, -1, kind="stable")[..., : cfg.experts_per_token]
+    chosen = np.argsort(-ranked(cfg, values, logits), -1, kind="stable")
+    chosen = chosen[..., : cfg.experts_per_token]
     kept = admitted(cfg, chosen, valid)
     hits = chosen[..., None] == np.arange(cfg.num_experts)
 
@@ -104,6 +119,7 @@ def naive_outcome(cfg, values, x, valid=None):
         weights = jnp.take_along_axis(scores, chosen, -1)
         if cfg.router_normalize:
             weights /= weights.sum(-1, keepdims=True)
+        weights *= cfg.router_scale
         weights_BTE = jnp.einsum("btk,btke->bte", weights * kept, hits.astype(np.float32))
         matrices = (values["up"], values["gate"], values["down"])
         each_EBTD = jax.vmap(functools.partial(mlp, x))(*matrices)
@@ -139,6 +155,15 @@ VARIANTS = {
         "router_score": "sigmoid",
         "shared_experts": 2,
         "bias": True,
+    },
+    "deepseek v3": {
+        "num_experts": 9,
+        "experts_per_token": 4,
+        "router_score": "sigmoid",
+        "router_bias": True,
+        "router_groups": 3,
+        "router_group_limit": 2,
+        "router_scale": 2.5,
     },
     "tight": {"capacity_factor": 0.4, "num_experts": 5, "router_normalize": False},
 }

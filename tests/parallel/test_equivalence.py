@@ -11,6 +11,14 @@ from lm.parallel.layout import STRATEGIES, lay_out, resolve
 from lm.parallel.mesh import MeshConfig
 
 MIXTURE = {"num_experts": 8, "num_layers": 2}
+LATENT = {
+    "num_kv_heads": None, "head_dim": 12, "kv_rank": 16, "query_rank": 8, "shared_key_dim": 4,
+    "value_dim": 6,
+}  # fmt: skip
+GROUPED = {
+    "num_experts": 8, "router_score": "sigmoid", "router_bias": True, "router_groups": 4,
+    "router_group_limit": 2,
+}  # fmt: skip
 BUSY = {"dropout": 0.2, "accumulation": 2}
 
 
@@ -54,6 +62,8 @@ def test_every_strategy_trains_as_one_device_does(name):
         ({"expert": 2, "context": 2, "tensor": 2}, {**MIXTURE, "capacity_factor": 1.25}),
         ({"tensor": 2, "context": 2, "stage": 2}, {"remat": "full"}),
         ({"context": 4, "stage": 2}, {"attention_pattern": ("local", "global"), "window": 8}),
+        ({"fsdp": 2, "tensor": 2, "context": 2}, LATENT),
+        ({"tensor": 2, "expert": 2, "stage": 2}, {**LATENT, **GROUPED}),
     ],
     ids=lambda value: "-".join(f"{name}{size}" for name, size in value.items()),
 )

@@ -110,6 +110,8 @@ def test_decay_mask():
     for decay, expected in names.items():
         mask = optimizer.decay_mask(decay, SPECS)
         assert {name for name, decayed in mask.items() if decayed} == expected
+    untrained = ParamSpec((2, 8), ("layers", None), None)
+    assert not any(optimizer.decay_mask("all", {"blocks.mlp.router_bias": untrained}).values())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

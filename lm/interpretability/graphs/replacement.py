@@ -23,6 +23,7 @@ import numpy as np
 from lm.config import check, check_choice
 from lm.interpretability.attribution import held
 from lm.interpretability.dictionaries import Dictionary, decode
+from lm.interpretability.heads import direct_heads
 from lm.models import ModelConfig, Transformer, bind, skeleton
 from lm.models.activations import trace
 from lm.models.attention.attention import rotate
@@ -228,6 +229,7 @@ def _check(config: ModelConfig, dictionary: Dictionary) -> None:
         "an attribution graph is of a decoder with MLPs and an output head: no experts, no "
         "recurrent network, no encoder, no reward model",
     )
+    direct_heads(config)
     width = dictionary.W_enc.shape[1]
     check(
         dictionary.kind != "sae" and dictionary.target == "mlp.output",

@@ -56,7 +56,7 @@ def attend(
         place = context.text.slots_1T[:, None] * H + jnp.arange(H)[:, None]
         pattern_BHTS = dropout(pattern_BHTS, config.dropout, dropout_key, row, place, column)
     pattern = pattern_BHTS.reshape(B, K, H // K, T, -1)
-    return contract("bkgts,bskc->btkgc", pattern, value_BSKC).reshape(B, T, H, C)
+    return contract("bkgts,bskc->btkgc", pattern, value_BSKC).reshape(B, T, H, -1)
 
 
 def rotate(x_BTHC: jax.Array, angles: tuple[jax.Array, ...]) -> jax.Array:
@@ -164,7 +164,7 @@ class Attention(nnx.Module):
         if hasattr(self, "query_norm"):
             query_BTHC = self.query_norm(query_BTHC, within(tap, "query_norm"))
         if context.rotary is not None:
-            query_BTHC = rotate(tap("query_unrotated", query_BTHC), context.rotary)
+            query_BTHC = self._rotated(tap("query_unrotated", query_BTHC), context.rotary)
         if not isinstance(context.query_scale, float) or context.query_scale != 1:
             query_BTHC = query_BTHC * jnp.asarray(context.query_scale, query_BTHC.dtype)
         query_BTHC = tap("query", constrain(query_BTHC, "batch", "length", "heads", None))
@@ -177,10 +177,13 @@ class Attention(nnx.Module):
         if hasattr(self, "key_norm"):
             key_BSKC = self.key_norm(key_BSKC, within(tap, "key_norm"))
         if rotary is not None:
-            key_BSKC = rotate(tap("key_unrotated", key_BSKC), rotary)
+            key_BSKC = self._rotated(tap("key_unrotated", key_BSKC), rotary)
         key_BSKC = tap("key", constrain(key_BSKC, "batch", "length", "kv_heads", None))
         value_BSKC = tap("value", constrain(value_BSKC, "batch", "length", "kv_heads", None))
         return checkpoint_name(key_BSKC, "key"), checkpoint_name(value_BSKC, "value")
+
+    def _rotated(self, x_BTHC: jax.Array, angles: tuple[jax.Array, ...]) -> jax.Array:
+        return rotate(x_BTHC, angles)
 
     def _mix(self, query_BTHC, pair: Pair, context: Context, dropout_key, tap):
         """Every head's mean of the values it sees, projected back to the residual stream."""

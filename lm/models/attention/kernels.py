@@ -72,12 +72,24 @@ def compute(
     context: Context,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """The heads' outputs [B, T, H, C] by a `kernel` that `choose` named, other than `xla`."""
-    arguments = (config, query_BTHC, key_BSKC, value_BSKC, context)
+    """The heads' outputs [B, T, H, C] by a `kernel` that `choose` named, other than `xla`.
+
+    To them values are as wide as keys: the narrower are filled up with zeros.
+    """
+    width = value_BSKC.shape[-1]
+    arrays = _alike(query_BTHC, key_BSKC, value_BSKC)
     if kernel == "ring":
         blocks = "xla" if config.attention == "xla" else "auto"
-        return ring_attention(*arguments, dropout_key, kernel=blocks)
-    return {"splash": splash, "cudnn": cudnn}[kernel](*arguments)
+        heads = ring_attention(config, *arrays, context, dropout_key, kernel=blocks)
+    else:
+        heads = {"splash": splash, "cudnn": cudnn}[kernel](config, *arrays, context)
+    return heads if heads.shape[-1] == width else heads[..., :width]
+
+
+def _alike(*arrays: jax.Array) -> list[jax.Array]:
+    widest = max(x.shape[-1] for x in arrays)
+    missing = [widest - x.shape[-1] for x in arrays]
+    return [jnp.pad(x, [(0, 0)] * 3 + [(0, n)]) if n else x for x, n in zip(arrays, missing)]
 
 
 def _splash_obstacle(config, query, key, context) -> str:
@@ -93,7 +105,8 @@ def _splash_obstacle(config, query, key, context) -> str:
 
 
 def _cudnn_obstacle(config, query, key, context) -> str:
-    width, lengths = query.shape[-1], (query.shape[1], key.shape[1])
+    width = max(query.shape[-1], config.value_width)
+    lengths = (query.shape[1], key.shape[1])
     if query.dtype == jnp.float32:
         return "it takes no float32"
     if config.attention_softcap:

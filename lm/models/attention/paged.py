@@ -63,8 +63,8 @@ class PagedCache:
     """Keys and values of all texts, in P pages; one pair of pools a layer.
 
     For layers that are scanned, the pools of all L layers are one, of L·P pages. On a TPU the two
-    may be one pool (`lm.models.attention.paged_tpu`). An encoder-decoder's cache also holds what
-    cross-attention reads, a row for each slot.
+    may be one pool (`lm.models.attention.paged_tpu`), and of latent attention there are no values.
+    An encoder-decoder's cache also holds what cross-attention reads, a row for each slot.
     """
 
     keys_PKSC: Pools | None
@@ -87,7 +87,8 @@ class PagedCache:
         """Pools of so many pages, and room for the sources of `slots`, which are never rounded."""
         L, dtype = config.num_layers, compute_dtype(config.compute_dtype)
         source = (slots, config.max_length, config.kv_heads, config.head_width)
-        shape = (pages * (L if scanned else 1), config.kv_heads, page_size, config.head_width)
+        heads, width = config.cached_heads, config.cached_width
+        shape = (pages * (L if scanned else 1), heads, page_size, width)
 
         def pool() -> Pool:
             if eight_bits:
@@ -105,7 +106,7 @@ class PagedCache:
         if not eight_bits and paired(config, scanned):
             shape = (shape[0], page_size, 2 * config.kv_heads, config.head_width)
             return cls(None, None, pairs_PSJC=pools())
-        cache = cls(pools(), pools())
+        cache = cls(pools(), None if config.kv_rank else pools())
         if config.architecture == "decoder":
             return cache
         return dataclasses.replace(
@@ -117,16 +118,19 @@ class PagedCache:
 
     @property
     def own(self) -> tuple[Pools, ...]:
-        """Keys and values, or both in one."""
+        """Keys and values, or both in one, or what is kept in their place."""
         if self.pairs_PSJC is not None:
             return (self.pairs_PSJC,)
+        if self.values_PKSC is None:
+            return (self.keys_PKSC,)
         return self.keys_PKSC, self.values_PKSC
 
     def with_own(self, own: tuple[Pools, ...]) -> PagedCache:
         """With other keys and values."""
         if self.pairs_PSJC is not None:
             return dataclasses.replace(self, pairs_PSJC=own[0])
-        return dataclasses.replace(self, keys_PKSC=own[0], values_PKSC=own[1])
+        values = own[1] if len(own) > 1 else None
+        return dataclasses.replace(self, keys_PKSC=own[0], values_PKSC=values)
 
     def layer(self, index: int) -> tuple[tuple[Pool, ...], tuple | None]:
         """Layer `index`'s own pools, where each has its own; and what it reads of the source."""

@@ -140,10 +140,7 @@ def activation(default: str, gated: bool = False) -> Field:
         plain = _NONLINEARITIES[value]
         return gates[plain] if gated else plain
 
-    def write(ours: str) -> str:  # of several names the one that the family's own files have
-        return default if read("", default) == ours else activation_name(ours)
-
-    return Field("activation", default, read, write)
+    return Field("activation", default, read, activation_name)
 
 
 def with_defaults(fields: Mapping[str, Field], **defaults: Any) -> dict[str, Field]:
@@ -208,8 +205,7 @@ def settings(hf: Json, defaults: Json, inert: Iterable[str]) -> dict[str, Any]:
                 "says that it does not"
             )
     for name, allowed in _FIXED.items():
-        if name not in inert:
-            demand(name, hf.get(name), *allowed)
+        demand(name, hf.get(name), *allowed)
     values = {}
     for name, default in defaults.items():
         null = default is None or isinstance(default, OrNull)
@@ -241,9 +237,10 @@ _ONLY_IF: dict[str, Callable[[ModelConfig], bool]] = {
     ),
     "rotary_local_base": lambda c: c.positions == "rotary" and c.window > 0,
     "relative_buckets relative_distance": lambda c: c.positions == "relative",
-    "experts_per_token expert_width shared_experts dense_layers router_score router_normalize": (
-        lambda c: c.num_experts > 0
-    ),
+    "experts_per_token expert_width shared_experts dense_layers router_score router_normalize "
+    "router_scale router_bias router_groups": lambda c: c.num_experts > 0,
+    "router_group_limit": lambda c: c.router_groups > 1,
+    "query_rank shared_key_dim value_dim": lambda c: c.kv_rank > 0,
     "bias mlp_width": lambda c: c.num_experts == 0 or c.dense_layers > 0,
     "norm_bias": lambda c: c.norm == "layernorm",
     "pooler_activation": lambda c: c.pooler,
@@ -260,6 +257,7 @@ def resolved(config: ModelConfig) -> dict[str, Any]:
         "num_encoder_layers": config.encoder_layers,
         "num_kv_heads": config.kv_heads,
         "head_dim": config.head_width,
+        "value_dim": config.value_width,
         "mlp_width": config.feed_forward,
         "expert_width": config.expert_feed_forward,
         "embedding_scale": config.embedding_scale or math.sqrt(config.width),

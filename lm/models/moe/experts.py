@@ -98,6 +98,8 @@ class Experts(nnx.Module):
         D, E, F = config.width, config.num_experts, config.expert_feed_forward
         self.config = config
         self.router = declare((D, E), ("embed", None), weight_initializer(config, D, E))
+        if config.router_bias:
+            self.router_bias = declare((E,), (None,), jax.nn.initializers.zeros)
         inward = weight_initializer(config, D, F)
         self.up = declare((E, D, F), ("expert", "embed", "mlp"), inward)
         self.gate = declare((E, D, F), ("expert", "embed", "mlp"), inward)
@@ -131,7 +133,8 @@ class Experts(nnx.Module):
         logits_BTE = tap("router", checkpoint_name(logits_BTE, "product"))
         sigmoid = config.router_score == "sigmoid"
         scores_BTE = jax.nn.sigmoid(logits_BTE) if sigmoid else jax.nn.softmax(logits_BTE, -1)
-        chosen_BTk = _best(jax.lax.stop_gradient(scores_BTE), config.experts_per_token)
+        bias_E = self.router_bias[...] if config.router_bias else None
+        chosen_BTk = _best(*jax.lax.stop_gradient((scores_BTE, bias_E)), config)
         if valid_BT is not None:
             chosen_BTk = jnp.where(valid_BT[..., None], chosen_BTk, config.num_experts)
         chosen_BTk = tap("chosen", chosen_BTk)
@@ -140,6 +143,8 @@ class Experts(nnx.Module):
         weights_BTk = jnp.sum(jnp.where(hits_BTkE, scores_BTE[..., None, :], 0), -1)
         if config.router_normalize:
             weights_BTk /= jnp.sum(weights_BTk, -1, keepdims=True) + 1e-20  # padding: all are zero
+        if config.router_scale != 1:
+            weights_BTk *= config.router_scale
         weights_BTk = tap("weights", weights_BTk)
 
         out_BTD = self._dispatched(x_BTD, chosen_BTk, weights_BTk)
@@ -203,11 +208,15 @@ def _apply(experts_E, x_BTD, chosen_BTk, weights_BTk, matrices, *, config, room,
     return out_ND.reshape(1, B, T, D).astype(x_BTD.dtype)
 
 
-def _best(scores_BTE: jax.Array, k: int) -> jax.Array:
-    """The experts with the k best scores [B, T, k], best first, each device for its own tokens."""
+def _best(scores_BTE: jax.Array, bias_E: jax.Array | None, config: ModelConfig) -> jax.Array:
+    """The experts of each token [B, T, k], best first, each device for its own tokens."""
+    if bias_E is not None:
+        scores_BTE += bias_E
 
     def best(scores_BTE):
-        return jax.lax.top_k(scores_BTE, k)[1]
+        if config.router_group_limit < config.router_groups:
+            scores_BTE = _of_best_groups(scores_BTE, config)
+        return jax.lax.top_k(scores_BTE, config.experts_per_token)[1]
 
     mesh, names = automatic_axes()
     if not names:
@@ -217,6 +226,16 @@ def _best(scores_BTE: jax.Array, k: int) -> jax.Array:
     return jax.shard_map(
         best, in_specs=tokens, out_specs=tokens, axis_names=names, check_vma=False
     )(scores_BTE)
+
+
+def _of_best_groups(scores_BTE: jax.Array, config: ModelConfig) -> jax.Array:
+    """The scores, -inf where an expert's group is not one of the token's best."""
+    groups = config.router_groups
+    scores_BTgx = scores_BTE.reshape(*scores_BTE.shape[:-1], groups, -1)
+    sums_BTg = jax.lax.top_k(scores_BTgx, 2)[0].sum(-1)
+    chosen_BTl = jax.lax.top_k(sums_BTg, config.router_group_limit)[1]
+    kept_BTg = (chosen_BTl[..., None] == jnp.arange(groups)).any(-2)
+    return jnp.where(kept_BTg[..., None], scores_BTgx, -jnp.inf).reshape(scores_BTE.shape)
 
 
 def capacity(config: ModelConfig, length: int) -> int:
