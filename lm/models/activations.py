@@ -16,7 +16,9 @@ token; `g`, a recurrent cell's gates; `r`, a latent's width; C of values may be 
     blocks.3.attention.key, .value                BSKC  what is asked, and read
     blocks.3.attention.query_unrotated            BTHC  before rotary positions; key_unrotated: BSKC
     blocks.3.attention.query_norm.*               BTH1, BTHC; key_norm.*: BSK1, BSKC
-    blocks.3.attention.scores, .pattern           BHTS  before the mask, and after the softmax
+    blocks.3.attention.scores, .pattern           BHTS  before the mask, and after the softmax, of
+                                                        which a sink takes a share: rows then sum
+                                                        to less than one
     blocks.3.attention.latent_norm.output         BTr   latent attention's; also query_latent_norm
     blocks.3.attention.output, blocks.3.mlp.output  BTD  added to the stream (after *_post_norm)
     blocks.3.mlp.up, .gate, .hidden               BTF   `hidden` after the nonlinearity

@@ -29,6 +29,7 @@ GATED = {
     "geglu_quick": "gelu_quick",
     "reglu": "relu",
     "relu2glu": "relu2",
+    "swiglu_clipped": "gelu_quick",  # see `activation_limit`
 }
 ACTIVATIONS = ("gelu", "gelu_tanh", "gelu_quick", "relu", "relu2", "silu", *GATED)
 NORMS = ("layernorm", "rmsnorm", "none")
@@ -110,6 +111,8 @@ class ModelConfig:
     attention_softcap: NotNegative = 0.0  # c·tanh(scores/c); 0: none (Gemma 2: 50)
     attention_pattern: tuple[Literal[RANGES], ...] = ("global",)  # of each layer in turn, repeated
     window: Count = 0  # local layers see this many tokens, their own included
+    # a learned score a head that joins the softmax and reads nothing (gpt-oss; Xiao et al. 2023)
+    attention_sinks: bool = False
 
     # Multi-head latent attention (DeepSeek-V2 report, §2.1): the last of the `head_dim` dimensions
     # of queries and keys are rotated, and of those one key serves all heads
@@ -128,6 +131,8 @@ class ModelConfig:
     parallel: bool = False  # attention and MLP read the same residual stream (GPT-J, PaLM)
     shared_norm: bool = False  # parallel: and through the same norm (PaLM)
     activation: Literal[ACTIVATIONS] = "gelu_tanh"
+    # swiglu_clipped: the gate is at most this, and what it multiplies, plus one, in ± it (gpt-oss)
+    activation_limit: AboveZero = 7.0
     bias: bool = False  # biases in projections and in LayerNorm, where not said otherwise:
     qkv_bias: bool | None = None  # of queries, keys and values; None: as `bias`
     attention_bias: bool | None = None  # of attention's output; None: as `bias`
@@ -138,6 +143,7 @@ class ModelConfig:
     num_experts: SizeOrZero = 0  # 0: a dense MLP
     experts_per_token: Size = 2
     expert_width: Size | None = None  # hidden width of one expert; None: mlp_width
+    expert_bias: bool = False  # biases in experts and in their router (gpt-oss)
     shared_experts: SizeOrZero = 0  # experts that every token visits (DeepSeekMoE)
     dense_layers: SizeOrZero = 0  # first layers that keep a dense MLP (DeepSeekMoE: 1)
     router_score: Literal[ROUTER_SCORES] = "softmax"  # softmax | sigmoid
@@ -215,6 +221,8 @@ class ModelConfig:
         self._needs(prefix, "attention_pattern", local, architecture="decoder")
         self._needs(prefix, "positions", alibi, architecture="decoder")
         self._needs(prefix, "num_experts", mixture, architecture="decoder")
+        sinkable = {"architecture": "decoder", "kv_rank": 0}
+        self._needs(prefix, "attention_sinks", self.attention_sinks, **sinkable)
         check(len(self.rotary_pattern) > 0, f"{prefix}.rotary_pattern=() must not be empty")
         unrotated = not all(self.rotary_pattern)
         self._needs(prefix, "rotary_pattern", unrotated, architecture="decoder", positions="rotary")

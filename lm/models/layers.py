@@ -105,6 +105,7 @@ class MLP(nnx.Module):
     def __init__(self, config: ModelConfig, hidden: int | None = None):
         D, F = config.width, hidden or config.feed_forward
         self.activation, self.quantization = config.activation, config.quantization
+        self.limit = config.activation_limit
         inward = weight_initializer(config, D, F)
         self.up = declare((D, F), ("embed", "mlp"), inward)
         if config.gated:
@@ -127,7 +128,7 @@ class MLP(nnx.Module):
             gates = [add_bias(gates[0], self.gate_bias[...])]
         hidden_BTF = tap("up", hidden_BTF)
         gate_BTF = tap("gate", gates[0]) if gates else None
-        hidden_BTF = activate(self.activation, hidden_BTF, gate_BTF)
+        hidden_BTF = activate(self.activation, hidden_BTF, gate_BTF, self.limit)
         hidden_BTF = tap("hidden", constrain(hidden_BTF, "batch", "length", "mlp"))
         out_BTD = contract("btf,fd->btd", hidden_BTF, self.down[...], quantization=kind)
         out_BTD = constrain(out_BTD, "batch", "norm_length", "embed")
@@ -136,10 +137,12 @@ class MLP(nnx.Module):
         return tap("output", out_BTD)
 
 
-def activate(name: str, hidden: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+def activate(
+    name: str, hidden: jax.Array, gate: jax.Array | None = None, limit: float = 7.0
+) -> jax.Array:
     """The nonlinearity `name` of `hidden`, or of `gate` times `hidden` where there is a gate.
 
-    In float32: rounding between its terms costs accuracy and time.
+    In float32: rounding between its terms costs accuracy and time. `limit` is swiglu_clipped's.
     """
     nonlinearity = NONLINEARITIES[GATED.get(name, name)]
 
@@ -148,7 +151,10 @@ def activate(name: str, hidden: jax.Array, gate: jax.Array | None = None) -> jax
         hidden32 = precise(hidden)
         if gate is None:
             return nonlinearity(hidden32).astype(hidden.dtype)
-        return (nonlinearity(precise(gate)) * hidden32).astype(hidden.dtype)
+        gate32 = precise(gate)
+        if name == "swiglu_clipped":
+            gate32, hidden32 = jnp.minimum(gate32, limit), jnp.clip(hidden32, -limit, limit) + 1
+        return (nonlinearity(gate32) * hidden32).astype(hidden.dtype)
 
     return activated(hidden, gate)
 

@@ -295,6 +295,25 @@ def masked_softmax(scores: jax.Array, mask: jax.Array, dtype: jnp.dtype) -> jax.
     return jax.nn.softmax(jnp.where(mask, scores, -1e30), -1).astype(dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def softmax_with_sinks(
+    scores_BHTS: jax.Array, mask: jax.Array, sinks_H: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """As `masked_softmax`, but a head's sink is one more score of each row, which is left out."""
+    return _softmax_with_sinks(scores_BHTS, mask, sinks_H, dtype)[0]
+
+
+def _softmax_with_sinks(scores_BHTS, mask, sinks_H, dtype):
+    scores_BHTS = jnp.where(mask, scores_BHTS, -1e30)
+    sinks_BHT1 = jnp.broadcast_to(
+        sinks_H.astype(scores_BHTS.dtype)[:, None, None], (*scores_BHTS.shape[:3], 1)
+    )
+    most_BHT1 = jnp.maximum(scores_BHTS.max(-1, keepdims=True), sinks_BHT1)
+    shares_BHTS, sunk_BHT1 = jnp.exp(scores_BHTS - most_BHT1), jnp.exp(sinks_BHT1 - most_BHT1)
+    total_BHT1 = shares_BHTS.sum(-1, keepdims=True) + sunk_BHT1
+    return (shares_BHTS / total_BHT1).astype(dtype), sunk_BHT1 / total_BHT1
+
+
 def _softmax_forward(scores, mask, dtype):
     pattern = masked_softmax(scores, mask, dtype)
     return pattern, pattern
@@ -306,3 +325,19 @@ def _softmax_backward(dtype, pattern, gradient):
 
 
 masked_softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+def _sinks_forward(scores_BHTS, mask, sinks_H, dtype):
+    pattern, sunk_BHT1 = _softmax_with_sinks(scores_BHTS, mask, sinks_H, dtype)
+    return pattern, (pattern, sunk_BHT1, sinks_H)
+
+
+def _sinks_backward(dtype, saved, gradient):
+    pattern, sunk_BHT1, sinks_H = saved
+    p, g = precise(pattern), precise(gradient)
+    along_BHT1 = jnp.sum(p * g, -1, keepdims=True)
+    d_sinks_H = -jnp.sum(sunk_BHT1 * along_BHT1, (0, 2, 3))
+    return p * (g - along_BHT1), None, d_sinks_H.astype(sinks_H.dtype)
+
+
+softmax_with_sinks.defvjp(_sinks_forward, _sinks_backward)

@@ -191,11 +191,12 @@ def model_line(config: ModelConfig) -> str:
             f"{config.experts_per_token} of {config.num_experts}{shared} experts of "
             f"{config.activation} {config.expert_feed_forward:,}"
         )
+    sinks = " with sinks" if config.attention_sinks else ""
     norm = "no norms" if config.norm == "none" else f"{config.norm_position}-{config.norm}"
     local = sum(config.is_local(layer) for layer in range(config.num_layers))
     window = f", {local} layers with a window of {config.window:,}" if local else ""
     return (
-        f"{kind} of {layers}, width {config.width}, {heads} of {config.head_width}{latent}"
+        f"{kind} of {layers}, width {config.width}, {heads} of {config.head_width}{latent}{sinks}"
         f"{window}, {hidden}, {'parallel ' if config.parallel else ''}{norm}, "
         f"{config.positions} positions, {head}"
     )

@@ -24,6 +24,7 @@ DECODERS = {
         "rotary_local_base": 100.0,
         "embedding_scale": 0.0,
         "attention_softcap": 5.0,
+        "attention_sinks": True,
         "logits_softcap": 8.0,
         "activation": "geglu",
     },
@@ -34,7 +35,8 @@ DECODERS = {
         "shared_experts": 1,
         "expert_width": 16,
         "capacity_factor": 1.0,  # not kept to when decoding
-        "activation": "swiglu",
+        "activation": "swiglu_clipped",
+        "expert_bias": True,
     },
     "deepseek": {
         "num_layers": 3,

@@ -31,6 +31,7 @@ FAMILIES = {
         "num_layers": 3,
         "window": 6,
         "attention_softcap": 5.0,
+        "attention_sinks": True,
         "logits_softcap": 8.0,
     },
     "all_local": {"attention_pattern": ("local",), "window": 6},

@@ -42,20 +42,22 @@ def inputs(T, S=None, packed=False, prefix=False, **fields):
     return arrays, weights, Context(visible(text, key_text, **known), text, key_text, **known)
 
 
-def check(attention, arrays, weights, context, softcap=0.0):
+def check(attention, arrays, weights, context, softcap=0.0, reference=attend):
     config = ModelConfig(attention_softcap=softcap, attention_scale=0.3)
 
     def both(attention):
-        def loss(arrays):
-            heads = attention(config, *arrays, context)
+        def loss(arrays, sinks_H):
+            heads = attention(config, *arrays, context._replace(sinks_H=sinks_H))
             return jnp.sum(heads * weights) + jnp.sum(heads**2), heads
 
-        return jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+        run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        outputs, (gradients, of_sinks) = run(arrays, context.sinks_H)
+        return outputs, (*gradients, *([] if of_sinks is None else [of_sinks]))
 
-    (_, want), want_gradients = both(attend)
+    (_, want), want_gradients = both(reference)
     (_, got), gradients = both(attention)
     np.testing.assert_allclose(got, want, atol=2e-6)
-    for name, a, b in zip(["query", "key", "value"], gradients, want_gradients):
+    for name, a, b in zip(["query", "key", "value", "sinks"], gradients, want_gradients):
         np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4, err_msg=name)
 
 
@@ -131,6 +133,33 @@ def test_kernels_of_the_ring_are_attention(options, monkeypatch):
     check(attention, *inputs(512, **options), softcap)
 
 
+SINKS = jnp.linspace(-1, 2, H)
+
+
+def beside_a_key_of_no_value(config, query, key, value, context):
+    """Attention with sinks as attention without, to a last key that all see and that says 0."""
+    key, value = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (key, value))
+    mask = jnp.pad(context.mask_BTS, ((0, 0), (0, 0), (0, 1)), constant_values=True)
+    bias = jnp.zeros((1, H, *mask.shape[1:])).at[..., -1].set(context.sinks_H[:, None])
+    context = context._replace(mask_BTS=mask, bias_BHTS=bias, sinks_H=None)
+    return attend(config, query, key, value, context)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        attend,
+        ring_attention,
+        pytest.param(functools.partial(ring_attention, kernel="pallas"), marks=pytest.mark.slow),
+    ],
+    ids=["xla", "ring", "pallas"],
+)
+def test_a_sink_is_a_key_of_no_value(attention):
+    arrays, weights, context = inputs(128, window=60)
+    context = context._replace(sinks_H=SINKS)
+    check(attention, arrays, weights, context, reference=beside_a_key_of_no_value)
+
+
 def choice(context, config=None, dtype=jnp.bfloat16, dropped=False, tapped=False, length=256):
     arrays = [jax.ShapeDtypeStruct((B, length, H, 64), dtype)] * 3
     key = jax.random.key(0) if dropped else None
@@ -157,12 +186,16 @@ def test_each_platform_has_its_kernel():
         assert choice(context_of(), dropped=True) == "xla"
         assert choice(context_of(), tapped=True) == "xla"
         assert choice(context_of(), length=64) == "xla"
+        assert choice(context_of(sinks_H=SINKS)) == "ring"  # of one device
+        assert choice(context_of(sinks_H=SINKS), dropped=True) == "xla"
+        assert choice(context_of(sinks_H=SINKS), length=200) == "xla"
         assert choice(Context(None)) == "xla"  # a cache
         assert choice(context_of(), ModelConfig(attention="xla")) == "xla"
     with compiling_for("gpu"):
         assert choice(context_of()) == "cudnn"
         assert choice(Context(None)) == "cudnn"
         assert choice(biased) == "cudnn"
+        assert choice(context_of(sinks_H=SINKS)) == "xla"
         assert choice(context_of(), capped) == "xla"
         assert choice(context_of(), dtype=jnp.float32) == "xla"
         assert choice(context_of(), dropped=True) == "xla"

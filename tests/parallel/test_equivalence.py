@@ -19,6 +19,7 @@ GROUPED = {
     "num_experts": 8, "router_score": "sigmoid", "router_bias": True, "router_groups": 4,
     "router_group_limit": 2,
 }  # fmt: skip
+SINKS = {"attention_sinks": True}
 BUSY = {"dropout": 0.2, "accumulation": 2}
 
 
@@ -58,10 +59,13 @@ def test_every_strategy_trains_as_one_device_does(name):
         ({"fsdp": 2, "tensor": 2, "context": 2}, BUSY),
         ({"fsdp": 2, "context": 2, "stage": 2}, {"dropout": 0.2}),
         ({"data": 2, "fsdp": 2, "expert": 2}, {**MIXTURE, **BUSY}),
-        ({"expert": 2, "tensor": 2, "stage": 2}, MIXTURE),
+        ({"expert": 2, "tensor": 2, "stage": 2}, {**MIXTURE, **SINKS, "expert_bias": True}),
         ({"expert": 2, "context": 2, "tensor": 2}, {**MIXTURE, "capacity_factor": 1.25}),
         ({"tensor": 2, "context": 2, "stage": 2}, {"remat": "full"}),
-        ({"context": 4, "stage": 2}, {"attention_pattern": ("local", "global"), "window": 8}),
+        (
+            {"context": 4, "stage": 2},
+            {"attention_pattern": ("local", "global"), "window": 8, **SINKS},
+        ),
         ({"fsdp": 2, "tensor": 2, "context": 2}, LATENT),
         ({"tensor": 2, "expert": 2, "stage": 2}, {**LATENT, **GROUPED}),
     ],

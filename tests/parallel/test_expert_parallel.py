@@ -101,9 +101,12 @@ DEEPSEEK = (
     ("shared_experts", 1),
 )
 
+GPT_OSS = (("expert_bias", True), ("activation", "swiglu_clipped"), ("activation_limit", 0.5))
+
 CASES = [
     pytest.param({"expert": 4, "data": 2}, (), 3.0, id="data2-expert4-skewed"),
-    pytest.param({"expert": 4, "tensor": 2}, TIGHT, 0.0, id="expert4-tensor2-capacity"),
+    pytest.param({"expert": 4, "tensor": 2}, TIGHT + GPT_OSS, 0.0, id="expert4-tensor2-capacity"),
+    pytest.param({"expert": 2, "fsdp": 2, "tensor": 2}, GPT_OSS, 3.0, id="gpt-oss", marks=slow),
     pytest.param({"expert": 8}, DEEPSEEK, 1.0, id="expert8-deepseek", marks=slow),
     pytest.param({"expert": 2, "data": 4}, TIGHT + DEEPSEEK, 0.5, id="both", marks=slow),
     pytest.param({"expert": 2, "fsdp": 4}, (), 3.0, id="fsdp4-expert2", marks=slow),
@@ -153,7 +156,8 @@ def test_room_is_for_an_even_share_and_a_little_more_but_never_more_than_can_com
         pytest.param(8, 1, {}, id="a-token-a-device"),
         pytest.param(2, 1, {}, id="fewer-rows-than-devices"),
         pytest.param(3, 5, {"capacity_factor": 0.5}, id="rows-do-not-divide"),
-        pytest.param(8, 4, {"num_experts": 6}, id="experts-do-not-divide"),
+        pytest.param(8, 4, {"num_experts": 6, **dict(GPT_OSS)}, id="experts-do-not-divide"),
+        pytest.param(3, 5, dict(GPT_OSS), id="rows-do-not-divide-dropless"),
         pytest.param(8, 4, {"num_experts": 6, "capacity_factor": 0.5}, id="nor-with-capacity"),
     ],
 )

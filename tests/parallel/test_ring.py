@@ -50,6 +50,7 @@ class Case:
     softcap: float = 0.0
     dropout: float = 0.0
     bias: str = ""
+    sinks: bool = False
     keys: int = T  # cross-attention, unless as many as queries
     batch: int = B
 
@@ -77,7 +78,8 @@ def inputs(case):
     if case.keys != T:
         of_keys = None if segments is None else segments[:, 1::2]
         key_text = Text.of(key[..., 0, 0], segments_BT=of_keys, rows_B=rows)
-    return (query, key, value, table), weights, text, key_text
+    sinks = jnp.linspace(-1, 2, H)
+    return (query, key, value, table, sinks), weights, text, key_text
 
 
 def config_of(case):
@@ -85,14 +87,15 @@ def config_of(case):
     return ModelConfig(attention_scale=0.3, **fields)
 
 
-def reference(case, query, key, value, table, text, key_text):
+def reference(case, query, key, value, table, sinks, text, key_text):
     bias = None
     if case.bias:
         distance = key_text.slots_1T[:, None, :] - text.slots_1T[:, :, None]
         bias = globals()[case.bias](table, distance)
     causal = case.causal and case.keys == T
     mask = visible(text, key_text, causal=causal, window=case.window)
-    context = Context(mask, text, key_text, bias_BHTS=bias)
+    sinks = sinks if case.sinks else None
+    context = Context(mask, text, key_text, bias_BHTS=bias, sinks_H=sinks)
     return attend(config_of(case), query, key, value, context, jax.random.key(7))
 
 
@@ -107,7 +110,7 @@ def reordered(text, reorder):
     )
 
 
-def ring(case, query, key, value, table, *texts, window=None):
+def ring(case, query, key, value, table, sinks, *texts, window=None):
     reorder = to_zigzag if case.zigzag else lambda x: x
     context = Context(
         None,
@@ -115,6 +118,7 @@ def ring(case, query, key, value, table, *texts, window=None):
         causal=case.causal and case.keys == T,
         window=case.window if window is None else window,
         bias=ScoreBias(table, globals()[case.bias]) if case.bias else None,
+        sinks_H=sinks if case.sinks else None,
     )
     arrays = (reorder(x) for x in (query, key, value))
     heads = ring_attention(config_of(case), *arrays, context, jax.random.key(7))
@@ -135,7 +139,7 @@ def check(case):
     with jax.set_mesh(mesh_of(**dict(case.mesh))):
         (_, got), gradients = outputs_and_gradients(ring, case, weights, *texts)(arrays)
     np.testing.assert_allclose(got, want, atol=1e-5)
-    for name, a, b in zip(["query", "key", "value", "table"], gradients, want_gradients):
+    for name, a, b in zip(["query", "key", "value", "table", "sinks"], gradients, want_gradients):
         if name != "table" or case.bias == "relative":
             np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5, err_msg=name)
 
@@ -145,7 +149,7 @@ CASES = {
     "packed, natural order": Case((("context", 2),), zigzag=False, kv_heads=4),
     "everything, with tensor and batch": Case(
         (("context", 2), ("tensor", 2), ("data", 2)),
-        kv_heads=1, window=9, softcap=2.0, dropout=0.3, bias="relative",
+        kv_heads=1, window=9, softcap=2.0, dropout=0.3, bias="relative", sinks=True,
     ),
 }  # fmt: skip
 
@@ -156,6 +160,7 @@ SLOW_CASES = {
     "heads that tensor does not divide": Case((("context", 2), ("tensor", 3)), kv_heads=2),
     "window": Case((("context", 4),), window=5, zigzag=False, packed=False),
     "prefix and window": Case((("context", 4), ("tensor", 2)), prefix=True, window=12),
+    "sinks": Case((("context", 2), ("tensor", 2), ("data", 2)), sinks=True),
     "alibi": Case((("context", 2), ("tensor", 2)), bias="alibi", softcap=1.5),
     "relative": Case((("context", 4),), bias="relative", packed=False),
     "encoder": Case((("context", 4),), causal=False, bias="relative"),

@@ -83,6 +83,16 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             },
         },
     ),
+    "gpt_oss": (
+        "GptOss",
+        {
+            **_LLAMA, "hidden_size": 12, "intermediate_size": 12, "head_dim": 6,
+            "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 4,
+            "swiglu_limit": 0.6, **_rope(
+                "yarn", 50.0, factor=4.0, original_max_position_embeddings=8, truncate=True,
+            ),
+        },
+    ),
     "gpt_neox": ("GPTNeoX", {**_NEOX, "rotary_pct": 0.5}),
     "opt": ("OPT", _OPT),
     "bloom": ("Bloom", {"vocab_size": 97, "hidden_size": 18, "n_layer": 3, "n_head": 6}),
@@ -114,6 +124,15 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         {
             **_LLAMA, "attention_bias": True, "use_sliding_window": True, "sliding_window": 4,
             "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        },
+    ),
+    "gpt_oss_without_biases": (
+        "GptOss",
+        {
+            **_LLAMA, "intermediate_size": 12, "head_dim": 6, "num_local_experts": 3,
+            "num_experts_per_tok": 1, "attention_bias": False, "tie_word_embeddings": True,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 3, **_rope("default", 300.0),
         },
     ),
     "gpt_neox_sequential": (

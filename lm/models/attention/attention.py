@@ -14,7 +14,14 @@ from lm.models.attention.paged_tpu import attend_pairs
 from lm.models.config import ModelConfig
 from lm.models.hooks import Tap, no_tap, within
 from lm.models.layers import Norm, dropout, weight_initializer
-from lm.models.matmul import add_bias, contract, contract_each, masked_softmax, precise
+from lm.models.matmul import (
+    add_bias,
+    contract,
+    contract_each,
+    masked_softmax,
+    precise,
+    softmax_with_sinks,
+)
 from lm.models.params import declare
 from lm.models.remat import HEADS
 from lm.parallel.sharding import constrain
@@ -34,7 +41,8 @@ def attend(
     """Scaled dot-product attention (Vaswani et al. 2017, eq. 1); the reference implementation.
 
     Query heads share key/value heads in groups of G = H/K (Ainslie et al. 2023). Scores and softmax
-    are float32. A soft cap c bends scores to c·tanh(scores/c) (Gemma 2 report, §2).
+    are float32. A soft cap c bends scores to c·tanh(scores/c) (Gemma 2 report, §2). A sink is one
+    more score of each query, of a key whose value is zero (Xiao et al. 2023, §3.3).
 
     Returns:
       The heads' outputs [B, T, H, C] in the queries' dtype.
@@ -49,7 +57,11 @@ def attend(
     if context.bias_BHTS is not None:
         scores_BHTS += context.bias_BHTS
     scores_BHTS = tap("scores", scores_BHTS)
-    pattern_BHTS = masked_softmax(scores_BHTS, context.mask_BTS[:, None], query_BTHC.dtype)
+    mask_B1TS, dtype = context.mask_BTS[:, None], query_BTHC.dtype
+    if context.sinks_H is None:
+        pattern_BHTS = masked_softmax(scores_BHTS, mask_B1TS, dtype)
+    else:
+        pattern_BHTS = softmax_with_sinks(scores_BHTS, mask_B1TS, context.sinks_H, dtype)
     pattern_BHTS = tap("pattern", pattern_BHTS)
     if dropout_key is not None:
         row, column = context.text.rows_B[:, None, None], context.key_text.slots_1T[0]
@@ -102,6 +114,8 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.query_norm = Norm(config, C, "head_dim")
             self.key_norm = Norm(config, C, "head_dim")
+        if config.attention_sinks:
+            self.sinks = declare((H,), ("heads",), zeros)
 
     def __call__(
         self,
@@ -121,6 +135,8 @@ class Attention(nnx.Module):
           dropout_key: turns dropout on.
           tap: see `lm.models.hooks`.
         """
+        if hasattr(self, "sinks"):
+            context = context._replace(sinks_H=self.sinks[...])
         weights = (self.query[...], self.key[...], self.value[...])
         kind = self.config.quantization
         query_BTHC, *pair = contract_each("btd,dhc->bthc", x_BTD, weights, quantization=kind)

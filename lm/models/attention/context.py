@@ -57,6 +57,7 @@ class Context(NamedTuple):
     across: Context | None = None  # of attention to the encoder's output
     paging: Paging | None = None  # where keys lie in pages; then there is no mask
     query_scale: jax.Array | float = 1.0  # multiplies queries
+    sinks_H: jax.Array | None = None  # scores of the layer that join the softmax and read nothing
 
     @classmethod
     def of(

@@ -50,8 +50,12 @@ def choose(
         return "xla"
     ways, known = context_ways(), context.text is not None
     fits = query_BTHC.shape[1] % ways == 0 and key_BSKC.shape[1] % ways == 0
+    tiled = query_BTHC.shape[1] % LANES == key_BSKC.shape[1] % LANES == 0
+    # Splash knows no sinks; the kernel of a ring, here one of one device, needs to know none.
+    sunk = here == "tpu" and asked != "xla" and tiled and context.sinks_H is not None
+    addable = context.bias_BHTS is None or context.bias is not None
     # A bias known only as a table of all pairs is not what a ring can add.
-    if ways > 1 and known and fits and (context.bias_BHTS is None or context.bias is not None):
+    if (ways > 1 or (sunk and dropout_key is None)) and known and fits and addable:
         return "ring"
     for kernel, obstacle in (("splash", _splash_obstacle), ("cudnn", _cudnn_obstacle)):
         if here == PLATFORM_OF[kernel] and asked in ("auto", kernel):
@@ -97,6 +101,8 @@ def _splash_obstacle(config, query, key, context) -> str:
         return "decoding with a cache"
     if context.bias_BHTS is not None:
         return f"positions={config.positions!r} adds to scores"
+    if context.sinks_H is not None:
+        return "it knows no sinks"
     if context.causal and context.key_text.prefix_BT is not None:
         return "a prefix is seen by all"
     if query.shape[1] < LANES or key.shape[1] < LANES:
@@ -111,6 +117,8 @@ def _cudnn_obstacle(config, query, key, context) -> str:
         return "it takes no float32"
     if config.attention_softcap:
         return "it has no soft cap"
+    if context.sinks_H is not None:
+        return "it knows no sinks"
     if width % 8 or width > _widest_head():
         return f"heads of width {width}"
     tabled = context.bias_BHTS is not None or not _by_index(context)

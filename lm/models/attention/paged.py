@@ -281,6 +281,9 @@ def attend_pages(
         jnp.zeros(shape, jnp.float32),
         jnp.zeros((*shape, C), jnp.float32),
     )
+    if context.sinks_H is not None:  # a first score, of a value of zero
+        sinks_KG1 = context.sinks_H.astype(jnp.float32).reshape(K, H // K, 1)
+        empty = (jnp.broadcast_to(sinks_KG1, shape), jnp.ones(shape, jnp.float32), empty[2])
     _, total_BKGT, sum_BKGTC = jax.lax.fori_loop(0, count_B.max(), one_page, empty)
     heads = sum_BKGTC / jnp.maximum(total_BKGT, 1e-30)[..., None]
     return heads.transpose(0, 3, 1, 2, 4).reshape(B, T, H, C).astype(query_BTHC.dtype)

@@ -25,8 +25,8 @@ LANES = 128
 def paired(config: ModelConfig, scanned: bool) -> bool:
     """Whether the kernel does what the config says, so that pools are as it wants them.
 
-    It adds nothing to scores, wants values beside keys, and a window is the same in all layers of a
-    loop. Heads, however `tensor` splits them, must fill the rows of a tile.
+    It adds nothing to scores, knows no sinks, wants values beside keys, and a window is the same in
+    all layers of a loop. Heads, however `tensor` splits them, must fill the rows of a tile.
     """
     local = {config.is_local(layer) for layer in range(config.num_layers)}
     return (
@@ -34,6 +34,7 @@ def paired(config: ModelConfig, scanned: bool) -> bool:
         and config.architecture == "decoder"
         and config.attention != "xla"
         and config.positions not in ("alibi", "relative")
+        and not config.attention_sinks
         and (len(local) == 1 or not scanned)
         and not config.kv_rank
         and config.head_width % LANES == 0

@@ -65,6 +65,7 @@ def ring_attention(
     attention block by block on one device.
 
     Of `context`, masks and biases of all pairs are not read: texts, window and `bias` say the same.
+    Sinks join when all keys have been seen: a mean over them shrinks by σ(logsum - sink).
 
     Args:
       config, query_BTHC, key_BSKC, value_BSKC, context, dropout_key: as of `attend`.
@@ -100,9 +101,10 @@ def ring_attention(
         words=jax.random.key_data(dropout_key)[-2:] if dropped else None,
         rows_B=context.text.rows_B if dropped else None,
     )
-    table = None if bias is None else jnp.asarray(bias.table, jnp.float32)
+    learned = (None if bias is None else bias.table, context.sinks_H)
+    learned = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), learned)
     texts = _tokens(context)
-    return _attention(call, query_BTHC, key_BSKC, value_BSKC, table, *texts, given)
+    return _attention(call, query_BTHC, key_BSKC, value_BSKC, learned, *texts, given)
 
 
 def shard_heads(
@@ -156,19 +158,19 @@ def _tokens(context: Context) -> tuple[Tokens, Tokens]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(call: _Call, query, key, value, table, queries, keys, given):
-    return _forward(call, query, key, value, table, queries, keys, given)[0]
+def _attention(call: _Call, query, key, value, learned, queries, keys, given):
+    return _forward(call, query, key, value, learned, queries, keys, given)[0]
 
 
-def _attention_forward(call, query, key, value, table, queries, keys, given):
-    heads, logsum = _forward(call, query, key, value, table, queries, keys, given)
+def _attention_forward(call, query, key, value, learned, queries, keys, given):
+    heads, logsum = _forward(call, query, key, value, learned, queries, keys, given)
     heads, logsum = checkpoint_name(heads, HEADS), checkpoint_name(logsum, HEADS)
-    return heads, (query, key, value, table, queries, keys, given, heads, logsum)
+    return heads, (query, key, value, learned, queries, keys, given, heads, logsum)
 
 
 def _attention_backward(call, saved, gradient):
-    d_query, d_key, d_value, d_table = _backward(call, *saved, gradient)
-    return d_query, d_key, d_value, d_table, None, None, None
+    d_query, d_key, d_value, d_learned = _backward(call, *saved, gradient)
+    return d_query, d_key, d_value, d_learned, None, None, None
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
@@ -177,7 +179,8 @@ _attention.defvjp(_attention_forward, _attention_backward)
 def _forward(call: _Call, *arrays):
     forward, _ = _passes(call)
 
-    def local(query, key, value, table, queries, keys, given):
+    def local(query, key, value, learned, queries, keys, given):
+        table, sinks = learned
         given = _complete(call, given, table, query)
         query, key, value = _heads_first(query * call.scale, key, value)
 
@@ -186,16 +189,21 @@ def _forward(call: _Call, *arrays):
             return forward(call.rule, query, key, value, queries, keys, given, seen), ()
 
         seen, _ = _turns(call, step, Seen.nothing(query), (key, value, keys))
+        if sinks is not None:
+            logsum = jnp.logaddexp(seen.logsum_BHT, sinks[:, None])
+            kept = jnp.exp(seen.logsum_BHT - logsum)
+            seen = Seen(seen.heads_BHTC * kept[..., None], logsum)
         return seen.heads_BHTC.swapaxes(1, 2).astype(query.dtype), seen.logsum_BHT
 
     return _mapped(call, local, arrays, ("heads", "logsum"))
 
 
-def _backward(call: _Call, query, key, value, table, queries, keys, given, *rest):
+def _backward(call: _Call, query, key, value, learned, queries, keys, given, *rest):
     _, backward = _passes(call)
     dtypes = query.dtype, key.dtype, value.dtype
 
-    def local(query, key, value, table, queries, keys, given, heads, logsum, gradient):
+    def local(query, key, value, learned, queries, keys, given, heads, logsum, gradient):
+        table, sinks = learned
         given = _complete(call, given, table, query)
         query, key, value = _heads_first(query * call.scale, key, value)
         along = jnp.einsum("bthc,bthc->bht", heads, gradient, preferred_element_type=jnp.float32)
@@ -207,13 +215,18 @@ def _backward(call: _Call, query, key, value, table, queries, keys, given, *rest
 
         so_far = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (query, table))
         (d_query, d_table), sums = _turns(call, step, so_far, (key, value, keys))
-        if table is not None and call.sharding.token_axes:
-            d_table = jax.lax.psum(d_table, call.sharding.token_axes)
+        d_sinks = None
+        if sinks is not None:
+            d_sinks = -jnp.sum(jnp.exp(sinks[:, None] - logsum) * along, (0, 2))
+        d_learned = (d_table, d_sinks)
+        if call.sharding.token_axes:
+            sum_up = functools.partial(jax.lax.psum, axis_name=call.sharding.token_axes)
+            d_learned = jax.tree.map(sum_up, d_learned)
         gradients = _heads_first(d_query * call.scale, *sums)
-        return *(g.astype(d) for g, d in zip(gradients, dtypes)), d_table
+        return *(g.astype(d) for g, d in zip(gradients, dtypes)), d_learned
 
-    arrays = (query, key, value, table, queries, keys, given, *rest)
-    return _mapped(call, local, arrays, ("heads", "heads", "heads", "table"))
+    arrays = (query, key, value, learned, queries, keys, given, *rest)
+    return _mapped(call, local, arrays, ("heads", "heads", "heads", "learned"))
 
 
 def _heads_first(*arrays):
@@ -250,11 +263,11 @@ def _mapped(call: _Call, local, arrays, outputs: tuple[str, ...]):
     if not sharding.names:
         return local(*arrays)
     rows, length, tensor = sharding.heads[:3]
-    table, logsum = arrays[3], P(rows, tensor, length)
-    table = None if table is None else P(*(None,) * (table.ndim - 1), tensor)
+    logsum = P(rows, tensor, length)
+    learned = jax.tree.map(lambda x: P(*(None,) * (x.ndim - 1), tensor), arrays[3])
     tokens = Tokens(P(None, length), P(rows, length), P(rows, length))
     given = Given(P(), None, P(), P(rows), P())
-    inputs = (sharding.heads, sharding.heads, sharding.heads, table, tokens, tokens, given)
+    inputs = (sharding.heads, sharding.heads, sharding.heads, learned, tokens, tokens, given)
     inputs += (sharding.heads, logsum, sharding.heads)
     # An array that is not there has no specification either.
     inputs = tuple(
@@ -263,7 +276,7 @@ def _mapped(call: _Call, local, arrays, outputs: tuple[str, ...]):
         else spec
         for spec, array in zip(inputs, arrays)
     )
-    known = {"heads": sharding.heads, "logsum": logsum, "table": table}
+    known = {"heads": sharding.heads, "logsum": logsum, "learned": learned}
     mapped = jax.shard_map(
         local,
         in_specs=inputs,

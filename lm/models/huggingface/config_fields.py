@@ -133,7 +133,7 @@ def activation_name(ours: str) -> str:
 
 def activation(default: str, gated: bool = False) -> Field:
     """The nonlinearity of the MLP."""
-    gates = {plain: ours for ours, plain in GATED.items()}
+    gates = {plain: ours for ours, plain in reversed(GATED.items())}  # the first of a plain one
 
     def read(name: str, value: str) -> str:
         check_choice(f"config.json: {name}", value, _NONLINEARITIES)
@@ -205,7 +205,8 @@ def settings(hf: Json, defaults: Json, inert: Iterable[str]) -> dict[str, Any]:
                 "says that it does not"
             )
     for name, allowed in _FIXED.items():
-        demand(name, hf.get(name), *allowed)
+        if name not in inert and name not in defaults:
+            demand(name, hf.get(name), *allowed)
     values = {}
     for name, default in defaults.items():
         null = default is None or isinstance(default, OrNull)
@@ -238,7 +239,8 @@ _ONLY_IF: dict[str, Callable[[ModelConfig], bool]] = {
     "rotary_local_base": lambda c: c.positions == "rotary" and c.window > 0,
     "relative_buckets relative_distance": lambda c: c.positions == "relative",
     "experts_per_token expert_width shared_experts dense_layers router_score router_normalize "
-    "router_scale router_bias router_groups": lambda c: c.num_experts > 0,
+    "router_scale router_bias router_groups expert_bias": lambda c: c.num_experts > 0,
+    "activation_limit": lambda c: c.activation == "swiglu_clipped",
     "router_group_limit": lambda c: c.router_groups > 1,
     "query_rank shared_key_dim value_dim": lambda c: c.kv_rank > 0,
     "bias mlp_width": lambda c: c.num_experts == 0 or c.dense_layers > 0,

@@ -20,6 +20,7 @@ from lm.models.config import ModelConfig
 from lm.models.huggingface import safetensors
 from lm.models.huggingface.families import family_of
 from lm.models.huggingface.family import Family, NameMap
+from lm.models.huggingface.mxfp4 import Packed, unpacked
 from lm.models.huggingface.name_map import Rule, copy_into
 from lm.models.huggingface.safetensors import DTYPES, Stored
 
@@ -97,8 +98,8 @@ class Checkpoint:
 
     directory: pathlib.Path
     names: NameMap
-    stored: dict[str, Stored]
-    copies: dict[str, tuple[Stored, Stored]]
+    stored: dict[str, Stored | Packed]
+    copies: dict[str, tuple[Stored | Packed, Stored | Packed]]
     ignored: tuple[str, ...]
 
     @property
@@ -222,16 +223,17 @@ def _check_sizes(hf: Mapping[str, Any], found: Mapping[str, Stored]) -> None:
     """Refuses sizes that no model with these tensors has, before anything is built of them."""
     numbers = sum(math.prod(stored.shape) for stored in found.values())
     whole = {name: value for name, value in hf.items() if type(value) is int}
+    fused = not any(re.search(r"experts\.\d", name) for name in found)  # all experts in a tensor
     for name, value in whole.items():
         check(abs(value) < 1 << 31, f"config.json: {name}={value} is more than 32 bits hold")
-        if re.search(_LAYERS, name):
-            each = 1 if name == _EXPERTS else max(whole.get(_EXPERTS, 1), 1)
+        if re.search(_LAYERS, name) and not (fused and name == _EXPERTS):
+            each = 1 if fused or name == _EXPERTS else max(whole.get(_EXPERTS, 1), 1)
             most = min(_MOST_LAYERS, len(found) // each)
             check(
                 value <= max(most, 1),
                 f"config.json: {name}={value} is more than its {len(found)} tensors can be of",
             )
-        elif re.search(_WIDTHS, name):
+        elif name == _EXPERTS or re.search(_WIDTHS, name):
             check(
                 value <= max(numbers, 1),
                 f"config.json: {name}={value} is more than the {numbers} numbers in its tensors",
@@ -241,7 +243,7 @@ def _check_sizes(hf: Mapping[str, Any], found: Mapping[str, Stored]) -> None:
 class _Tensors(Mapping[str, np.ndarray]):
     """What is in the files, read when it is asked for, with or without the family's prefix."""
 
-    def __init__(self, found: Mapping[str, Stored], prefix: str):
+    def __init__(self, found: Mapping[str, Stored | Packed], prefix: str):
         self._found, self._prefix = found, prefix
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -263,9 +265,9 @@ def _forms(name: str, prefix: str) -> tuple[str, str, str]:
     return name, prefix + name, name.removeprefix(prefix)
 
 
-def _renamed(found: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
-    """The tensors under the names that the family has for them now."""
-    result = {}
+def _renamed(found: Mapping[str, Stored], family: Family) -> dict[str, Stored | Packed]:
+    """The tensors under the names that the family has for them now, those of four bits unpacked."""
+    result, found = {}, unpacked(found)
     for name, stored in found.items():
         new = name
         for pattern, replacement in family.old_tensors:
@@ -275,11 +277,11 @@ def _renamed(found: Mapping[str, Stored], family: Family) -> dict[str, Stored]:
 
 
 def _matched(
-    path: pathlib.Path, names: NameMap, found: dict[str, Stored], ignore: Sequence[str]
+    path: pathlib.Path, names: NameMap, found: dict[str, Stored | Packed], ignore: Sequence[str]
 ) -> Checkpoint:
     """The checkpoint with these tensors in its files."""
     family, shapes = names.family, names.shapes
-    there: dict[str, Stored] = {}
+    there: dict[str, Stored | Packed] = {}
     ignored, unknown = [], []
     for name, stored in found.items():
         forms = _forms(name, family.base_prefix)

@@ -30,6 +30,7 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+_READ = {**DTYPES, "U8": np.dtype(np.uint8)}  # the last holds numbers of fewer bits
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 _NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 
@@ -56,14 +57,14 @@ class Stored:
         """The numbers, mapped into memory: only what is looked at is read.
 
         Raises:
-          ConfigError: a dtype that is not in `DTYPES`.
+          ConfigError: a dtype that is neither in `DTYPES` nor U8.
         """
         check(
-            self.dtype in DTYPES,
+            self.dtype in _READ,
             f"{self.file} has a tensor of dtype {self.dtype}, not one of {', '.join(DTYPES)}: "
             "quantized or double-precision weights must be converted first",
         )
-        dtype = DTYPES[self.dtype]
+        dtype = _READ[self.dtype]
         if self.size == 0:
             return np.empty(self.shape, dtype)
         count = self.size // dtype.itemsize
@@ -147,7 +148,7 @@ def read_header(file: pathlib.Path) -> dict[str, Stored]:
         raise ConfigError(f"{file} has a damaged header: {error!r}"[:300]) from None
     end = 8 + length
     for name, entry in sorted(found.items(), key=lambda item: (item[1].start, item[1].size)):
-        itemsize = DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else None
+        itemsize = _READ[entry.dtype].itemsize if entry.dtype in _READ else None
         fits = itemsize is None or entry.size == itemsize * math.prod(entry.shape)
         check(
             entry.start == end and entry.size >= 0 and fits,

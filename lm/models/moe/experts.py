@@ -105,6 +105,12 @@ class Experts(nnx.Module):
         self.gate = declare((E, D, F), ("expert", "embed", "mlp"), inward)
         outward = weight_initializer(config, F, D, residual=True)
         self.down = declare((E, F, D), ("expert", "mlp", "embed"), outward)
+        if config.expert_bias:
+            zeros = jax.nn.initializers.zeros
+            self.router_logit_bias = declare((E,), (None,), zeros)
+            self.up_bias = declare((E, F), ("expert", "mlp"), zeros)
+            self.gate_bias = declare((E, F), ("expert", "mlp"), zeros)
+            self.down_bias = declare((E, D), ("expert", "embed"), zeros)
         if config.shared_experts:
             unbiased = dataclasses.replace(config, bias=False)
             self.shared = MLP(unbiased, hidden=config.shared_experts * F)
@@ -130,6 +136,8 @@ class Experts(nnx.Module):
             router_DE,
             precision=jax.lax.Precision.HIGHEST,
         )
+        if config.expert_bias:
+            logits_BTE += self.router_logit_bias[...]
         logits_BTE = tap("router", checkpoint_name(logits_BTE, "product"))
         sigmoid = config.router_score == "sigmoid"
         scores_BTE = jax.nn.sigmoid(logits_BTE) if sigmoid else jax.nn.softmax(logits_BTE, -1)
@@ -160,6 +168,8 @@ class Experts(nnx.Module):
         apply = functools.partial(_apply, config=config, room=room)
         experts_E = jnp.arange(config.num_experts)
         matrices = (self.up[...], self.gate[...], self.down[...])
+        if config.expert_bias:
+            matrices += (self.up_bias[...], self.gate_bias[...], self.down_bias[...])
         mesh, names = automatic_axes()
         if not names:
             return apply(experts_E, x_BTD, chosen_BTk, weights_BTk, matrices)[0]
@@ -168,12 +178,15 @@ class Experts(nnx.Module):
         tokens = partition(("batch", length, None), x_BTD.shape, mesh, ACTIVATION_RULES)
         inward = partition(("expert", None, "mlp"), matrices[0].shape, mesh, PARAMETER_RULES)
         outward = PartitionSpec(inward[0], inward[2], None)
+        specs = (inward, inward, outward)
+        if config.expert_bias:
+            specs += (PartitionSpec(inward[0], inward[2]),) * 2 + (PartitionSpec(inward[0], None),)
         axis = inward[0] if inward[0] in axes_of(tokens[0]) else None
         # Where tokens do not travel, those who hold other experts have other parts of the sum.
         parts = tuple(name for name in (inward[0], inward[2]) if name and name != axis)
         out_PBTD = jax.shard_map(
-            functools.partial(apply, axis=axis),
-            in_specs=(PartitionSpec(inward[0]), tokens, tokens, tokens, (inward, inward, outward)),
+            functools.partial(apply, axis=axis, shared_by=inward[2]),
+            in_specs=(PartitionSpec(inward[0]), tokens, tokens, tokens, specs),
             out_specs=PartitionSpec(parts or None, *tokens),
             axis_names=names,
             check_vma=False,
@@ -184,13 +197,18 @@ class Experts(nnx.Module):
         return jax.lax.reduce_sum(out_PBTD, (0,))
 
 
-def _apply(experts_E, x_BTD, chosen_BTk, weights_BTk, matrices, *, config, room, axis=None):
+def _apply(
+    experts_E, x_BTD, chosen_BTk, weights_BTk, matrices, *, config, room, axis=None, shared_by=None
+):
     """The weighted sum [1, B, T, D] of the chosen experts.
 
     Of those that are among `experts_E`, which are consecutive and which the matrices are of; or of
     all, where a mesh `axis` splits both tokens and experts. An expert takes at most `room` tokens
-    of a row.
+    of a row. Where each expert is `shared_by` the devices of a mesh axis, theirs are parts of it.
     """
+    if shared_by and config.expert_bias:  # the last is added once, by the first of them
+        first = jax.lax.axis_index(shared_by) == 0
+        matrices = (*matrices[:-1], jnp.where(first, matrices[-1], 0))
     B, T, D = x_BTD.shape
     E, k = experts_E.size, chosen_BTk.shape[-1]
     if not axis:
@@ -265,7 +283,8 @@ def _stats(logits_BTE, scores_BTE, hits_BTkE, valid_BT, config: ModelConfig) -> 
 def _visit(x_ND, chosen_Nk, weights_Nk, matrices, *, config: ModelConfig) -> jax.Array:
     """The weighted sum [N, D], float32, of those of each token's experts that `matrices` are of.
 
-    An expert takes all that chose it. The matrices may be a slice of each along F.
+    An expert takes all that chose it. The matrices, and biases after them if there are any, may be
+    a slice of each along F.
     """
     E = matrices[0].shape[0]
     block = 0 if _has_ragged_dot() else _block_rows(chosen_Nk.size, E)
@@ -274,7 +293,16 @@ def _visit(x_ND, chosen_Nk, weights_Nk, matrices, *, config: ModelConfig) -> jax
     product = functools.partial(
         grouped_contract, sizes_E=sizes_E, block=block, quantization=config.quantization
     )
-    return from_rows(_mlp(product, config.activation, rows_RD, weights_R, matrices), plan)
+
+    def bias(bias_EN, weights_R=None):
+        """Of every row's expert, times a weight; as a product, whose gradient is one, too."""
+        row_R1 = jnp.arange(rows_RD.shape[0])[:, None]
+        ends_E = jnp.cumsum(sizes_E)
+        ours_RE = (row_R1 < ends_E) & (row_R1 >= ends_E - sizes_E)
+        weights_R1 = 1.0 if weights_R is None else weights_R[:, None]
+        return contract("re,en->rn", (ours_RE * weights_R1).astype(rows_RD.dtype), bias_EN)
+
+    return from_rows(_mlp(product, bias, config, rows_RD, weights_R, matrices), plan)
 
 
 def _visit_with_room(x_BTD, chosen_BTk, weights_BTk, matrices, config, room: int, axis):
@@ -290,28 +318,45 @@ def _visit_with_room(x_BTD, chosen_BTk, weights_BTk, matrices, config, room: int
     if axis:
         rows_ERD, weights_ER = swap(rows_ERD, axis, 0, 1), swap(weights_ER, axis, 0, 1)
     product = functools.partial(contract, "erd,edf->erf", quantization=config.quantization)
-    out_ERD = _mlp(product, config.activation, rows_ERD, weights_ER, matrices)
+
+    def bias(bias_EN, weights_ER=None):
+        bias_E1N = bias_EN[:, None]
+        weighted = bias_E1N if weights_ER is None else bias_E1N * weights_ER[..., None]
+        return weighted.astype(rows_ERD.dtype)
+
+    out_ERD = _mlp(product, bias, config, rows_ERD, weights_ER, matrices)
     if axis:
         out_ERD = swap(out_ERD, axis, 1, 0)
     return from_rows(out_ERD.reshape(-1, D), plan)
 
 
-def _mlp(product, activation: str, rows, weights, matrices) -> jax.Array:
+def _mlp(product, bias, config: ModelConfig, rows, weights, matrices) -> jax.Array:
     """Every row through its expert, and times its weight.
 
-    The weight multiplies the hidden layer, so that its gradient needs no output of the expert.
+    The weight multiplies the hidden layer, so that its gradient needs no output of the expert, and
+    the last bias.
+
+    Args:
+      product: (rows, one matrix an expert) → every row times its expert's.
+      bias: (one vector an expert, weights of the rows or none) → what it adds to every row.
+      config, rows, weights: what experts are, and what goes through them.
+      matrices: up, gate and down, then their biases if they have any.
     """
-    up, gate, down = matrices
+    up, gate, down, *biases = matrices
 
     def named(rows, w):  # for remat policies, which would not keep a batched product
         return checkpoint_name(product(rows, w), "product")
 
     @cheap
     def hidden(up, gate, weights):
-        activated = activate(activation, up, gate)
+        activated = activate(config.activation, up, gate, config.activation_limit)
         return (activated.astype(jnp.float32) * weights[..., None]).astype(activated.dtype)
 
-    return named(hidden(named(rows, up), named(rows, gate), weights), down)
+    up, gate = named(rows, up), named(rows, gate)
+    if biases:
+        up, gate = up + bias(biases[0]), gate + bias(biases[1])
+    out = named(hidden(up, gate, weights), down)
+    return out + bias(biases[2], weights) if biases else out
 
 
 def _has_ragged_dot() -> bool:

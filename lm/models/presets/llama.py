@@ -1,4 +1,4 @@
-"""Llama and the models of its make: Mistral, Mixtral, DeepSeekMoE, Qwen and Gemma."""
+"""Llama and the models of its make: Mistral, Mixtral, DeepSeekMoE, Qwen, gpt-oss and Gemma."""
 
 from lm.models.presets.table import table
 
@@ -156,6 +156,34 @@ PRESETS |= table(
     qwen3_8b=(36, 32, 8, 4096, 12_288, False),
     qwen3_14b=(40, 40, 8, 5120, 17_408, False),
     qwen3_32b=(64, 64, 8, 5120, 25_600, False),
+)
+
+# ---- gpt-oss ---------------------------------------------------------------------------------
+
+PRESETS |= table(
+    "OpenAI 2025, table 1; openai/gpt-oss-20b",
+    {
+        **_LLAMA,
+        "activation": "swiglu_clipped",
+        "vocab_size": 201_088,
+        "max_length": 131_072,
+        "head_dim": 64,
+        "qkv_bias": True,
+        "attention_bias": True,
+        "attention_sinks": True,
+        "attention_pattern": ("local", "global"),
+        "window": 128,
+        "rotary_base": 150_000.0,
+        "rotary_scaling": "yarn",
+        "rotary_factor": 32.0,
+        "rotary_original_length": 4096,
+        "rotary_high": 32.0,
+        "expert_bias": True,
+        "experts_per_token": 4,
+    },
+    f"{_SIZES} num_experts",
+    gpt_oss_20b=(24, 64, 8, 2880, 2880, 32),
+    gpt_oss_120b=(36, 64, 8, 2880, 2880, 128),
 )
 
 # ---- Gemma -----------------------------------------------------------------------------------
