@@ -74,7 +74,8 @@ class Scorer:
         check(
             config.architecture == "decoder" and config.has_output_head,
             f"model.architecture={config.architecture!r} with model.classifier="
-            f"{config.classifier!r}: only a decoder with an output head says how likely a text is",
+            f"{config.classifier!r} and output_head={config.output_head}: only a decoder with "
+            "an output head says how likely a text is",
         )
         self.config = dropless(config)
         self.params, self.ways, self.tokens = params, ways, tokens

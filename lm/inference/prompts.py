@@ -125,7 +125,10 @@ def check_writes(config: ModelConfig, framing: Framing) -> None:
     check(
         config.has_output_head,
         "config.model.classifier='sequence' stands in place of a decoder's output head, and the "
-        "model cannot generate: ask it for rewards (Run.score)",
+        "model cannot generate: ask it for rewards (Run.score)"
+        if config.output_head
+        else "config.model.output_head=False: the model is a body alone and cannot generate: "
+        "ask it for vectors (Run.embed)",
     )
     check(
         config.architecture == "decoder" or bool(framing.decoder_start),

@@ -97,7 +97,7 @@ def readable(model: Model) -> None:
         f"a model with cell={config.cell!r}, architecture={config.architecture!r} has no single "
         "residual stream from embedding to logits: give a decoder or an encoder",
     )
-    check(config.has_output_head, "a reward model has no logits for a lens to read")
+    check(config.has_output_head, "a model without an output head has no logits for a lens to read")
 
 
 def places(model: Model) -> list[str]:

@@ -126,7 +126,7 @@ def check_prompts(job: TrainJob, tokenizer: Tokenizer, carried: Mapping[str, Any
     framing = Framing.of_run(config, job.model, tokenizer, "framing")
     check(
         job.model.has_output_head or not job.prompts,
-        f"config.prompt={job.prompts!r}: a reward model writes nothing; leave it out",
+        f"config.prompt={job.prompts!r}: without an output head it writes nothing: leave it out",
     )
     template = chat_template(tokenizer, begin=framing.before or ()) if job.converses else None
     for prompt in job.prompts:

@@ -91,7 +91,7 @@ def make_app(job: ServeJob, loaded: Run) -> App:
     model = loaded.skeleton.config
     worker = None
     framing, tokenizer = loaded.framing, loaded.tokenizer
-    if model.architecture != "encoder":
+    if model.architecture != "encoder" and model.output_head:
         engine = Engine(loaded.skeleton, loaded.params, framing, tokenizer, job.engine)
         if job.warm_up:
             print("compiling …", file=sys.stderr)

@@ -160,6 +160,7 @@ class ModelConfig:
     capacity_factor: NotNegative = 0.0
 
     # Head
+    output_head: bool = True  # decoder; False: its body alone, for embeddings (E5-Mistral)
     head_transform: bool = False  # projection, activation and norm before it (BERT)
     head_bias: bool = False
     output_scale: NotNegative = 1.0  # multiplies what the head reads; 0: width^-½ (T5 when tied)
@@ -227,6 +228,12 @@ class ModelConfig:
         unrotated = not all(self.rotary_pattern)
         self._needs(prefix, "rotary_pattern", unrotated, architecture="decoder", positions="rotary")
         self._needs(prefix, "scale_by_layer", self.scale_by_layer, architecture="decoder")
+        headless = {"architecture": "decoder", "cell": "attention"}
+        self._needs(prefix, "output_head", not self.output_head, **headless)
+        check(
+            self.output_head or self.classifier != "token",
+            f"{prefix}.output_head=False: classifier='token' stands beside an output head",
+        )
         self._needs(prefix, "shared_norm", self.shared_norm, parallel=True)
         self._needs(prefix, "parallel", self.parallel, norm_position="pre", architecture="decoder")
         self._needs(prefix, "pooler", self.pooler, architecture="encoder")
@@ -400,7 +407,9 @@ class ModelConfig:
     @property
     def has_output_head(self) -> bool:
         """Whether there are logits: not where a decoder's classifier of texts takes their place."""
-        return self.architecture != "decoder" or self.classifier != "sequence"
+        return self.output_head and (
+            self.architecture != "decoder" or self.classifier != "sequence"
+        )
 
     def is_local(self, layer: int) -> bool:
         """Whether this layer sees only a window."""

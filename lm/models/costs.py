@@ -109,8 +109,8 @@ def _part(config: ModelConfig, name: str, spec: ParamSpec) -> str | None:
             return None
         return "token" if config.classifier == "token" and name[0] == "c" else "row"
     if last == "head" or name.startswith("head_transform."):
-        beside = config.architecture == "decoder" and config.has_output_head
-        return "head" if config.classifier == "none" or beside else None
+        alone = config.classifier == "none" or config.architecture == "decoder"
+        return "head" if config.has_output_head and alone else None
     crosses = "cross_attention." in name and last in ("key", "value")
     if name.startswith("encoder.") or crosses or name == "attention.key":
         return "source"

@@ -103,7 +103,11 @@ def check_objective(objective: ObjectiveConfig, model: ModelConfig, prefix: str)
     elif objective.name != "value":
         check(
             model.has_output_head,
-            f"{prefix}.model.classifier={model.classifier!r} stands in place of the output head, "
-            f"which {prefix}.objective.name={objective.name!r} needs: set it to 'none', or the "
-            "objective to 'reward'",
+            f"{prefix}.objective.name={objective.name!r} needs an output head, and the model has "
+            + (
+                f"{prefix}.model.classifier={model.classifier!r} in its place: set it to 'none', "
+                "or the objective to 'reward'"
+                if model.output_head
+                else f"{prefix}.model.output_head=False: only 'reward' learns from a body alone"
+            ),
         )

@@ -80,7 +80,9 @@ class Run:
         """
         check(
             self.skeleton.config.has_output_head,
-            "a reward model has no logits: ask it for rewards (Run.score)",
+            "a reward model has no logits: ask it for rewards (Run.score)"
+            if self.skeleton.config.output_head
+            else "a model with output_head=False has no logits: ask it for vectors (Run.embed)",
         )
         both = self.skeleton.config.architecture == "encoder_decoder"
         check(

@@ -174,6 +174,7 @@ def model_line(config: ModelConfig) -> str:
         layers = f"{config.encoder_layers} + {layers}"
     kind = config.architecture.replace("_", "-")
     head = "tied head" if config.tie_embeddings else "untied head"
+    head = head if config.has_output_head else "no output head"
     if config.classifier != "none":
         labels = f"a classifier of {config.num_labels} label{'s' * (config.num_labels > 1)}"
         head = f"{head} and {labels}" if config.has_output_head else labels

@@ -58,6 +58,7 @@ DECODERS = {
     },
     "t5_decoder": {"positions": "relative", "relative_buckets": 8, "relative_distance": 10},
     "lstm": {"cell": "lstm"},
+    "mistral_gpt2": {**_LAYERNORM, "num_layers": 3, "positions": "learned", "scale_by_layer": True},
 }
 ENCODER_DECODERS = {
     "t5": {

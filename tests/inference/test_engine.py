@@ -45,7 +45,7 @@ FAMILIES = {
     },
     "alibi": {"positions": "alibi"},
     "relative": {"positions": "relative", "relative_buckets": 8, "relative_distance": 10},
-    "learned": {"positions": "learned", "scan_layers": True},
+    "learned": {"positions": "learned", "scan_layers": True, "scale_by_layer": True},
 }
 
 

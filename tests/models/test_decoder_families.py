@@ -8,12 +8,15 @@ import pytest
 import safetensors.numpy
 
 from lm.config import ConfigError
+from lm.inference.prompts import Framing, check_writes
+from lm.models import param_specs, skeleton
 from lm.models.config import ModelConfig
 from lm.models.huggingface import to_tensors
 from lm.models.huggingface.config_fields import essence
 from lm.models.huggingface.families import FAMILIES, family_of
 from lm.models.positions import rotary_frequencies
 from lm.models.presets import PRESETS, preset
+from lm.training.report import model_line
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 DECODERS = (
@@ -101,7 +104,7 @@ PUBLISHED = {
         "hidden_size": 2304, "intermediate_size": 9216, "max_position_embeddings": 8192,
         "num_attention_heads": 8, "num_hidden_layers": 26, "num_key_value_heads": 4,
         "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0,
-        "sliding_window": 4096, "vocab_size": 256_000,
+        "sliding_window": 4096, "sliding_window_size": 4096, "vocab_size": 256_000,
     },
     "gemma3_1b": {
         "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"],
@@ -154,6 +157,19 @@ def test_a_published_config_is_the_preset(name):
     assert essence(family_of(hf).read_config(hf)) == essence(preset(name))
 
 
+def test_a_body_without_a_head_is_read_and_written_as_one():
+    family, hf = FAMILIES["mistral"], PUBLISHED["mistral_7b"]
+    body = family.read_config({**hf, "architectures": ["MistralModel"]})
+    assert not body.has_output_head and "head" not in param_specs(skeleton(body))
+    assert family.write_config(body)["architectures"] == ["MistralModel"]
+    tied = {"architectures": ["MistralModel"], "tie_word_embeddings": True}
+    assert family.read_config({**hf, **tied}).has_output_head  # as it has there
+    with pytest.raises(ConfigError, match=r"output_head=False.*Run.embed"):
+        check_writes(body, Framing())
+    line = model_line(body)
+    assert "no output head" in line and "untied" not in line
+
+
 HOMES = {
     "gpt2": "gpt2", "gpt3": "gpt2", "llama": "llama", "llama2": "llama", "llama3": "llama",
     "mistral": "mistral", "mixtral": "mixtral", "qwen2": "qwen2", "qwen3": "qwen3",
@@ -204,6 +220,7 @@ _ORIGINAL = "original_max_position_embeddings"
         ("qwen2_5_0_5b", {"use_mrope": True}, "use_mrope"),
         ("gemma2_2b", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma2_2b", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping=0"),
+        ("gemma2_2b", {"sliding_window_size": 8}, "sliding_window_size=8 .* only None or 4096"),
         ("gemma3_1b", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ("gemma3_1b", {"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters"),
         ("pythia_160m", {"rotary_pct": 0.02}, "rotary_fraction"),

@@ -47,6 +47,7 @@ CASES = {
         {"positions": "relative", "remat": "full", "dropout": 0.3},
         2,
     ),
+    "scaled": Case({"stage": 2, "data": 4}, {"scale_by_layer": True}, 2),
     "alibi": Case({"stage": 4, "data": 2}, {"positions": "alibi", "remat": "projections"}, 4),
     "experts": Case(
         {"stage": 2, "data": 2, "expert": 2}, {**EXPERTS, "num_layers": 6, "dense_layers": 2}, 4

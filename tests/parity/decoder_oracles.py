@@ -14,6 +14,9 @@ _LLAMA = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32,
     "tie_word_embeddings": False,
 }  # fmt: skip
+_GPT2 = {
+    "vocab_size": 97, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions": 32, "n_inner": 20
+}  # fmt: skip
 _NEOX = {
     "vocab_size": 97, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3,
     "num_attention_heads": 3, "max_position_embeddings": 32,
@@ -30,13 +33,7 @@ def _rope(kind: str, theta: float = 10_000.0, **fields) -> dict:
 
 # Name → (class, fields).
 FAMILIES: dict[str, tuple[str, dict]] = {
-    "gpt2": (
-        "GPT2",
-        {
-            "vocab_size": 97, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions": 32,
-            "n_inner": 20,
-        },
-    ),
+    "gpt2": ("GPT2", _GPT2),
     "gptj": (
         "GPTJ",
         {
@@ -100,6 +97,10 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 
 # What else a family may say; the same tensors or fewer, and so not kept as golden files.
 VARIANTS: dict[str, tuple[str, dict]] = {
+    "gpt2_scaled": (
+        "GPT2", {**_GPT2, "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu2"}
+    ),
+    "gpt2_unscaled": ("GPT2", {**_GPT2, "scale_attn_weights": False}),
     "llama_biased": ("Llama", {**_LLAMA, "attention_bias": True, "mlp_bias": True}),
     "llama_tied_linear": (
         "Llama",

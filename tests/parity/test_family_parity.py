@@ -79,6 +79,25 @@ def test_exported_it_is_bit_for_bit_what_was_imported(case, tmp_path):
         np.testing.assert_array_equal(outputs[name], output, name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral", "gptj", "falcon_11b", "gpt_neox"])
+def test_a_body_without_a_head_is_the_same_body_and_goes_back(name, tmp_path):
+    model, batch = decoder_oracles.build(name, head="Model"), family_checks.text_batch()
+    model.save_pretrained(tmp_path / "body")
+    family, config, params = family_checks.load(tmp_path / "body")
+    (tokens,), named = family_checks.arguments(batch)
+    hidden = bind(skeleton(config), params).hidden(tokens, **named)
+    with torch.no_grad():
+        expected = decoder_oracles.run(model, batch).last_hidden_state.numpy()
+    errors = family_checks.worst({"hidden": hidden}, {"hidden": expected}, batch)
+    assert errors["hidden"] < family_checks.OUTPUTS
+    save_pretrained(tmp_path / "back", family, config, params)
+    back, report = type(model).from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(report.values()), report
+    found = back.state_dict()
+    assert all(torch.equal(found[n], tensor) for n, tensor in model.state_dict().items())
+
+
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 # config.json as others write it: the model → the fields.
 ODD = {

@@ -70,6 +70,7 @@ def demand(name: str, value: Any, *allowed: Any) -> None:
 
 # ---- Classifiers -----------------------------------------------------------------------------
 
+_TIED = "tie_word_embeddings"
 # What a file may say of labels; `read_labels` and `classified` use them.
 LABELS: Json = dict.fromkeys(("architectures", "id2label", "num_labels", "_num_labels"))
 
@@ -90,17 +91,23 @@ def write_labels(config: ModelConfig) -> dict[str, Any]:
 
 
 def classifier(architecture: str) -> Together:
-    """The classifier of texts in place of a decoder's output head, by the name of its class."""
+    """What is in place of a decoder's output head: a classifier of texts, or nothing.
+
+    The class says so, of which `architecture` is the classifier's. A body that is tied could write,
+    and so it does, as it does there.
+    """
+    body = f"{architecture.removesuffix('ForSequenceClassification')}Model"
 
     def read(values: Json) -> dict[str, Any]:
-        if architecture not in (values["architectures"] or ()):
-            return {}
-        return {"classifier": "sequence", "num_labels": read_labels(values)}
+        names = values["architectures"] or ()
+        if architecture in names:
+            return {"classifier": "sequence", "num_labels": read_labels(values)}
+        return {"output_head": False} if body in names and not values[_TIED] else {}
 
     def write(config: ModelConfig) -> dict[str, Any]:
-        if config.classifier != "sequence":
-            return {}
-        return {"architectures": [architecture], **write_labels(config)}
+        if config.classifier == "sequence":
+            return {"architectures": [architecture], **write_labels(config)}
+        return {} if config.output_head else {"architectures": [body], _TIED: False}
 
     return Together(LABELS, read, write)
 
@@ -247,6 +254,7 @@ _ONLY_IF: dict[str, Callable[[ModelConfig], bool]] = {
     "norm_bias": lambda c: c.norm == "layernorm",
     "pooler_activation": lambda c: c.pooler,
     "num_labels": lambda c: c.classifier != "none",
+    "output_head": lambda c: c.classifier != "sequence",
     "tie_embeddings head_bias output_scale logits_softcap": lambda c: c.has_output_head,
     "cross_attention": lambda c: c.cell != "attention",
 }

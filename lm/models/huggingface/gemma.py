@@ -77,6 +77,12 @@ _GEMMA_TENSORS = {
 }
 
 
+def _read_old_window(values: Json) -> dict[str, Any]:
+    """An old name of `sliding_window`, which transformers does not look at any more."""
+    demand("sliding_window_size", values["sliding_window_size"], None, values["sliding_window"])
+    return {}
+
+
 def _gemma2_written(config: ModelConfig) -> dict[str, Any]:
     return {**check_divided(config), "hidden_act": activation_name(config.activation)}
 
@@ -113,7 +119,11 @@ _GEMMA2 = family(
     "Gemma2ForCausalLM Gemma2Model",
     constants=_GEMMA_CONSTANTS,
     fields=_GEMMA_FIELDS,
-    together=(rotary(), windows(lambda values, layer: layer % 2 == 0)),
+    together=(
+        rotary(),
+        windows(lambda values, layer: layer % 2 == 0),
+        Together({"sliding_window_size": None}, _read_old_window),
+    ),
     written=_gemma2_written,
     tensors=_GEMMA_TENSORS,
 )
