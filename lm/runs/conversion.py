@@ -152,7 +152,8 @@ def _token_ids(tokenizer: Tokenizer, family: Family, model: ModelConfig) -> dict
     fields = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     if model.architecture == "encoder_decoder":
         fields["decoder_start_token_id"] = tokenizer.bos_id
-    if tokenizer.pad_id is not None and "pad_token_id" not in family.write_config(model):
+    counted = model.positions == "learned" and "pad_token_id" in family.write_config(model)
+    if tokenizer.pad_id is not None and not counted:
         fields["pad_token_id"] = tokenizer.pad_id
     return fields
 

@@ -46,6 +46,8 @@ ODD = {
     "t5": {"relative_attention_max_distance": 5, "layer_norm_epsilon": 1e-2},
     "t5_v1_1": {"relative_attention_max_distance": 5, "layer_norm_epsilon": 1e-2},
     "bart": {"scale_embedding": False},
+    "mbart": {"scale_embedding": False, "activation_function": "gelu"},
+    "marian": {"scale_embedding": False},
 }  # fmt: skip
 FAST = ("llama", "gemma2", "t5")
 PAIRS = [
@@ -117,7 +119,7 @@ def loss(source: pathlib.Path, batch: dict[str, np.ndarray]) -> float:
 def objective(family: str) -> list[str]:
     if family in ("bert", "roberta", "distilbert"):
         return ["--config.objective.name=masked"]
-    return PAIRS if family in ("t5", "t5_v1_1", "bart") else []
+    return PAIRS if family in ("t5", "t5_v1_1", "bart", "mbart", "marian") else []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, T5 and BART from Hugging Face directories: golden files, names, refusals.
+"""BERT, RoBERTa, T5, BART, mBART and Marian from Hugging Face: golden files, names, refusals.
 
 The golden files are what transformers saved and computed: `tests/golden/make.py`.
 """
@@ -22,10 +22,11 @@ from lm.models.huggingface.config_fields import essence
 from lm.models.huggingface.families import FAMILIES, family_for, family_of
 from lm.models.huggingface.read import open_checkpoint
 from lm.models.huggingface.write import save_pretrained
+from lm.models.positions import sinusoids
 from lm.models.presets import preset
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
-NAMES = ("bert", "roberta", "distilbert", "t5", "t5_v1_1", "bart")
+NAMES = ("bert", "roberta", "distilbert", "t5", "t5_v1_1", "bart", "mbart", "marian")
 
 
 def slow(*values):
@@ -101,7 +102,8 @@ def test_a_model_goes_back_to_the_tensors_it_came_from(name, tmp_path):
     save_pretrained(tmp_path / "out", family, config, params)
     ours = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     theirs = safetensors.numpy.load_file(GOLDEN / name / "model.safetensors")
-    theirs.pop("final_logits_bias", None)  # zeros, which transformers makes itself
+    if not config.head_bias:  # zeros, which transformers makes itself
+        theirs.pop("final_logits_bias", None)
     assert set(ours) == set(theirs)
     assert all(np.array_equal(ours[tensor], theirs[tensor]) for tensor in theirs)
     again = open_checkpoint(tmp_path / "out")
@@ -182,6 +184,8 @@ def test_cached_decoding_is_the_full_forward_pass(name, scan_layers):
         ("t5_small", "t5"),
         ("t5_v1_1_xl", "t5"),
         ("bart_large", "bart"),
+        ("mbart_large_50", "mbart"),
+        ("opus_mt", "marian"),
     ],
 )
 def test_a_preset_is_what_its_config_json_says(name, model_type):
@@ -189,9 +193,52 @@ def test_a_preset_is_what_its_config_json_says(name, model_type):
     family = family_for(config)
     assert family.model_type == model_type
     hf = {"model_type": model_type, **family.write_config(config)}
-    again = dataclasses.replace(family.read_config(hf), pooler=config.pooler)
+    tensors = {"pooler": config.pooler, "head_bias": config.head_bias}  # which those say
+    again = dataclasses.replace(family.read_config(hf), **tensors)
     assert essence(again) == essence(config)
     assert (again.dropout, again.initializer) == (config.dropout, config.initializer)
+
+
+# config.json as it stands beside the published weights.
+_OLD = {
+    "activation_dropout": 0.0, "add_bias_logits": False, "attention_dropout": 0.0,
+    "classif_dropout": 0.0, "classifier_dropout": 0.0, "decoder_layerdrop": 0.0, "dropout": 0.1,
+    "encoder_layerdrop": 0.0, "init_std": 0.02, "is_encoder_decoder": True,
+    "scale_embedding": True, "use_cache": True,
+}  # fmt: skip
+_LARGE = {
+    **_OLD, "model_type": "mbart", "activation_function": "gelu", "add_final_layer_norm": True,
+    "architectures": ["MBartForConditionalGeneration"], "bos_token_id": 0, "d_model": 1024,
+    "decoder_attention_heads": 16, "decoder_ffn_dim": 4096, "decoder_layers": 12,
+    "encoder_attention_heads": 16, "encoder_ffn_dim": 4096, "encoder_layers": 12,
+    "eos_token_id": 2, "forced_eos_token_id": 2, "gradient_checkpointing": False,
+    "max_length": 200, "max_position_embeddings": 1024, "normalize_before": True,
+    "normalize_embedding": True, "num_beams": 5, "num_hidden_layers": 12, "output_past": True,
+    "pad_token_id": 1, "static_position_embeddings": False,
+}  # fmt: skip
+_TRANSLATORS = {
+    "mbart_large_cc25": {
+        **_LARGE, "_num_labels": 3, "extra_pos_embeddings": 2, "prefix": " ", "vocab_size": 250_027,
+        "task_specific_params": {"translation_en_to_ro": {"decoder_start_token_id": 250_020}},
+    },
+    "mbart_large_50": {
+        **_LARGE, "decoder_start_token_id": 2, "tokenizer_class": "MBart50Tokenizer",
+        "vocab_size": 250_054,
+    },
+    "opus_mt": {
+        **_OLD, "model_type": "marian", "activation_function": "swish",
+        "add_final_layer_norm": False, "architectures": ["MarianMTModel"],
+        "bad_words_ids": [[58_100]], "bos_token_id": 0, "d_model": 512,
+        "decoder_attention_heads": 8, "decoder_ffn_dim": 2048, "decoder_layers": 6,
+        "decoder_start_token_id": 58_100, "decoder_vocab_size": 58_101,
+        "encoder_attention_heads": 8, "encoder_ffn_dim": 2048, "encoder_layers": 6,
+        "eos_token_id": 0, "extra_pos_embeddings": 58_101, "forced_eos_token_id": 0,
+        "max_length": 512, "max_position_embeddings": 512, "normalize_before": False,
+        "normalize_embedding": False, "num_beams": 6, "num_hidden_layers": 6,
+        "pad_token_id": 58_100, "share_encoder_decoder_embeddings": True,
+        "static_position_embeddings": True, "vocab_size": 58_101,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -218,6 +265,10 @@ def test_a_preset_is_what_its_config_json_says(name, model_type):
         ("bart", {"encoder_layerdrop": 0.1}, "encoder_layerdrop"),
         ("bart", {"static_position_embeddings": True}, "static_position_embeddings"),
         ("bart", {"vocab_size": 32}, "model.shared.weight"),
+        ("mbart", {"add_final_layer_norm": False}, "add_final_layer_norm"),
+        ("marian", {"share_encoder_decoder_embeddings": False}, "share_encoder_decoder_embeddings"),
+        ("marian", {"decoder_vocab_size": 29}, "decoder_vocab_size"),
+        ("marian", {"d_model": 9}, "d_model"),
     ],
 )
 def test_what_cannot_be_honoured_is_named_in_one_line(name, fields, word, tmp_path):
@@ -245,6 +296,7 @@ def test_a_model_that_its_family_has_not_is_not_written(name, changes):
 
 # config.json as it stands beside the published weights.
 PUBLISHED = {
+    **_TRANSLATORS,
     "distilbert_base": {
         "activation": "gelu", "architectures": ["DistilBertForMaskedLM"], "attention_dropout": 0.1,
         "dim": 768, "dropout": 0.1, "hidden_dim": 3072, "initializer_range": 0.02,
@@ -258,8 +310,9 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config_is_the_preset(name):
-    hf = PUBLISHED[name]
-    assert essence(family_of(hf).read_config(hf)) == essence(preset(name))
+    hf, config = PUBLISHED[name], preset(name)
+    found = dataclasses.replace(family_of(hf).read_config(hf), head_bias=config.head_bias)
+    assert essence(found) == essence(config)
 
 
 # ---- What only the tensors say ---------------------------------------------------------------
@@ -355,3 +408,23 @@ def test_the_bias_of_bart_logits_is_a_parameter_unless_it_is_zero(tmp_path):
     save_pretrained(tmp_path / "out", family, checkpoint.config, params)
     back = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     np.testing.assert_array_equal(back["final_logits_bias"], bias)
+
+
+def test_tables_of_sinusoids_are_read_where_they_are_those_of_marian(tmp_path):
+    (_, config, expected), _ = golden("marian")
+    positions = np.arange(config.max_length)
+    table = np.array(sinusoids(positions, config.width))
+    names = [f"model.{stack}.embed_positions.weight" for stack in ("encoder", "decoder")]
+
+    def with_tables(where, table):
+        directory = copied("marian", tmp_path / where)
+        return retensored(directory, lambda tensors: tensors | dict.fromkeys(names, table))
+
+    _, _, params = family_checks.load(with_tables("same", table))
+    assert params.keys() == expected.keys()
+    with pytest.raises(ConfigError, match="embed_positions"):
+        open_checkpoint(with_tables("other", table[::-1].copy()))
+    old = {"static_position_embeddings": True, "normalize_embedding": False}
+    old |= {"extra_pos_embeddings": 31, "normalize_before": False, "add_bias_logits": False}
+    again = open_checkpoint(copied("marian", tmp_path / "old", **old))
+    assert essence(again.config) == essence(config)

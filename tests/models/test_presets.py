@@ -32,6 +32,10 @@ PUBLISHED = {
     "t5_v1_1_xxl": 11_135_332_352,
     "bart_base": 139_420_416,
     "bart_large": 406_291_456,
+    "mbart_large_cc25": 610_851_840,
+    "mbart_large_50": 610_879_488,
+    # 74,410,496 of transformers, less two tables of sinusoids, with the bias that is a buffer there
+    "opus_mt": 73_944_309,
     "llama_7b": 6_738_415_616,
     "llama_13b": 13_015_864_320,
     "llama_30b": 32_528_943_616,

@@ -10,7 +10,8 @@ import transformers
 from family_checks import IGNORED
 
 VOCAB = 97
-KINDS = ("Bert", "Roberta", "DistilBert", "T5", "MT5", "Bart")
+_SHIFTED = ("T5", "MT5", "Bart", "MBart", "Marian")  # encoder-decoders
+KINDS = ("Bert", "Roberta", "DistilBert", *_SHIFTED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,11 @@ _BART = {
     "encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_ffn_dim": 37,
     "decoder_ffn_dim": 37, "max_position_embeddings": 23, "forced_eos_token_id": None,
 }  # fmt: skip
+_MARIAN = {
+    **_BART, "d_model": 22, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+    "scale_embedding": True, "activation_function": "swish", "pad_token_id": 1,
+    "decoder_start_token_id": 1,
+}  # fmt: skip
 _V1_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 
 
@@ -79,7 +85,7 @@ def restless(model) -> None:
     }
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         for part, factor in factors.items():
-            if part in name:
+            if part in name and (tensor.requires_grad or part != "embed_positions"):
                 tensor *= factor
 
 
@@ -120,6 +126,11 @@ CASES = {
         change=biased,
     ),
     "bart_body": Case("BartModel", _BART),
+    "mbart": Case(
+        "MBartForConditionalGeneration",
+        {**_BART, "scale_embedding": True, "activation_function": "relu"},
+    ),
+    "marian": Case("MarianMTModel", _MARIAN, change=biased),
 }
 
 
@@ -131,6 +142,8 @@ def build(case: Case | str, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:  # Marian's sinusoids
+                continue
             noise = case.spread * torch.randn(parameter.shape, generator=generator)
             norm = parameter.dim() == 1 and name.endswith("weight")
             parameter.copy_(1 + noise if norm else noise)
@@ -158,11 +171,11 @@ def random_batch(case: Case | str, seed: int = 0, rows: int = 3, length: int = 1
     def labels(count):
         return np.where(counts, random.integers(0, count, counts.shape), IGNORED).astype(np.int32)
 
-    if case.kind in ("T5", "MT5", "Bart") and "Encoder" not in case.model:
+    if case.kind in _SHIFTED and "Encoder" not in case.model:
         batch["source"], batch["source_mask"] = text(length + 4)
     if case.kind in ("Bert", "Roberta") and case.config.get("type_vocab_size", 2) > 1:
         batch["types"] = random.integers(0, 2, counts.shape).astype(np.int32)
-    if case.model.endswith(("MaskedLM", "PreTraining", "Generation")):
+    if case.model.endswith(("MaskedLM", "PreTraining", "Generation", "MTModel")):
         batch["labels"] = labels(vocab)
     if case.model.endswith("PreTraining"):
         batch["classes"] = random.integers(0, 2, rows).astype(np.int32)
@@ -170,7 +183,7 @@ def random_batch(case: Case | str, seed: int = 0, rows: int = 3, length: int = 1
         batch["classes"] = random.integers(0, case.config["num_labels"], rows).astype(np.int32)
     if case.model.endswith("TokenClassification"):
         batch["classes"] = labels(case.config["num_labels"])
-    if case.model.endswith("Model"):
+    if case.model.endswith("Model") and "labels" not in batch:
         width = next(
             n for name, n in case.config.items() if name in ("hidden_size", "dim", "d_model")
         )
@@ -246,4 +259,5 @@ def greedy(model, batch, start: int, pad: int, steps: int) -> tuple[np.ndarray, 
 
 
 # Which ids start and pad what a model generates.
-ENDS = {"T5": {"start": 0, "pad": 0}, "MT5": {"start": 0, "pad": 0}, "Bart": {"start": 2, "pad": 1}}
+_ZERO, _BARTS = {"start": 0, "pad": 0}, {"start": 2, "pad": 1}
+ENDS = {"T5": _ZERO, "MT5": _ZERO, "Bart": _BARTS, "MBart": _BARTS}

@@ -1,4 +1,4 @@
-"""Models with an encoder: the first Transformer, BERT and its heirs, T5 and BART."""
+"""Models with an encoder: the first Transformer, BERT and its heirs, T5, BART, mBART, Marian."""
 
 from lm.models.presets.table import table
 
@@ -125,25 +125,58 @@ PRESETS |= table(
     t5_v1_1_xxl=(24, 64, 4096, 64, 10_240),
 )
 
-# ---- BART (Lewis et al. 2020) ----------------------------------------------------------------
+# ---- BART (Lewis et al. 2020) and mBART ------------------------------------------------------
+
+_BART = {
+    "architecture": "encoder_decoder",
+    "vocab_size": 50_265,
+    "max_length": 1024,
+    "embedding_norm": True,
+    "positions": "learned",
+    "position_offset": 2,
+    "norm": "layernorm",
+    "norm_position": "post",
+    "activation": "gelu",
+    "bias": True,
+    "dropout": 0.1,
+    "initializer": "normal",
+}
 
 PRESETS |= table(
     "Lewis et al. 2020, §2.1; fairseq examples/bart",
-    {
-        "architecture": "encoder_decoder",
-        "vocab_size": 50_265,
-        "max_length": 1024,
-        "embedding_norm": True,
-        "positions": "learned",
-        "position_offset": 2,
-        "norm": "layernorm",
-        "norm_position": "post",
-        "activation": "gelu",
-        "bias": True,
-        "dropout": 0.1,
-        "initializer": "normal",
-    },
+    _BART,
     "num_layers num_heads width",
     bart_base=(6, 12, 768),
     bart_large=(12, 16, 1024),
+)
+
+PRESETS |= table(
+    "Liu et al. 2020, §2.2, and Tang et al. 2020, §3.1; fairseq examples/mbart, multilingual",
+    {
+        **_BART,
+        "num_layers": 12,
+        "num_heads": 16,
+        "width": 1024,
+        "norm_position": "pre",
+        "embedding_scale": 0.0,
+    },
+    "vocab_size",  # 250,001 pieces, 25 or 52 languages, and a mask
+    mbart_large_cc25=(250_027,),
+    mbart_large_50=(250_054,),
+)
+
+# ---- Marian (Junczys-Dowmunt et al. 2018) ----------------------------------------------------
+
+PRESETS |= table(
+    "Tiedemann and Thottingal 2020, §2: transformer-base with swish and tied embeddings, en-de",
+    {
+        **_TRANSFORMER,
+        "vocab_size": 58_101,
+        "max_length": 512,
+        "activation": "silu",
+        "head_bias": True,
+        "initializer": "normal",
+    },
+    "num_heads width dropout",
+    opus_mt=(8, 512, 0.1),
 )
