@@ -29,12 +29,20 @@ def load(directory, **changes):
     return checkpoint.family, config, checkpoint.parameters()
 
 
-def text_batch(rows: int = 4, length: int = 13) -> dict[str, np.ndarray]:
-    """Random tokens for a decoder, the rows padded on the right, on the left, not at all, …"""
+def text_batch(rows: int = 4, length: int = 13, alike: bool = False) -> dict[str, np.ndarray]:
+    """Random tokens for a decoder, the rows padded on the right, on the left, not at all, …
+
+    Where they are to be `alike`, all are as long: the third and fourth are padded on both sides.
+    """
     tokens = np.random.default_rng(0).integers(3, 97, (rows, length), np.int32)
     mask = np.ones((rows, length), np.int32)
     mask[0::3, -4:] = 0
     mask[1::3, :3] = 0
+    if alike:
+        mask[:] = 1
+        for row in range(rows):
+            left = (0, 4, 1, 2)[row % 4]
+            mask[row, :left] = mask[row, length - 4 + left :] = 0
     labels = np.full_like(tokens, IGNORED)
     labels[:, :-1] = np.where(mask[:, :-1] * mask[:, 1:], tokens[:, 1:], IGNORED)
     positions = np.maximum(np.cumsum(mask, 1) - 1, 0).astype(np.int32)

@@ -11,6 +11,10 @@ quarter, the rest is read anew at positions from 0 on, and fills up again. Every
 from exactly what the model makes of the last three quarters of a context of text, or more. An
 encoder-decoder reads prompts with its encoder; its decoder continues a start token, and ends where
 the context does.
+
+Where the angles of a text's tokens depend on its length (`ModelConfig.angles_until`), a text whose
+next token changes them is read anew: once, or of `dynamic` ones for every token beyond the original
+context.
 """
 
 from __future__ import annotations
@@ -225,7 +229,11 @@ class Engine:
         """Lets a prompt be found in pages, and be remembered there, where it can be."""
         shared = self.paged and not self.encodes and not text.drawn
         if shared and text.request.sampling.prompt_logprobs is None:
-            self._scheduler.name(text, self._root)
+            self._scheduler.name(text, self._root + f"{self._steady(text)}".encode())
+
+    def _steady(self, text: Text) -> int | None:
+        """How long a text may grow before its keys and values are stale; None: any length."""
+        return self.model.config.angles_until(len(text.ids))
 
     @property
     def under_way(self) -> int:
@@ -320,7 +328,8 @@ class Engine:
         positions_T[:length] = np.arange(start, start + length)
         table_1N = np.zeros((1, self._width), np.int32)
         table_1N[0, : len(text.pages)] = text.pages
-        paging = Paging(table_1N, positions_T[None], np.array([text.slot], np.int32))
+        one = (table_1N, positions_T[None], text.slot, len(text.ids))
+        paging = Paging.of_one(self.model.config, *one)
         x_1TD = self._device.read(tokens_T[None], paging)
         text.cached += length
         self.stats_read += length
@@ -403,6 +412,8 @@ class Engine:
     def _limit(self, text: Text, steps: int) -> int:
         """How many tokens a text may draw in a dispatch of so many."""
         left = text.request.sampling.max_new_tokens - text.drawn
+        if (steady := self._steady(text)) is not None:
+            steps = min(steps, steady - len(text.ids) + 1)
         return min(steps, left, self.context - text.cached)
 
     def _rows(
@@ -415,7 +426,7 @@ class Engine:
 
     def _gained(self, text: Text, drawn, row: int) -> Event:
         """Adds what a row drew to its text, and ends it, or lets it slide, where it is time."""
-        sampling, steps = text.request.sampling, []
+        sampling, steps, steady = text.request.sampling, [], self._steady(text)
         stops = sampling.ends(self.framing.end_of_text or ())
         for column, id in enumerate(drawn.ids_BN[row].tolist()):
             if id == NOTHING:
@@ -445,6 +456,8 @@ class Engine:
         elif text.cached >= self.context:
             kept = self.framing.window(text.ids, kept_length(self.context))
             self._scheduler.restart(text, kept)
+        elif steady is not None and len(text.ids) > steady:
+            self._scheduler.restart(text, text.ids)
         error = text.grammar.error if text.grammar is not None and text.finish == "stop" else ""
         prompt = self._prompt_steps.pop(text.number, None)
         if text.drawn == len(steps) and sampling.prompt_logprobs is not None:
@@ -462,7 +475,7 @@ class Engine:
         for piece in self._pieces:
             nothing_1T = np.full((1, piece), NOTHING, np.int32)
             table_1N = np.zeros((1, self._width), np.int32)
-            paging = Paging(table_1N, nothing_1T, np.array([slots], np.int32))
+            paging = Paging.of_one(self.model.config, table_1N, nothing_1T, slots, 1)
             x_1TD = device.read(np.zeros_like(nothing_1T), paging)
             if levels is LEVELS:
                 device.score(ALTERNATIVES, x_1TD, nothing_1T[0])

@@ -194,10 +194,25 @@ def search(
                 f"{kind}={getattr(config, kind)!r} guesses tokens, and config.model.cell="
                 f"{each.model.config.cell!r} cannot take back what it has read: use Transformers",
             )
+    if kind != "num_beams":
+        for each in (generator, draft or generator):
+            _check_angles(kind, config, each.model.config, searching)
     if kind == "draft":
         check(draft is not None, f"draft={config.draft!r} needs the generator of the draft")
         _check_draft(generator, draft, searching)
     return searching
+
+
+def _check_angles(kind: str, config: SearchConfig, model: ModelConfig, searching: Search) -> None:
+    """Refuses texts whose angles change on the way: their tokens are compared to stale ones."""
+    for ids, limit in zip(searching.read, searching.limit_P.tolist()):
+        steady = model.angles_until(len(ids))
+        check(
+            steady is None or len(ids) + limit <= steady,
+            f"{kind}={getattr(config, kind)!r} does not go with rotary_scaling="
+            f"{model.rotary_scaling!r} in a text that grows from {len(ids)} tokens to "
+            f"{len(ids) + limit}, beyond {steady}: ask for fewer max_new_tokens, or for no search",
+        )
 
 
 def _check_draft(generator: Generator, draft: Generator, searching: Search) -> None:

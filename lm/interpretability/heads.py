@@ -277,9 +277,17 @@ def composition_scores(
       config, params: of the model.
       offset: of rotary positions: how far the key stands before the query. Layers that have angles
         of their own (Gemma 3) are taken at those of the others.
+
+    Raises:
+      ConfigError: an offset, where its angle depends on the length of a text.
     """
     weights = head_weights(config, params)
     query = weights.query_LHDC
+    check(
+        not (offset and config.angles_by_length),
+        f"offset={offset} is another angle in every length of text where config.model."
+        f"rotary_scaling={config.rotary_scaling!r}: use 0",
+    )
     if config.positions == "rotary" and offset:
         angles = rotary_angles(jnp.full((1, 1), offset), config)
         query = np.asarray(rotate(jnp.asarray(query), tuple(a[0, 0] for a in angles)), np.float64)

@@ -34,6 +34,10 @@ class Cache:
     source_keys_LBSKC: Stacked | None = None
     source_values_LBSKC: Stacked | None = None
     source_mask_BS: jax.Array | None = None
+    # Where angles depend on a text's length: what was read, to be read anew, and what length the
+    # keys and values were made for.
+    tokens_BS: jax.Array | None = None
+    lengths_B: jax.Array | None = None
 
     @classmethod
     def empty(cls, config: ModelConfig, batch_size: int, length: int, scanned: bool) -> Cache:
@@ -47,7 +51,11 @@ class Cache:
             return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
 
         keys, values = zeros(), None if config.kv_rank else zeros()
-        return cls(keys, values, jnp.full((batch_size, length), -1), jnp.int32(0))
+        cache = cls(keys, values, jnp.full((batch_size, length), -1), jnp.int32(0))
+        if not config.angles_by_length:
+            return cache
+        tokens_BS = jnp.zeros((batch_size, length), jnp.int32)
+        return dataclasses.replace(cache, tokens_BS=tokens_BS, lengths_B=tokens_BS[:, 0])
 
     @property
     def own(self) -> tuple[Stacked, ...]:
@@ -84,6 +92,8 @@ class Cache:
             keys_LBSKC=taken(self.keys_LBSKC),
             values_LBSKC=taken(self.values_LBSKC),
             positions_BS=taken(self.positions_BS, 0),
+            tokens_BS=taken(self.tokens_BS, 0),
+            lengths_B=taken(self.lengths_B, 0),
         )
         if not source:
             return cache
@@ -123,5 +133,6 @@ class Cache:
             keys_LBSKC=jax.tree.map(turned, self.keys_LBSKC),
             values_LBSKC=jax.tree.map(turned, self.values_LBSKC),
             positions_BS=jnp.take_along_axis(positions_BS, from_BS, 1),
+            tokens_BS=jax.tree.map(lambda x: jnp.take_along_axis(x, from_BS, 1), self.tokens_BS),
             slot=slot,
         )

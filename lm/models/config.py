@@ -35,7 +35,8 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "gelu_quick", "relu", "relu2", "silu", *GATE
 NORMS = ("layernorm", "rmsnorm", "none")
 NORM_POSITIONS = ("pre", "post", "sandwich")
 POSITIONS = ("learned", "sinusoidal", "rotary", "relative", "alibi", "none")
-ROTARY_SCALINGS = ("none", "linear", "llama3", "yarn")
+ROTARY_SCALINGS = ("none", "linear", "dynamic", "llama3", "yarn", "longrope")
+LOCAL_SCALINGS = ("none", "linear", "dynamic")
 RANGES = ("global", "local")
 ROUTER_SCORES = ("softmax", "sigmoid")
 POOLERS = ("tanh", "relu")
@@ -92,14 +93,23 @@ class ModelConfig:
     # unused rows before position 0 of a learned table (OPT, BART: 2)
     position_offset: SizeOrZero = 0
     rotary_base: AboveOne = 10_000.0
-    rotary_local_base: AboveOne | None = None  # local layers', unscaled (Gemma 3); None: as others
+    rotary_local_base: AboveOne | None = None  # local layers' (Gemma 3); None: angles as others'
+    rotary_local_scaling: Literal[LOCAL_SCALINGS] = "none"  # of local layers with their own base
+    rotary_local_factor: AboveZero = 1.0
     # share of each head that is rotated (GPT-NeoX: 0.25)
     rotary_fraction: Annotated[float, Bounds(0, 1, "(]")] = 1.0
     rotary_scaling: Literal[ROTARY_SCALINGS] = "none"  # how angles are slowed
     rotary_factor: AboveZero = 1.0  # how many times longer than the original context
-    rotary_original_length: Positive = 8192  # llama3, yarn: that original context
+    rotary_original_length: Positive = 8192  # that original context; not of `linear`
     rotary_low: AboveZero = 1.0  # llama3: low_freq_factor; yarn: beta_slow
     rotary_high: AboveZero = 4.0  # llama3: high_freq_factor; yarn: beta_fast
+    rotary_truncate: bool = True  # yarn: its ramp begins and ends at whole pairs (gpt-oss: not)
+    # yarn, longrope: multiplies sines and cosines; None: as follows from the factor
+    rotary_gain: AboveZero | None = None
+    # longrope: what each pair's frequency is divided by, in texts up to the original context and
+    # in longer ones (Phi-3)
+    rotary_short: tuple[float, ...] = ()
+    rotary_long: tuple[float, ...] = ()
     rotary_pattern: tuple[bool, ...] = (True,)  # of each layer in turn, repeated (SmolLM 3)
     relative_buckets: Size = 32  # relative: learned biases a head (Raffel et al. 2020, §2.1)
     relative_distance: Size = 128  # relative: distances from here on share a bucket
@@ -227,6 +237,7 @@ class ModelConfig:
         check(len(self.rotary_pattern) > 0, f"{prefix}.rotary_pattern=() must not be empty")
         unrotated = not all(self.rotary_pattern)
         self._needs(prefix, "rotary_pattern", unrotated, architecture="decoder", positions="rotary")
+        self._validate_rotary(prefix)
         self._needs(prefix, "scale_by_layer", self.scale_by_layer, architecture="decoder")
         headless = {"architecture": "decoder", "cell": "attention"}
         self._needs(prefix, "output_head", not self.output_head, **headless)
@@ -330,6 +341,62 @@ class ModelConfig:
             f"{prefix}.router_group_limit={limit} must be at most router_groups={groups}, and so "
             f"many groups have experts_per_token={self.experts_per_token} experts",
         )
+
+    def _validate_rotary(self, prefix: str) -> None:
+        """How angles are slowed."""
+        if self.positions != "rotary":
+            return
+        pairs = self.rotary_dim // 2
+        for name in ("rotary_short", "rotary_long") if self.rotary_scaling == "longrope" else ():
+            factors = getattr(self, name)
+            check(
+                len(factors) == pairs and all(0 < x < math.inf for x in factors),
+                f"{prefix}.{name}={factors} must be {pairs} positive numbers, one for each pair of "
+                f"rotated dimensions, where rotary_scaling='longrope'",
+            )
+        check(
+            pairs > 1 or "dynamic" not in map(self.scaling_of, (False, True)),
+            f"{prefix}.rotary_scaling='dynamic' needs more than {2 * pairs} rotated dimensions",
+        )
+        check(
+            self.rotary_local_scaling == "none" or self.rotary_local_base is not None,
+            f"{prefix}.rotary_local_scaling={self.rotary_local_scaling!r} needs rotary_local_base",
+        )
+
+    def scaling_of(self, local: bool) -> str:
+        """How the angles of global or local layers are slowed."""
+        own = local and self.rotary_local_base is not None
+        return self.rotary_local_scaling if own else self.rotary_scaling
+
+    @property
+    def rotary_amplitude(self) -> float:
+        """What multiplies sines and cosines (Peng et al. 2023, §3.4; Ding et al. 2024, §3.2)."""
+        if self.rotary_gain is not None:
+            return self.rotary_gain
+        growth = math.log(self.rotary_factor) if self.rotary_factor > 1 else 0.0
+        if self.rotary_scaling == "yarn":
+            return 0.1 * growth + 1
+        if self.rotary_scaling == "longrope" and growth:
+            return math.sqrt(1 + growth / math.log(self.rotary_original_length))
+        return 1.0
+
+    def angles_until(self, length: int) -> int | None:
+        """The length to which a text may grow from this one before its angles change.
+
+        None: to any. Angles depend on a text's length where they are `dynamic`, which is with every
+        token beyond the original context, or `longrope`, which is once.
+        """
+        scalings = {self.scaling_of(False), self.scaling_of(self.window > 0)}
+        if self.positions != "rotary" or not scalings & {"dynamic", "longrope"}:
+            return None
+        if length <= self.rotary_original_length:
+            return self.rotary_original_length
+        return length if "dynamic" in scalings else None
+
+    @property
+    def angles_by_length(self) -> bool:
+        """Whether the angles of a text's tokens depend on how long it is."""
+        return self.angles_until(1) is not None
 
     @property
     def kv_heads(self) -> int:

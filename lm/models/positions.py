@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,21 +22,32 @@ def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
     return jnp.pad(table, [(0, 0)] * (table.ndim - 1) + [(0, width - 2 * half)])
 
 
-def rotary_frequencies(config: ModelConfig, local: bool = False) -> tuple[np.ndarray, float]:
+def rotary_frequencies(
+    config: ModelConfig, local: bool = False, length: int = 1
+) -> tuple[np.ndarray, float]:
     """Radians a position of each rotated pair (Su et al. 2021, §3.2), and a gain on sin and cos.
 
     `config.rotary_scaling` stretches a trained model to longer contexts: `linear` slows every
     frequency (Chen et al. 2023); `llama3` only those whose wavelength exceeds the original context
     (Llama 3 report, §3.4.2 and its published code); `yarn` likewise, with a ramp between a number
-    of rotations, and a gain of 0.1·ln(factor) + 1 (Peng et al. 2023, §3). Local layers with a base
-    of their own, which never see further than their window, are not stretched (Gemma 3 report, §2).
+    of rotations, and a gain of 0.1·ln(factor) + 1 (Peng et al. 2023, §3). Two depend on how many
+    tokens a text has, `length`: `longrope` divides each frequency by a number of its own, of two
+    lists (Ding et al. 2024, §3.2); `dynamic` raises the base with what the text has over the
+    original context (NTK-aware scaling, Peng et al. 2023, §3.3, and transformers' code). Local
+    layers with a base of their own, which never see further than their window, have a scaling of
+    their own, too: most often none (Gemma 3 report, §2).
     """
-    base, width = config.rotary_base, config.rotary_dim
-    scaling = config.rotary_scaling
+    base, width, factor = config.rotary_base, config.rotary_dim, config.rotary_factor
+    scaling = config.scaling_of(local)
     if local and config.rotary_local_base is not None:
-        base, scaling = config.rotary_local_base, "none"
+        base, factor = config.rotary_local_base, config.rotary_local_factor
     frequencies = 1.0 / base ** (np.arange(0, width, 2) / width)
-    factor, original = config.rotary_factor, config.rotary_original_length
+    original = config.rotary_original_length
+    if scaling == "dynamic":
+        return frequencies * _growth(config, factor, length), 1.0
+    if scaling == "longrope":
+        slower = config.rotary_long if length > original else config.rotary_short
+        return frequencies / np.array(slower), config.rotary_amplitude
     if scaling == "linear":
         return frequencies / factor, 1.0
     if scaling == "llama3":
@@ -48,22 +60,58 @@ def rotary_frequencies(config: ModelConfig, local: bool = False) -> tuple[np.nda
         def pair_that_rotates(times: float) -> float:
             return width * math.log(original / (times * 2 * math.pi)) / (2 * math.log(base))
 
-        first = max(math.floor(pair_that_rotates(config.rotary_high)), 0)
-        last = min(math.ceil(pair_that_rotates(config.rotary_low)), width - 1)
+        first, last = map(pair_that_rotates, (config.rotary_high, config.rotary_low))
+        if config.rotary_truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, width - 1)
         # Of a low base the first may lie behind the last: the ramp falls, as in the published code.
         ramp = (np.arange(width // 2) - first) / (last - first or 0.001)
         slowed = np.clip(ramp, 0, 1)
-        gain = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-        return frequencies * (1 - slowed + slowed / factor), gain
+        return frequencies * (1 - slowed + slowed / factor), config.rotary_amplitude
     return frequencies, 1.0
 
 
+def _growth(config: ModelConfig, factor: float, length: Any) -> Any:
+    """What `dynamic` multiplies frequencies by, [..., R/2] of lengths [..., 1] or of a number."""
+    original, width = config.rotary_original_length, config.rotary_dim
+    xp = jnp if isinstance(length, jax.Array) else np
+    ratio = factor * xp.maximum(length, original) / original - (factor - 1)
+    return ratio ** (-np.arange(0, width, 2, dtype=np.float32) / (width - 2))
+
+
+def stale(config: ModelConfig, made_for_B: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    """Which texts' angles are others at these lengths than at those (0: there is nothing yet)."""
+    original = config.rotary_original_length
+    changed_B = (made_for_B > original) != (lengths_B > original)
+    if config.angles_until(original + 1) is not None:
+        changed_B |= (made_for_B > original) & (made_for_B != lengths_B)
+    return changed_B & (made_for_B > 0) & (lengths_B > 0)
+
+
 def rotary_angles(
-    positions_BT: jax.Array, config: ModelConfig, local: bool = False
+    positions_BT: jax.Array,
+    config: ModelConfig,
+    local: bool = False,
+    lengths_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """Cosine and sine [B, T, 1, R/2] of RoPE; R dimensions of a head are rotated."""
+    """Cosine and sine [B, T, 1, R/2] of RoPE; R dimensions of a head are rotated.
+
+    Where the angles depend on the length of a text, it is that of each token's own document,
+    [B, T] or [B, 1], whatever else is in its row or in the batch. (transformers takes the longest
+    row of a batch, padding included: the same where rows are alike.)
+    """
     frequencies, gain = rotary_frequencies(config, local)
-    angles = positions_BT[..., None, None] * frequencies.astype(np.float32)
+    frequencies = frequencies.astype(np.float32)
+    scaling = config.scaling_of(local)
+    if scaling == "dynamic":
+        own = local and config.rotary_local_base is not None
+        factor = config.rotary_local_factor if own else config.rotary_factor
+        frequencies = frequencies * _growth(config, factor, lengths_BT[..., None, None])
+    if scaling == "longrope":
+        longer = rotary_frequencies(config, local, config.rotary_original_length + 1)[0]
+        is_longer = lengths_BT[..., None, None] > config.rotary_original_length
+        frequencies = jnp.where(is_longer, longer.astype(np.float32), frequencies)
+    angles = positions_BT[..., None, None] * frequencies
     table = finished(jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1))
     if gain != 1:
         table *= gain

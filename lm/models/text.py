@@ -25,6 +25,7 @@ class Text(NamedTuple):
     filled_BT: jax.Array | None = None  # false for padding, where segments do not say so
     rows_B: jax.Array | None = None  # each row's number in the whole batch, for dropout
     slots_1T: jax.Array | None = None  # place in its row, the same in all rows
+    lengths_BT: jax.Array | None = None  # tokens of its document; None: nothing depends on it
 
     @classmethod
     def of(cls, tokens_BT: jax.Array, **fields: jax.Array | None) -> Text:
@@ -39,6 +40,20 @@ class Text(NamedTuple):
         if text.prefix_BT is not None:
             text = text._replace(prefix_BT=text.prefix_BT.astype(bool))
         return text._replace(slots_1T=slots_1T)
+
+    def measured(self) -> Text:
+        """With the length of every token's document; tokens must stand in order."""
+        if self.segments_BT is None:
+            positions_BT = self.positions_BT
+            if self.filled_BT is not None:
+                positions_BT = jnp.where(self.filled_BT, positions_BT, 0)
+            lengths_B1 = positions_BT.max(1, keepdims=True) + 1
+            return self._replace(lengths_BT=jnp.broadcast_to(lengths_B1, positions_BT.shape))
+        # A document's last token stands before the first of another, and says how long it is.
+        ends_BT = jnp.diff(self.segments_BT, axis=1, append=-1) != 0
+        last_BT = jnp.where(ends_BT, self.slots_1T, self.slots_1T.shape[1])
+        last_BT = jax.lax.cummin(last_BT, axis=1, reverse=True)
+        return self._replace(lengths_BT=jnp.take_along_axis(self.positions_BT, last_BT, 1) + 1)
 
     def to_zigzag(self) -> Text:
         """The same tokens in zig-zag order (`lm.parallel.ring`)."""

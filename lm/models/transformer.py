@@ -19,7 +19,7 @@ from lm.models.hooks import Tap, no_tap, within
 from lm.models.matmul import compute_dtype, contract, precise
 from lm.models.moe.experts import RouterStats
 from lm.models.params import declare, unstack
-from lm.models.positions import sinusoids
+from lm.models.positions import sinusoids, stale
 from lm.models.stack import Stack
 from lm.models.text import Text, texts
 from lm.parallel.ring import from_zigzag, zigzag_divides
@@ -213,6 +213,7 @@ class Transformer(LanguageModel, Stack):
         # experts have a capacity, their room goes to earlier tokens first.
         causal = not stack.encodes and not self.config.capacity_factor
         turned = causal and tap is no_tap and zigzag_divides(text.tokens_BT.shape[1])
+        text = text.measured() if self.config.angles_by_length else text
         text = text.to_zigzag() if turned else text
         x_BTD = embedding(text, self.embedding.tokens[...], keys[0], tap)
         context = stack.context(text, *memory)
@@ -267,8 +268,43 @@ class Transformer(LanguageModel, Stack):
           tap: see `lm.models.hooks`.
 
         Returns:
-          The last residual stream [B, T, D], and the cache with the new tokens.
+          The last residual stream [B, T, D], and the cache with the new tokens. Where the angles of
+          a row change with its length, all of it is read anew: what new tokens see is always what a
+          forward pass of the row as it is now gives.
         """
+        if cache.tokens_BS is None:
+            return self._extend(tokens_BT, positions_BT, cache, tap)
+        return self._extend_anew(tokens_BT, positions_BT, cache, tap)
+
+    def _extend_anew(self, tokens_BT, positions_BT, cache: Cache, tap: Tap) -> tuple:
+        """As `extend`, where angles depend on a text's length."""
+        if tap is not no_tap:
+            raise ValueError("no tap where angles depend on a text's length: it may be read anew")
+        slot, empty = cache.slot, jnp.full_like(cache.positions_BS, -1)
+        tokens_BS, positions_BS = (
+            jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), slot, 1)
+            for old, new in ((cache.tokens_BS, tokens_BT), (cache.positions_BS, positions_BT))
+        )
+        lengths_B = positions_BS.max(1) + 1
+
+        def whole(cache):
+            cache = dataclasses.replace(cache, positions_BS=empty, slot=jnp.int32(0))
+            x_BSD, cache = self._extend(tokens_BS, positions_BS, cache, no_tap)
+            return jax.lax.dynamic_slice_in_dim(x_BSD, slot, tokens_BT.shape[1], 1), cache
+
+        def part(cache):
+            return self._extend(tokens_BT, positions_BT, cache, no_tap)
+
+        if positions_BS.shape[1] <= self.config.rotary_original_length:
+            x_BTD, cache = part(cache)
+        else:
+            changed = stale(self.config, cache.lengths_B, lengths_B).any()
+            x_BTD, cache = jax.lax.cond(changed, whole, part, cache)
+        slot += tokens_BT.shape[1]
+        known = {"tokens_BS": tokens_BS, "lengths_B": lengths_B, "slot": slot}
+        return x_BTD, dataclasses.replace(cache, **known)
+
+    def _extend(self, tokens_BT, positions_BT, cache: Cache, tap: Tap) -> tuple[jax.Array, Cache]:
         keys_BS = jax.lax.dynamic_update_slice_in_dim(
             cache.positions_BS, positions_BT, cache.slot, 1
         )
@@ -276,6 +312,8 @@ class Transformer(LanguageModel, Stack):
         if cache.source_mask_BS is not None:
             across = _across(cache.source_mask_BS, tokens_BT)
         text = Text.of(tokens_BT, positions_BT=jnp.maximum(positions_BT, 0))
+        if cache.tokens_BS is not None:
+            text = text._replace(lengths_BT=keys_BS.max(1, keepdims=True) + 1)
         # Who sees whom follows from positions here: rows differ in where their tokens stand.
         context = Context.of(
             self.config,

@@ -198,10 +198,11 @@ _ORIGINAL = "original_max_position_embeddings"
 @pytest.mark.parametrize(
     "name, changes, named",
     [
-        ("llama3_2_1b", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ("llama3_2_1b", {"rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type"),
+        ("llama3_2_1b", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "short_factor"),
+        ("llama3_2_1b", {"rope_scaling": {"type": "dynamic", "factor": "2"}}, "factor='2'"),
         ("llama3_2_1b", {"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ("llama3_2_1b", yarn(mrope=1), "mrope"),
-        ("llama3_2_1b", yarn(truncate=False), "trunc"),
         (
             "llama3_2_1b",
             {**yarn(**{_ORIGINAL: 8}), _ORIGINAL: 16},

@@ -110,14 +110,51 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         "Llama",
         {**_LLAMA, "head_dim": 16, **_rope(
             "yarn", 50.0, factor=4.0, original_max_position_embeddings=8, beta_fast=3.0,
-            beta_slow=0.5,
+            beta_slow=0.5, mscale=0.7, mscale_all_dim=1.2, truncate=False, finetuned=True,
         )},
     ),
     "mistral_yarn": (
         "Mistral",
         {**_LLAMA, "sliding_window": 5, **_rope(
-            "yarn", 50.0, factor=4.0, original_max_position_embeddings=8,
+            "yarn", 50.0, factor=None, original_max_position_embeddings=8, attention_factor=1.3,
         )},
+    ),
+    "llama_dynamic": (
+        "Llama", {**_LLAMA, "max_position_embeddings": 8, **_rope("dynamic", 50.0, factor=3.0)}
+    ),
+    "qwen3_longrope": (
+        "Qwen3",
+        {**_LLAMA, "head_dim": 10, **_rope(
+            "longrope", 50.0, original_max_position_embeddings=8,
+            short_factor=[1.0, 1.1, 1.2, 1.3, 1.5], long_factor=[1.0, 1.5, 2.0, 3.0, 5.0],
+        )},
+    ),
+    "gemma3_scaled": (
+        "Gemma3",
+        {
+            **_LLAMA, "hidden_size": 16, "head_dim": 6, "sliding_window": 5,
+            "query_pre_attn_scalar": 7, "max_position_embeddings": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "dynamic", "rope_theta": 1e3, "factor": 4.0},
+                "sliding_attention": {"rope_type": "linear", "rope_theta": 50.0, "factor": 2.0},
+            },
+        },
+    ),
+    "gemma3_slowed": (
+        "Gemma3",
+        {
+            **_LLAMA, "hidden_size": 16, "head_dim": 6, "sliding_window": 5,
+            "query_pre_attn_scalar": 7, "max_position_embeddings": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0,
+                    "original_max_position_embeddings": 8,
+                },
+                "sliding_attention": {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 4.0},
+            },
+        },
     ),
     "mixtral_windowed": ("Mixtral", {**_LLAMA, "sliding_window": 5, "num_local_experts": 3}),
     "qwen3_biased": (
@@ -164,6 +201,9 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 
 CASES = {**FAMILIES, **VARIANTS}
+# Their angles depend on how long a text is. transformers takes the longest of a batch, so all must
+# be alike; and it keeps keys that have become stale, but of Phi-3's.
+BY_LENGTH = ("llama_dynamic", "qwen3_longrope", "gemma3_scaled", "gemma3_slowed")
 _CLASSES = {
     "GPT2": ("GPT2Config", "GPT2LMHeadModel"),
     "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
@@ -211,7 +251,7 @@ def run(model, batch, **arguments):
 
 def random_batch(name: str) -> dict:
     """Tokens, the rows padded in different ways."""
-    return family_checks.text_batch()
+    return family_checks.text_batch(alike=name in BY_LENGTH)
 
 
 def computed(model, batch, scratch) -> tuple[dict, dict]:
@@ -240,11 +280,11 @@ def computed(model, batch, scratch) -> tuple[dict, dict]:
     return {name: array.detach().numpy() for name, array in outputs.items()}, gradient
 
 
-def greedy(model, prompts: list[list[int]], new: int) -> list[list[int]]:
+def greedy(model, prompts: list[list[int]], new: int, cached: bool = True) -> list[list[int]]:
     """The `new` tokens that greedy search adds to each prompt."""
     length = max(map(len, prompts))
     ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts])
     settings = transformers.GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0)
-    tokens = model.generate(ids, attention_mask=mask, generation_config=settings)
+    tokens = model.generate(ids, attention_mask=mask, generation_config=settings, use_cache=cached)
     return tokens[:, length:].tolist()

@@ -276,7 +276,7 @@ def _linear(model, dictionary, frozen, sources: Sources, heads_LH=None) -> dict[
         b = bias_T[:, None, None]
         angles = None
         if config.positions == "rotary":
-            angles = rotary_angles(jnp.arange(T)[None], config, local)
+            angles = rotary_angles(jnp.arange(T)[None], config, local, jnp.full((1, 1), T))
         for part in ("query", "key"):
             asks = jnp.einsum("td,dhc->thc", x_TD, getattr(module, part)[...])
             if hasattr(module, f"{part}_bias"):

@@ -86,7 +86,8 @@ class Context(NamedTuple):
                 mask_BTS &= keys.slots_1T[:, None, :] >= 0
             if config.positions != "rotary":
                 return mask_BTS, None, window
-            return mask_BTS, rotary_angles(queries.positions_BT, config, window > 0), window
+            where = queries.positions_BT, config, window > 0, queries.lengths_BT
+            return mask_BTS, rotary_angles(*where), window
 
         if bias is not None and bias_BHTS is None:
             distance_BTS = keys.slots_1T[:, None, :] - queries.slots_1T[:, :, None]
@@ -105,12 +106,14 @@ class Context(NamedTuple):
         across: Context | None = None,
     ) -> Context:
         """Of tokens whose rows lie in pages, and that see those before them there."""
-        positions_BT = jnp.maximum(paging.positions_BT, 0)
+        positions_BT, lengths_B1 = jnp.maximum(paging.positions_BT, 0), paging.lengths_B1
+        if lengths_B1 is None and config.angles_by_length:
+            lengths_B1 = positions_BT.max(1, keepdims=True) + 1
 
         def reach(window: int):
             rotary = None
             if config.positions == "rotary":
-                rotary = rotary_angles(positions_BT, config, window > 0)
+                rotary = rotary_angles(positions_BT, config, window > 0, lengths_B1)
             return None, rotary, window
 
         local = reach(config.window) if config.window else None

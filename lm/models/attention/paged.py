@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm.models.attention.paged_tpu import paired
 from lm.models.config import ModelConfig
@@ -33,6 +34,15 @@ class Paging(NamedTuple):
     positions_BT: jax.Array  # of the new tokens; -1 is padding
     slots_B: jax.Array  # where what else is kept of the rows' texts stands
     first: jax.Array | int = 0  # the pool's page that is page 0 of this layer
+    lengths_B1: jax.Array | None = None  # of the texts, where angles depend on it; None: so far
+
+    @classmethod
+    def of_one(
+        cls, config: ModelConfig, table_1N: np.ndarray, positions_1T: np.ndarray, slot: int, length
+    ) -> Paging:
+        """Of one text, whose whole length is told where its angles depend on that."""
+        lengths_11 = np.array([[length]], np.int32) if config.angles_by_length else None
+        return cls(table_1N, positions_1T, np.array([slot], np.int32), lengths_B1=lengths_11)
 
 
 @jax.tree_util.register_dataclass

@@ -240,10 +240,29 @@ _ONLY_IF: dict[str, Callable[[ModelConfig], bool]] = {
     "position_offset": lambda c: c.positions == "learned",
     "rotary_base rotary_fraction rotary_scaling rotary_pattern": lambda c: c.positions == "rotary",
     "rotary_factor": lambda c: c.positions == "rotary" and c.rotary_scaling != "none",
-    "rotary_original_length rotary_low rotary_high": lambda c: (
+    "rotary_original_length": lambda c: (
+        c.positions == "rotary"
+        and not {c.rotary_scaling, c.scaling_of(c.window > 0)} <= {"none", "linear"}
+    ),
+    "rotary_low rotary_high": lambda c: (
         c.positions == "rotary" and c.rotary_scaling in ("llama3", "yarn")
     ),
+    "rotary_gain": lambda c: c.positions == "rotary" and c.rotary_scaling in ("yarn", "longrope"),
+    "rotary_truncate": lambda c: c.positions == "rotary" and c.rotary_scaling == "yarn",
+    "rotary_short rotary_long": lambda c: (
+        c.positions == "rotary" and c.rotary_scaling == "longrope"
+    ),
     "rotary_local_base": lambda c: c.positions == "rotary" and c.window > 0,
+    "rotary_local_scaling": lambda c: (
+        c.positions == "rotary" and c.window > 0 and c.rotary_local_base is not None
+    ),
+    "rotary_local_factor": lambda c: (
+        c.positions == "rotary" and c.window > 0 and c.rotary_local_scaling != "none"
+    ),
+    # A text may be of any length, and theirs is that of the original context.
+    "max_length": lambda c: (
+        c.positions != "rotary" or "dynamic" not in (c.rotary_scaling, c.scaling_of(c.window > 0))
+    ),
     "relative_buckets relative_distance": lambda c: c.positions == "relative",
     "experts_per_token expert_width shared_experts dense_layers router_score router_normalize "
     "router_scale router_bias router_groups expert_bias": lambda c: c.num_experts > 0,
@@ -277,6 +296,7 @@ def resolved(config: ModelConfig) -> dict[str, Any]:
         "rotary_pattern": tuple(
             config.layer_kind(layer).rotated for layer in range(config.num_layers)
         ),
+        "rotary_gain": config.rotary_amplitude,
         "qkv_bias": config.has_bias("qkv"),
         "attention_bias": config.has_bias("attention"),
         "norm_bias": config.has_bias("norm"),

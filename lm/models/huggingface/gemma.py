@@ -8,12 +8,10 @@ from lm.config import check
 from lm.models.config import ModelConfig
 from lm.models.huggingface.config_fields import (
     Field,
-    Json,
     OrNull,
     Together,
     activation,
     activation_name,
-    demand,
     only,
     with_defaults,
 )
@@ -26,9 +24,10 @@ from lm.models.huggingface.llama import (
     check_divided,
     family,
     rotary,
+    whole,
     windows,
 )
-from lm.models.huggingface.rope import ROPE_FIELDS, read_rotary, rope_parameters, write_rotary
+from lm.models.huggingface.rope import ROPE_FIELDS, read_layered, write_layered
 
 
 def _softcap(ours: str, default: float | None) -> Field:
@@ -87,31 +86,9 @@ def _gemma2_written(config: ModelConfig) -> dict[str, Any]:
     return {**check_divided(config), "hidden_act": activation_name(config.activation)}
 
 
-def _read_gemma3_rotary(values: Json) -> dict[str, Any]:
-    local_base, rope = values["rope_local_base_freq"], values["rope_parameters"]
-    if rope:  # version 5 has parameters for each type of layer
-        kinds = ["full_attention", "sliding_attention"]
-        demand("rope_parameters", sorted(rope), kinds)
-        length = {"max_position_embeddings": values["max_position_embeddings"]}
-        local_rope = {**ROPE_FIELDS, **length, "rope_parameters": rope["sliding_attention"]}
-        local = read_rotary(local_rope, local_base)
-        demand("rope_type", local["rotary_scaling"], "none")
-        local_base = local["rotary_base"]
-        whole = {**rope["full_attention"], **(values["rope_scaling"] or {})}
-        values = {**values, "rope_parameters": whole, "rope_scaling": None}
-    return {**rotary(1e6).read(values), "rotary_local_base": local_base}
-
-
 def _write_gemma3_rotary(config: ModelConfig) -> dict[str, Any]:
     local_base = config.rotary_local_base or config.rotary_base
-    return {
-        **write_rotary(config),
-        "rope_parameters": {
-            "full_attention": rope_parameters(config),
-            "sliding_attention": {"rope_type": "default", "rope_theta": local_base},
-        },
-        "rope_local_base_freq": local_base,
-    }
+    return {**write_layered(config), "rope_local_base_freq": local_base}
 
 
 _GEMMA2 = family(
@@ -143,7 +120,7 @@ _GEMMA3 = family(
     together=(
         Together(
             {**ROPE_FIELDS, "rope_local_base_freq": 10_000.0},
-            _read_gemma3_rotary,
+            lambda values: whole(read_layered(values, 1e6, values["rope_local_base_freq"])),
             _write_gemma3_rotary,
         ),
         # Every so many layers one is global.

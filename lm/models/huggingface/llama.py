@@ -91,13 +91,17 @@ def family(
 
 def rotary(base: float = 10_000.0) -> Together:
     """Rotations of whole heads; `base` where the file does not say."""
+    return Together(ROPE_FIELDS, lambda values: whole(read_rotary(values, base)), write_rotary)
 
-    def read(values: Json) -> dict[str, Any]:
-        fields = read_rotary(values, base)
+
+def whole(fields: dict[str, Any]) -> dict[str, Any]:
+    """Of a family whose classes turn whole heads, whatever the file says of a part of them.
+
+    They do not look at it, unless angles are slowed: then they cannot compute.
+    """
+    if fields["rotary_scaling"] != "none":
         demand("partial_rotary_factor", fields["rotary_fraction"], 1)
-        return fields
-
-    return Together(ROPE_FIELDS, read, write_rotary)
+    return {**fields, "rotary_fraction": 1.0}
 
 
 def check_divided(config: ModelConfig) -> dict[str, Any]:
