@@ -8,10 +8,12 @@ from lm.config import check
 from lm.models.config import ModelConfig
 from lm.models.huggingface.config_fields import (
     Field,
+    Json,
     OrNull,
     Together,
     activation,
     activation_name,
+    demand,
     only,
     with_defaults,
 )
