@@ -91,7 +91,7 @@ def decay_mask(decay: str, specs: dict[str, ParamSpec]) -> dict[str, bool]:
     out nothing but what is not trained, a router's bias.
     """
     return {
-        name: (decay == "all" and not name.endswith("router_bias"))
+        name: (decay == "all" and not name.endswith("correction_bias"))
         or (matrix_axes(spec) is not None and not (decay == "no_embeddings" and _table(spec)))
         for name, spec in specs.items()
     }

@@ -90,7 +90,7 @@ def ranked(cfg, values, logits):
     """What experts are chosen by, counted one by one."""
     if not cfg.router_bias:
         return logits
-    scores = 1 / (1 + np.exp(-logits)) + values["router_bias"]
+    scores = 1 / (1 + np.exp(-logits)) + values["correction_bias"]
     groups = np.sort(scores.reshape(*scores.shape[:2], cfg.router_groups, -1), -1)
     best = np.argsort(-groups[..., -2:].sum(-1), -1)[..., : cfg.router_group_limit]
     size = cfg.num_experts // cfg.router_groups

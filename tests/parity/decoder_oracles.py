@@ -27,6 +27,15 @@ _OPT = {
 }  # fmt: skip
 
 
+_DEEPSEEK = {
+    **_LLAMA, "num_key_value_heads": 4, "hidden_size": 12, "intermediate_size": 14,
+    "moe_intermediate_size": 8, "q_lora_rank": 9, "kv_lora_rank": 11, "qk_nope_head_dim": 5,
+    "qk_rope_head_dim": 4, "v_head_dim": 7, "n_routed_experts": 8, "n_shared_experts": 2,
+    "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5, "num_mtp_layers": 0,
+}  # fmt: skip
+
+
 def _rope(kind: str, theta: float = 10_000.0, **fields) -> dict:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **fields}}
 
@@ -93,6 +102,10 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gpt_neox": ("GPTNeoX", {**_NEOX, "rotary_pct": 0.5}),
     "opt": ("OPT", _OPT),
     "bloom": ("Bloom", {"vocab_size": 97, "hidden_size": 18, "n_layer": 3, "n_head": 6}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        _DEEPSEEK,
+    ),
 }  # fmt: skip
 
 # What else a family may say; the same tensors or fewer, and so not kept as golden files.
@@ -173,6 +186,13 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             "sliding_window": 3, **_rope("default", 300.0),
         },
     ),
+    "deepseek_v3_plain": (
+        "DeepseekV3",
+        {
+            **_DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "v_head_dim": 12,
+            "norm_topk_prob": False, "first_k_dense_replace": 0, "rms_norm_eps": 1e-4,
+        },
+    ),
     "gpt_neox_sequential": (
         "GPTNeoX",
         {
@@ -238,6 +258,9 @@ def build(name: str, head: str = "", **changes):
                 spread = 0.5 if parameter.shape[0] == config.vocab_size else 1.1
                 noise *= spread * parameter.shape[-1] ** -0.5
             parameter.copy_(noise.half())
+        for layer, buffer in model.named_buffers():
+            if layer.endswith("e_score_correction_bias"):
+                buffer.copy_((0.1 * torch.randn(buffer.shape, generator=generator)).half())
     return model
 
 
@@ -277,6 +300,7 @@ def computed(model, batch, scratch) -> tuple[dict, dict]:
         for parameter, value in zip(parameters, values):
             parameter.copy_(value)
     gradient = safetensors.numpy.load_file(scratch / "model.safetensors")
+    gradient |= {n: 0 * gradient[n] for n, _ in model.named_buffers() if n in gradient}
     return {name: array.detach().numpy() for name, array in outputs.items()}, gradient
 
 

@@ -111,7 +111,7 @@ def test_decay_mask():
         mask = optimizer.decay_mask(decay, SPECS)
         assert {name for name, decayed in mask.items() if decayed} == expected
     untrained = ParamSpec((2, 8), ("layers", None), None)
-    assert not any(optimizer.decay_mask("all", {"blocks.mlp.router_bias": untrained}).values())
+    assert not any(optimizer.decay_mask("all", {"blocks.mlp.correction_bias": untrained}).values())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

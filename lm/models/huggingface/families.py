@@ -7,13 +7,24 @@ from typing import Any
 
 from lm.config import ConfigError, check, check_choice, nearest
 from lm.models.config import ModelConfig
-from lm.models.huggingface import bart, bert, decoders, distilbert, gemma, gpt_oss, llama, qwen, t5
+from lm.models.huggingface import (
+    bart,
+    bert,
+    decoders,
+    deepseek,
+    distilbert,
+    gemma,
+    gpt_oss,
+    llama,
+    qwen,
+    t5,
+)
 from lm.models.huggingface.config_fields import NotExact
 from lm.models.huggingface.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for module in (decoders, llama, qwen, gemma, gpt_oss, bert, distilbert, t5, bart)
+    for module in (decoders, llama, qwen, gemma, deepseek, gpt_oss, bert, distilbert, t5, bart)
     for family in module.FAMILIES
 }
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -30,6 +31,7 @@ Specs = Mapping[str, ParamSpec]
 # Our linear layers → how many leading dimensions are inputs (of attention's output: H, C).
 _INPUTS = {
     "query": 1, "key": 1, "value": 1, "output": 2, "up": 1, "gate": 1, "down": 1, "router": 1,
+    "query_latent": 1, "latent": 1, "key_up": 1, "value_up": 1,
 }  # fmt: skip
 _STRIP = 64  # numbers side by side in memory that are copied together
 QKV = tuple(f"blocks.attention.{part}" for part in ("query", "key", "value"))
@@ -40,7 +42,7 @@ class Rule:
     """Some of our parameters, and the tensors that hold the same numbers.
 
     With `{layer}` in the tensors' names the rule is applied once a layer, and `load` and `save` see
-    one layer's arrays.
+    one layer's arrays. `{layer+3}` is the layer three further on.
 
     Attributes:
       ours: parameter names.
@@ -57,11 +59,16 @@ class Rule:
     @property
     def layered(self) -> bool:
         """Whether it is applied once a layer."""
-        return "{layer}" in self.theirs[0]
+        return "{layer" in self.theirs[0]
 
     def tensors(self, layer: int) -> list[str]:
         """The names of its tensors in one layer."""
-        return [name.replace("{layer}", str(layer)) for name in self.theirs]
+        return [of_layer(name, layer) for name in self.theirs]
+
+
+def of_layer(name: str, layer: int) -> str:
+    """A tensor's name in one layer."""
+    return re.sub(r"\{layer\+?(\d*)\}", lambda found: str(layer + int(found[1] or 0)), name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from lm.files import read_json
 from lm.models.adapters import LORA_A, LORA_B, MAGNITUDE, AdapterConfig, Sides, fits
 from lm.models.huggingface import safetensors
 from lm.models.huggingface.family import Array, NameMap
-from lm.models.huggingface.name_map import Rule
+from lm.models.huggingface.name_map import Rule, of_layer
 from lm.models.huggingface.write import new_directory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -76,7 +76,7 @@ class _Layer:
 
     def named(self, layer: int) -> str:
         """Its name in that layer, as PEFT has it."""
-        return _PREFIX + self.name.replace("{layer}", str(layer))
+        return _PREFIX + of_layer(self.name, layer)
 
 
 def _layers(names: NameMap) -> list[_Layer]:
@@ -212,7 +212,7 @@ def _module(tensor: str) -> str:
 
 def _ending(name: str) -> str:
     """What the names of a layer there end in."""
-    return name.rpartition("{layer}.")[2]
+    return re.sub(r".*\{layer[+\d]*\}\.", "", name)
 
 
 def _targets(layers: list[_Layer], names: NameMap) -> list[str]:

@@ -99,7 +99,7 @@ class Experts(nnx.Module):
         self.config = config
         self.router = declare((D, E), ("embed", None), weight_initializer(config, D, E))
         if config.router_bias:
-            self.router_bias = declare((E,), (None,), jax.nn.initializers.zeros)
+            self.correction_bias = declare((E,), (None,), jax.nn.initializers.zeros)
         inward = weight_initializer(config, D, F)
         self.up = declare((E, D, F), ("expert", "embed", "mlp"), inward)
         self.gate = declare((E, D, F), ("expert", "embed", "mlp"), inward)
@@ -141,7 +141,7 @@ class Experts(nnx.Module):
         logits_BTE = tap("router", checkpoint_name(logits_BTE, "product"))
         sigmoid = config.router_score == "sigmoid"
         scores_BTE = jax.nn.sigmoid(logits_BTE) if sigmoid else jax.nn.softmax(logits_BTE, -1)
-        bias_E = self.router_bias[...] if config.router_bias else None
+        bias_E = self.correction_bias[...] if config.router_bias else None
         chosen_BTk = _best(*jax.lax.stop_gradient((scores_BTE, bias_E)), config)
         if valid_BT is not None:
             chosen_BTk = jnp.where(valid_BT[..., None], chosen_BTk, config.num_experts)

@@ -117,6 +117,34 @@ PRESETS |= table(
     deepseek_moe_16b=(28, 16, 16, 2048, 10_944),
 )
 
+_DEEPSEEK_V3 = {
+    **_LLAMA,
+    "head_dim": 192,
+    "kv_rank": 512,
+    "shared_key_dim": 64,
+    "value_dim": 128,
+    "router_score": "sigmoid",
+    "router_bias": True,
+}
+
+PRESETS |= table(
+    "Liu et al. 2025, table 3; moonshotai/Moonlight-16B-A3B",
+    {
+        **_DEEPSEEK_V3,
+        "vocab_size": 163_840,
+        "max_length": 8192,
+        "rotary_base": 50_000.0,
+        "num_experts": 64,
+        "experts_per_token": 6,
+        "expert_width": 1408,
+        "shared_experts": 2,
+        "dense_layers": 1,
+        "router_scale": 2.446,
+    },
+    _SIZES,
+    moonlight_16b_a3b=(27, 16, 16, 2048, 11_264),
+)
+
 # ---- Qwen ------------------------------------------------------------------------------------
 
 _QWEN = {**_LLAMA, "rotary_base": 1e6, "norm_epsilon": 1e-6}

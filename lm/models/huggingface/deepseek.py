@@ -1,0 +1,142 @@
+"""DeepSeek-V3 (DeepSeek-AI 2024), with R1 and Moonlight, as Hugging Face writes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from lm.models.config import ModelConfig
+from lm.models.huggingface.config_fields import Field, Json, OrNull, Together, only, with_defaults
+from lm.models.huggingface.llama import BODY, FIELDS, LAYER, MLP, family, rotary
+from lm.models.huggingface.name_map import Linear, Table
+from lm.models.huggingface.rope import ROPE_FIELDS
+
+_FIELDS = {
+    **with_defaults(
+        {name: field for name, field in FIELDS.items() if name != "head_dim"},
+        vocab_size=129_280,
+        hidden_size=7168,
+        intermediate_size=18_432,
+        num_hidden_layers=61,
+        num_attention_heads=128,
+        num_key_value_heads=OrNull(128),
+        max_position_embeddings=4096,
+    ),
+    "q_lora_rank": Field(
+        "query_rank", OrNull(1536), lambda name, rank: rank or 0, lambda rank: rank or None
+    ),
+    "kv_lora_rank": Field("kv_rank", 512),
+    "v_head_dim": Field("value_dim", 128),
+    "rope_interleave": only(True),
+    "attention_bias": only(False),
+    "moe_intermediate_size": Field("expert_width", 2048),
+    "n_routed_experts": Field("num_experts", 256),
+    "n_shared_experts": Field("shared_experts", 1),
+    "num_experts_per_tok": Field("experts_per_token", 8),
+    "first_k_dense_replace": Field("dense_layers", 3),
+    "moe_layer_freq": only(1),
+    "scoring_func": only("sigmoid"),
+    "topk_method": only("noaux_tc"),
+    "n_group": Field("router_groups", 8),
+    "topk_group": Field("router_group_limit", 4),
+    "norm_topk_prob": Field("router_normalize", True),
+    "routed_scaling_factor": Field("router_scale", 2.5),
+}
+
+# ---- Widths of heads, and rotations ----------------------------------------------------------
+
+_WIDTHS = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "qk_head_dim": None, "head_dim": None}
+_ROTARY = rotary()
+
+
+def _read_heads(values: Json) -> dict[str, Any]:
+    """Of the widths, transformers derives two itself, whatever the file says of them."""
+    shared = values["qk_rope_head_dim"]
+    width = values["qk_nope_head_dim"] + shared
+    fields = {"head_dim": width, "shared_key_dim": shared, **_ROTARY.read(values)}
+    gain = 1.0
+    if fields["rotary_scaling"] != "none" and fields["rotary_factor"] > 1:
+        rope = values["rope_scaling"] or values["rope_parameters"]
+        gain += 0.1 * (rope.get("mscale_all_dim") or 0) * math.log(fields["rotary_factor"])
+    return fields if gain == 1 else {**fields, "attention_scale": gain**2 * width**-0.5}
+
+
+def _write_heads(config: ModelConfig) -> dict[str, Any]:
+    rotary = _ROTARY.write(config)
+    gain = math.sqrt(config.score_scale * math.sqrt(config.head_width))
+    if rotary["rope_scaling"] and config.rotary_factor > 1 and gain != 1:
+        spread = round((gain - 1) / (0.1 * math.log(config.rotary_factor)), 9)
+        for rope in (rotary["rope_parameters"], rotary["rope_scaling"]):
+            rope["mscale_all_dim"] = spread
+    shared = config.shared_key_dim
+    return {"qk_nope_head_dim": config.head_width - shared, "qk_rope_head_dim": shared, **rotary}
+
+
+# ---- Tensors ---------------------------------------------------------------------------------
+
+_EXPERTS = {
+    "blocks.mlp.router": f"{LAYER}.mlp.gate",
+    "blocks.mlp.correction_bias": f"{LAYER}.mlp.gate.e_score_correction_bias",
+    **{
+        f"blocks.mlp.{place}{part}": f"{LAYER}.mlp.{theirs}.{part}_proj"
+        for part in ("gate", "up", "down")
+        for place, theirs in (("", "experts.{expert}"), ("shared.", "shared_experts"))
+    },
+}
+
+
+def _attention(config: ModelConfig) -> Table:
+    """Of the layers; rotations, of the last of each head's dimensions, are of neighbours there."""
+    attention, turned = f"{LAYER}.self_attn", -config.shared_key_dim
+    query = "q_b_proj" if config.query_rank else "q_proj"
+    return {
+        "blocks.attention.query_latent": f"{attention}.q_a_proj",
+        "blocks.attention.query_latent_norm": f"{attention}.q_a_layernorm",
+        "blocks.attention.query": Linear(f"{attention}.{query}", interleaved=turned),
+        "blocks.attention.latent": Linear(f"{attention}.kv_a_proj_with_mqa", interleaved=turned),
+        "blocks.attention.latent_norm": f"{attention}.kv_a_layernorm",
+        ("blocks.attention.key_up", "blocks.attention.value_up"): Linear(
+            f"{attention}.kv_b_proj", by_head=True
+        ),
+    }
+
+
+def _begun(table: Table, blocks: str, first: int) -> Table:
+    """The table of layers that are `blocks` here, and whose first is their layer `first`."""
+    layer = LAYER.replace("layer}", f"layer+{first}}}")
+
+    def theirs(name: str | Linear) -> str | Linear:
+        if isinstance(name, Linear):
+            return dataclasses.replace(name, name=name.name.replace(LAYER, layer))
+        return name.replace(LAYER, layer)
+
+    def ours(name: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(name, tuple):
+            return tuple(map(ours, name))
+        return name.replace("blocks.", f"{blocks}.")
+
+    return {ours(key): theirs(name) for key, name in table.items()}
+
+
+def _tensors(config: ModelConfig) -> Table:
+    block = {**BODY, **_attention(config)}
+    dense = _begun({**block, **MLP}, "dense_blocks", 0)
+    return {**dense, **_begun({**block, **_EXPERTS}, "blocks", config.dense_layers)}
+
+
+_DEEPSEEK = family(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM DeepseekV3Model",
+    constants={"router_score": "sigmoid", "router_bias": True},
+    fields=_FIELDS,
+    together=(Together({**ROPE_FIELDS, **_WIDTHS}, _read_heads, _write_heads),),
+    # How it was trained, and what predicts tokens further on.
+    inert=(
+        "ep_size", "aux_loss_alpha", "seq_aux", "output_router_logits", "router_aux_loss_coef",
+        "num_nextn_predict_layers", "num_mtp_layers",
+    ),
+    tensors=_tensors,
+)  # fmt: skip
+
+FAMILIES = (_DEEPSEEK,)
