@@ -315,7 +315,7 @@ class ModelConfig:
             f"{self.kv_rank} is, and less than head_dim={self.head_width}",
         )
         needed = {"architecture": "decoder", "cell": "attention", "positions": "rotary"}
-        needed |= {"rotary_fraction": 1.0, "qk_norm": False}
+        needed |= {"rotary_fraction": 1.0, "qk_norm": False, "attention_sinks": False}
         self._needs(prefix, "kv_rank", latent, **needed)
         check(
             not latent or (self.norm != "none" and not self.has_bias("qkv")),

@@ -40,6 +40,10 @@ ODD = {
     "qwen3": {"rms_norm_eps": 1e-2, "rope_parameters": {"rope_theta": 300.0}},
     "gemma2": {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 0.5, "sliding_window": 3},
     "gemma3": {"sliding_window": 3, "query_pre_attn_scalar": 50},
+    "deepseek_v3": {
+        "rms_norm_eps": 1e-2, "rope_parameters": {"rope_theta": 300.0}, "topk_group": 3,
+        "routed_scaling_factor": 3.0, "norm_topk_prob": False,
+    },
     "bert": {"layer_norm_eps": 1e-2},
     "roberta": {"layer_norm_eps": 1e-2},
     "distilbert": {"activation": "relu"},

@@ -21,7 +21,7 @@ from lm.training.report import model_line
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 DECODERS = (
     "gpt2", "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_neox", "opt",
-    "bloom", "gptj",
+    "bloom", "gptj", "deepseek_v3",
 )  # fmt: skip
 
 
@@ -54,6 +54,30 @@ def test_tensors_come_back_bit_for_bit(name):
 
 # config.json as it stands beside the published weights, most of it older than version 5.
 _LLAMA = {"hidden_act": "silu", "initializer_range": 0.02, "rms_norm_eps": 1e-5}
+_DEEPSEEK = {
+    "model_type": "deepseek_v3",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "ep_size": 1,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "aux_loss_alpha": 0.001,
+    "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"},
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "kv_lora_rank": 512,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": True,
+    "pretraining_tp": 1,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "scoring_func": "sigmoid",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "v_head_dim": 128,
+}
 PUBLISHED = {
     "llama3_2_1b": {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], **_LLAMA,
@@ -148,6 +172,15 @@ PUBLISHED = {
         "skip_bias_add": True, "skip_bias_add_qkv": False, "unk_token_id": 0,
         "vocab_size": 250_880,
     },
+    "moonlight_16b_a3b": {
+        **_DEEPSEEK, "bos_token_id": 163_584, "eos_token_id": 163_585, "first_k_dense_replace": 1,
+        "hidden_size": 2048, "intermediate_size": 11_264, "max_position_embeddings": 8192,
+        "moe_intermediate_size": 1408, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2,
+        "num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27,
+        "num_key_value_heads": 16, "num_nextn_predict_layers": 0, "q_lora_rank": None,
+        "rms_norm_eps": 1e-5, "rope_scaling": None, "rope_theta": 50_000.0,
+        "routed_scaling_factor": 2.446, "topk_group": 1, "vocab_size": 163_840,
+    },
 }  # fmt: skip
 
 
@@ -175,6 +208,7 @@ HOMES = {
     "mistral": "mistral", "mixtral": "mixtral", "qwen2": "qwen2", "qwen3": "qwen3",
     "gemma2": "gemma2", "gemma3": "gemma3_text", "pythia": "gpt_neox", "gpt": "gpt_neox",
     "opt": "opt", "bloom": "bloom", "gpt_j_6b": "gptj",
+    "moonlight": "deepseek_v3",
 }  # fmt: skip
 
 
@@ -232,6 +266,12 @@ _ORIGINAL = "original_max_position_embeddings"
         ("opt_125m", {"num_attention_heads": 5}, "num_attention_heads"),
         ("bloom_560m", {"apply_residual_connection_post_layernorm": True}, "apply_residual"),
         ("bloom_560m", {"n_inner": 1024}, "n_inner"),
+        ("moonlight_16b_a3b", {"topk_method": "greedy"}, "topk_method"),
+        ("moonlight_16b_a3b", {"scoring_func": "softmax"}, "scoring_func"),
+        ("moonlight_16b_a3b", {"rope_interleave": False}, "rope_interleave"),
+        ("moonlight_16b_a3b", {"attention_bias": True}, "attention_bias"),
+        ("moonlight_16b_a3b", {"num_key_value_heads": 4}, "num_kv_heads=4"),
+        ("moonlight_16b_a3b", {"n_group": 7}, "router_groups=7"),
     ],
 )
 def test_what_cannot_be_honoured_is_named(name, changes, named):
@@ -252,6 +292,8 @@ def test_what_cannot_be_honoured_is_named(name, changes, named):
         ("gpt_neox", "pythia_160m", {"shared_norm": True}, "shared_norm"),
         ("opt", "opt_125m", {"norm_epsilon": 1e-6}, "norm_epsilon"),
         ("bloom", "bloom_560m", {"mlp_width": 100}, "mlp_width"),
+        ("deepseek_v3", "moonlight_16b_a3b", {"attention_scale": 0.5}, "attention_scale"),
+        ("deepseek_v3", "moonlight_16b_a3b", {"router_bias": False}, "router_bias"),
     ],
 )
 def test_what_a_family_cannot_say_is_named_and_not_dropped(model_type, name, fields, named):

@@ -29,7 +29,7 @@ def written():
 
 WRITTEN = dict(written())
 # Not in transformers, or in another form.
-ELSEWHERE = ("palm_", "deepseek_", "gpt1")
+ELSEWHERE = ("palm_", "deepseek_moe_", "gpt1")
 
 
 def parameters_of(model_class, config):
@@ -41,6 +41,7 @@ def parameters_of(model_class, config):
     own = {name: p for name, p in model.named_parameters() if name not in copies}
     if config.model_type == "marian":  # tables of sinusoids, which are not learned
         own = {name: p for name, p in own.items() if "embed_positions" not in name}
+    own |= {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
     return sum(p.numel() for p in own.values())
 
 

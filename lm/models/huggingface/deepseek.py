@@ -131,10 +131,10 @@ _DEEPSEEK = family(
     constants={"router_score": "sigmoid", "router_bias": True},
     fields=_FIELDS,
     together=(Together({**ROPE_FIELDS, **_WIDTHS}, _read_heads, _write_heads),),
-    # How it was trained, and what predicts tokens further on.
+    # How it was trained, what predicts tokens further on, and the code it came with.
     inert=(
-        "ep_size", "aux_loss_alpha", "seq_aux", "output_router_logits", "router_aux_loss_coef",
-        "num_nextn_predict_layers", "num_mtp_layers",
+        "auto_map", "ep_size", "aux_loss_alpha", "seq_aux", "output_router_logits",
+        "router_aux_loss_coef", "num_nextn_predict_layers", "num_mtp_layers",
     ),
     tensors=_tensors,
 )  # fmt: skip
