@@ -26,7 +26,7 @@ CacheKind = Literal["compute", "int8"]  # the same of the engine's keys and valu
 UNROLLED_LAYERS = 24  # up to here the time to compile them one by one is bearable
 
 # What the model looks up, adds or multiplies in float32 though it has the axes of a matrix.
-_FLOAT32 = ("positions", "types", "router")
+_FLOAT32 = ("positions", "types", "router", "scale")
 # Whose products can be taken of weights kept for reading (`lm.models.reading`), by their last name.
 _KEPT = (
     "query", "key", "value", "output", "query_latent", "latent", "up", "gate", "down",

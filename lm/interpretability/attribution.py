@@ -97,7 +97,7 @@ def held(norm, x_xD: jax.Array, inverse_scale: jax.Array | float = 1.0) -> jax.A
       inverse_scale: what it divides the whole by, inverted.
     """
     if norm.kind == "layernorm":
-        x_xD = x_xD - x_xD.mean(-1, keepdims=True)
+        x_xD = x_xD - x_xD.mean(norm.over, keepdims=True)
     return x_xD * inverse_scale * (norm.scale[...] + norm.unit_offset)
 
 

@@ -124,8 +124,8 @@ def read_and_written(kind: Kind, site: str, config: ModelConfig) -> tuple[str, s
         config.cell == "attention",
         f"config.dictionary.kind={kind!r} needs a Transformer's MLPs, not cell={config.cell!r}",
     )
-    if config.norm_position == "post":
-        return "residual_middle", "mlp.output"
+    if not config.norms_read:
+        return "residual_before" if config.parallel else "residual_middle", "mlp.output"
     return "attention_norm.output" if config.shared_norm else "mlp_norm.output", "mlp.output"
 
 

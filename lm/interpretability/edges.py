@@ -46,9 +46,11 @@ class Graph:
         """Of a decoder or encoder that is pre-norm; raises `ConfigError` of another."""
         direct_heads(config)
         check(
-            config.norm_position == "pre" and not config.shared_norm,
-            f"norm_position={config.norm_position!r}, shared_norm={config.shared_norm}: edges need "
-            "parts that read the sum of what others wrote, each through a norm of its own",
+            config.norm_position == "pre"
+            and not (config.shared_norm or (config.qk_norm and config.qk_norm_joint)),
+            f"norm_position={config.norm_position!r}, shared_norm={config.shared_norm}, "
+            f"qk_norm_joint={config.qk_norm_joint}: edges need parts that read the sum of what "
+            "others wrote, each through norms of its own",
         )
         mlps = config.num_experts > 0 or config.feed_forward > 0
         senders, receivers = ["embedding"], []
@@ -103,8 +105,7 @@ class _Run:
         self.change_BTRD, self.toward = change_BTRD, toward
         self.mask_RS, self.other_SBTD = mask_RS, other_SBTD
         self.sent: list[jax.Array] = []
-        suffix = "_unrotated" if model.config.positions == "rotary" else ""
-        self.kinds = {f"query{suffix}": "query", f"key{suffix}": "key", "value": "value"}
+        self.config = model.config
         tokens_BT = contrast.clean_BT if text == "clean" else contrast.corrupt_BT
         tap = contrast.corrupted(self) if text == "corrupt" else self
         self.m = jnp.mean(contrast.metric(model(tokens_BT, tap=tap)))
@@ -118,8 +119,8 @@ class _Run:
             value += share * (other_BTD - value)
         if site in ("residual_before", "residual_middle"):
             self.stream_BTD = value
-        elif where.endswith(".attention") and site in self.kinds:
-            value = self._projected(where, self.kinds[site]).astype(value.dtype)
+        elif where.endswith(".attention") and (kind := self._kind(where, site)):
+            value = self._projected(where, kind).astype(value.dtype)
         elif name.endswith("mlp.output"):
             value = self._fed(where).astype(value.dtype)
         elif name == f"blocks.{len(self.blocks) - 1}.residual_after":
@@ -134,6 +135,13 @@ class _Run:
 
     def _block(self, name: str):
         return self.blocks[int(name.split(".")[1])]
+
+    def _kind(self, where: str, site: str) -> str | None:
+        """query, key or value, where a site is the first after its projection and norm."""
+        rotated = self.config.layer_kind(int(where.split(".")[1])).rotated
+        suffix = "_unrotated" if rotated and self.config.positions == "rotary" else ""
+        sites = {f"query{suffix}": "query", f"key{suffix}": "key", "value": "value"}
+        return sites.get(site)
 
     def _again(self, module, name: str, x):
         """What a norm or an MLP makes of other inputs, with what is frozen in it for all heads."""
@@ -167,7 +175,10 @@ class _Run:
         if hasattr(block.attention, f"{kind}_bias"):
             x_BTHC += getattr(block.attention, f"{kind}_bias")[...]
         norm = getattr(block.attention, f"{kind}_norm", None)
-        return self._again(norm, f"{where}.{kind}_norm", x_BTHC)
+        x_BTHC = self._again(norm, f"{where}.{kind}_norm", x_BTHC)
+        # Queries that are not rotated are seen after they are scaled.
+        scaled = kind == "query" and self._kind(where, "query")
+        return x_BTHC * self.config.layer_kind(int(layer)).query_scale if scaled else x_BTHC
 
     def _fed(self, where: str):
         """What the MLP, or the experts, make of what they read."""

@@ -212,7 +212,7 @@ def head_weights(config: ModelConfig, params: Mapping[str, Array]) -> HeadWeight
         return found + 1 if found is not None and config.norm_unit_offset else found
 
     centred = config.norm == "layernorm"
-    reads = None if config.norm_position == "post" else scale("attention_norm")
+    reads = scale("attention_norm") if config.norms_read else None
     shift = None if reads is None else stacked("attention_norm.bias")
     many = config.num_heads // config.kv_heads
     read = {}
@@ -226,7 +226,8 @@ def head_weights(config: ModelConfig, params: Mapping[str, Array]) -> HeadWeight
             w_LDHC = w_LDHC * reads[:, :, None, None]
             w_LDHC = w_LDHC - w_LDHC.mean(1, keepdims=True) if centred else w_LDHC
         if name != "value" and (own := scale(f"attention.{name}_norm")) is not None:
-            w_LDHC, bias_LHC = w_LDHC * own[:, None, None], bias_LHC * own[:, None]
+            own_LHC = own.reshape(len(own), -1, own.shape[-1])  # H: all heads' or one
+            w_LDHC, bias_LHC = w_LDHC * own_LHC[:, None], bias_LHC * own_LHC
         if name != "query":
             w_LDHC, bias_LHC = np.repeat(w_LDHC, many, 2), np.repeat(bias_LHC, many, 1)
         read[name] = w_LDHC.transpose(0, 2, 1, 3), bias_LHC
@@ -290,7 +291,9 @@ def composition_scores(
     )
     if config.positions == "rotary" and offset:
         angles = rotary_angles(jnp.full((1, 1), offset), config)
-        query = np.asarray(rotate(jnp.asarray(query), tuple(a[0, 0] for a in angles)), np.float64)
+        turned = np.asarray(rotate(jnp.asarray(query), tuple(a[0, 0] for a in angles)), np.float64)
+        rotated_L = np.array([config.layer_kind(i).rotated for i in range(config.num_layers)])
+        query = np.where(rotated_L[:, None, None, None], turned, query)
     key, value, out = weights.key_LHDC, weights.value_LHDC, weights.output_LHCD
     written = np.einsum("lhcd,lhed->lhce", out, out)
     grams = {name: np.swapaxes(w, -1, -2) @ w for name, w in

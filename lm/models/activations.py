@@ -232,7 +232,7 @@ def _table(config) -> dict[str, list[str]]:
     if config.gated:
         table |= {"blocks.{}.mlp.hook_pre": "blocks.{}.mlp.gate"}
         table |= {"blocks.{}.mlp.hook_pre_linear": "blocks.{}.mlp.up"}
-    if config.norm_position == "sandwich":
+    if config.norms_written:
         for hook, sublayer in (("attn", "attention"), ("mlp", "mlp")):
             table[f"blocks.{{}}.hook_{hook}_out"] = f"blocks.{{}}.{sublayer}_post_norm.output"
     if config.embedding_norm:  # there it names the sum of all terms, normalised

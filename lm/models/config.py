@@ -7,33 +7,20 @@ import math
 from typing import Annotated, Literal, NamedTuple
 
 from lm.config import (
-    AboveZero,
-    Bounds,
-    ConfigError,
-    Count,
-    NotNegative,
-    Positive,
-    ShareBelowOne,
-    Size,
-    SizeOrZero,
+    AboveZero, Bounds, ConfigError, Count, NotNegative, Positive, ShareBelowOne, Size, SizeOrZero,
     check,
-)
+)  # fmt: skip
 
 ARCHITECTURES = ("decoder", "encoder", "encoder_decoder")
 CELLS = ("attention", "rnn", "gru", "lstm")
 # Gated → the nonlinearity of the gate (Shazeer 2020; "geglu" by its usual approximation).
 GATED = {
-    "swiglu": "silu",
-    "geglu": "gelu_tanh",
-    "geglu_exact": "gelu",
-    "geglu_quick": "gelu_quick",
-    "reglu": "relu",
-    "relu2glu": "relu2",
-    "swiglu_clipped": "gelu_quick",  # see `activation_limit`
-}
+    "swiglu": "silu", "geglu": "gelu_tanh", "geglu_exact": "gelu", "geglu_quick": "gelu_quick",
+    "reglu": "relu", "relu2glu": "relu2", "swiglu_clipped": "gelu_quick",  # see `activation_limit`
+}  # fmt: skip
 ACTIVATIONS = ("gelu", "gelu_tanh", "gelu_quick", "relu", "relu2", "silu", *GATED)
 NORMS = ("layernorm", "rmsnorm", "none")
-NORM_POSITIONS = ("pre", "post", "sandwich")
+NORM_POSITIONS = ("pre", "post", "sandwich", "reordered")
 POSITIONS = ("learned", "sinusoidal", "rotary", "relative", "alibi", "none")
 ROTARY_SCALINGS = ("none", "linear", "dynamic", "llama3", "yarn", "longrope")
 LOCAL_SCALINGS = ("none", "linear", "dynamic")
@@ -116,6 +103,7 @@ class ModelConfig:
 
     # Attention
     qk_norm: bool = False  # normalise each head's queries and keys (Qwen 3, Gemma 3)
+    qk_norm_joint: bool = False  # qk_norm of all heads' numbers together (OLMo 2)
     attention_scale: AboveZero | None = None  # None: head_dim^-½; T5: 1
     scale_by_layer: bool = False  # layer i's scores are divided by i + 1 (Mistral's GPT-2)
     attention_softcap: NotNegative = 0.0  # c·tanh(scores/c); 0: none (Gemma 2: 50)
@@ -133,7 +121,8 @@ class ModelConfig:
 
     # Block
     norm: Literal[NORMS] = "rmsnorm"  # layernorm | rmsnorm | none: of no kind anywhere
-    # pre (GPT-2) | post (2017) | sandwich: both (Gemma 2)
+    # pre (GPT-2) | post (2017) | sandwich: what is read and what is written (Gemma 2) |
+    # reordered: what is written alone (OLMo 2 report, §3.1)
     norm_position: Literal[NORM_POSITIONS] = "pre"
     norm_epsilon: AboveZero = 1e-5
     norm_unit_offset: bool = False  # scales are stored less one (Gemma)
@@ -251,6 +240,7 @@ class ModelConfig:
         self._needs(prefix, "mlp_width", self.mlp_width == 0, num_experts=0, parallel=False)
         unnormed = {"norm_position": "pre", "embedding_norm": False, "head_transform": False}
         unnormed |= {"qk_norm": False, "shared_norm": False}
+        self._needs(prefix, "qk_norm_joint", self.qk_norm_joint, qk_norm=True)
         self._needs(prefix, "norm", self.norm == "none", **unnormed)
         check(
             self.norm != "none" or not self.final_norm,
@@ -463,6 +453,16 @@ class ModelConfig:
         if self.architecture == "encoder" or self.num_encoder_layers is None:
             return self.num_layers
         return self.num_encoder_layers
+
+    @property
+    def norms_read(self) -> bool:
+        """Whether sublayers read the residual stream through a norm."""
+        return self.norm != "none" and self.norm_position in ("pre", "sandwich")
+
+    @property
+    def norms_written(self) -> bool:
+        """Whether what sublayers write goes through a norm before it is added."""
+        return self.norm != "none" and self.norm_position in ("sandwich", "reordered")
 
     @property
     def has_final_norm(self) -> bool:

@@ -102,7 +102,7 @@ def _part(config: ModelConfig, name: str, spec: ParamSpec) -> str | None:
     last = name.rpartition(".")[2]
     if config.tie_embeddings and name == "embedding.tokens":
         last = "head"
-    elif len(_inner_axes(spec)) < 2 or "bias" in last or _is_table(name):
+    elif len(_inner_axes(spec)) < 2 or "bias" in last or last == "scale" or _is_table(name):
         return None
     if name.startswith(("pooler.", "classifier.")):
         if config.classifier == "none":

@@ -67,18 +67,22 @@ def embedding_initializer(config: ModelConfig):
 
 
 class Norm(nnx.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) of the last axis, in float32.
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) of the last axes, in float32.
 
-    That axis is the residual stream's unless its `width` and logical name are given.
+    That is the residual stream's unless the axes' `shape` and logical names are given.
     """
 
-    def __init__(self, config: ModelConfig, width: int | None = None, axis: str = "embed"):
+    def __init__(
+        self, config: ModelConfig, shape: tuple[int, ...] = (), axes: tuple[str, ...] = ("embed",)
+    ):
         self.kind, self.epsilon = config.norm, config.norm_epsilon
         self.unit_offset = config.norm_unit_offset
         start = jax.nn.initializers.zeros if self.unit_offset else jax.nn.initializers.ones
-        self.scale = declare((width or config.width,), (axis,), start)
+        shape = shape or (config.width,)
+        self.over = tuple(range(-len(shape), 0))
+        self.scale = declare(shape, axes, start)
         if config.has_bias("norm") and config.norm == "layernorm":
-            self.bias = declare((width or config.width,), (axis,), jax.nn.initializers.zeros)
+            self.bias = declare(shape, axes, jax.nn.initializers.zeros)
 
     def __call__(self, x: jax.Array, tap: Tap) -> jax.Array:
         """`x`, normalised, in its own dtype."""
@@ -86,8 +90,11 @@ class Norm(nnx.Module):
         def normalize(x, scale, bias):
             dtype, x = x.dtype, precise(x)
             if self.kind == "layernorm":
-                x = x - x.mean(-1, keepdims=True)
-            inverse_scale = jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + self.epsilon)
+                x = x - x.mean(self.over, keepdims=True)
+            mean_square = jnp.mean(x * x, self.over, keepdims=True)
+            inverse_scale = jax.lax.rsqrt(mean_square + self.epsilon)
+            if len(self.over) > 1:  # one for each vector of the last axis, though they are the same
+                inverse_scale = jnp.broadcast_to(inverse_scale, (*x.shape[:-1], 1))
             x = x * tap("inverse_scale", inverse_scale) * (scale + 1 if self.unit_offset else scale)
             return tap("output", (x if bias is None else x + bias).astype(dtype))
 

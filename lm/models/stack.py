@@ -37,32 +37,33 @@ class Block(nnx.Module):
 
     Each is added to the residual stream. Pre-norm normalises what a sublayer reads (Radford et al.
     2019), post-norm the stream it leaves behind (Vaswani et al. 2017), sandwich what it reads and
-    what it writes (Gemma 2 report, §2). In a parallel block attention and MLP read the same stream
-    (Chowdhery et al. 2022, §2). There need be no norms, and no MLP (Elhage et al. 2021).
+    what it writes (Gemma 2 report, §2), reordered what it writes (OLMo 2 report, §3.1). In a
+    parallel block attention and MLP read the same stream (Chowdhery et al. 2022, §2). There need be
+    no norms, and no MLP (Elhage et al. 2021).
 
     A block that `crosses` attends to an encoder; in a `mixture`, experts take the MLP's place.
     """
 
     def __init__(self, config: ModelConfig, crosses: bool = False, mixture: bool = False):
         self.config = config
-        sandwich, normed = config.norm_position == "sandwich", config.norm != "none"
+        written, normed = config.norms_written, config.norms_read or config.norm_position == "post"
         if normed:
             self.attention_norm = layers.Norm(config)
         self.attention = LatentAttention(config) if config.kv_rank else Attention(config)
-        if sandwich:
+        if written:
             self.attention_post_norm = layers.Norm(config)
         if crosses:
             if normed:
                 self.cross_norm = layers.Norm(config)
             self.cross_attention = Attention(config)
-            if sandwich:
+            if written:
                 self.cross_post_norm = layers.Norm(config)
         if not (mixture or config.feed_forward):
             return
         if normed and not config.shared_norm:
             self.mlp_norm = layers.Norm(config)
         self.mlp = Experts(config) if mixture else layers.MLP(config)
-        if sandwich:
+        if written:
             self.mlp_post_norm = layers.Norm(config)
 
     def __call__(
@@ -119,13 +120,13 @@ class Block(nnx.Module):
 
     def _read(self, sublayer: str, x_BTD: jax.Array, tap: Tap) -> jax.Array:
         """What a sublayer reads of the residual stream: whole sequences of it."""
-        if self.config.norm_position != "post":
+        if self.config.norms_read:
             x_BTD = self._normed(f"{sublayer}_norm", x_BTD, tap)
         return constrain(x_BTD, "batch", "length", "embed")
 
     def _add(self, sublayer: str, x_BTD, written_BTD, key, context: Context, tap: Tap) -> jax.Array:
         """The residual stream after a sublayer has written to it."""
-        if self.config.norm_position == "sandwich":
+        if self.config.norms_written:
             written_BTD = self._normed(f"{sublayer}_post_norm", written_BTD, tap)
         x_BTD += self._dropped(written_BTD, key, context)
         if self.config.norm_position == "post":
@@ -133,8 +134,6 @@ class Block(nnx.Module):
         return constrain(x_BTD, "batch", "norm_length", "embed")
 
     def _normed(self, name: str, x_BTD: jax.Array, tap: Tap) -> jax.Array:
-        if self.config.norm == "none":
-            return x_BTD
         normed = getattr(self, name)(x_BTD, within(tap, name))
         return normed.astype(compute_dtype(self.config.compute_dtype))
 

@@ -15,6 +15,21 @@ DECODERS = {
     },
     "palm": {"parallel": True, "shared_norm": True, "num_kv_heads": 1, "activation": "swiglu"},
     "qwen": {"qk_norm": True, "qkv_bias": True, "num_kv_heads": 1, "rotary_scaling": "llama3"},
+    "olmo": {
+        "norm_position": "reordered",
+        "qk_norm": True,
+        "qk_norm_joint": True,
+        "num_kv_heads": 2,
+        "activation": "swiglu",
+    },
+    "smollm": {
+        "num_layers": 3,
+        "rotary_pattern": (True, False),
+        "attention_pattern": ("global", "local"),
+        "window": 4,
+        "num_kv_heads": 1,
+        "activation": "swiglu",
+    },
     "gemma": {
         "num_layers": 3,
         "norm_position": "sandwich",

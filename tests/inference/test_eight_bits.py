@@ -106,8 +106,12 @@ SPLIT = {"width": 64, "num_heads": 8, "num_kv_heads": 4, "vocab_size": 264}
 @pytest.mark.parametrize(
     "tensor, fields",
     # Of eight devices, two share each key/value head.
-    [pytest.param(8, {}, marks=pytest.mark.slow), (2, UNTIED)],
-    ids=["tied", "untied"],
+    [
+        pytest.param(8, {}, marks=pytest.mark.slow),
+        pytest.param(8, {"qk_norm": True, "qk_norm_joint": True}, marks=pytest.mark.slow),
+        (2, UNTIED),
+    ],
+    ids=["tied", "a norm over all heads", "untied"],
     indirect=["fields"],
 )
 def test_eight_devices_draw_in_eight_bits_what_one_draws(tensor, fields):

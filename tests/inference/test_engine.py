@@ -44,6 +44,16 @@ FAMILIES = {
         "value_dim": 5,
     },
     "alibi": {"positions": "alibi"},
+    "unrotated": {
+        "num_layers": 3,
+        "scan_layers": True,
+        "rotary_pattern": (True, False),
+        "attention_pattern": ("global", "local"),
+        "window": 5,
+        "norm_position": "reordered",
+        "qk_norm": True,
+        "qk_norm_joint": True,
+    },
     "relative": {"positions": "relative", "relative_buckets": 8, "relative_distance": 10},
     "learned": {"positions": "learned", "scan_layers": True, "scale_by_layer": True},
 }

@@ -42,8 +42,11 @@ def contrast_of(config, values, freeze=()):
 
 @pytest.fixture(scope="module")
 def general():
-    """Grouped-query, gated, rotary, normed: nothing in it is linear."""
-    config = tiny_models.config(num_kv_heads=2, activation="swiglu", width=16, bias=True)
+    """Grouped-query, gated, normed, rotary in its first layer: nothing in it is linear."""
+    config = tiny_models.config(
+        num_kv_heads=2, activation="swiglu", width=16, bias=True, scale_by_layer=True,
+        rotary_pattern=(True, False),
+    )  # fmt: skip
     return contrast_of(config, tiny_models.params(config))
 
 
@@ -162,6 +165,8 @@ def test_what_cannot_be_patched_is_said_in_a_line(general):
     post = tiny_models.config(norm_position="post")
     with pytest.raises(ConfigError, match="norm_position='post'"):
         Graph.of(post)
+    with pytest.raises(ConfigError, match="qk_norm_joint=True"):
+        Graph.of(tiny_models.config(qk_norm=True, qk_norm_joint=True))
     tokens = tiny_models.tokens(1, T)
     metric = logit_difference([1], [2])
     same = Contrast(skeleton(config), values, tokens, tokens, metric)

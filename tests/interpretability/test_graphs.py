@@ -25,6 +25,10 @@ MODELS = {
         "qkv_bias": True, "qk_norm": True, "num_kv_heads": 1, "rotary_fraction": 0.5,
         "tie_embeddings": False, "head_bias": True, "activation": "swiglu",
     },
+    "olmo": {
+        "norm_position": "reordered", "qk_norm": True, "qk_norm_joint": True, "num_kv_heads": 2,
+        "rotary_pattern": (True, False), "scale_by_layer": True, "activation": "swiglu",
+    },
     "2017": {
         "norm": "layernorm", "norm_position": "post", "bias": True, "positions": "sinusoidal",
         "embedding_norm": True, "token_types": 2, "activation": "relu",
@@ -67,6 +71,7 @@ CASES = {
     "gpt2": transcoder("cross_layer"),
     "gemma2": transcoder("cross_layer", skip=True),
     "qwen": transcoder("transcoder", layers=(0, 2), k=3),
+    "olmo": transcoder("cross_layer", "residual_middle"),
     "2017": transcoder("cross_layer", "residual_middle"),
     "gptj": transcoder("transcoder", "attention_norm.output", skip=True),
     "bare": transcoder("cross_layer", "residual_middle", layers=(1, 2)),

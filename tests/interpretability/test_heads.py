@@ -1,5 +1,7 @@
 """Scores of heads, on heads whose work is known because they were made by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny_models
@@ -77,6 +79,21 @@ def test_composition_and_copying_of_a_hand_built_induction_head():
     assert heads.copying_scores(config, params)[:, 0] == pytest.approx([0, 1])
     params["head"] = -params["head"]
     assert heads.copying_scores(config, params)[1, 0] == pytest.approx(-1)
+
+
+def test_norms_of_all_heads_and_layers_that_are_not_rotated_are_read_as_they_are():
+    fields = {"num_heads": 4, "num_kv_heads": 2, "qk_norm": True, "max_length": 8}
+    config = tiny_models.config(**fields, qk_norm_joint=True, rotary_pattern=(True, False))
+    params = tiny_models.params(config)
+    ours = heads.head_weights(config, params)
+    ones = {n: np.ones_like(x) if "key_norm" in n else x for n, x in params.items()}
+    scale_KC = params["blocks.attention.key_norm.scale"][1]
+    plain_LHDC = heads.head_weights(config, ones).key_LHDC
+    assert np.allclose(ours.key_LHDC[1, 3], plain_LHDC[1, 3] * scale_KC[1])
+    turned, found = (heads.composition_scores(config, params, n).key_LHLH for n in (3, 0))
+    assert np.allclose(turned, found)  # what the second layer composes with
+    rotated = dataclasses.replace(config, rotary_pattern=(True,))
+    assert not np.allclose(heads.composition_scores(rotated, params, 3).key_LHLH, found)
 
 
 def test_small_matrices_give_what_large_ones_would():

@@ -41,6 +41,11 @@ FAMILIES = {
         "num_kv_heads": 2,
         "activation": "swiglu",
     },
+    "reordered, a norm over all heads": {
+        "norm_position": "reordered",
+        "qk_norm": True,
+        "qk_norm_joint": True,
+    },
     "tied, rotary, experts after a dense layer": {
         "num_experts": 2,
         "activation": "swiglu",

@@ -25,6 +25,7 @@ FAMILIES = {
     "grouped": {**GATED, "num_kv_heads": 2, "head_dim": 10, "qk_norm": True},
     "parallel": {**GATED, "num_kv_heads": 1, "parallel": True, "shared_norm": True},
     "sandwich": {**GATED, "norm_position": "sandwich", "logits_softcap": 9.0},
+    "reordered": {**GATED, "norm_position": "reordered", "qk_norm": True, "qk_norm_joint": True},
     "local": {**GATED, "attention_pattern": ("local", "global"), "window": 5},
     "a window wider than the text": {**GATED, "attention_pattern": ("local",), "window": 50},
     "experts": {**MIXTURE, "capacity_factor": 1.0},
@@ -229,9 +230,12 @@ def test_non_embedding_parameters_are_the_published_ones(name, published):
 
 def test_active_parameters_are_the_published_ones():
     # Jiang et al. 2024: 47B, 13B of them active. Dai et al. 2024: 16.4B, 2.8B of them active.
-    mixtral, deepseek = (
-        costs.parameters(preset(name)) for name in ("mixtral_8x7b", "deepseek_moe_16b")
+    # Yang et al. 2025: 235B, 22B of them active.
+    mixtral, deepseek, qwen = (
+        costs.parameters(preset(name))
+        for name in ("mixtral_8x7b", "deepseek_moe_16b", "qwen3_235b_a22b")
     )
+    assert (round(qwen.total / 1e9), round(qwen.active / 1e9)) == (235, 22)
     assert (round(mixtral.total / 1e9), round(mixtral.active / 1e9)) == (47, 13)
     assert (round(deepseek.total / 1e9, 1), round(deepseek.active / 1e9, 1)) == (16.4, 2.8)
 

@@ -21,7 +21,7 @@ from lm.training.report import model_line
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 DECODERS = (
     "gpt2", "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_neox", "opt",
-    "bloom", "gptj", "deepseek_v3",
+    "bloom", "gptj", "deepseek_v3", "qwen3_moe", "smollm3", "olmo2",
 )  # fmt: skip
 
 
@@ -121,6 +121,37 @@ PUBLISHED = {
         "rope_theta": 1_000_000, "sliding_window": None, "tie_word_embeddings": True,
         "use_sliding_window": False, "vocab_size": 151_936,
     },
+    "qwen3_30b_a3b": {
+        "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], **_LLAMA,
+        "attention_bias": False, "attention_dropout": 0.0, "decoder_sparse_step": 1,
+        "head_dim": 128, "hidden_size": 2048, "intermediate_size": 6144,
+        "max_position_embeddings": 40_960, "max_window_layers": 48, "mlp_only_layers": [],
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32,
+        "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+        "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-6,
+        "rope_scaling": None, "rope_theta": 1_000_000.0, "router_aux_loss_coef": 0.001,
+        "sliding_window": None, "tie_word_embeddings": False, "use_sliding_window": False,
+        "vocab_size": 151_936,
+    },
+    "smollm3_3b": {
+        "model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], **_LLAMA,
+        "attention_bias": False, "attention_dropout": 0.0, "hidden_size": 2048,
+        "intermediate_size": 11_008, "layer_types": ["full_attention"] * 36,
+        "max_position_embeddings": 65_536, "max_window_layers": 28, "mlp_bias": False,
+        "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9,
+        "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4,
+        "pretraining_tp": 2, "rms_norm_eps": 1e-6, "rope_scaling": None,
+        "rope_theta": 5_000_000.0, "sliding_window": None, "use_sliding_window": False,
+        "vocab_size": 128_256,
+    },
+    "olmo2_7b": {
+        "model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], **_LLAMA,
+        "attention_bias": False, "attention_dropout": 0.0, "hidden_size": 4096,
+        "intermediate_size": 11_008, "max_position_embeddings": 4096, "num_attention_heads": 32,
+        "num_hidden_layers": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-6,
+        "rope_scaling": None, "rope_theta": 500_000, "tie_word_embeddings": False,
+        "vocab_size": 100_352,
+    },
     "gemma2_2b": {
         "model_type": "gemma2", "attention_bias": False, "attn_logit_softcapping": 50.0,
         "cache_implementation": "hybrid", "final_logit_softcapping": 30.0, "head_dim": 256,
@@ -207,7 +238,9 @@ HOMES = {
     "gpt2": "gpt2", "gpt3": "gpt2", "llama": "llama", "llama2": "llama", "llama3": "llama",
     "mistral": "mistral", "mixtral": "mixtral", "qwen2": "qwen2", "qwen3": "qwen3",
     "gemma2": "gemma2", "gemma3": "gemma3_text", "pythia": "gpt_neox", "gpt": "gpt_neox",
-    "opt": "opt", "bloom": "bloom", "gpt_j_6b": "gptj",
+    "opt": "opt", "bloom": "bloom", "gpt_j_6b": "gptj", "smollm3": "smollm3", "olmo2": "olmo2",
+    "qwen3_30b_a3b": "qwen3_moe", "qwen3_235b_a22b": "qwen3_moe", "gpt_oss_20b": "gpt_oss",
+    "gpt_oss_120b": "gpt_oss",
     "moonlight": "deepseek_v3",
 }  # fmt: skip
 
@@ -253,6 +286,13 @@ _ORIGINAL = "original_max_position_embeddings"
         ("qwen2_5_0_5b", {"layer_types": ["chunked_attention"] * 24}, "layer_types"),
         ("qwen2_5_0_5b", {"layer_types": ["sliding_attention"] * 24}, "sliding_window"),
         ("qwen2_5_0_5b", {"use_mrope": True}, "use_mrope"),
+        ("qwen3_30b_a3b", {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ("qwen3_30b_a3b", {"decoder_sparse_step": 2}, "decoder_sparse_step"),
+        ("qwen3_30b_a3b", {"num_experts_per_tok": 129}, "experts_per_token=129"),
+        ("qwen3_30b_a3b", {"shared_expert_intermediate_size": 8}, "shared_expert_intermediate"),
+        ("smollm3_3b", {"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ("smollm3_3b", {"layer_types": ["sliding_attention"] * 36}, "sliding_window"),
+        ("olmo2_7b", {"clip_qkv": 8.0}, "clip_qkv"),
         ("gemma2_2b", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma2_2b", {"attn_logit_softcapping": 0.0}, "attn_logit_softcapping=0"),
         ("gemma2_2b", {"sliding_window_size": 8}, "sliding_window_size=8 .* only None or 4096"),
@@ -289,6 +329,11 @@ def test_what_cannot_be_honoured_is_named(name, changes, named):
         ("llama", "llama_7b", {"activation": "relu"}, "activation"),
         ("mistral", "llama_7b", {"num_experts": 4}, "num_experts"),
         ("gemma2", "gemma2_2b", {"attention_scale": 0.1234}, "attention_scale"),
+        ("qwen3_moe", "qwen3_30b_a3b", {"shared_experts": 1}, "shared_experts"),
+        ("qwen3_moe", "qwen3_30b_a3b", {"dense_layers": 1}, "mlp_width"),
+        ("llama", "smollm3_3b", {}, "rotary_pattern"),
+        ("qwen3", "qwen3_0_6b", {"qk_norm_joint": True}, "qk_norm_joint"),
+        ("olmo2", "olmo2_1b", {"norm_position": "pre"}, "norm_position"),
         ("gpt_neox", "pythia_160m", {"shared_norm": True}, "shared_norm"),
         ("opt", "opt_125m", {"norm_epsilon": 1e-6}, "norm_epsilon"),
         ("bloom", "bloom_560m", {"mlp_width": 100}, "mlp_width"),

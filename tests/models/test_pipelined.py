@@ -48,11 +48,19 @@ CASES = {
         2,
     ),
     "scaled": Case({"stage": 2, "data": 4}, {"scale_by_layer": True}, 2),
+    "unrotated": Case(
+        {"stage": 2, "data": 1, "fsdp": 2, "context": 2},
+        {
+            "rotary_pattern": (True, False), "scale_by_layer": True, "num_kv_heads": 2,
+            "norm_position": "reordered", "qk_norm": True, "qk_norm_joint": True,
+        },
+        2,
+    ),
     "alibi": Case({"stage": 4, "data": 2}, {"positions": "alibi", "remat": "projections"}, 4),
     "experts": Case(
         {"stage": 2, "data": 2, "expert": 2}, {**EXPERTS, "num_layers": 6, "dense_layers": 2}, 4
     ),
-}
+}  # fmt: skip
 
 
 def problem(case: Case):

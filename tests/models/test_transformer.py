@@ -13,6 +13,7 @@ from lm.models.activations import sites
 from lm.models.config import ACTIVATIONS, NORMS
 from lm.models.hooks import reading, replacing
 from lm.models.layers import dropout
+from lm.parallel.mesh import MeshConfig, make_mesh
 
 
 def close(a, b, atol=2e-5):
@@ -88,6 +89,17 @@ def test_grouped_query_attention_is_multi_head_attention_with_shared_keys_and_va
         tiny_models.logits(grouped, values, tokens),
         tiny_models.logits(tiny_models.config(), repeated, tokens),
     )
+
+
+def test_a_norm_over_all_heads_is_the_same_however_devices_share_them():
+    config = tiny_models.config(
+        num_kv_heads=2, norm="layernorm", norm_position="reordered", qk_norm=True,
+        qk_norm_joint=True, num_layers=1,
+    )  # fmt: skip
+    values, tokens = tiny_models.params(config), tiny_models.tokens()
+    alone = tiny_models.score_and_gradient(config, values, tokens)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])):
+        close(tiny_models.score_and_gradient(config, values, tokens), alone)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

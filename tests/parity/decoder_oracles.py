@@ -70,6 +70,15 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         {**_LLAMA, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3", {**_LLAMA, "head_dim": 10, "tie_word_embeddings": True}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            **_LLAMA, "hidden_size": 12, "head_dim": 6, "num_experts": 5, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8, "norm_topk_prob": True,
+        },
+    ),
+    "smollm3": ("SmolLM3", {**_LLAMA, "no_rope_layer_interval": 2, "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2", _LLAMA),
     "gemma2": (
         "Gemma2",
         {
@@ -192,6 +201,23 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             **_DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "v_head_dim": 12,
             "norm_topk_prob": False, "first_k_dense_replace": 0, "rms_norm_eps": 1e-4,
         },
+    ),
+    "qwen3_moe_biased": (
+        "Qwen3Moe",
+        {
+            **_LLAMA, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 4,
+            "attention_bias": True, "use_sliding_window": True, "sliding_window": 5,
+        },
+    ),
+    "smollm3_windowed": (
+        "SmolLM3",
+        {
+            **_LLAMA, "attention_bias": True, "mlp_bias": True, "use_sliding_window": True,
+            "sliding_window": 4, "no_rope_layers": [0, 1, 1, 0],
+        },
+    ),
+    "olmo2_biased": (
+        "Olmo2", {**_LLAMA, "attention_bias": True, "tie_word_embeddings": True}
     ),
     "gpt_neox_sequential": (
         "GPTNeoX",

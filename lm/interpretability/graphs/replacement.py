@@ -242,7 +242,7 @@ def _check(config: ModelConfig, dictionary: Dictionary) -> None:
         f"{config.num_layers} of width {config.width}",
     )
     norms = ("attention_norm.output", "mlp_norm.output")[: 1 if config.shared_norm else 2]
-    norms = () if config.norm_position == "post" or config.norm == "none" else norms
+    norms = norms if config.norms_read else ()
     middle = () if config.parallel else ("residual_middle",)
     check_choice("source", dictionary.source, ("residual_before", *middle, *norms))
 
@@ -272,11 +272,11 @@ def _linear(model, dictionary, frozen, sources: Sources, heads_LH=None) -> dict[
             x += bias_T.reshape(T, *(1,) * (x.ndim - 1)) * module.bias[...]
         return values.setdefault(f"{name}.output", x)
 
-    def attention(name, module, x_TD, bias_T, gate_H, local):
+    def attention(name, module, x_TD, bias_T, gate_H, kind):
         b = bias_T[:, None, None]
         angles = None
-        if config.positions == "rotary":
-            angles = rotary_angles(jnp.arange(T)[None], config, local, jnp.full((1, 1), T))
+        if config.positions == "rotary" and kind.rotated:
+            angles = rotary_angles(jnp.arange(T)[None], config, kind.local, jnp.full((1, 1), T))
         for part in ("query", "key"):
             asks = jnp.einsum("td,dhc->thc", x_TD, getattr(module, part)[...])
             if hasattr(module, f"{part}_bias"):
@@ -285,7 +285,7 @@ def _linear(model, dictionary, frozen, sources: Sources, heads_LH=None) -> dict[
                 asks = norm(f"{name}.{part}_norm", getattr(module, f"{part}_norm"), asks, bias_T)
             if angles is not None:
                 asks = rotate(asks[None], angles)[0]
-            values[f"{name}.{part}"] = asks
+            values[f"{name}.{part}"] = asks * kind.query_scale if part == "query" else asks
         value_TKC = jnp.einsum("td,dkc->tkc", x_TD, module.value[...])
         if hasattr(module, "value_bias"):
             value_TKC += b * module.value_bias[...]
@@ -311,30 +311,30 @@ def _linear(model, dictionary, frozen, sources: Sources, heads_LH=None) -> dict[
         x_TD += sources.biases_NT[0][:, None] * frozen["embedding.types"]
     if config.embedding_norm:
         x_TD = norm("embedding_norm", model.embedding.norm, x_TD, sources.biases_NT[0])
-    post, sandwich = config.norm_position == "post", config.norm_position == "sandwich"
+    post, before, after = config.norm_position == "post", config.norms_read, config.norms_written
     for layer, block in enumerate(unstack(model.blocks, L)):
         name, bias_T = f"blocks.{layer}", sources.biases_NT[layer]
 
         def normed(part, x_TD, applies, name=name, block=block, bias_T=bias_T):
-            if not applies or config.norm == "none":
+            if not applies:
                 return x_TD
             return norm(f"{name}.{part}", getattr(block, part), x_TD, bias_T)
 
         values[f"{name}.residual_before"] = x_TD
-        read_TD = normed("attention_norm", x_TD, not post)
-        local = config.is_local(layer)
+        read_TD = normed("attention_norm", x_TD, before)
+        kind = config.layer_kind(layer)
         out_TD = attention(
-            f"{name}.attention", block.attention, read_TD, bias_T, heads_LH[layer], local
+            f"{name}.attention", block.attention, read_TD, bias_T, heads_LH[layer], kind
         )
         if config.parallel:
-            normed("mlp_norm", x_TD, not config.shared_norm)
+            normed("mlp_norm", x_TD, before and not config.shared_norm)
             x_TD = x_TD + out_TD + written(layer, bias_T)
         else:
-            x_TD += normed("attention_post_norm", out_TD, sandwich)
+            x_TD += normed("attention_post_norm", out_TD, after)
             x_TD = normed("attention_norm", x_TD, post)
             values[f"{name}.residual_middle"] = x_TD
-            normed("mlp_norm", x_TD, not post)
-            x_TD += normed("mlp_post_norm", written(layer, bias_T), sandwich)
+            normed("mlp_norm", x_TD, before)
+            x_TD += normed("mlp_post_norm", written(layer, bias_T), after)
             x_TD = normed("mlp_norm", x_TD, post)
         values[f"{name}.residual_after"] = x_TD
     if config.has_final_norm:

@@ -112,8 +112,9 @@ class Attention(nnx.Module):
         if config.has_bias("attention"):
             self.output_bias = declare((D,), ("embed",), zeros)
         if config.qk_norm:
-            self.query_norm = Norm(config, C, "head_dim")
-            self.key_norm = Norm(config, C, "head_dim")
+            first = 0 if config.qk_norm_joint else 1
+            self.query_norm = Norm(config, (H, C)[first:], ("heads", "head_dim")[first:])
+            self.key_norm = Norm(config, (K, C)[first:], ("kv_heads", "head_dim")[first:])
         if config.attention_sinks:
             self.sinks = declare((H,), ("heads",), zeros)
 

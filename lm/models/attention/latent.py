@@ -44,10 +44,10 @@ class LatentAttention(Attention):
         by_head = ("embed", "heads", "head_dim")  # a latent is split as the stream is
         if Q:
             self.query_latent = matrix((D, Q), ("embed", None), D, Q)
-            self.query_latent_norm = Norm(normed, Q)
+            self.query_latent_norm = Norm(normed, (Q,))
         self.query = matrix((Q or D, H, C), by_head, Q or D, H * C)
         self.latent = matrix((D, R + P), ("embed", None), D, R + P)  # and the shared key
-        self.latent_norm = Norm(normed, R)
+        self.latent_norm = Norm(normed, (R,))
         self.key_up = matrix((R, H, C - P), by_head, R, H * (C - P))
         self.value_up = matrix((R, H, V), by_head, R, H * V)
         self.output = matrix((H, V, D), ("heads", "head_dim", "embed"), H * V, D, residual=True)

@@ -272,6 +272,7 @@ _ONLY_IF: dict[str, Callable[[ModelConfig], bool]] = {
     "bias mlp_width": lambda c: c.num_experts == 0 or c.dense_layers > 0,
     "norm_bias": lambda c: c.norm == "layernorm",
     "pooler_activation": lambda c: c.pooler,
+    "qk_norm_joint": lambda c: c.qk_norm,
     "num_labels": lambda c: c.classifier != "none",
     "output_head": lambda c: c.classifier != "sequence",
     "tie_embeddings head_bias output_scale logits_softcap": lambda c: c.has_output_head,

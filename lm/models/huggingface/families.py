@@ -16,6 +16,7 @@ from lm.models.huggingface import (
     gemma,
     gpt_oss,
     llama,
+    olmo,
     qwen,
     t5,
 )
@@ -24,9 +25,21 @@ from lm.models.huggingface.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for module in (decoders, llama, qwen, gemma, deepseek, gpt_oss, bert, distilbert, t5, bart)
+    for module in (
+        decoders,
+        llama,
+        qwen,
+        gemma,
+        deepseek,
+        gpt_oss,
+        olmo,
+        bert,
+        distilbert,
+        t5,
+        bart,
+    )
     for family in module.FAMILIES
-}
+}  # fmt: skip
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:

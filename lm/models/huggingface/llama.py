@@ -1,8 +1,8 @@
-"""Llama, Mistral and Mixtral, and what all families of Llama's make share."""
+"""Llama, Mistral, Mixtral and SmolLM 3, and what all families of Llama's make share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lm.config import check, check_choice
@@ -114,6 +114,16 @@ def check_divided(config: ModelConfig) -> dict[str, Any]:
     return {}
 
 
+def shortest(kinds: Sequence[Any]) -> tuple:
+    """The shortest pattern that, repeated, gives every layer its kind."""
+    period = next(
+        period
+        for period in range(1, len(kinds) + 1)
+        if all(kind == kinds[layer % period] for layer, kind in enumerate(kinds))
+    )
+    return tuple(kinds[:period])
+
+
 # ---- Windows ---------------------------------------------------------------------------------
 
 _TYPES = ("full_attention", "sliding_attention")
@@ -149,15 +159,8 @@ def windows(
             return {}
         window = values["sliding_window"] if values.get("use_sliding_window", True) else None
         check(window, "config.json: sliding_attention layers need a sliding_window")
-        # The shortest pattern that, repeated, gives every layer its type.
-        period = next(
-            period
-            for period in range(1, layers + 1)
-            if all(types[layer] == types[layer % period] for layer in range(layers))
-        )
-        local = [kind == "sliding_attention" for kind in types[:period]]
-        pattern = tuple("local" if is_local else "global" for is_local in local)
-        return {"attention_pattern": pattern, "window": window}
+        ranges = ["local" if kind == "sliding_attention" else "global" for kind in types]
+        return {"attention_pattern": shortest(ranges), "window": window}
 
     def write(config: ModelConfig) -> dict[str, Any]:
         types = _layer_types(config.num_layers, config.is_local)
@@ -166,13 +169,17 @@ def windows(
     return Together({"sliding_window": OrNull(default), "layer_types": None, **others}, read, write)
 
 
-def one_window(default: int | None) -> Together:
-    """Mistral's, which all layers have or none."""
-    layered = windows(lambda values, layer: values["sliding_window"] is not None, default)
+def one_window(default: int | None, **others: Any) -> Together:
+    """Mistral's, which all layers have or none; `others` as of `windows`."""
+
+    def is_local(values: Json, layer: int) -> bool:
+        return values["sliding_window"] is not None and values.get("use_sliding_window", True)
+
+    layered = windows(is_local, default, **others)
 
     def read(values: Json) -> dict[str, Any]:
-        window = values["sliding_window"]
-        types = _layer_types(values["num_hidden_layers"], lambda layer: window is not None)
+        layers = values["num_hidden_layers"]
+        types = _layer_types(layers, lambda layer: is_local(values, layer))
         demand("layer_types", values["layer_types"], None, types)
         return layered.read(values)
 
@@ -215,4 +222,64 @@ _MIXTRAL = family(
     tensors=BODY | _EXPERTS,
 )
 
-FAMILIES = (_LLAMA, _MISTRAL, _MIXTRAL)
+
+# ---- SmolLM 3: Llama, but for layers that are not rotated (Yang et al. 2025b) ----------------
+
+
+def _rotated(values: Json) -> list[bool]:
+    """Whether layers 0, 1, … are: `no_rope_layers` has a 0 for each that is not."""
+    layers, rotated = values["num_hidden_layers"], values["no_rope_layers"]
+    if rotated is None:
+        every = values["no_rope_layer_interval"]
+        rotated = [(layer + 1) % every != 0 for layer in range(layers)]
+    check(
+        isinstance(rotated, list) and len(rotated) >= layers,
+        f"config.json: no_rope_layers={rotated!r} must have num_hidden_layers={layers} entries",
+    )
+    return [bool(flag) for flag in rotated[:layers]]
+
+
+_SMOLLM3 = family(
+    "smollm3",
+    "SmolLM3ForCausalLM SmolLM3Model",
+    fields={
+        **with_defaults(
+            FIELDS,
+            vocab_size=128_256,
+            hidden_size=2048,
+            num_hidden_layers=36,
+            num_attention_heads=16,
+            num_key_value_heads=OrNull(4),
+            max_position_embeddings=32_768,
+            tie_word_embeddings=True,
+        ),
+        **BIASES,
+        "mlp_bias": Field("bias", False),
+    },
+    together=(
+        rotary(base=2e6),
+        Together(
+            {"no_rope_layers": None, "no_rope_layer_interval": 4},
+            lambda values: {"rotary_pattern": shortest(_rotated(values))},
+            lambda config: {
+                "no_rope_layers": [
+                    int(config.layer_kind(layer).rotated) for layer in range(config.num_layers)
+                ]
+            },
+        ),
+        windows(
+            lambda values, layer: (
+                values["use_sliding_window"]
+                and values["sliding_window"] is not None
+                and not _rotated(values)[layer]
+            ),
+            None,
+            use_sliding_window=False,
+        ),
+    ),
+    inert=("max_window_layers",),
+    # The padding that transformers has where the file has none is beyond a small vocabulary.
+    written=lambda config: {"use_sliding_window": config.window > 0, "pad_token_id": None},
+)
+
+FAMILIES = (_LLAMA, _MISTRAL, _MIXTRAL, _SMOLLM3)

@@ -1,12 +1,22 @@
-"""Qwen 2 and 3 (Yang et al. 2024, 2025) as Hugging Face writes them."""
+"""Qwen 2 and 3, with experts too (Yang et al. 2024, 2025), as Hugging Face writes them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lm.models.config import ModelConfig
-from lm.models.huggingface.config_fields import OrNull, only, with_defaults
-from lm.models.huggingface.llama import BIASES, FIELDS, family, rotary, windows
+from lm.models.huggingface.config_fields import Field, OrNull, only, with_defaults
+from lm.models.huggingface.llama import (
+    BIASES,
+    BODY,
+    FIELDS,
+    LAYER,
+    MLP,
+    family,
+    one_window,
+    rotary,
+    windows,
+)
 
 _QWEN_FIELDS = {
     **with_defaults(
@@ -53,4 +63,40 @@ _QWEN3 = family(
     written=_qwen_written,
 )
 
-FAMILIES = (_QWEN2, _QWEN3)
+_EXPERTS = {
+    "blocks.mlp.router": f"{LAYER}.mlp.gate",
+    "blocks.mlp.gate": f"{LAYER}.mlp.experts.{{expert}}.gate_proj",
+    "blocks.mlp.up": f"{LAYER}.mlp.experts.{{expert}}.up_proj",
+    "blocks.mlp.down": f"{LAYER}.mlp.experts.{{expert}}.down_proj",
+}
+_QWEN3_MOE = family(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM Qwen3MoeModel",
+    constants={"qk_norm": True},
+    fields={
+        **with_defaults(
+            _QWEN_FIELDS,
+            hidden_size=2048,
+            intermediate_size=6144,
+            num_hidden_layers=24,
+            num_key_value_heads=4,
+        ),
+        **BIASES,
+        "num_local_experts": Field("num_experts", 128),
+        "num_experts_per_tok": Field("experts_per_token", 8),
+        "moe_intermediate_size": Field("expert_width", 768),
+        "norm_topk_prob": Field("router_normalize", False),
+        "decoder_sparse_step": only(1),
+        "mlp_only_layers": only(None, []),
+    },
+    together=(rotary(), one_window(4096, use_sliding_window=False)),
+    inert=("router_aux_loss_coef", "output_router_logits", "max_window_layers"),
+    # transformers 4 knows the number of experts by this name alone.
+    old_fields={"num_experts": "num_local_experts"},
+    written=lambda config: {
+        "use_sliding_window": config.window > 0, "num_experts": config.num_experts
+    },
+    tensors=lambda config: BODY | (_EXPERTS if config.num_experts else MLP),
+)  # fmt: skip
+
+FAMILIES = (_QWEN2, _QWEN3, _QWEN3_MOE)

@@ -34,8 +34,8 @@ WANTED = (
     "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt",
 )  # fmt: skip
 # Fields of config.json that count layers or experts, and that are dimensions of tensors.
-_EXPERTS, _MOST_LAYERS = "num_local_experts", 10_000
-_LAYERS = rf"^n_layer$|(?<!window)_layers$|^{_EXPERTS}$"
+_EXPERTS, _MOST_LAYERS = ("num_local_experts", "num_experts"), 10_000
+_LAYERS = rf"^n_layer$|(?<!window)_layers$|^({'|'.join(_EXPERTS)})$"
 _WIDTHS = r"_size$|_heads$|_dim$|_inner$|^n_head$|^n_emb|^d_|buckets$"
 _SLACK = 1 << 24  # parameters that may be missing before their names are not looked at any more
 _SHOWN = 3  # how many of several wrong tensors an error names
@@ -226,8 +226,9 @@ def _check_sizes(hf: Mapping[str, Any], found: Mapping[str, Stored]) -> None:
     fused = not any(re.search(r"experts\.\d", name) for name in found)  # all experts in a tensor
     for name, value in whole.items():
         check(abs(value) < 1 << 31, f"config.json: {name}={value} is more than 32 bits hold")
-        if re.search(_LAYERS, name) and not (fused and name == _EXPERTS):
-            each = 1 if fused or name == _EXPERTS else max(whole.get(_EXPERTS, 1), 1)
+        if re.search(_LAYERS, name) and not (fused and name in _EXPERTS):
+            experts = max(whole.get(name, 1) for name in _EXPERTS)
+            each = 1 if fused or name in _EXPERTS else max(experts, 1)
             most = min(_MOST_LAYERS, len(found) // each)
             check(
                 value <= max(most, 1),

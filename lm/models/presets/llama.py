@@ -1,4 +1,4 @@
-"""Llama and the models of its make: Mistral, Mixtral, DeepSeekMoE, Qwen, gpt-oss and Gemma."""
+"""Llama and its kin: Mistral, Mixtral, DeepSeekMoE, SmolLM 3, OLMo 2, Qwen, gpt-oss, Gemma."""
 
 from lm.models.presets.table import table
 
@@ -145,6 +145,42 @@ PRESETS |= table(
     moonlight_16b_a3b=(27, 16, 16, 2048, 11_264),
 )
 
+# ---- SmolLM 3 and OLMo 2 ----------------------------------------------------------------------
+
+PRESETS |= table(
+    "HuggingFaceTB/SmolLM3-3B; every fourth layer is not rotated (Yang et al. 2025b)",
+    {
+        **_LLAMA,
+        "tie_embeddings": True,
+        "vocab_size": 128_256,
+        "max_length": 65_536,
+        "rotary_base": 5e6,
+        "rotary_pattern": (True, True, True, False),
+        "norm_epsilon": 1e-6,
+    },
+    _SIZES,
+    smollm3_3b=(36, 16, 4, 2048, 11_008),
+)
+
+PRESETS |= table(
+    "OLMo Team 2024, table 3; allenai/OLMo-2-1124-7B, OLMo-2-0425-1B, OLMo-2-0325-32B",
+    {
+        **_LLAMA,
+        "vocab_size": 100_352,
+        "max_length": 4096,
+        "rotary_base": 500_000.0,
+        "norm_position": "reordered",
+        "norm_epsilon": 1e-6,
+        "qk_norm": True,
+        "qk_norm_joint": True,
+    },
+    _SIZES,
+    olmo2_1b=(16, 16, 16, 2048, 8192),
+    olmo2_7b=(32, 32, 32, 4096, 11_008),
+    olmo2_13b=(40, 40, 40, 5120, 13_824),
+    olmo2_32b=(64, 40, 8, 5120, 27_648),
+)
+
 # ---- Qwen ------------------------------------------------------------------------------------
 
 _QWEN = {**_LLAMA, "rotary_base": 1e6, "norm_epsilon": 1e-6}
@@ -184,6 +220,22 @@ PRESETS |= table(
     qwen3_8b=(36, 32, 8, 4096, 12_288, False),
     qwen3_14b=(40, 40, 8, 5120, 17_408, False),
     qwen3_32b=(64, 64, 8, 5120, 25_600, False),
+)
+
+PRESETS |= table(
+    "Yang et al. 2025, table 2; Qwen/Qwen3-30B-A3B, Qwen3-235B-A22B",
+    {
+        **_QWEN,
+        "qk_norm": True,
+        "head_dim": 128,
+        "vocab_size": 151_936,
+        "max_length": 40_960,
+        "num_experts": 128,
+        "experts_per_token": 8,
+    },
+    f"{_SIZES} expert_width",
+    qwen3_30b_a3b=(48, 32, 4, 2048, 6144, 768),
+    qwen3_235b_a22b=(94, 64, 4, 4096, 12_288, 1536),
 )
 
 # ---- gpt-oss ---------------------------------------------------------------------------------
