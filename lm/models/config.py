@@ -7,9 +7,17 @@ import math
 from typing import Annotated, Literal, NamedTuple
 
 from lm.config import (
-    AboveZero, Bounds, ConfigError, Count, NotNegative, Positive, ShareBelowOne, Size, SizeOrZero,
+    AboveZero,
+    Bounds,
+    ConfigError,
+    Count,
+    NotNegative,
+    Positive,
+    ShareBelowOne,
+    Size,
+    SizeOrZero,
     check,
-)  # fmt: skip
+)
 
 ARCHITECTURES = ("decoder", "encoder", "encoder_decoder")
 CELLS = ("attention", "rnn", "gru", "lstm")
@@ -121,8 +129,7 @@ class ModelConfig:
 
     # Block
     norm: Literal[NORMS] = "rmsnorm"  # layernorm | rmsnorm | none: of no kind anywhere
-    # pre (GPT-2) | post (2017) | sandwich: what is read and what is written (Gemma 2) |
-    # reordered: what is written alone (OLMo 2 report, §3.1)
+    # pre (GPT-2) | post (2017) | sandwich: also of what is written (Gemma 2) | reordered: only (OLMo 2)
     norm_position: Literal[NORM_POSITIONS] = "pre"
     norm_epsilon: AboveZero = 1e-5
     norm_unit_offset: bool = False  # scales are stored less one (Gemma)
@@ -189,12 +196,12 @@ class ModelConfig:
         """Raises ConfigError on the first impossible field, or pair of fields."""
         self._validate_heads(prefix)
         local, alibi = "local" in self.attention_pattern, self.positions == "alibi"
-        check(len(self.attention_pattern) > 0, f"{prefix}.attention_pattern=() must not be empty")
+        for field in ("attention_pattern", "rotary_pattern"):
+            check(len(getattr(self, field)) > 0, f"{prefix}.{field}=() must not be empty")
         check(
             local == (self.window > 0),
-            f"{prefix}.window={self.window} must be "
-            + ("positive where attention_pattern has local layers" if local else "0 without local ")
-            + ("" if local else "layers in attention_pattern"),
+            f"{prefix}.window={self.window} must be {'positive where' if local else '0 unless'} "
+            "attention_pattern has local layers",
         )
         check(
             self.relative_buckets % 2 == 0 and self.relative_distance > self.relative_buckets // 2,
@@ -218,16 +225,14 @@ class ModelConfig:
         )
         self._validate_latents(prefix)
         self._validate_groups(prefix)
-        self._needs(prefix, "attention_pattern", local, architecture="decoder")
-        self._needs(prefix, "positions", alibi, architecture="decoder")
-        self._needs(prefix, "num_experts", mixture, architecture="decoder")
+        used = {"attention_pattern": local, "positions": alibi, "num_experts": mixture}
+        for field, chosen in {**used, "scale_by_layer": self.scale_by_layer}.items():
+            self._needs(prefix, field, chosen, architecture="decoder")
         sinkable = {"architecture": "decoder", "kv_rank": 0}
         self._needs(prefix, "attention_sinks", self.attention_sinks, **sinkable)
-        check(len(self.rotary_pattern) > 0, f"{prefix}.rotary_pattern=() must not be empty")
         unrotated = not all(self.rotary_pattern)
         self._needs(prefix, "rotary_pattern", unrotated, architecture="decoder", positions="rotary")
         self._validate_rotary(prefix)
-        self._needs(prefix, "scale_by_layer", self.scale_by_layer, architecture="decoder")
         headless = {"architecture": "decoder", "cell": "attention"}
         self._needs(prefix, "output_head", not self.output_head, **headless)
         check(
@@ -242,10 +247,8 @@ class ModelConfig:
         unnormed |= {"qk_norm": False, "shared_norm": False}
         self._needs(prefix, "qk_norm_joint", self.qk_norm_joint, qk_norm=True)
         self._needs(prefix, "norm", self.norm == "none", **unnormed)
-        check(
-            self.norm != "none" or not self.final_norm,
-            f"{prefix}.final_norm=True needs a norm, and {prefix}.norm is 'none'",
-        )
+        unended = self.norm == "none" and self.final_norm
+        check(not unended, f"{prefix}.final_norm=True needs a norm, and {prefix}.norm is 'none'")
         check(
             self.classifier == "none" or self.architecture != "encoder_decoder",
             f"{prefix}.classifier={self.classifier!r} needs architecture='decoder' or 'encoder', "
@@ -271,8 +274,7 @@ class ModelConfig:
 
     def _validate_heads(self, prefix: str) -> None:
         if self.head_dim is None and self.width % self.num_heads:
-            most = min(self.num_heads, self.width)
-            fewer = next(heads for heads in range(most, 0, -1) if self.width % heads == 0)
+            fewer = next(n for n in range(self.num_heads, 0, -1) if self.width % n == 0)
             raise ConfigError(
                 f"{prefix}.width={self.width} is not divisible by {prefix}.num_heads="
                 f"{self.num_heads}: use num_heads={fewer}, or set head_dim"
