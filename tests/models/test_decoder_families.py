@@ -203,6 +203,18 @@ PUBLISHED = {
         "skip_bias_add": True, "skip_bias_add_qkv": False, "unk_token_id": 0,
         "vocab_size": 250_880,
     },
+    "deepseek_v3": {
+        **_DEEPSEEK, "bos_token_id": 0, "eos_token_id": 1, "first_k_dense_replace": 3,
+        "hidden_size": 7168, "intermediate_size": 18_432, "max_position_embeddings": 163_840,
+        "moe_intermediate_size": 2048, "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1,
+        "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61,
+        "num_key_value_heads": 128, "num_nextn_predict_layers": 1, "q_lora_rank": 1536,
+        "rms_norm_eps": 1e-6, "rope_scaling": {
+            "beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096, "type": "yarn",
+        },
+        "rope_theta": 10_000, "routed_scaling_factor": 2.5, "topk_group": 4, "vocab_size": 129_280,
+    },
     "moonlight_16b_a3b": {
         **_DEEPSEEK, "bos_token_id": 163_584, "eos_token_id": 163_585, "first_k_dense_replace": 1,
         "hidden_size": 2048, "intermediate_size": 11_264, "max_position_embeddings": 8192,
@@ -241,7 +253,7 @@ HOMES = {
     "opt": "opt", "bloom": "bloom", "gpt_j_6b": "gptj", "smollm3": "smollm3", "olmo2": "olmo2",
     "qwen3_30b_a3b": "qwen3_moe", "qwen3_235b_a22b": "qwen3_moe", "gpt_oss_20b": "gpt_oss",
     "gpt_oss_120b": "gpt_oss",
-    "moonlight": "deepseek_v3",
+    "moonlight": "deepseek_v3", "deepseek_v3": "deepseek_v3",
 }  # fmt: skip
 
 

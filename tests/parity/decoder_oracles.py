@@ -199,7 +199,10 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         "DeepseekV3",
         {
             **_DEEPSEEK, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "v_head_dim": 12,
-            "norm_topk_prob": False, "first_k_dense_replace": 0, "rms_norm_eps": 1e-4,
+            "norm_topk_prob": False, "first_k_dense_replace": 0, "rms_norm_eps": 1e-4, **_rope(
+                "yarn", 50.0, factor=4.0, original_max_position_embeddings=8, beta_fast=3.0,
+                mscale=0.7, mscale_all_dim=0.9,
+            ),
         },
     ),
     "qwen3_moe_biased": (

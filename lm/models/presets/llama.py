@@ -1,5 +1,7 @@
 """Llama and its kin: Mistral, Mixtral, DeepSeekMoE, SmolLM 3, OLMo 2, Qwen, gpt-oss, Gemma."""
 
+import math
+
 from lm.models.presets.table import table
 
 _LLAMA = {
@@ -126,6 +128,34 @@ _DEEPSEEK_V3 = {
     "router_score": "sigmoid",
     "router_bias": True,
 }
+
+PRESETS |= table(
+    "DeepSeek-AI 2024, §4.2; deepseek-ai/DeepSeek-V3 and R1, without multi-token prediction",
+    {
+        **_DEEPSEEK_V3,
+        "vocab_size": 129_280,
+        "max_length": 163_840,
+        "norm_epsilon": 1e-6,
+        "rotary_scaling": "yarn",
+        "rotary_factor": 40.0,
+        "rotary_original_length": 4096,
+        "rotary_low": 1.0,
+        "rotary_high": 32.0,
+        "rotary_gain": 1.0,
+        "attention_scale": (0.1 * math.log(40) + 1) ** 2 * 192**-0.5,
+        "query_rank": 1536,
+        "num_experts": 256,
+        "experts_per_token": 8,
+        "expert_width": 2048,
+        "shared_experts": 1,
+        "dense_layers": 3,
+        "router_scale": 2.5,
+        "router_groups": 8,
+        "router_group_limit": 4,
+    },
+    _SIZES,
+    deepseek_v3=(61, 128, 128, 7168, 18_432),
+)
 
 PRESETS |= table(
     "Liu et al. 2025, table 3; moonshotai/Moonlight-16B-A3B",
