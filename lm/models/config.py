@@ -129,7 +129,8 @@ class ModelConfig:
 
     # Block
     norm: Literal[NORMS] = "rmsnorm"  # layernorm | rmsnorm | none: of no kind anywhere
-    # pre (GPT-2) | post (2017) | sandwich: also of what is written (Gemma 2) | reordered: only (OLMo 2)
+    # pre (GPT-2) | post (2017) | sandwich: also of what is written (Gemma 2) | reordered: of that
+    # alone (OLMo 2 report, §3.1)
     norm_position: Literal[NORM_POSITIONS] = "pre"
     norm_epsilon: AboveZero = 1e-5
     norm_unit_offset: bool = False  # scales are stored less one (Gemma)
