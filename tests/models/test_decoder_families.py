@@ -21,7 +21,7 @@ from lm.training.report import model_line
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 DECODERS = (
     "gpt2", "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_neox", "opt",
-    "bloom", "gptj", "deepseek_v3", "qwen3_moe", "smollm3", "olmo2",
+    "bloom", "gptj", "deepseek_v3", "qwen3_moe", "smollm3", "olmo2", "gpt_oss",
 )  # fmt: skip
 
 
@@ -171,6 +171,31 @@ PUBLISHED = {
         "rope_local_base_freq": 10_000, "rope_scaling": None, "rope_theta": 1_000_000,
         "sliding_window": 512, "sliding_window_pattern": 6, "vocab_size": 262_144,
     },
+    "gpt_oss_20b": {
+        "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "attention_bias": True,
+        "attention_dropout": 0.0, "eos_token_id": 200_002, "experts_per_token": 4, "head_dim": 64,
+        "hidden_act": "silu", "hidden_size": 2880, "initial_context_length": 4096,
+        "initializer_range": 0.02, "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "max_position_embeddings": 131_072, "num_attention_heads": 64, "num_experts_per_tok": 4,
+        "num_hidden_layers": 24, "num_key_value_heads": 8, "num_local_experts": 32,
+        "output_router_logits": False, "pad_token_id": 199_999,
+        "quantization_config": {
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens",
+                "lm_head",
+            ],
+            "quant_method": "mxfp4",
+        },
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {
+            "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0,
+            "original_max_position_embeddings": 4096, "rope_type": "yarn", "truncate": False,
+        },
+        "rope_theta": 150_000, "router_aux_loss_coef": 0.9, "sliding_window": 128,
+        "swiglu_limit": 7.0, "tie_word_embeddings": False,
+        "transformers_version": "4.55.0.dev0", "use_cache": True, "vocab_size": 201_088,
+    },
     "pythia_160m": {
         "model_type": "gpt_neox", "hidden_act": "gelu", "hidden_size": 768,
         "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-5,
@@ -310,6 +335,9 @@ _ORIGINAL = "original_max_position_embeddings"
         ("gemma2_2b", {"sliding_window_size": 8}, "sliding_window_size=8 .* only None or 4096"),
         ("gemma3_1b", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ("gemma3_1b", {"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters"),
+        ("gpt_oss_20b", {"quantization_config": {"quant_method": "awq"}}, "quant_method='awq'"),
+        ("gpt_oss_20b", {"swiglu_alpha": 1.0}, "swiglu_alpha=1.0"),
+        ("gpt_oss_20b", {"swiglu_limit": 0.0}, "activation_limit=0.0"),
         ("pythia_160m", {"rotary_pct": 0.02}, "rotary_fraction"),
         ("pythia_160m", {"hidden_act": "laplace"}, "hidden_act"),
         ("gpt_j_6b", {"rotary_dim": 300}, "rotary_dim=300"),
@@ -346,6 +374,9 @@ def test_what_cannot_be_honoured_is_named(name, changes, named):
         ("llama", "smollm3_3b", {}, "rotary_pattern"),
         ("qwen3", "qwen3_0_6b", {"qk_norm_joint": True}, "qk_norm_joint"),
         ("olmo2", "olmo2_1b", {"norm_position": "pre"}, "norm_position"),
+        ("mixtral", "mixtral_8x7b", {"attention_sinks": True}, "attention_sinks"),
+        ("mixtral", "mixtral_8x7b", {"activation": "swiglu_clipped"}, "activation"),
+        ("gpt_oss", "gpt_oss_20b", {"expert_bias": False}, "expert_bias"),
         ("gpt_neox", "pythia_160m", {"shared_norm": True}, "shared_norm"),
         ("opt", "opt_125m", {"norm_epsilon": 1e-6}, "norm_epsilon"),
         ("bloom", "bloom_560m", {"mlp_width": 100}, "mlp_width"),

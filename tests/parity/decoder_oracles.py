@@ -104,7 +104,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             **_LLAMA, "hidden_size": 12, "intermediate_size": 12, "head_dim": 6,
             "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 4,
             "swiglu_limit": 0.6, **_rope(
-                "yarn", 50.0, factor=4.0, original_max_position_embeddings=8, truncate=True,
+                "yarn", 50.0, factor=4.0, original_max_position_embeddings=8, truncate=False,
             ),
         },
     ),

@@ -288,6 +288,7 @@ PRESETS |= table(
         "rotary_factor": 32.0,
         "rotary_original_length": 4096,
         "rotary_high": 32.0,
+        "rotary_truncate": False,
         "expert_bias": True,
         "experts_per_token": 4,
     },
