@@ -116,7 +116,8 @@ class ModelConfig:
     scale_by_layer: bool = False  # layer i's scores are divided by i + 1 (Mistral's GPT-2)
     attention_softcap: NotNegative = 0.0  # c·tanh(scores/c); 0: none (Gemma 2: 50)
     attention_pattern: tuple[Literal[RANGES], ...] = ("global",)  # of each layer in turn, repeated
-    window: Count = 0  # local layers see this many tokens, their own included
+    # local layers see this many tokens, their own included; encoders' as many to either side
+    window: Count = 0
     # a learned score a head that joins the softmax and reads nothing (gpt-oss; Xiao et al. 2023)
     attention_sinks: bool = False
 
@@ -226,8 +227,13 @@ class ModelConfig:
         )
         self._validate_latents(prefix)
         self._validate_groups(prefix)
-        used = {"attention_pattern": local, "positions": alibi, "num_experts": mixture}
-        for field, chosen in {**used, "scale_by_layer": self.scale_by_layer}.items():
+        check(
+            not local or self.architecture != "encoder_decoder",
+            f"{prefix}.attention_pattern={self.attention_pattern!r} needs architecture='decoder' "
+            "or 'encoder', not 'encoder_decoder'",
+        )
+        used = {"positions": alibi, "num_experts": mixture, "scale_by_layer": self.scale_by_layer}
+        for field, chosen in used.items():
             self._needs(prefix, field, chosen, architecture="decoder")
         sinkable = {"architecture": "decoder", "kv_rank": 0}
         self._needs(prefix, "attention_sinks", self.attention_sinks, **sinkable)

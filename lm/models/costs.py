@@ -11,8 +11,9 @@ or not. Embedding look-ups, gains, biases and position biases do not multiply; s
 activation functions and what a remat policy recomputes are not counted. Of experts only those that
 a token visits count, with the shared ones and the router. The keys' term is attention's scores and
 its mixing of values, 2·H·C each for every key a query sees: under the causal mask (T+1)/2 of T on
-average, at most the window in a local layer, all T in an encoder, all S of the source in
-cross-attention. (Chowdhery et al. 2022, appendix B, has the same sum with all T keys.)
+average, at most the window in a local layer, all T in an encoder or those in its window on either
+side, all S of the source in cross-attention. (Chowdhery et al. 2022, appendix B, has the same sum
+with all T keys.)
 
 A token of an encoder-decoder is one of the target, and carries its share of the source: what a
 source of S tokens costs in the encoder, and in the keys and values of cross-attention, is divided
@@ -135,10 +136,11 @@ def _attention(
     return 2 * config.num_heads * read * seen
 
 
-def mean_keys(length: int, window: int) -> float:
-    """Keys that a token of a causal sequence sees on average, the last `window` alone."""
+def mean_keys(length: int, window: int, causal: bool = True) -> float:
+    """Keys that a token sees on average, of the last `window`, and unless `causal` of the next."""
     reach = min(length, window)
-    return (reach * (reach + 1) / 2 + (length - reach) * reach) / length
+    before = (reach * (reach + 1) / 2 + (length - reach) * reach) / length
+    return before if causal else 2 * before - 1  # its own counts once
 
 
 def _source_flops(config: ModelConfig, weights: Multiplying, length: int) -> float:
@@ -157,8 +159,8 @@ def _sequence_flops(
     both = config.architecture == "encoder_decoder"
     source_length = (length if source_length is None else source_length) if both else 0
     causal = config.architecture != "encoder"
-    keys = mean_keys(length, length) if causal else float(length)
-    window_keys = mean_keys(length, config.window or length)
+    keys = mean_keys(length, length, causal)
+    window_keys = mean_keys(length, config.window or length, causal)
     attention = _attention(config, keys, window_keys, source_length)
     target = length * (2 * weights.token + attention) + 2 * logits * weights.head
     return source_length * _source_flops(config, weights, source_length), target + 2 * weights.row

@@ -120,8 +120,8 @@ def visible(
     Args:
       queries, keys: each a `Text`, or what has its `slots_1T`, `segments_BT` and `prefix_BT`.
       causal: later keys are hidden, but those of a prefix.
-      window: only this many keys up to the query's own are seen; None or 0: all. It may be
-        traced.
+      window: only this many keys up to the query's own are seen, and unless `causal` as many from
+        it on; None or 0: all. It may be traced.
 
     Returns:
       A boolean [B or 1, T, S].
@@ -134,8 +134,12 @@ def visible(
             mask |= keys.prefix_BT[:, None, :].astype(bool)
     if isinstance(window, jax.Array):
         mask &= (window == 0) | (key > query - window)
+        if not causal:
+            mask &= (window == 0) | (key < query + window)
     elif window:
         mask &= key > query - window
+        if not causal:
+            mask &= key < query + window
     query_segments, key_segments = both_segments(queries, keys)
     if query_segments is not None:
         mask &= query_segments[:, :, None] == key_segments[:, None, :]

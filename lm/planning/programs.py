@@ -133,10 +133,10 @@ def train_program(workload: Workload, topology: Topology) -> Program:
 def seen(workload: Workload) -> float:
     """Of all pairs of a query and a key, the share that attention sees."""
     model, length = workload.model, workload.block_size
-    if model.architecture == "encoder":
-        return 1.0
+    causal = model.architecture != "encoder"
     windows = [model.window if model.is_local(i) else 0 for i in range(model.num_layers)]
-    return sum(costs.mean_keys(length, w or length) for w in windows) / len(windows) / length
+    keys = [costs.mean_keys(length, window or length, causal) for window in windows]
+    return sum(keys) / len(windows) / length
 
 
 def _batch(workload: Workload, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

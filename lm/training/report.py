@@ -195,7 +195,8 @@ def model_line(config: ModelConfig) -> str:
     sinks = " with sinks" if config.attention_sinks else ""
     norm = "no norms" if config.norm == "none" else f"{config.norm_position}-{config.norm}"
     local = sum(config.is_local(layer) for layer in range(config.num_layers))
-    window = f", {local} layers with a window of {config.window:,}" if local else ""
+    sides = " to either side" if config.architecture == "encoder" else ""
+    window = f", {local} layers with a window of {config.window:,}{sides}" if local else ""
     return (
         f"{kind} of {layers}, width {config.width}, {heads} of {config.head_width}{latent}{sinks}"
         f"{window}, {hidden}, {'parallel ' if config.parallel else ''}{norm}, "

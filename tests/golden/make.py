@@ -34,6 +34,11 @@ _DISTIL = {
     "vocab_size": 31, "dim": 9, "n_layers": 2, "n_heads": 3, "hidden_dim": 13,
     "max_position_embeddings": 11, "num_labels": 4,
 }  # fmt: skip
+_GEMMA = {
+    **oracles.GEMMA, "vocab_size": 31, "hidden_size": 10, "num_hidden_layers": 2,
+    "head_dim": 6, "intermediate_size": 13, "sliding_window": 5, "max_position_embeddings": 11,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
 # transformers cannot generate with a decoder deeper than the encoder.
 _T5 = {
     "vocab_size": 31, "d_model": 9, "d_kv": 5, "num_heads": 2, "d_ff": 13, "num_layers": 3,
@@ -55,6 +60,7 @@ CASES = {
     "bert": oracles.Case("BertForPreTraining", _ENCODER),
     "roberta": oracles.Case("RobertaForSequenceClassification", _ENCODER),
     "distilbert": oracles.Case("DistilBertForSequenceClassification", _DISTIL),
+    "embedding_gemma": oracles.Case("Gemma3TextModel", _GEMMA, 0.2),
     "t5": oracles.Case("T5ForConditionalGeneration", _T5, change=oracles.restless),
     "t5_v1_1": oracles.Case("T5ForConditionalGeneration", _T5 | _V1_1, change=oracles.untie),
     "bart": oracles.Case("BartForConditionalGeneration", _BART, change=oracles.restless),

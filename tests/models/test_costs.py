@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_models
 from jax.extend.core import jaxprs_in_params
@@ -36,6 +37,12 @@ FAMILIES = {
         "query_rank": 7,
         "shared_key_dim": 2,
         "value_dim": 5,
+    },
+    "local encoder": {
+        **GATED,
+        "architecture": "encoder",
+        "attention_pattern": ("local", "global"),
+        "window": 4,
     },
     "encoder": {**ENCODER, "norm_position": "post"},
     "masked": {**ENCODER, "head_transform": True, "head_bias": True},
@@ -101,12 +108,14 @@ def forward(model):
 
 def hidden_keys(config, length):
     """FLOPs a token of the keys that masks hide, which the reference multiplies all the same."""
-    if config.cell != "attention" or config.architecture == "encoder":
+    if config.cell != "attention":
         return 0
-    seen = [min(t, config.window or length) for t in range(1, length + 1)]
+    places, encodes = np.arange(length), config.architecture == "encoder"
+    ahead = places - places[:, None]
+    within = np.abs(ahead) < (config.window or length)
     local = sum(config.is_local(layer) for layer in range(config.num_layers))
-    keys = (config.num_layers - local) * (length - (length + 1) / 2)
-    keys += local * (length - sum(seen) / length)
+    keys = (config.num_layers - local) * np.sum((ahead > 0) & (not encodes)) / length
+    keys += local * np.sum(~within | ((ahead > 0) & (not encodes))) / length
     return 2 * config.num_heads * (config.head_width + config.value_width) * keys
 
 

@@ -26,7 +26,9 @@ from lm.models.positions import sinusoids
 from lm.models.presets import preset
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
-NAMES = ("bert", "roberta", "distilbert", "t5", "t5_v1_1", "bart", "mbart", "marian")
+NAMES = (
+    "bert", "roberta", "distilbert", "embedding_gemma", "t5", "t5_v1_1", "bart", "mbart", "marian"
+)  # fmt: skip
 
 
 def slow(*values):
@@ -181,6 +183,7 @@ def test_cached_decoding_is_the_full_forward_pass(name, scan_layers):
         ("bert_large_mlm", "bert"),
         ("roberta_base", "roberta"),
         ("distilbert_base", "distilbert"),
+        ("embeddinggemma_300m", "gemma3_text"),
         ("t5_small", "t5"),
         ("t5_v1_1_xl", "t5"),
         ("bart_large", "bart"),
@@ -304,6 +307,20 @@ PUBLISHED = {
         "pad_token_id": 0, "qa_dropout": 0.1, "seq_classif_dropout": 0.2,
         "sinusoidal_pos_embds": False, "tie_weights_": True, "transformers_version": "4.10.0.dev0",
         "vocab_size": 30_522,
+    },
+    "embeddinggemma_300m": {
+        "_sliding_window_pattern": 6, "architectures": ["Gemma3TextModel"], "attention_bias": False,
+        "attention_dropout": 0.0, "attn_logit_softcapping": None, "bos_token_id": 2,
+        "eos_token_id": 1, "final_logit_softcapping": None, "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 768, "initializer_range": 0.02,
+        "intermediate_size": 1152,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 4,
+        "max_position_embeddings": 2048, "model_type": "gemma3_text", "num_attention_heads": 3,
+        "num_hidden_layers": 24, "num_key_value_heads": 1, "pad_token_id": 0,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-6, "rope_local_base_freq": 10_000.0,
+        "rope_scaling": None, "rope_theta": 1_000_000.0, "sliding_window": 512,
+        "torch_dtype": "float32", "use_bidirectional_attention": True, "use_cache": True,
+        "vocab_size": 262_144,
     },
 }  # fmt: skip
 

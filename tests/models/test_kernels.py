@@ -78,6 +78,7 @@ interpreted = functools.partial(splash, interpret=True)
                 {"causal": False, "packed": True},
                 {"causal": False, "S": 140, "packed": True},
                 {"causal": False, "S": 128},
+                {"causal": False, "packed": True, "window": 60},
             )
         ),
     ],
@@ -120,6 +121,7 @@ def test_splash_in_a_layer_that_may_be_local():
         {"packed": True, "prefix": True, "window": 150, "softcap": 2.0},
         {"packed": True},
         {"causal": False},
+        {"causal": False, "window": 150},
         {},
     ],
     ids=str,
@@ -240,6 +242,7 @@ def test_cudnn_needs_no_mask_where_places_say_it_all():
     assert traced(context_of()._replace(mask_BTS=mask)) == (None, True, None)
     assert traced(context_of(window=8)) == (None, True, (7, 0))
     assert traced(context_of(causal=False)) == (None, False, None)
-    for masked in (context_of(packed), context_of(window=jnp.int32(8)), Context(None)):
+    both_sides = context_of(causal=False, window=8)
+    for masked in (context_of(packed), context_of(window=jnp.int32(8)), both_sides, Context(None)):
         found, causal, window = traced(masked._replace(mask_BTS=mask))
         assert found.shape == (B, 1, 256, 256) and not causal and window is None

@@ -20,6 +20,7 @@ PUBLISHED = {
     "bert_base_mlm": 109_514_298,
     "roberta_base": 124_697_433,
     "distilbert_base": 66_985_530,
+    "embeddinggemma_300m": 302_863_104,
     "t5_small": 60_506_624,
     "t5_base": 222_903_552,
     "t5_large": 737_668_096,

@@ -164,6 +164,7 @@ SLOW_CASES = {
     "alibi": Case((("context", 2), ("tensor", 2)), bias="alibi", softcap=1.5),
     "relative": Case((("context", 4),), bias="relative", packed=False),
     "encoder": Case((("context", 4),), causal=False, bias="relative"),
+    "encoder with a window": Case((("context", 4),), causal=False, window=5),
     "across to a shorter text": Case((("context", 4),), keys=16),
     "across, with dropout": Case((("context", 2), ("tensor", 2)), keys=16, dropout=0.2),
     "one device": Case((), zigzag=False, bias="relative", dropout=0.1, window=7),

@@ -11,7 +11,8 @@ from family_checks import IGNORED
 
 VOCAB = 97
 _SHIFTED = ("T5", "MT5", "Bart", "MBart", "Marian")  # encoder-decoders
-KINDS = ("Bert", "Roberta", "DistilBert", *_SHIFTED)
+ROTARY = ("ModernBert", "Gemma3Text")  # what place they begin at is nothing to them
+KINDS = ("Bert", "Roberta", "DistilBert", *ROTARY, *_SHIFTED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,17 @@ _DISTIL = {
     "max_position_embeddings": 19, "num_labels": 5,
 }  # fmt: skip
 _UNTIED = {"tie_word_embeddings": False}
+GEMMA = {
+    "vocab_size": VOCAB, "hidden_size": 22, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 10, "intermediate_size": 37, "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "max_position_embeddings": 19, "query_pre_attn_scalar": 11, "use_bidirectional_attention": True,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+    "attn_implementation": "eager",
+}  # fmt: skip
 _T5 = {
     "vocab_size": VOCAB, "d_model": 19, "d_kv": 5, "num_heads": 3, "d_ff": 33, "num_layers": 3,
     "num_decoder_layers": 2, "relative_attention_num_buckets": 8,
@@ -114,6 +126,7 @@ CASES = {
         "DistilBertForSequenceClassification", {**_DISTIL, "sinusoidal_pos_embds": True}
     ),
     "distilbert_token": Case("DistilBertForTokenClassification", _DISTIL),
+    "embedding_gemma": Case("Gemma3TextModel", GEMMA, 0.2),
     "t5": Case("T5ForConditionalGeneration", _T5, 0.2),
     "t5_v1_1": Case("T5ForConditionalGeneration", {**_T5, **_V1_1}, 0.2, untie),
     "t5_silu": Case("T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-silu"}, 0.2),
@@ -145,7 +158,8 @@ def build(case: Case | str, seed: int = 0):
             if not parameter.requires_grad:  # Marian's sinusoids
                 continue
             noise = case.spread * torch.randn(parameter.shape, generator=generator)
-            norm = parameter.dim() == 1 and name.endswith("weight")
+            # Gemma's are stored less one.
+            norm = parameter.dim() == 1 and name.endswith("weight") and case.kind != "Gemma3Text"
             parameter.copy_(1 + noise if norm else noise)
         case.change(model)
     return model.eval()
@@ -156,11 +170,13 @@ def random_batch(case: Case | str, seed: int = 0, rows: int = 3, length: int = 1
     case = CASES[case] if isinstance(case, str) else case
     random = np.random.default_rng(seed)
     vocab = case.config["vocab_size"]
-    pad = 0 if "T5" in case.kind or case.kind in ("Bert", "DistilBert") else 1
+    pad = 0 if "T5" in case.kind or case.kind in ("Bert", "DistilBert", *ROTARY) else 1
 
     def text(length):
         mask = np.arange(length) < random.integers(3, length + 1, (rows, 1))
         mask[0] = True
+        if case.kind in ROTARY and "Sequence" not in case.model:
+            mask[1] = mask[1, ::-1]  # padding before it
         tokens = random.integers(3, vocab, (rows, length))
         return np.where(mask, tokens, pad).astype(np.int32), mask.astype(np.int32)
 

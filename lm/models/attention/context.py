@@ -49,7 +49,8 @@ class Context(NamedTuple):
     bias: ScoreBias | None = None
     bias_BHTS: jax.Array | None = None  # the same, for every pair
     causal: bool = False  # whether later keys are hidden, unless of a prefix
-    window: jax.Array | int = 0  # each query sees this many keys up to its own; 0: all
+    # Each query sees this many keys up to its own, and if not causal as many from it on; 0: all.
+    window: jax.Array | int = 0
     local: tuple | None = None  # mask, rotary angles and window of local layers
     slot: jax.Array | int = 0  # where in the cache this call's keys go
     valid_BT: jax.Array | None = None  # which tokens are not padding

@@ -50,7 +50,7 @@ class Tokens(NamedTuple):
 class Given(NamedTuple):
     """The rest of what scores and pattern depend on."""
 
-    window: jax.Array | None = None  # int32: keys a query sees, its own included; 0: all
+    window: jax.Array | None = None  # int32: keys a query sees, as in `visible`; 0: all
     table: jax.Array | None = None  # of `Rule.bias`, heads last
     words: jax.Array | None = None  # dropout's key, two uint32
     rows_B: jax.Array | None = None  # dropout's: the rows' numbers in the whole batch
@@ -106,6 +106,8 @@ def visits(
             seen |= ends(keys.prefix_BT, key_block)[1][:, None, :] > 0
     if window is not None:
         seen &= (window == 0) | (last_key > first_query - window)
+        if not causal:
+            seen &= (window == 0) | (first_key < last_query + window)
     if queries.segments_BT is not None:
         first_query, last_query = (e[:, :, None] for e in ends(queries.segments_BT, query_block))
         first_key, last_key = (e[:, None, :] for e in ends(keys.segments_BT, key_block))

@@ -291,6 +291,8 @@ def _mask(rule: Rule, compared, queries, keys, window):
         conditions.append(earlier | (keys(PREFIX) > 0) if prefixed else earlier)
     if windowed:
         conditions.append((window == 0) | (keys(SLOT) > queries(SLOT) - window))
+        if not rule.causal:
+            conditions.append((window == 0) | (keys(SLOT) < queries(SLOT) + window))
     if segmented:
         conditions.append(keys(SEGMENT) == queries(SEGMENT))
     return functools.reduce(jnp.logical_and, conditions) if conditions else None

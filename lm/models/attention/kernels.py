@@ -134,7 +134,10 @@ def _widest_head() -> int:
 
 
 def _by_index(context: Context) -> bool:
-    """Whether who sees whom follows from places in the row, so that cuDNN needs no mask."""
+    """Whether who sees whom follows from places in the row, so that cuDNN needs no mask.
+
+    It knows no window to both sides.
+    """
     if context.text is None or not isinstance(context.window, int):
         return False
     packed = any(t.segments_BT is not None for t in (context.text, context.key_text))

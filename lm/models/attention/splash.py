@@ -100,7 +100,7 @@ def _kernel(
     )
 
     if window:
-        mask = masks.LocalMask(shape, (window - 1, 0 if causal else None), 0)
+        mask = masks.LocalMask(shape, (window - 1, 0 if causal else window - 1), 0)
     elif causal:
         mask = masks.CausalMask(shape)
     else:

@@ -29,6 +29,7 @@ from lm.models.huggingface.llama import (
     whole,
     windows,
 )
+from lm.models.huggingface.name_map import Table
 from lm.models.huggingface.rope import ROPE_FIELDS, read_layered, write_layered
 
 
@@ -67,7 +68,6 @@ _GEMMA_FIELDS = {
     ),
     "final_logit_softcapping": _softcap("logits_softcap", 30.0),
     "attn_logit_softcapping": _softcap("attention_softcap", 50.0),
-    "use_bidirectional_attention": only(None, False),
 }
 _GEMMA_TENSORS = {
     **BODY,
@@ -93,11 +93,45 @@ def _write_gemma3_rotary(config: ModelConfig) -> dict[str, Any]:
     return {**write_layered(config), "rope_local_base_freq": local_base}
 
 
+def _read_bidirectional(values: Json) -> dict[str, Any]:
+    """Of an encoder (EmbeddingGemma) the file's window is that of both sides together."""
+    demand("use_bidirectional_attention", values[_BOTH_WAYS], None, False, True)
+    fields = _GEMMA3_WINDOWS.read(values)
+    if not values[_BOTH_WAYS]:
+        return fields
+    demand("architectures", values["architectures"], None, *([name] for name in _EMBEDDING))
+    if fields:
+        fields["window"] = fields["window"] // 2 + 1
+    return {**fields, "architecture": "encoder"}
+
+
+def _write_bidirectional(config: ModelConfig) -> dict[str, Any]:
+    fields, encoder = _GEMMA3_WINDOWS.write(config), config.architecture == "encoder"
+    if encoder:
+        fields["architectures"] = [_EMBEDDING[0]]
+        fields["sliding_window"] = 2 * (config.window - 1) if config.window else None
+    return {**fields, _BOTH_WAYS: encoder}
+
+
+def _gemma3_tensors(config: ModelConfig) -> Table:
+    """An encoder's are saved as those of the body alone."""
+    if config.architecture == "decoder":
+        return _GEMMA_TENSORS
+    return {ours: theirs.removeprefix("model.") for ours, theirs in _GEMMA_TENSORS.items()}
+
+
+_BOTH_WAYS = "use_bidirectional_attention"
+_EMBEDDING = ("Gemma3TextModel", "Gemma3ForCausalLM")
+# Every so many layers one is global.
+_GEMMA3_WINDOWS = windows(
+    lambda values, layer: (layer + 1) % values["sliding_window_pattern"] != 0,
+    sliding_window_pattern=6,
+)
 _GEMMA2 = family(
     "gemma2",
     "Gemma2ForCausalLM Gemma2Model",
     constants=_GEMMA_CONSTANTS,
-    fields=_GEMMA_FIELDS,
+    fields={**_GEMMA_FIELDS, _BOTH_WAYS: only(None, False)},
     together=(
         rotary(),
         windows(lambda values, layer: layer % 2 == 0),
@@ -125,15 +159,15 @@ _GEMMA3 = family(
             lambda values: whole(read_layered(values, 1e6, values["rope_local_base_freq"])),
             _write_gemma3_rotary,
         ),
-        # Every so many layers one is global.
-        windows(
-            lambda values, layer: (layer + 1) % values["sliding_window_pattern"] != 0,
-            sliding_window_pattern=6,
+        Together(
+            {**_GEMMA3_WINDOWS.defaults, _BOTH_WAYS: None, "architectures": None},
+            _read_bidirectional,
+            _write_bidirectional,
         ),
     ),
     inert=("_sliding_window_pattern",),
     written=_gemma2_written,
-    tensors=_GEMMA_TENSORS,
+    tensors=_gemma3_tensors,
 )
 
 FAMILIES = (_GEMMA2, _GEMMA3)

@@ -357,3 +357,17 @@ PRESETS |= table(
     gemma3_12b=(48, 16, 8, 3840, 15_360, 256, 256**-0.5),
     gemma3_27b=(62, 32, 16, 5376, 21_504, 128, 168**-0.5),  # of width / heads
 )
+
+PRESETS |= table(
+    "Vera et al. 2025, §2.1; google/embeddinggemma-300m, without the dense layers after it",
+    {
+        **_GEMMA3,
+        "architecture": "encoder",
+        "vocab_size": 262_144,
+        "max_length": 2048,
+        "head_dim": 256,
+        "window": 257,  # 512 on both sides together
+    },
+    _SIZES,
+    embeddinggemma_300m=(24, 3, 1, 768, 1152),
+)
