@@ -18,6 +18,7 @@ from lm.config import (
     SizeOrZero,
     check,
 )
+from lm.models.config_checks import check_groups, check_latents, check_rotary, needs
 
 ARCHITECTURES = ("decoder", "encoder", "encoder_decoder")
 CELLS = ("attention", "rnn", "gru", "lstm")
@@ -225,8 +226,8 @@ class ModelConfig:
             f"{prefix}.dense_layers={self.dense_layers} must leave layers with experts, of which "
             f"there are {self.num_layers if mixture else 0}",
         )
-        self._validate_latents(prefix)
-        self._validate_groups(prefix)
+        check_latents(self, prefix)
+        check_groups(self, prefix)
         check(
             not local or self.architecture != "encoder_decoder",
             f"{prefix}.attention_pattern={self.attention_pattern!r} needs architecture='decoder' "
@@ -239,7 +240,7 @@ class ModelConfig:
         self._needs(prefix, "attention_sinks", self.attention_sinks, **sinkable)
         unrotated = not all(self.rotary_pattern)
         self._needs(prefix, "rotary_pattern", unrotated, architecture="decoder", positions="rotary")
-        self._validate_rotary(prefix)
+        check_rotary(self, prefix)
         headless = {"architecture": "decoder", "cell": "attention"}
         self._needs(prefix, "output_head", not self.output_head, **headless)
         check(
@@ -270,14 +271,7 @@ class ModelConfig:
         )
 
     def _needs(self, prefix: str, field: str, used: bool, **needed) -> None:
-        """That where a field is used, others are what it needs."""
-        found = {name: getattr(self, name) for name in needed}
-        check(
-            not used or found == needed,
-            f"{prefix}.{field}={getattr(self, field)!r} needs "
-            + " and ".join(f"{name}={value!r}" for name, value in needed.items())
-            + f", not {' and '.join(map(repr, found.values()))}",
-        )
+        needs(self, prefix, field, used, **needed)
 
     def _validate_heads(self, prefix: str) -> None:
         if self.head_dim is None and self.width % self.num_heads:
@@ -299,67 +293,6 @@ class ModelConfig:
             if self.rotary_fraction == 1
             else f"{prefix}.rotary_fraction={self.rotary_fraction} rotates {self.rotary_dim} of "
             f"{self.head_width} dimensions: the number must be even",
-        )
-
-    def _validate_latents(self, prefix: str) -> None:
-        shared, latent = self.shared_key_dim, self.kv_rank > 0
-        for field in ("query_rank", "shared_key_dim", "value_dim"):
-            check(
-                latent or not getattr(self, field),
-                f"{prefix}.{field}={getattr(self, field)} needs {prefix}.kv_rank, which is 0",
-            )
-        check(
-            not latent or (0 < shared < self.head_width and shared % 2 == 0),
-            f"{prefix}.shared_key_dim={shared} must be even and positive where kv_rank="
-            f"{self.kv_rank} is, and less than head_dim={self.head_width}",
-        )
-        needed = {"architecture": "decoder", "cell": "attention", "positions": "rotary"}
-        needed |= {"rotary_fraction": 1.0, "qk_norm": False, "attention_sinks": False}
-        self._needs(prefix, "kv_rank", latent, **needed)
-        check(
-            not latent or (self.norm != "none" and not self.has_bias("qkv")),
-            f"{prefix}.kv_rank={self.kv_rank} needs a norm, not norm={self.norm!r}, and no biases "
-            f"of queries, keys and values: qkv_bias=False, not {self.has_bias('qkv')}",
-        )
-        check(
-            not latent or self.kv_heads == self.num_heads,
-            f"{prefix}.num_kv_heads={self.kv_heads} must be num_heads={self.num_heads}, or None, "
-            f"where kv_rank={self.kv_rank} is positive",
-        )
-
-    def _validate_groups(self, prefix: str) -> None:
-        groups, limit, experts = self.router_groups, self.router_group_limit, self.num_experts
-        check(
-            groups == 1 or (experts % groups == 0 and experts >= 2 * groups),
-            f"{prefix}.router_groups={groups} must divide num_experts={experts} into groups of two "
-            "or more",
-        )
-        check(
-            limit <= groups
-            and (groups == 1 or self.experts_per_token <= experts // groups * limit),
-            f"{prefix}.router_group_limit={limit} must be at most router_groups={groups}, and so "
-            f"many groups have experts_per_token={self.experts_per_token} experts",
-        )
-
-    def _validate_rotary(self, prefix: str) -> None:
-        """How angles are slowed."""
-        if self.positions != "rotary":
-            return
-        pairs = self.rotary_dim // 2
-        for name in ("rotary_short", "rotary_long") if self.rotary_scaling == "longrope" else ():
-            factors = getattr(self, name)
-            check(
-                len(factors) == pairs and all(0 < x < math.inf for x in factors),
-                f"{prefix}.{name}={factors} must be {pairs} positive numbers, one for each pair of "
-                f"rotated dimensions, where rotary_scaling='longrope'",
-            )
-        check(
-            pairs > 1 or "dynamic" not in map(self.scaling_of, (False, True)),
-            f"{prefix}.rotary_scaling='dynamic' needs more than {2 * pairs} rotated dimensions",
-        )
-        check(
-            self.rotary_local_scaling == "none" or self.rotary_local_base is not None,
-            f"{prefix}.rotary_local_scaling={self.rotary_local_scaling!r} needs rotary_local_base",
         )
 
     def scaling_of(self, local: bool) -> str:
