@@ -239,6 +239,10 @@ PUBLISHED = {
             "original_max_position_embeddings": 4096, "type": "yarn",
         },
         "rope_theta": 10_000, "routed_scaling_factor": 2.5, "topk_group": 4, "vocab_size": 129_280,
+        "quantization_config": {
+            "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+        },
     },
     "moonlight_16b_a3b": {
         **_DEEPSEEK, "bos_token_id": 163_584, "eos_token_id": 163_585, "first_k_dense_replace": 1,
@@ -346,6 +350,7 @@ _ORIGINAL = "original_max_position_embeddings"
         ("opt_125m", {"num_attention_heads": 5}, "num_attention_heads"),
         ("bloom_560m", {"apply_residual_connection_post_layernorm": True}, "apply_residual"),
         ("bloom_560m", {"n_inner": 1024}, "n_inner"),
+        ("deepseek_v3", {"quantization_config": {"quant_method": "awq"}}, "quant_method='awq'"),
         ("moonlight_16b_a3b", {"topk_method": "greedy"}, "topk_method"),
         ("moonlight_16b_a3b", {"scoring_func": "softmax"}, "scoring_func"),
         ("moonlight_16b_a3b", {"rope_interleave": False}, "rope_interleave"),

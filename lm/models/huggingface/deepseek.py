@@ -7,7 +7,16 @@ import math
 from typing import Any
 
 from lm.models.config import ModelConfig
-from lm.models.huggingface.config_fields import Field, Json, OrNull, Together, only, with_defaults
+from lm.models.huggingface.config_fields import (
+    Field,
+    Json,
+    OrNull,
+    Together,
+    demand,
+    only,
+    with_defaults,
+)
+from lm.models.huggingface.fp8 import BLOCK
 from lm.models.huggingface.llama import BODY, FIELDS, LAYER, MLP, family, rotary
 from lm.models.huggingface.name_map import Linear, Table
 from lm.models.huggingface.rope import ROPE_FIELDS
@@ -73,6 +82,15 @@ def _write_heads(config: ModelConfig) -> dict[str, Any]:
     return {"qk_nope_head_dim": config.head_width - shared, "qk_rope_head_dim": shared, **rotary}
 
 
+def _read_quantization(values: Json) -> dict[str, Any]:
+    found = values["quantization_config"]
+    if found is not None:
+        demand("quantization_config", type(found), dict)
+        for name, only_one in (("quant_method", "fp8"), ("weight_block_size", [BLOCK, BLOCK])):
+            demand(f"quantization_config.{name}", found.get(name), only_one)
+    return {}
+
+
 # ---- Tensors ---------------------------------------------------------------------------------
 
 _EXPERTS = {
@@ -130,13 +148,18 @@ _DEEPSEEK = family(
     "DeepseekV3ForCausalLM DeepseekV3Model",
     constants={"router_score": "sigmoid", "router_bias": True},
     fields=_FIELDS,
-    together=(Together({**ROPE_FIELDS, **_WIDTHS}, _read_heads, _write_heads),),
+    together=(
+        Together({**ROPE_FIELDS, **_WIDTHS}, _read_heads, _write_heads),
+        # Eight-bit matrices are read as float32 (`fp8`), and written as any others.
+        Together({"quantization_config": None}, _read_quantization),
+    ),
     # How it was trained, what predicts tokens further on, and the code it came with.
     inert=(
         "auto_map", "ep_size", "aux_loss_alpha", "seq_aux", "output_router_logits",
         "router_aux_loss_coef", "num_nextn_predict_layers", "num_mtp_layers",
     ),
     tensors=_tensors,
+    ignored=(r"^(model\.)?layers\.61\.",),  # of V3 and R1: it predicts the token after the next
 )  # fmt: skip
 
 FAMILIES = (_DEEPSEEK,)

@@ -84,7 +84,7 @@ def family(
         (*architectures.split(), scores),
         constants={"norm": "rmsnorm", "initializer": "normal", **(constants or {})},
         base_prefix="model.",
-        ignored=(r"rotary_emb\.inv_freq$",),
+        ignored=(r"rotary_emb\.inv_freq$", *attributes.pop("ignored", ())),
         **{"tensors": BODY | MLP, **attributes},
     )
 

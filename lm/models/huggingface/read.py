@@ -20,11 +20,13 @@ from lm.models.config import ModelConfig
 from lm.models.huggingface import safetensors
 from lm.models.huggingface.families import family_of
 from lm.models.huggingface.family import Family, NameMap
+from lm.models.huggingface.fp8 import Scaled, scaled
 from lm.models.huggingface.mxfp4 import Packed, unpacked
 from lm.models.huggingface.name_map import Rule, copy_into
 from lm.models.huggingface.safetensors import DTYPES, Stored
 
 CONFIG = "config.json"
+Held = Stored | Packed | Scaled  # a tensor in a file, or in two
 PARAMETER_DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
 # What a conversion reads, and not the same weights again in the formats of others.
 WANTED = (
@@ -98,8 +100,8 @@ class Checkpoint:
 
     directory: pathlib.Path
     names: NameMap
-    stored: dict[str, Stored | Packed]
-    copies: dict[str, tuple[Stored | Packed, Stored | Packed]]
+    stored: dict[str, Held]
+    copies: dict[str, tuple[Held, Held]]
     ignored: tuple[str, ...]
 
     @property
@@ -244,7 +246,7 @@ def _check_sizes(hf: Mapping[str, Any], found: Mapping[str, Stored]) -> None:
 class _Tensors(Mapping[str, np.ndarray]):
     """What is in the files, read when it is asked for, with or without the family's prefix."""
 
-    def __init__(self, found: Mapping[str, Stored | Packed], prefix: str):
+    def __init__(self, found: Mapping[str, Held], prefix: str):
         self._found, self._prefix = found, prefix
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -266,9 +268,9 @@ def _forms(name: str, prefix: str) -> tuple[str, str, str]:
     return name, prefix + name, name.removeprefix(prefix)
 
 
-def _renamed(found: Mapping[str, Stored], family: Family) -> dict[str, Stored | Packed]:
-    """The tensors under the names that the family has for them now, those of four bits unpacked."""
-    result, found = {}, unpacked(found)
+def _renamed(found: Mapping[str, Stored], family: Family) -> dict[str, Held]:
+    """The tensors under the names that the family has for them now, those of few bits one."""
+    result, found = {}, scaled(unpacked(found))
     for name, stored in found.items():
         new = name
         for pattern, replacement in family.old_tensors:
@@ -278,11 +280,11 @@ def _renamed(found: Mapping[str, Stored], family: Family) -> dict[str, Stored | 
 
 
 def _matched(
-    path: pathlib.Path, names: NameMap, found: dict[str, Stored | Packed], ignore: Sequence[str]
+    path: pathlib.Path, names: NameMap, found: dict[str, Held], ignore: Sequence[str]
 ) -> Checkpoint:
     """The checkpoint with these tensors in its files."""
     family, shapes = names.family, names.shapes
-    there: dict[str, Stored | Packed] = {}
+    there: dict[str, Held] = {}
     ignored, unknown = [], []
     for name, stored in found.items():
         forms = _forms(name, family.base_prefix)

@@ -30,7 +30,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_READ = {**DTYPES, "U8": np.dtype(np.uint8)}  # the last holds numbers of fewer bits
+# And of those that hold numbers of fewer bits, or are to be multiplied.
+_READ = {**DTYPES, "U8": np.dtype(np.uint8), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 _NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 
@@ -57,7 +58,7 @@ class Stored:
         """The numbers, mapped into memory: only what is looked at is read.
 
         Raises:
-          ConfigError: a dtype that is neither in `DTYPES` nor U8.
+          ConfigError: a dtype that is neither in `DTYPES` nor U8 nor F8_E4M3.
         """
         check(
             self.dtype in _READ,
