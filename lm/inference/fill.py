@@ -57,7 +57,7 @@ def embed(
     config = dropless(config)
     return _of_texts(
         texts,
-        config.width,
+        config.table_width,
         lambda batch: _pooled(config, pooling, params, *padded_after(batch, config.max_length)),
     )
 

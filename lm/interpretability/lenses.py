@@ -97,6 +97,11 @@ def readable(model: Model) -> None:
         f"a model with cell={config.cell!r}, architecture={config.architecture!r} has no single "
         "residual stream from embedding to logits: give a decoder or an encoder",
     )
+    check(
+        config.table_width == config.width,
+        f"a model with embedding_width={config.embedding_width} in a stream of {config.width}: its "
+        "head does not read the stream",
+    )
     check(config.has_output_head, "a model without an output head has no logits for a lens to read")
 
 

@@ -79,6 +79,8 @@ class ModelConfig:
 
     # Embedding
     tie_embeddings: bool = True  # the output head is the token embedding
+    # of token embeddings, and of what the head reads; None: width (OPT-350M: 512 for 1,024)
+    embedding_width: Size | None = None
     embedding_scale: NotNegative = 1.0  # multiplies token embeddings; 0: √width (2017, Gemma)
     embedding_norm: bool = False  # a norm after the embeddings (BERT, BART, BLOOM)
     token_types: SizeOrZero = 0  # segment embeddings (BERT has 2); 0: none
@@ -242,6 +244,7 @@ class ModelConfig:
         self._needs(prefix, "rotary_pattern", unrotated, architecture="decoder", positions="rotary")
         check_rotary(self, prefix)
         headless = {"architecture": "decoder", "cell": "attention"}
+        self._needs(prefix, "embedding_width", self.table_width != self.width, **headless)
         self._needs(prefix, "output_head", not self.output_head, **headless)
         check(
             self.output_head or self.classifier != "token",
@@ -329,6 +332,11 @@ class ModelConfig:
     def angles_by_length(self) -> bool:
         """Whether the angles of a text's tokens depend on how long it is."""
         return self.angles_until(1) is not None
+
+    @property
+    def table_width(self) -> int:
+        """Width of token embeddings and of the output head (E)."""
+        return self.width if self.embedding_width is None else self.embedding_width
 
     @property
     def kv_heads(self) -> int:

@@ -181,6 +181,19 @@ class Projection(nnx.Module):
         return out.reshape(*x.shape[:-1], -1)
 
 
+class Resized(nnx.Module):
+    """A dense layer without a bias, from vectors of one width to those of another."""
+
+    def __init__(self, config: ModelConfig, inputs: int, outputs: int):
+        initializer = weight_initializer(config, inputs, outputs)
+        self.projection = declare((inputs, outputs), ("embed", None), initializer)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, inputs] → [B, T, outputs]."""
+        resized_BTE = contract("btd,de->bte", x_BTD, self.projection[...])
+        return constrain(resized_BTE, "batch", "norm_length", "embed")
+
+
 class RewardHead(nnx.Module):
     """A decoder's classifier, without a bias: drawn from N(0, 1/√(D + 1)) (Stiennon et al. 2020).
 
@@ -188,8 +201,8 @@ class RewardHead(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig):
-        initializer = jax.nn.initializers.normal(1 / math.sqrt(config.width + 1))
-        shape = (config.width, config.num_labels)
+        initializer = jax.nn.initializers.normal(1 / math.sqrt(config.table_width + 1))
+        shape = (config.table_width, config.num_labels)
         self.projection = declare(shape, ("embed", None), initializer)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:

@@ -90,11 +90,13 @@ class Embedding(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, tokens: bool = True):
-        V, D = config.vocab_size, config.width
+        V, D, E = config.vocab_size, config.width, config.table_width
         self.config = config
         initializer = layers.embedding_initializer(config)
         if tokens:
-            self.tokens = declare((V, D), ("vocab", "embed"), initializer)
+            self.tokens = declare((V, E), ("vocab", "embed"), initializer)
+        if E != D:
+            self.project = layers.Resized(config, E, D)
         if config.positions == "learned":
             length = config.max_length + config.position_offset
             self.positions = declare((length, D), ("length", "embed"), initializer)
@@ -103,12 +105,14 @@ class Embedding(nnx.Module):
         if config.embedding_norm:
             self.norm = layers.Norm(config)
 
-    def __call__(self, text: Text, table_VD: jax.Array, dropout_key, tap: Tap) -> jax.Array:
+    def __call__(self, text: Text, table_VE: jax.Array, dropout_key, tap: Tap) -> jax.Array:
         """The residual stream before the first block, in the compute dtype."""
         config, dtype = self.config, compute_dtype(self.config.compute_dtype)
-        x_BTD = layers.embedding_lookup(table_VD, text.tokens_BT, dtype)
+        x_BTD = layers.embedding_lookup(table_VE, text.tokens_BT, dtype)
         if config.embedding_scale != 1:
             x_BTD *= config.embedding_scale or math.sqrt(config.width)
+        if config.table_width != config.width:
+            x_BTD = self.project(x_BTD)
         x_BTD = tap("embedding.tokens", x_BTD)
         if config.positions == "learned":
             rows_BT = text.positions_BT + config.position_offset
@@ -161,13 +165,15 @@ class Transformer(LanguageModel, Stack):
             self.encoder = Stack(config, config.encoder_layers, encodes=True)
         encodes = config.architecture == "encoder"
         super().__init__(config, config.num_layers, encodes=encodes, crosses=both)
+        if config.table_width != config.width:
+            self.project = layers.Resized(config, config.width, config.table_width)
         if config.head_transform:
             self.head_transform = HeadTransform(config)
         if not config.tie_embeddings and config.has_output_head:
-            initializer = layers.weight_initializer(config, config.width, config.vocab_size)
+            initializer = layers.weight_initializer(config, config.table_width, config.vocab_size)
             if config.initializer == "t5":
                 initializer = layers.embedding_initializer(config)
-            shape = (config.vocab_size, config.width)
+            shape = (config.vocab_size, config.table_width)
             self.head = declare(shape, ("vocab", "embed"), initializer)
         if config.head_bias and config.has_output_head:
             zeros = jax.nn.initializers.zeros
@@ -178,6 +184,11 @@ class Transformer(LanguageModel, Stack):
             decodes = config.architecture == "decoder"
             head = layers.RewardHead(config) if decodes else None
             self.classifier = head or layers.Projection(config, config.num_labels)
+
+    def run(self, x_BTD, context, cache=None, **arguments):
+        """As of `Stack`; where embeddings have another width, it ends in vectors of that."""
+        x_BTD, caches, router = super().run(x_BTD, context, cache, **arguments)
+        return self.project(x_BTD) if hasattr(self, "project") else x_BTD, caches, router
 
     def forward(
         self,

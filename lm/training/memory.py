@@ -68,7 +68,7 @@ def expected_memory(workload: Workload) -> dict[str, int]:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(abstract_frozen(workload))
     )
-    head = model.width * any("vocab" in spec.axes for spec in specs.values())
+    head = model.table_width * any("vocab" in spec.axes for spec in specs.values())
     return {
         "parameters": held(specs, layout, "parameters"),
         **({"frozen": frozen} if frozen else {}),

@@ -193,12 +193,15 @@ def model_line(config: ModelConfig) -> str:
             f"{config.activation} {config.expert_feed_forward:,}"
         )
     sinks = " with sinks" if config.attention_sinks else ""
+    width = f"width {config.width}"
+    if config.table_width != config.width:
+        width += f" (embeddings of {config.table_width})"
     norm = "no norms" if config.norm == "none" else f"{config.norm_position}-{config.norm}"
     local = sum(config.is_local(layer) for layer in range(config.num_layers))
     sides = " to either side" if config.architecture == "encoder" else ""
     window = f", {local} layers with a window of {config.window:,}{sides}" if local else ""
     return (
-        f"{kind} of {layers}, width {config.width}, {heads} of {config.head_width}{latent}{sinks}"
+        f"{kind} of {layers}, {width}, {heads} of {config.head_width}{latent}{sinks}"
         f"{window}, {hidden}, {'parallel ' if config.parallel else ''}{norm}, "
         f"{config.positions} positions, {head}"
     )

@@ -73,6 +73,7 @@ DECODERS = {
     },
     "t5_decoder": {"positions": "relative", "relative_buckets": 8, "relative_distance": 10},
     "lstm": {"cell": "lstm"},
+    "opt_350m": {**_LAYERNORM, "norm_position": "post", "embedding_width": 12},
     "mistral_gpt2": {**_LAYERNORM, "num_layers": 3, "positions": "learned", "scale_by_layer": True},
 }
 ENCODER_DECODERS = {

@@ -219,6 +219,14 @@ PUBLISHED = {
         "max_position_embeddings": 2048, "num_attention_heads": 12, "num_hidden_layers": 12,
         "pad_token_id": 1, "prefix": "</s>", "vocab_size": 50_272, "word_embed_proj_dim": 768,
     },
+    "opt_350m": {
+        "model_type": "opt", "activation_dropout": 0.0, "activation_function": "relu",
+        "architectures": ["OPTForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 2,
+        "do_layer_norm_before": False, "dropout": 0.1, "eos_token_id": 2, "ffn_dim": 4096,
+        "hidden_size": 1024, "init_std": 0.02, "layerdrop": 0.0, "max_position_embeddings": 2048,
+        "num_attention_heads": 16, "num_hidden_layers": 24, "pad_token_id": 1, "prefix": "</s>",
+        "vocab_size": 50_272, "word_embed_proj_dim": 512,
+    },
     "bloom_560m": {
         "model_type": "bloom", "apply_residual_connection_post_layernorm": False,
         "attention_dropout": 0.0, "attention_softmax_in_fp32": True, "bias_dropout_fusion": True,
@@ -345,7 +353,6 @@ _ORIGINAL = "original_max_position_embeddings"
         ("pythia_160m", {"rotary_pct": 0.02}, "rotary_fraction"),
         ("pythia_160m", {"hidden_act": "laplace"}, "hidden_act"),
         ("gpt_j_6b", {"rotary_dim": 300}, "rotary_dim=300"),
-        ("opt_125m", {"word_embed_proj_dim": 512}, "word_embed_proj_dim=512 must be the same"),
         ("opt_125m", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
         ("opt_125m", {"num_attention_heads": 5}, "num_attention_heads"),
         ("bloom_560m", {"apply_residual_connection_post_layernorm": True}, "apply_residual"),

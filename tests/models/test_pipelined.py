@@ -47,7 +47,11 @@ CASES = {
         {"positions": "relative", "remat": "full", "dropout": 0.3},
         2,
     ),
-    "scaled": Case({"stage": 2, "data": 4}, {"scale_by_layer": True}, 2),
+    "scaled": Case(
+        {"stage": 2, "data": 1, "fsdp": 2, "tensor": 2},
+        {"scale_by_layer": True, "embedding_width": 12},
+        2,
+    ),
     "unrotated": Case(
         {"stage": 2, "data": 1, "fsdp": 2, "context": 2},
         {

@@ -110,6 +110,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
     "gpt_neox": ("GPTNeoX", {**_NEOX, "rotary_pct": 0.5}),
     "opt": ("OPT", _OPT),
+    "opt_350m": ("OPT", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 18}),
     "bloom": ("Bloom", {"vocab_size": 97, "hidden_size": 18, "n_layer": 3, "n_head": 6}),
     "deepseek_v3": (
         "DeepseekV3",
@@ -232,6 +233,9 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     ),
     "opt_post_norm": (
         "OPT", {**_OPT, "do_layer_norm_before": False, "activation_function": "gelu"}
+    ),
+    "opt_350m_untied": (
+        "OPT", {**_OPT, "word_embed_proj_dim": 30, "tie_word_embeddings": False}
     ),
     "opt_without_biases": (
         "OPT",

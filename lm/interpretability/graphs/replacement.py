@@ -225,9 +225,10 @@ def _check(config: ModelConfig, dictionary: Dictionary) -> None:
         and config.architecture == "decoder"
         and config.has_output_head
         and config.feed_forward
+        and config.table_width == config.width
         and not (config.num_experts or config.head_transform),
         "an attribution graph is of a decoder with MLPs and an output head: no experts, no "
-        "recurrent network, no encoder, no reward model",
+        "recurrent network, no encoder, no reward model, no embeddings of another width",
     )
     direct_heads(config)
     width = dictionary.W_enc.shape[1]

@@ -290,6 +290,7 @@ def resolved(config: ModelConfig) -> dict[str, Any]:
         "value_dim": config.value_width,
         "mlp_width": config.feed_forward,
         "expert_width": config.expert_feed_forward,
+        "embedding_width": config.table_width,
         "embedding_scale": config.embedding_scale or math.sqrt(config.width),
         "output_scale": config.output_scale or config.width**-0.5,
         "attention_scale": config.attention_scale or config.head_width**-0.5,

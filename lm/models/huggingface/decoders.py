@@ -179,7 +179,7 @@ _OPT = Family(
     fields={
         "vocab_size": Field("vocab_size", 50_272),
         "hidden_size": Field("width", 768),
-        "word_embed_proj_dim": Field("width"),
+        "word_embed_proj_dim": Field("embedding_width"),
         "num_hidden_layers": Field("num_layers", 12),
         "num_attention_heads": Field("num_heads", 12),
         "ffn_dim": Field("mlp_width", 3072),
@@ -205,6 +205,8 @@ _OPT = Family(
     },
     tensors={
         "embedding.tokens": "model.decoder.embed_tokens.weight",
+        "embedding.project": "model.decoder.project_in",
+        "project": "model.decoder.project_out",
         "embedding.positions": "model.decoder.embed_positions.weight",
         "blocks.attention_norm": "model.decoder.layers.{layer}.self_attn_layer_norm",
         "blocks.attention.query": "model.decoder.layers.{layer}.self_attn.q_proj",

@@ -51,7 +51,6 @@ PRESETS |= table(
     gpt3_175b=(96, 96, 12_288),
 )
 
-# Without 350M, the one size with embeddings narrower than its blocks, and post-norm.
 PRESETS |= table(
     "Zhang et al. 2022, table 1; facebook/opt-125m",
     {
@@ -65,6 +64,7 @@ PRESETS |= table(
     },
     "num_layers num_heads width",
     opt_125m=(12, 12, 768),
+    opt_350m=(24, 16, 1024, {"embedding_width": 512, "norm_position": "post"}),
     opt_1_3b=(24, 32, 2048),
     opt_2_7b=(32, 32, 2560),
     opt_6_7b=(32, 32, 4096),
