@@ -27,6 +27,8 @@ ODD = {
     "bloom": {"layer_norm_epsilon": 1e-2},
     "opt": {},
     "gptj": {"layer_norm_epsilon": 1e-2},
+    "falcon": {"rope_parameters": {"rope_theta": 300.0}, "layer_norm_epsilon": 1e-2},
+    "starcoder2": {"sliding_window": 3, "norm_epsilon": 1e-2},
     "gpt_neox": {
         "layer_norm_eps": 1e-2,
         "rope_parameters": {

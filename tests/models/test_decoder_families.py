@@ -22,6 +22,7 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 DECODERS = (
     "gpt2", "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_neox", "opt",
     "bloom", "gptj", "deepseek_v3", "qwen3_moe", "smollm3", "olmo2", "gpt_oss",
+    "falcon", "starcoder2",
 )  # fmt: skip
 
 
@@ -78,6 +79,11 @@ _DEEPSEEK = {
     "use_cache": True,
     "v_head_dim": 128,
 }
+_FALCON = {
+    "alibi": False, "attention_dropout": 0.0, "bias": False, "bos_token_id": 11, "eos_token_id": 11,
+    "hidden_dropout": 0.0, "initializer_range": 0.02, "layer_norm_epsilon": 1e-5,
+    "vocab_size": 65_024,
+}  # fmt: skip
 PUBLISHED = {
     "llama3_2_1b": {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], **_LLAMA,
@@ -212,6 +218,41 @@ PUBLISHED = {
         "summary_activation": None, "summary_first_dropout": 0.1, "summary_type": "cls_index",
         "tie_word_embeddings": False, "vocab_size": 50_400,
     },
+    "falcon_7b": {
+        "model_type": "falcon", **_FALCON, "apply_residual_connection_post_layernorm": False,
+        "architectures": ["FalconForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_falcon.FalconConfig"}, "hidden_size": 4544,
+        "multi_query": True, "new_decoder_architecture": False, "num_attention_heads": 71,
+        "num_hidden_layers": 32, "parallel_attn": True,
+    },
+    "falcon_40b": {  # as it was before transformers had the family
+        "model_type": "RefinedWeb", **_FALCON, "apply_residual_connection_post_layernorm": False,
+        "architectures": ["RWForCausalLM"], "hidden_size": 8192, "n_head": 128, "n_head_kv": 8,
+        "n_layer": 60, "parallel_attn": True,
+    },
+    "falcon_180b": {
+        "model_type": "falcon", **_FALCON, "architectures": ["FalconForCausalLM"],
+        "hidden_size": 14_848, "multi_query": True, "new_decoder_architecture": True,
+        "num_attention_heads": 232, "num_hidden_layers": 80, "num_kv_heads": 8,
+        "parallel_attn": True,
+    },
+    "falcon2_11b": {
+        "model_type": "falcon", **_FALCON, "activation": "gelu", "ff_factor": 4,
+        "ffn_hidden_size": 16_384, "hidden_size": 4096, "max_position_embeddings": 8192,
+        "multi_query": True, "new_decoder_architecture": True, "num_attention_heads": 32,
+        "num_hidden_layers": 60, "num_kv_heads": 8, "num_ln_in_parallel_attn": 1,
+        "parallel_attn": True, "rope_scaling": None, "rope_theta": 500_042.0,
+        "tie_word_embeddings": False,
+    },
+    "starcoder2_3b": {
+        "model_type": "starcoder2", "architectures": ["Starcoder2ForCausalLM"],
+        "attention_dropout": 0.1, "bos_token_id": 0, "embedding_dropout": 0.1, "eos_token_id": 0,
+        "hidden_act": "gelu_pytorch_tanh", "hidden_size": 3072, "initializer_range": 0.018042,
+        "intermediate_size": 12_288, "max_position_embeddings": 16_384, "mlp_type": "default",
+        "norm_epsilon": 1e-5, "num_attention_heads": 24, "num_hidden_layers": 30,
+        "num_key_value_heads": 2, "residual_dropout": 0.1, "rope_theta": 999999.4420358813,
+        "sliding_window": 4096, "use_bias": True, "vocab_size": 49_152,
+    },
     "opt_125m": {
         "model_type": "opt", "_remove_final_layer_norm": False, "activation_dropout": 0.0,
         "activation_function": "relu", "attention_dropout": 0.0, "do_layer_norm_before": True,
@@ -291,6 +332,7 @@ HOMES = {
     "qwen3_30b_a3b": "qwen3_moe", "qwen3_235b_a22b": "qwen3_moe", "gpt_oss_20b": "gpt_oss",
     "gpt_oss_120b": "gpt_oss",
     "moonlight": "deepseek_v3", "deepseek_v3": "deepseek_v3",
+    "falcon": "falcon", "falcon2": "falcon", "starcoder2": "starcoder2",
 }  # fmt: skip
 
 
@@ -353,6 +395,11 @@ _ORIGINAL = "original_max_position_embeddings"
         ("pythia_160m", {"rotary_pct": 0.02}, "rotary_fraction"),
         ("pythia_160m", {"hidden_act": "laplace"}, "hidden_act"),
         ("gpt_j_6b", {"rotary_dim": 300}, "rotary_dim=300"),
+        ("falcon_7b", {"alibi": True}, "alibi"),
+        ("falcon_7b", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn"),
+        ("falcon_7b", {"multi_query": False, "num_kv_heads": 2}, "num_kv_heads"),
+        ("falcon_180b", {"parallel_attn": False}, "parallel_attn"),
+        ("starcoder2_3b", {"norm_type": "rms_norm"}, "norm_type"),
         ("opt_125m", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
         ("opt_125m", {"num_attention_heads": 5}, "num_attention_heads"),
         ("bloom_560m", {"apply_residual_connection_post_layernorm": True}, "apply_residual"),
@@ -394,6 +441,8 @@ def test_what_cannot_be_honoured_is_named(name, changes, named):
         ("bloom", "bloom_560m", {"mlp_width": 100}, "mlp_width"),
         ("deepseek_v3", "moonlight_16b_a3b", {"attention_scale": 0.5}, "attention_scale"),
         ("deepseek_v3", "moonlight_16b_a3b", {"router_bias": False}, "router_bias"),
+        ("falcon", "falcon_40b", {"parallel": False}, "num_kv_heads"),
+        ("starcoder2", "starcoder2_3b", {"head_dim": 64}, "head_dim"),
     ],
 )
 def test_what_a_family_cannot_say_is_named_and_not_dropped(model_type, name, fields, named):

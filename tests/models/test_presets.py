@@ -101,6 +101,13 @@ PUBLISHED = {
     "pythia_12b": 11_846_072_320,
     "gpt_neox_20b": 20_554_567_680,
     "gpt_j_6b": 6_050_882_784,
+    "falcon_7b": 6_921_720_704,
+    "falcon_40b": 41_303_293_952,
+    "falcon_180b": 178_557_088_768,
+    "falcon2_11b": 11_102_822_400,
+    "starcoder2_3b": 3_030_371_328,
+    "starcoder2_7b": 7_173_923_840,
+    "starcoder2_15b": 15_957_889_024,
 }
 
 # Sizes that were only published rounded, and how closely the counts must meet them.

@@ -34,6 +34,18 @@ _DEEPSEEK = {
     "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.5, "num_mtp_layers": 0,
 }  # fmt: skip
+_FALCON = {
+    "vocab_size": 97, "hidden_size": 30, "num_hidden_layers": 3, "num_attention_heads": 3,
+    "ffn_hidden_size": 20,
+}  # fmt: skip
+_FALCON_40B = {
+    **_FALCON, "hidden_size": 24, "num_attention_heads": 4, "num_kv_heads": 2,
+    "new_decoder_architecture": True,
+}  # fmt: skip
+_STARCODER = {
+    "vocab_size": 97, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
 
 
 def _rope(kind: str, theta: float = 10_000.0, **fields) -> dict:
@@ -49,6 +61,11 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "vocab_size": 97, "n_embd": 30, "n_layer": 3, "n_head": 3, "n_positions": 32,
             "n_inner": 20, "rotary_dim": 6,
         },
+    ),
+    "falcon": ("Falcon", _FALCON),
+    "starcoder2": (
+        "Starcoder2",
+        {**_STARCODER, "sliding_window": 5, **_rope("default", 500.0)},
     ),
     "llama": (
         "Llama",
@@ -110,7 +127,6 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
     "gpt_neox": ("GPTNeoX", {**_NEOX, "rotary_pct": 0.5}),
     "opt": ("OPT", _OPT),
-    "opt_350m": ("OPT", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 18}),
     "bloom": ("Bloom", {"vocab_size": 97, "hidden_size": 18, "n_layer": 3, "n_head": 6}),
     "deepseek_v3": (
         "DeepseekV3",
@@ -234,6 +250,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
     "opt_post_norm": (
         "OPT", {**_OPT, "do_layer_norm_before": False, "activation_function": "gelu"}
     ),
+    "opt_350m": ("OPT", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 18}),
     "opt_350m_untied": (
         "OPT", {**_OPT, "word_embed_proj_dim": 30, "tie_word_embeddings": False}
     ),
@@ -243,6 +260,21 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             **_OPT, "enable_bias": False, "_remove_final_layer_norm": True,
             "tie_word_embeddings": False,
         },
+    ),
+    "falcon_40b": ("Falcon", {**_FALCON_40B, "bias": True}),
+    "falcon_11b": (
+        "Falcon",
+        {
+            **_FALCON_40B, "num_ln_in_parallel_attn": 1, "tie_word_embeddings": False,
+            "activation": "relu2", **_rope("linear", 500.0, factor=2.0),
+        },
+    ),
+    "falcon_sequential": (
+        "Falcon", {**_FALCON, "multi_query": False, "parallel_attn": False, "bias": True}
+    ),
+    "starcoder2_plain": (
+        "Starcoder2",
+        {**_STARCODER, "use_bias": False, "tie_word_embeddings": False, "hidden_act": "quick_gelu"},
     ),
     "bloom_untied": (
         "Bloom",

@@ -147,7 +147,10 @@ def activation(default: str, gated: bool = False) -> Field:
         plain = _NONLINEARITIES[value]
         return gates[plain] if gated else plain
 
-    return Field("activation", default, read, activation_name)
+    def write(ours: str) -> str:  # of several names the one that the family's own files have
+        return default if read("", default) == ours else activation_name(ours)
+
+    return Field("activation", default, read, write)
 
 
 def with_defaults(fields: Mapping[str, Field], **defaults: Any) -> dict[str, Field]:

@@ -1,4 +1,6 @@
-"""Decoders before and beside Llama: GPT-2, GPT-J, OPT, BLOOM, GPT-NeoX with Pythia."""
+"""Decoders before and beside Llama: GPT-2, GPT-J, OPT, BLOOM, GPT-NeoX with Pythia, Falcon,
+StarCoder 2.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,7 @@ from lm.models.huggingface.config_fields import (
     only,
 )
 from lm.models.huggingface.family import Family
+from lm.models.huggingface.llama import BODY, LAYER, family, one_window, rotary
 from lm.models.huggingface.name_map import QKV, Linear, Table
 from lm.models.huggingface.rope import ROPE_FIELDS, read_rotary, write_rotary
 
@@ -346,4 +349,139 @@ _NEOX = Family(
     old_tensors=((r"^lm_head\.", "embed_out."),),
 )
 
-FAMILIES = (_GPT2, _GPTJ, _OPT, _BLOOM, _NEOX)
+# ---- Falcon (Almazrouei et al. 2023) ---------------------------------------------------------
+
+
+def _read_falcon_block(values: Json) -> dict[str, Any]:
+    new, heads = values["new_decoder_architecture"], values["num_attention_heads"]
+    if new is None:  # the first files of 40B lack it, and those of 7B, which differ by their type
+        new = values["model_type"] == "RefinedWeb"
+    kv_heads, norms = values["num_kv_heads"], values["num_ln_in_parallel_attn"]
+    if new:
+        demand("parallel_attn", values["parallel_attn"], True)
+        demand("num_ln_in_parallel_attn", norms, None, 1, 2)
+        return {"num_kv_heads": kv_heads, "parallel": True, "shared_norm": norms == 1}
+    parallel, single = values["parallel_attn"], values["multi_query"]
+    if parallel:
+        demand("num_ln_in_parallel_attn", norms, None, 1)
+    if not single:
+        demand("num_kv_heads", kv_heads, None, heads)
+    return {"num_kv_heads": 1 if single else heads, "parallel": parallel, "shared_norm": parallel}
+
+
+def _write_falcon_block(config: ModelConfig) -> dict[str, Any]:
+    single, norms = config.kv_heads == 1, 2 - config.shared_norm
+    grouped = not (single or config.kv_heads == config.num_heads)
+    new = config.parallel and (grouped or not config.shared_norm)
+    return {
+        "new_decoder_architecture": new,
+        "multi_query": single,
+        "num_kv_heads": config.kv_heads,
+        "parallel_attn": config.parallel,
+        "num_ln_in_parallel_attn": norms if new else None,
+    }
+
+
+def _falcon_tensors(config: ModelConfig) -> Table:
+    layer = "transformer.h.{layer}"
+    two = config.parallel and not config.shared_norm
+    return {
+        "embedding.tokens": "transformer.word_embeddings.weight",
+        "blocks.attention_norm": f"{layer}.{'ln_attn' if two else 'input_layernorm'}",
+        QKV: Linear(f"{layer}.self_attention.query_key_value", by_head=True),
+        "blocks.attention.output": f"{layer}.self_attention.dense",
+        "blocks.mlp_norm": f"{layer}.{'ln_mlp' if two else 'post_attention_layernorm'}",
+        "blocks.mlp.up": f"{layer}.mlp.dense_h_to_4h",
+        "blocks.mlp.down": f"{layer}.mlp.dense_4h_to_h",
+        "final_norm": "transformer.ln_f",
+        "head": "lm_head.weight",
+        "classifier": "score",
+    }
+
+
+_FALCON = Family(
+    "falcon",
+    (
+        "FalconForCausalLM", "FalconModel", "FalconForSequenceClassification", "RWForCausalLM",
+        "RWModel",
+    ),
+    constants={"norm": "layernorm", "norm_bias": True, "initializer": "normal"},
+    fields={
+        "vocab_size": Field("vocab_size", 65_024),
+        "hidden_size": Field("width", 4544),
+        "num_hidden_layers": Field("num_layers", 32),
+        "num_attention_heads": Field("num_heads", 71),
+        "ffn_hidden_size": Field("mlp_width"),
+        "activation": activation("gelu"),
+        "bias": Field("bias", False),
+        "max_position_embeddings": Field("max_length", 2048),
+        "layer_norm_epsilon": Field("norm_epsilon", 1e-5),
+        "hidden_dropout": Field("dropout", 0.0),
+        "initializer_range": Field("initializer_std", 0.02),
+        "tie_word_embeddings": Field("tie_embeddings", True),
+        # Its biases are those of absolute positions, rounded to bfloat16, and scaled with scores.
+        "alibi": only(False),
+        "apply_residual_connection_post_layernorm": only(False),
+    },
+    together=(
+        rotary(),
+        Together(
+            {
+                "new_decoder_architecture": None, "multi_query": True, "num_kv_heads": None,
+                "parallel_attn": True, "num_ln_in_parallel_attn": None, "model_type": None,
+            },
+            _read_falcon_block,
+            _write_falcon_block,
+        ),
+        classifier("FalconForSequenceClassification"),
+    ),
+    # Other dropout than that of the residual stream; code of the time before transformers had it;
+    # a factor that became ffn_hidden_size.
+    inert=("attention_dropout", "auto_map", "ff_factor"),
+    written=lambda config: {"attention_dropout": config.dropout, "alibi": False},
+    tensors=_falcon_tensors,
+    base_prefix="transformer.",
+    ignored=(r"rotary(_emb)?\.inv_freq$",),
+    old_fields={
+        "n_embed": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+        "n_head_kv": "num_kv_heads",
+    },
+    old_types=("RefinedWeb", "RefinedWebModel"),
+)  # fmt: skip
+
+# ---- StarCoder 2 (Lozhkov et al. 2024) -------------------------------------------------------
+
+_STARCODER2 = family(
+    "starcoder2",
+    "Starcoder2ForCausalLM Starcoder2Model",
+    constants={"norm": "layernorm", "norm_bias": True},
+    fields={
+        "vocab_size": Field("vocab_size", 49_152),
+        "hidden_size": Field("width", 3072),
+        "intermediate_size": Field("mlp_width", 12_288),
+        "num_hidden_layers": Field("num_layers", 30),
+        "num_attention_heads": Field("num_heads", 24),
+        "num_key_value_heads": Field("num_kv_heads", 2),
+        "hidden_act": activation("gelu_pytorch_tanh"),
+        "max_position_embeddings": Field("max_length", 4096),
+        "norm_epsilon": Field("norm_epsilon", 1e-5),
+        "use_bias": Field("bias", True),
+        "residual_dropout": Field("dropout", 0.0),
+        "initializer_range": Field("initializer_std", 0.018042),
+        "tie_word_embeddings": Field("tie_embeddings", True),
+        "norm_type": only("layer_norm"),
+        "mlp_type": only("default"),
+    },
+    together=(rotary(), one_window(None)),
+    inert=("embedding_dropout",),  # than the residual stream's
+    written=lambda config: dict.fromkeys(
+        ("embedding_dropout", "attention_dropout"), config.dropout
+    ),
+    tensors={
+        **BODY,
+        "blocks.mlp.up": f"{LAYER}.mlp.c_fc",
+        "blocks.mlp.down": f"{LAYER}.mlp.c_proj",
+    },
+)
+
+FAMILIES = (_GPT2, _GPTJ, _OPT, _BLOOM, _NEOX, _FALCON, _STARCODER2)

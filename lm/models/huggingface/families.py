@@ -48,8 +48,9 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     Raises:
       ConfigError: an unknown `model_type`, or a class of it whose tensors we do not know.
     """
-    check_choice("config.json: model_type", hf.get("model_type"), FAMILIES)
-    family = FAMILIES[hf["model_type"]]
+    named = {old: family for family in FAMILIES.values() for old in family.old_types} | FAMILIES
+    check_choice("config.json: model_type", hf.get("model_type"), named)
+    family = named[hf["model_type"]]
     for name in hf.get("architectures") or ():
         if name not in family.architectures:
             known = ", ".join(family.architectures)

@@ -55,6 +55,7 @@ class Family:
         frequencies. Only tensors that the table does not name are asked about.
       old_fields, old_tensors: what other files call fields, and (regular expression, replacement)
         of parts of tensors' names.
+      old_types: what other files call the family.
     """
 
     model_type: str
@@ -73,6 +74,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     old_fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     old_tensors: tuple[tuple[str, str], ...] = ()
+    old_types: tuple[str, ...] = ()
 
     def read_config(self, hf: Json) -> ModelConfig:
         """The model that a config.json describes, but for what is `unsaid`.

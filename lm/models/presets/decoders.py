@@ -143,6 +143,55 @@ PRESETS |= table(
     gpt_j_6b=(28, 16, 4096),
 )
 
+_FALCON = {
+    "vocab_size": 65_024,
+    "max_length": 2048,
+    "norm": "layernorm",
+    "norm_bias": True,
+    "parallel": True,
+    "activation": "gelu",
+    "initializer": "normal",
+}
+PRESETS |= table(
+    "Almazrouei et al. 2023, table 16; tiiuae/falcon-7b, falcon-40b, falcon-180B",
+    _FALCON,
+    "num_layers num_heads num_kv_heads width",
+    falcon_7b=(32, 71, 1, 4544, {"shared_norm": True}),
+    falcon_40b=(60, 128, 8, 8192),
+    falcon_180b=(80, 232, 8, 14_848),
+)
+PRESETS |= table(
+    "Malartic et al. 2024, §3; tiiuae/falcon-11B",
+    {
+        **_FALCON,
+        "max_length": 8192,
+        "shared_norm": True,
+        "rotary_base": 500_042.0,
+        "tie_embeddings": False,
+    },
+    "num_layers num_heads num_kv_heads width",
+    falcon2_11b=(60, 32, 8, 4096),
+)
+
+PRESETS |= table(
+    "Lozhkov et al. 2024, table 5; bigcode/starcoder2-3b, -7b, -15b",
+    {
+        "vocab_size": 49_152,
+        "max_length": 16_384,
+        "norm": "layernorm",
+        "bias": True,
+        "activation": "gelu_tanh",
+        "attention_pattern": ("local",),
+        "window": 4096,
+        "dropout": 0.1,
+        "initializer": "normal",
+    },
+    "num_layers num_heads num_kv_heads width rotary_base initializer_std",
+    starcoder2_3b=(30, 24, 2, 3072, 999_999.4420358813, 0.018042),
+    starcoder2_7b=(32, 36, 4, 4608, 1e6, 0.018042),
+    starcoder2_15b=(40, 48, 4, 6144, 1e5, 0.01275, {"tie_embeddings": False}),
+)
+
 # Attention and MLP in parallel behind one LayerNorm without bias, one key/value head, SwiGLU, and
 # tied embeddings of unit spread behind a head scaled by width^-½.
 PRESETS |= table(
