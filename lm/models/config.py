@@ -79,8 +79,7 @@ class ModelConfig:
 
     # Embedding
     tie_embeddings: bool = True  # the output head is the token embedding
-    # of token embeddings, and of what the head reads; None: width (OPT-350M: 512 for 1,024)
-    embedding_width: Size | None = None
+    embedding_width: Size | None = None  # tokens', and the head's; None: width (OPT-350M: half)
     embedding_scale: NotNegative = 1.0  # multiplies token embeddings; 0: √width (2017, Gemma)
     embedding_norm: bool = False  # a norm after the embeddings (BERT, BART, BLOOM)
     token_types: SizeOrZero = 0  # segment embeddings (BERT has 2); 0: none
@@ -246,10 +245,6 @@ class ModelConfig:
         headless = {"architecture": "decoder", "cell": "attention"}
         self._needs(prefix, "embedding_width", self.table_width != self.width, **headless)
         self._needs(prefix, "output_head", not self.output_head, **headless)
-        check(
-            self.output_head or self.classifier != "token",
-            f"{prefix}.output_head=False: classifier='token' stands beside an output head",
-        )
         self._needs(prefix, "shared_norm", self.shared_norm, parallel=True)
         self._needs(prefix, "parallel", self.parallel, norm_position="pre", architecture="decoder")
         self._needs(prefix, "pooler", self.pooler, architecture="encoder")
@@ -424,9 +419,7 @@ class ModelConfig:
     @property
     def has_output_head(self) -> bool:
         """Whether there are logits: not where a decoder's classifier of texts takes their place."""
-        return self.output_head and (
-            self.architecture != "decoder" or self.classifier != "sequence"
-        )
+        return self.output_head and (self.architecture, self.classifier) != ("decoder", "sequence")
 
     def is_local(self, layer: int) -> bool:
         """Whether this layer sees only a window."""
