@@ -35,6 +35,7 @@ ODD = {
             "partial_rotary_factor": 0.5, "rope_theta": 500.0, "rope_type": "default"
         },
     },
+    "phi3": {"rms_norm_eps": 1e-2},  # beyond its original length
     "llama": {"rms_norm_eps": 1e-2},  # llama3 scaling and a base of 500
     "mistral": {"rms_norm_eps": 1e-2, "sliding_window": 3},
     "mixtral": {"rms_norm_eps": 1e-2, "sliding_window": 3},

@@ -22,7 +22,7 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 DECODERS = (
     "gpt2", "llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_neox", "opt",
     "bloom", "gptj", "deepseek_v3", "qwen3_moe", "smollm3", "olmo2", "gpt_oss",
-    "falcon", "starcoder2",
+    "falcon", "starcoder2", "phi3",
 )  # fmt: skip
 
 
@@ -83,6 +83,10 @@ _FALCON = {
     "alibi": False, "attention_dropout": 0.0, "bias": False, "bos_token_id": 11, "eos_token_id": 11,
     "hidden_dropout": 0.0, "initializer_range": 0.02, "layer_norm_epsilon": 1e-5,
     "vocab_size": 65_024,
+}  # fmt: skip
+_PHI = {
+    "attention_bias": False, "attention_dropout": 0.0, "embd_pdrop": 0.0, "hidden_act": "silu",
+    "initializer_range": 0.02, "resid_pdrop": 0.0, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 PUBLISHED = {
     "llama3_2_1b": {
@@ -253,6 +257,40 @@ PUBLISHED = {
         "num_key_value_heads": 2, "residual_dropout": 0.1, "rope_theta": 999999.4420358813,
         "sliding_window": 4096, "use_bias": True, "vocab_size": 49_152,
     },
+    "phi3_mini_4k": {
+        "model_type": "phi3", **_PHI, "bos_token_id": 1, "eos_token_id": 32_000,
+        "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "num_hidden_layers": 32,
+        "original_max_position_embeddings": 4096, "pad_token_id": 32_000, "rope_scaling": None,
+        "rope_theta": 10_000.0, "sliding_window": 2047, "tie_word_embeddings": False,
+        "vocab_size": 32_064,
+        "auto_map": {
+            "AutoConfig": "configuration_phi3.Phi3Config",
+            "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+        },
+    },
+    "phi4": {
+        "model_type": "phi3", **_PHI, "bos_token_id": 100_257, "eos_token_id": 100_265,
+        "hidden_size": 5120, "intermediate_size": 17_920, "max_position_embeddings": 16_384,
+        "num_attention_heads": 40, "num_key_value_heads": 10, "num_hidden_layers": 40,
+        "original_max_position_embeddings": 16_384, "pad_token_id": 100_349, "rope_scaling": None,
+        "rope_theta": 250_000, "sliding_window": None, "tie_word_embeddings": False,
+        "vocab_size": 100_352,
+    },
+    "phi4_mini": {
+        "model_type": "phi3", **_PHI, "full_attn_mod": 1, "hidden_size": 3072,
+        "intermediate_size": 8192, "interpolate_factor": 1, "lm_head_bias": False,
+        "max_position_embeddings": 131_072, "mlp_bias": False, "num_attention_heads": 24,
+        "num_key_value_heads": 8, "num_hidden_layers": 32, "pad_token_id": 199_999,
+        "original_max_position_embeddings": 4096, "partial_rotary_factor": 0.75,
+        "rope_scaling": {
+            "type": "longrope",
+            "long_factor": list(preset("phi4_mini").rotary_long),
+            "short_factor": [1.0] * 48,
+        },
+        "rope_theta": 10_000.0, "sliding_window": 262_144, "tie_word_embeddings": True,
+        "vocab_size": 200_064,
+    },
     "opt_125m": {
         "model_type": "opt", "_remove_final_layer_norm": False, "activation_dropout": 0.0,
         "activation_function": "relu", "attention_dropout": 0.0, "do_layer_norm_before": True,
@@ -332,7 +370,8 @@ HOMES = {
     "qwen3_30b_a3b": "qwen3_moe", "qwen3_235b_a22b": "qwen3_moe", "gpt_oss_20b": "gpt_oss",
     "gpt_oss_120b": "gpt_oss",
     "moonlight": "deepseek_v3", "deepseek_v3": "deepseek_v3",
-    "falcon": "falcon", "falcon2": "falcon", "starcoder2": "starcoder2",
+    "falcon": "falcon", "falcon2": "falcon", "starcoder2": "starcoder2", "phi3": "phi3",
+    "phi4": "phi3",
 }  # fmt: skip
 
 

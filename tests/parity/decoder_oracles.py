@@ -25,6 +25,7 @@ _OPT = {
     "vocab_size": 97, "hidden_size": 24, "ffn_dim": 20, "num_hidden_layers": 3,
     "num_attention_heads": 3, "max_position_embeddings": 32,
 }  # fmt: skip
+_PHI3 = {**_LLAMA, "hidden_size": 32}
 
 
 _DEEPSEEK = {
@@ -126,6 +127,12 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         },
     ),
     "gpt_neox": ("GPTNeoX", {**_NEOX, "rotary_pct": 0.5}),
+    "phi3": (
+        "Phi3",
+        {**_PHI3, "partial_rotary_factor": 0.75, "original_max_position_embeddings": 5, **_rope(
+            "longrope", 50.0, short_factor=[1.0, 1.1, 1.3], long_factor=[1.0, 2.0, 5.0],
+        )},
+    ),
     "opt": ("OPT", _OPT),
     "bloom": ("Bloom", {"vocab_size": 97, "hidden_size": 18, "n_layer": 3, "n_head": 6}),
     "deepseek_v3": (
@@ -192,6 +199,16 @@ VARIANTS: dict[str, tuple[str, dict]] = {
                     "original_max_position_embeddings": 8,
                 },
                 "sliding_attention": {"rope_type": "dynamic", "rope_theta": 50.0, "factor": 4.0},
+            },
+        },
+    ),
+    "phi3_short": (
+        "Phi3",
+        {
+            **_PHI3, "sliding_window": 5, "tie_word_embeddings": True,
+            "original_max_position_embeddings": 24, "rope_scaling": {
+                "type": "su", "original_max_position_embeddings": 24,
+                "short_factor": [1.0, 1.1, 1.3, 1.5], "long_factor": [3.0] * 4,
             },
         },
     ),
@@ -288,7 +305,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
 CASES = {**FAMILIES, **VARIANTS}
 # Their angles depend on how long a text is. transformers takes the longest of a batch, so all must
 # be alike; and it keeps keys that have become stale, but of Phi-3's.
-BY_LENGTH = ("llama_dynamic", "qwen3_longrope", "gemma3_scaled", "gemma3_slowed")
+BY_LENGTH = ("phi3", "llama_dynamic", "qwen3_longrope", "gemma3_scaled", "gemma3_slowed")
 _CLASSES = {
     "GPT2": ("GPT2Config", "GPT2LMHeadModel"),
     "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),

@@ -146,13 +146,13 @@ def test_odd_configs_are_read_as_transformers_reads_them(name, tmp_path):
 @pytest.mark.parametrize("case", decoder_oracles.CASES, indirect=True)
 def test_greedy_text_is_the_same(case):
     _, config, params = case.ours
-    stale = case.name in decoder_oracles.BY_LENGTH
-    lengths = (5, 5, 5) if stale else (3, 8, 5)
+    alike = case.name in decoder_oracles.BY_LENGTH
+    lengths = (4, 4, 4) if alike else (3, 8, 5)
     prompts = [row[:n].tolist() for row, n in zip(case.batch["inputs"], lengths)]
     generator = Generator(skeleton(config), params, Framing(end_of_text=(NO_END,)))
     drawn = generator.generate(prompts, SamplingConfig(temperature=0, max_new_tokens=12))
     ours = np.concatenate(list(drawn), 1)[:, :12].tolist()
-    assert ours == decoder_oracles.greedy(case.model, prompts, 12, cached=not stale)
+    assert ours == decoder_oracles.greedy(case.model, prompts, 12, not alike or case.name == "phi3")
 
 
 @pytest.mark.parametrize("name", GENERATING)

@@ -17,6 +17,7 @@ from lm.models.huggingface import (
     gpt_oss,
     llama,
     olmo,
+    phi,
     qwen,
     t5,
 )
@@ -28,6 +29,7 @@ FAMILIES: dict[str, Family] = {
     for module in (
         decoders,
         llama,
+        phi,
         qwen,
         gemma,
         deepseek,

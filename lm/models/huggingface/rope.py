@@ -199,6 +199,7 @@ def rope_parameters(config: ModelConfig) -> dict[str, Any]:
     said = {theirs: getattr(config, ours) for ours, theirs in _SCALINGS[kind].items()}
     # What says nothing is left out: older versions do not know it.
     unsaid = {"attention_factor": None, "truncate": True}
+    said = {name: list(x) if isinstance(x, tuple) else x for name, x in said.items()}
     return rope | {name: x for name, x in said.items() if name not in unsaid or x != unsaid[name]}
 
 

@@ -16,10 +16,14 @@ from typing import Any
 
 from lm.config import check, hints, nearest, view
 from lm.models.config import ModelConfig
-from lm.models.presets import decoders, encoders, llama
+from lm.models.presets import decoders, encoders, llama, phi
 from lm.models.presets.table import Preset
 
-PRESETS: dict[str, Preset] = {**encoders.PRESETS, **decoders.PRESETS, **llama.PRESETS}
+PRESETS: dict[str, Preset] = {
+    name: known
+    for module in (encoders, decoders, llama, phi)
+    for name, known in module.PRESETS.items()
+}
 
 # A section with every field of ModelConfig, in which None leaves it as the preset says.
 Overrides = dataclasses.make_dataclass(
