@@ -17,6 +17,13 @@
     python main.py --config=configs/generate.py --config.batch_file=in.jsonl \\
         --config.output_file=out.jsonl
 
+    # a translator of Hugging Face; of one with many languages, between which
+    python main.py --config=configs/generate.py --config.init_from=opus-mt-en-de \\
+        --config.num_beams=4 --config.prompt="The cat sat on the mat."
+    python main.py --config=configs/generate.py --config.init_from=mbart-large-50 \\
+        --config.num_beams=4 --config.prompt="The cat sat on the mat." \\
+        --config.source_language=en_XX --config.target_language=ro_RO
+
 An encoder-decoder, such as configs/translate.py trains, reads the prompt as its source, and its
 target alone is printed. An encoder cannot generate; see Run.embed and Run.fill of lm.load.
 

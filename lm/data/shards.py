@@ -62,7 +62,7 @@ def write_shard(shard: Shard, folder: str, tokenizer: Tokenizer) -> dict[str, An
             split: _SplitWriter(
                 create(split, "tokens"),
                 create(split, "offsets"),
-                tokenizer,
+                (tokenizer, tokenizer.target) if shard.documents.pairs else (tokenizer,),
                 shard.documents.config.end_of_text,
             )
             for split in SPLITS
@@ -75,13 +75,20 @@ def write_shard(shard: Shard, folder: str, tokenizer: Tokenizer) -> dict[str, An
 
 
 class _SplitWriter:
-    """Encodes texts in groups and appends them to the files of one split."""
+    """Encodes texts in groups and appends them to the files of one split.
+
+    `tokenizers` take turns: of pairs the second one is the target's.
+    """
 
     def __init__(
-        self, tokens: BinaryIO, offsets: BinaryIO, tokenizer: Tokenizer, end_of_text: bool
+        self,
+        tokens: BinaryIO,
+        offsets: BinaryIO,
+        tokenizers: Sequence[Tokenizer],
+        end_of_text: bool,
     ):
         self.tokens, self.offsets = tokens, offsets
-        self.tokenizer = tokenizer
+        self.tokenizers, tokenizer = tokenizers, tokenizers[0]
         self.dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
         self.ending = np.array([tokenizer.eos_id] if end_of_text else [], self.dtype)
         self.num_tokens = self.num_documents = self.num_bytes = 0
@@ -91,18 +98,23 @@ class _SplitWriter:
 
     def add(self, text: str) -> None:
         """Appends one document."""
+        tokenizer = self.tokenizers[self.num_documents % len(self.tokenizers)]
         self.num_documents += 1
         self.num_bytes += len(text) if text.isascii() else len(text.encode())
-        self.pending.append(_parts(text, self.tokenizer.encode_batch))
+        self.pending.append(_parts(text, tokenizer.encode_batch))
         self.pending_chars += len(text)
         if self.pending_chars >= _CHUNK_CHARS:
             self._flush()
 
     def _flush(self) -> None:
-        texts = [text for parts in self.pending for text, _ in parts]
-        ids = iter(self.tokenizer.encode_batch(texts))
+        first, turns = self.num_documents - len(self.pending), len(self.tokenizers)
+        texts: list[list[str]] = [[] for _ in self.tokenizers]
+        for number, parts in enumerate(self.pending, first):
+            texts[number % turns] += [text for text, _ in parts]
+        encoded = [iter(t.encode_batch(own)) for t, own in zip(self.tokenizers, texts, strict=True)]
         pieces, lengths = [], []
-        for parts in self.pending:
+        for number, parts in enumerate(self.pending, first):
+            ids = encoded[number % turns]
             document = [next(ids)[len(known) :].astype(self.dtype) for _, known in parts]
             document.append(self.ending)
             pieces += document

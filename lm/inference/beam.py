@@ -48,6 +48,7 @@ class Search(NamedTuple):
     length_penalty: np.float32
     diversity_penalty: np.float32
     warping: Warping  # of one row, which is all rows'
+    begun: np.float32  # tokens before the first that is drawn, which count in a text's length
 
 
 @jax.tree_util.register_dataclass
@@ -139,7 +140,7 @@ def _step(beams: Beams, search: Search, logits_BV: jax.Array, state: State) -> S
     logs_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32))[:, : beams.vocab_size]
     logs_BV = _warped(beams, search.warping, logs_BV, state)
     logs_PGWV = jnp.maximum(logs_BV, NEVER).reshape(P, G, W, -1)
-    length = (state.step + 1).astype(jnp.float32)
+    length = (state.step + 1).astype(jnp.float32) + search.begun
     chosen_PV = jnp.zeros(logs_PGWV.shape[::3])  # how often groups before have taken each token
     fields: dict[str, list] = {}
     for group in range(G):
@@ -197,7 +198,7 @@ def _search(
     full_P = (score_PW > -jnp.inf).all(1)
     longest_P = jnp.full(P, length)
     if beams.early_stopping == "never":
-        longest_P = jnp.where(search.length_penalty > 0, search.limit_P, longest_P)
+        longest_P = jnp.where(search.length_penalty > 0, search.limit_P + search.begun, longest_P)
     hopeless_P = sum_PW[:, 0] / longest_P**search.length_penalty <= score_PW[:, -1]
     if beams.early_stopping is True:
         hopeless_P |= True

@@ -190,6 +190,9 @@ class Engine:
             raise QueueFull(f"{len(self._scheduler.waiting):,} requests are waiting")
         sampling = view(SamplingConfig, request.sampling, "sampling")
         sampling.check_ids(self.vocab_size)
+        if self.framing.never:
+            sampling = self.framing.allowed(sampling)
+            request = dataclasses.replace(request, sampling=sampling)
         ids = list(request.ids)
         if sampling.truncate_prompt and not self.encodes:
             ids = self.framing.window(ids, self.context)

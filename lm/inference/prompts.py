@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.config import check, view
+from lm.config import check, nearest, view
 from lm.models import ModelConfig
 from lm.tokenizers import Tokenizer
 
+Sampling = TypeVar("Sampling")  # a `lm.inference.SamplingConfig`
 NOTHING = -1  # in place of a token, where there is none: padding, and a row that has ended
 
 
@@ -35,6 +36,7 @@ class Framing:
     decoder_start: tuple[int, ...] | None = None  # what an encoder-decoder's decoder continues
     end_of_text: tuple[int, ...] | None = None  # each ends what is written
     empty: tuple[int, ...] | None = None  # what stands for a text without a token
+    never: tuple[int, ...] | None = None  # ids that are never written
 
     @classmethod
     def of_run(
@@ -61,6 +63,47 @@ class Framing:
         )
         given = {name: ids for name, ids in dataclasses.asdict(self).items() if ids is not None}
         return dataclasses.replace(usual, **given)
+
+    def between(self, tokenizer: Tokenizer, source: str = "", target: str = "") -> Framing:
+        """The framing of texts of other languages; "" leaves one as it is.
+
+        mBART's stand beside the source (Liu et al. 2020, §2.2; behind it in the first models, where
+        the target's alone begins what is written), and the target's is written first. Marian's
+        target is named in front of the source (Tiedemann and Thottingal 2020, §2).
+
+        Raises:
+          ConfigError: a language that the tokenizer has no token of, or nowhere to put it.
+        """
+        ids = tokenizer.languages
+        for field, code in (("source_language", source), ("target_language", target)):
+            check(
+                not code or code in ids,
+                f"{field}={code!r} is none of the languages of this tokenizer"
+                + (f"{nearest(code, ids)}: {', '.join(ids)}" if ids else ", which has none"),
+            )
+        own = {name: tuple(getattr(self, name) or ()) for name in ("before", "after")}
+        start, codes = tuple(self.decoder_start or ()), set(ids.values())
+        if source:
+            check(
+                not tokenizer.marks_target and not codes.isdisjoint(sum(own.values(), ())),
+                f"source_language={source!r}: this model's sources do not name their language",
+            )
+            own = {name: tuple(ids[source] if id in codes else id for id in own[name])
+                   for name in own}  # fmt: skip
+        if target and tokenizer.marks_target:
+            rest = [id for id in own["before"] if id not in codes]
+            own["before"] = (ids[target], *rest)
+        elif target:
+            rest = [id for id in start if id not in codes]
+            start = (*(rest if codes.isdisjoint(own["after"]) else ()), ids[target])
+        return dataclasses.replace(self, **own, decoder_start=start)
+
+    def allowed(self, sampling: Sampling) -> Sampling:
+        """`sampling` that never draws what is never written."""
+        if not self.never:
+            return sampling
+        biases = {**(sampling.logit_bias or {}), **dict.fromkeys(self.never, -100.0)}
+        return dataclasses.replace(sampling, logit_bias=biases)
 
     def around(self, ids: Sequence[int]) -> list[int]:
         """A text's ids with what stands before and after them."""

@@ -266,7 +266,7 @@ class Search(Generation):
         seed: int,
         draft: Generator | None,
     ):
-        self._config, self._draft = config, draft
+        self._config, self._draft = generator.framing.allowed(config), draft
         self.scores: list[float] = []
         super().__init__(generator, prompts, read, config, seed)
         room_P = np.array([generator.room(len(ids)) for ids in read], np.int32)
@@ -314,6 +314,8 @@ class Search(Generation):
             np.float32(config.length_penalty),
             np.float32(config.diversity_penalty),
             self._warping,
+            # What the decoder must begin with after its start counts as written.
+            np.float32(max(0, self._prompt.tokens_PT.shape[1] - 1) * self._generator.encodes),
         )
         slots, steps = self._slots(), round_up(int(self.limit_P.max()), STEPS)
         state = self._run(beam.begin, (beams, slots, steps), params, self._prompt, asked)

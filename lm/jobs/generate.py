@@ -27,7 +27,7 @@ from lm.inference.prepare import CacheKind, Weights
 from lm.parallel.platform import keep_programs
 
 _OF_BATCHES = ("job", "seed", "init_from", "ignore", "weights", "cache", "batch_file",
-               "output_file", "chat_template")  # fmt: skip
+               "output_file", "chat_template", "source_language", "target_language")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,10 @@ class GenerateJob(SearchConfig):
     batch_file: Path = ""
     output_file: Path = ""  # what it has already is not done again
     chat_template: Path = ""  # of lines with messages; see configs/chat.py
+    # Of a translator of many languages, by their codes: "en_XX" and "ro_RO" of mBART, the target
+    # alone, "ron", of Marian; "": those that its files name.
+    source_language: str = ""
+    target_language: str = ""
 
     def validate(self, prefix: str = "config") -> None:
         """Raises `ConfigError` naming the first field that makes no sense."""
@@ -104,7 +108,7 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
         _batch(job)
         return []
     prompt = _read_prompt(job)
-    loaded = lm.load(job.init_from, ignore=job.ignore)
+    loaded = _loaded(job)
     draft = lm.load(job.draft, ignore=job.ignore).generator if job.draft else None
     generator = loaded.writer(job.weights, job.cache)
     kept = generator.grammar(
@@ -118,9 +122,14 @@ def run(config: ml_collections.ConfigDict, workdir: str) -> list[str]:
     return texts
 
 
+def _loaded(job: GenerateJob) -> lm.Run:
+    loaded = lm.load(job.init_from, ignore=job.ignore)
+    return loaded.between(job.source_language, job.target_language)
+
+
 def _batch(job: GenerateJob) -> None:
     """Does the lines of `batch_file` that `output_file` lacks."""
-    loaded = lm.load(job.init_from, ignore=job.ignore)
+    loaded = _loaded(job)
     sizes = EngineConfig(weights=job.weights, cache=job.cache, read_first=True)
     engine = Engine(loaded.skeleton, loaded.params, loaded.framing, loaded.tokenizer, sizes)
     template = functools.cache(lambda: loaded.chat_template(job.chat_template))

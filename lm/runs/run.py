@@ -167,6 +167,8 @@ class Run:
         grammar: str | None = None,
         weights: Weights = "compute",
         cache: CacheKind = "compute",
+        source_language: str = "",
+        target_language: str = "",
         **settings: Any,
     ) -> str | list[str]:
         """The prompt followed by its continuation, up to end-of-text or `max_new_tokens`.
@@ -185,6 +187,7 @@ class Run:
             a regular expression, or a grammar in Lark's notation; see `lm.inference.grammar`.
           weights: `int8` reads matrices rounded to eight bits, a quarter of float32's memory.
           cache: `int8` rounds keys and values so; not of a search, whose cache is its own.
+          source_language, target_language: of a translator, if not those it has; see `between`.
           **settings: fields of `lm.inference.SearchConfig`: `max_new_tokens`, `temperature`,
             `top_p`, `repetition_penalty`, `num_samples`, `num_beams`, `prompt_lookup`, …
 
@@ -195,6 +198,11 @@ class Run:
           ConfigError: a prompt that is no text or too long, a setting out of range, or an encoder,
             which cannot generate.
         """
+        if source_language or target_language:
+            other = self.between(source_language, target_language)
+            named = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+            named |= {"draft": draft, "weights": weights, "cache": cache}
+            return other.generate(prompt, seed=seed, **named, **settings)
         plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in settings.items()}
         if draft is not None:
             plain["draft"] = os.fspath(draft.directory if isinstance(draft, Run) else draft)
@@ -375,6 +383,26 @@ class Run:
         )
         where = f"{self.directory / CONFIG}: framing"
         return Framing.of_run(self.config, self.skeleton.config, self.tokenizer, where)
+
+    def between(self, source: str = "", target: str = "") -> Run:
+        """The same model, translating from and to these languages; "": from or to its own.
+
+            run.between("en_XX", "ro_RO").generate("There is no military solution.")
+
+        Raises:
+          ConfigError: a language that its tokenizer has no token of; see `Framing.between`.
+        """
+        if not source and not target:
+            return self
+        if (source, target) not in self._between:
+            framing = self.framing.between(self.tokenizer, source, target)
+            config = {**self.config, "framing": dataclasses.asdict(framing)}
+            self._between[source, target] = dataclasses.replace(self, config=config)
+        return self._between[source, target]
+
+    @functools.cached_property
+    def _between(self) -> dict[tuple[str, str], Run]:
+        return {}
 
     def chat_template(self, chosen: str = "", field: str = "config.chat_template") -> ChatTemplate:
         """How the model's conversations are written; see `lm.tokenizers.chat_template`."""

@@ -16,6 +16,7 @@ import tokenizers as rust
 from lm import tokenizers
 from lm.config import ConfigError, check, nearest, to_dict, view
 from lm.files import read_json
+from lm.inference import Framing
 from lm.models import ModelConfig, param_specs, skeleton
 from lm.models.adapters import AdapterConfig, adapter_specs, freeze, merged
 from lm.models.huggingface.families import family_for
@@ -25,7 +26,7 @@ from lm.models.huggingface.read import Checkpoint, is_checkpoint, open_checkpoin
 from lm.parallel.sharding import ParamSpec, parameter_shardings
 from lm.runs.directory import CHECKPOINTS, CONFIG, TOKENIZER
 from lm.tokenizers import Tokenizer
-from lm.tokenizers.kinds import framing_of_pieces, has_tokenizer
+from lm.tokenizers.kinds import framing_of_pieces, has_tokenizer, languages_of
 from lm.training.checkpoint_files import fingerprint
 from lm.training.checkpoints import restore_parameters, saved_paths, some_steps
 
@@ -348,6 +349,10 @@ def _open_huggingface(path: pathlib.Path, ignore: str | Sequence[str]) -> Source
         start = settings.get("decoder_start_token_id", settings.get("pad_token_id"))
         ids = [id for id in (start, settings.get("forced_bos_token_id")) if id is not None]
         framing |= {"decoder_start": ids} if ids else {}
+        banned = [ids[0] for ids in settings.get("bad_words_ids", []) if len(ids) == 1]
+        framing |= {"never": banned} if banned else {}
+    if tokenizer is not None and model.architecture == "encoder_decoder" and tokenizer.languages:
+        framing = _of_languages(path, tokenizer, framing, settings)
     roles = [f"{role}_token_id" for role in _TOKEN_IDS]
     config = {
         "job": "convert",
@@ -364,6 +369,23 @@ def _open_huggingface(path: pathlib.Path, ignore: str | Sequence[str]) -> Source
         },
     }
     return Source(path, json.loads(json.dumps(config)), model, tokenizer, checkpoint)
+
+
+def _of_languages(
+    path: pathlib.Path, tokenizer: Tokenizer, framing: Mapping[str, Any], settings: Mapping
+) -> dict[str, Any]:
+    """A translator's framing, between the languages that its files name."""
+    source, target, behind = languages_of(path)
+    source, target = (code if code in tokenizer.languages else "" for code in (source, target))
+    stated = "forced_bos_token_id" in settings or (behind and "decoder_start_token_id" in settings)
+    if source and not {*framing["before"], *framing["after"]} & {*tokenizer.languages.values()}:
+        own = tokenizer.languages[source]
+        place = "after" if behind else "before"
+        framing = {**framing, place: [*framing[place], own]}
+    between = Framing(**{name: tuple(ids) for name, ids in framing.items()}).between(
+        tokenizer, source, "" if stated else target
+    )
+    return {name: list(ids) for name, ids in dataclasses.asdict(between).items() if ids is not None}
 
 
 def _around(path: pathlib.Path, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -24,6 +24,7 @@ from lm.config import ConfigError, check
 from lm.files import parse_object, replacing
 
 MASKS = ("[MASK]", "<mask>", "<|mask|>")
+_LANGUAGE = re.compile("[a-z]{2,3}_[A-Z][A-Za-z]{1,3}")  # a special that is a language's
 SENTINEL = "<extra_id_{}>"  # T5's name for number 0, 1, ...
 
 DESCRIPTION = "lm_tokenizer.json"  # in every saved tokenizer: what it is and what its ids mean
@@ -144,6 +145,20 @@ class Tokenizer(abc.ABC):
 
     # Whether decoding drops the space that encoding puts in front of the text.
     drops_first_space = False
+
+    # What only translators' kinds have.
+
+    marks_target = False  # whether it is the source that names the language to translate to
+
+    @property
+    def target(self) -> Tokenizer:
+        """The tokenizer of what an encoder-decoder writes: of most kinds the same."""
+        return self
+
+    @property
+    def languages(self) -> dict[str, int]:
+        """Languages that have a token, by code ("en_XX"), and its id."""
+        return {name: id for name, id in self.special_ids.items() if _LANGUAGE.fullmatch(name)}
 
     # What all kinds share.
 

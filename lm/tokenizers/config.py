@@ -28,7 +28,7 @@ TRAINED_KINDS = (
     "sentencepiece_unigram",
     "sentencepiece_bpe",
 )
-LOADED_KINDS = ("tiktoken", "huggingface")
+LOADED_KINDS = ("tiktoken", "huggingface", "pieces")
 KINDS = TRAINED_KINDS + LOADED_KINDS
 
 END_OF_TEXT = "<|endoftext|>"
@@ -61,7 +61,8 @@ class TokenizerConfig:
     Kinds trained from the corpus: `char` (one id per character), `byte` (one id per UTF-8 byte),
     `bpe` (byte-level byte-pair encoding, as GPT-2), `wordpiece` (as BERT; drops some white space),
     `sentencepiece_unigram` and `sentencepiece_bpe` (SentencePiece with byte fallback). Kinds read
-    from `path`: `tiktoken` (a file of ranks) and `huggingface` (any `tokenizer.json`).
+    from `path`: `tiktoken` (a file of ranks), `huggingface` (any `tokenizer.json`) and `pieces`
+    (the SentencePiece models of Marian and mBART).
     """
 
     kind: Literal[KINDS] = "bpe"  # see above

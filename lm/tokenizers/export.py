@@ -12,6 +12,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from lm.config import check
 from lm.tokenizers.base import PROBES, Tokenizer, huggingface_config
 from lm.tokenizers.huggingface import HuggingFaceTokenizer, byte_values
+from lm.tokenizers.pieces import PieceTokenizer
 from lm.tokenizers.plain import ByteTokenizer, CharTokenizer
 from lm.tokenizers.sentence_piece import SPACE, SentencePieceTokenizer
 from lm.tokenizers.settings import Settings, template_files
@@ -27,7 +28,7 @@ def huggingface_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     Raises:
       ConfigError: a kind that cannot be written so, or not with the same ids.
     """
-    if isinstance(tokenizer, HuggingFaceTokenizer):
+    if isinstance(tokenizer, HuggingFaceTokenizer | PieceTokenizer):
         return {**tokenizer.extra_files(), **tokenizer.model_files()}
     builders = {ByteTokenizer: _byte, CharTokenizer: _char, SentencePieceTokenizer: _sentencepiece}
     check(

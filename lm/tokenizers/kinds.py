@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lm.config import ConfigError, check, nearest, view
 from lm.files import is_plain, parse_object, read_bytes, read_json
-from lm.tokenizers import vocabularies
+from lm.tokenizers import pieces, vocabularies
 from lm.tokenizers.base import (
     DESCRIPTION,
     MASKS,
@@ -23,6 +23,7 @@ from lm.tokenizers.base import (
 from lm.tokenizers.chat import read_template
 from lm.tokenizers.config import KINDS, TokenizerConfig
 from lm.tokenizers.huggingface import HuggingFaceTokenizer
+from lm.tokenizers.pieces import PieceTokenizer
 from lm.tokenizers.plain import ByteTokenizer, CharTokenizer
 from lm.tokenizers.sentence_piece import SentencePieceTokenizer
 from lm.tokenizers.settings import (
@@ -43,11 +44,15 @@ CLASSES: dict[str, type[Tokenizer]] = {
     "sentencepiece_bpe": SentencePieceTokenizer,
     "tiktoken": TiktokenTokenizer,
     "huggingface": HuggingFaceTokenizer,
+    "pieces": PieceTokenizer,
 }
 assert tuple(CLASSES) == KINDS
 
 # What others write, in the order of preference.
-_SOUGHT = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+_SOUGHT = (
+    "tokenizer.json", "tokenizer.model", "spiece.model", pieces.SHIFTED, pieces.SOURCE,
+    "vocab.json", "vocab.txt",
+)  # fmt: skip
 
 
 def train(
@@ -117,6 +122,18 @@ def has_tokenizer(directory: str | Path) -> bool:
 def framing_of_pieces(directory: str | Path) -> tuple[bool, bool]:
     """Whether begin- and end-of-text stand around what a SentencePiece model there encodes."""
     return Settings.beside(Path(directory).expanduser() / "tokenizer.model").begins_and_ends
+
+
+def languages_of(directory: str | Path) -> tuple[str, str, bool]:
+    """The languages that a translator's files there name, "" for none, and where theirs stand.
+
+    Returns:
+      source, target, and whether the source's stands behind the text (mBART's first model).
+    """
+    settings = Settings.beside(Path(directory).expanduser() / "tokenizer.model")
+    is_mbart = settings.kind in ("MBart", "MBart50")
+    source = settings.own.get("src_lang") or ("en_XX" if is_mbart else "")
+    return source, settings.own.get("tgt_lang") or "", settings.kind == "MBart"
 
 
 def open_path(path: str, config: TokenizerConfig, prefix: str) -> Tokenizer:
@@ -214,6 +231,13 @@ def _open_file(file: Path, config: TokenizerConfig) -> Tokenizer:
     if file.suffix == ".tiktoken":
         tokenizer = TiktokenTokenizer.from_ranks(data, file.stem, config)
         return tokenizer.with_extra(template_files(settings.templates))
+    if file.name in (pieces.SHIFTED, pieces.SOURCE):
+        names = [pieces.SOURCE, pieces.TARGET, pieces.VOCABULARY]
+        names = names if file.name in names else [file.name]
+        for name in names:
+            check((file.parent / name).is_file(), f"{file.name} has no {name} beside it")
+        found = {name: read_bytes(file.parent / name) for name in names}
+        return PieceTokenizer.from_files_beside(found, settings, config)
     if file.suffix == ".model":
         tokenizer = SentencePieceTokenizer.from_model(data, settings, config)
         return tokenizer.with_extra(template_files(settings.templates))

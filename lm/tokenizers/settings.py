@@ -46,6 +46,7 @@ _CLASSES = {
     **dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), "Gemma"),
     **dict.fromkeys(("t5", "mt5", "umt5"), "T5"),
     **{"bart": "Bart", "bert": "Bert", "gpt_neox": "GPTNeoX", "roberta": "Roberta"},
+    **{"marian": "Marian", "mbart": "MBart"},
 }
 _T5_SENTINELS = 100  # what a T5 tokenizer adds where no file says how many
 
@@ -179,7 +180,8 @@ class Settings:
             "model: save a tokenizer.json with transformers, AutoTokenizer.from_pretrained(DIR)",
         )
         begins = config.get("add_bos_token", kind in ("Llama", "Gemma"))
-        return bool(begins), bool(config.get("add_eos_token", kind in ("T5", "MT5")))
+        ends = kind in ("T5", "MT5", "Marian", "MBart", "MBart50")
+        return bool(begins), bool(config.get("add_eos_token", ends))
 
     def added_tokens(self, size: int = 0) -> dict[str, int]:
         """Tokens added to a vocabulary, name → id.

@@ -13,6 +13,10 @@ class ByteTokenizer:
     def encode_batch(self, texts):
         return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
 
+    @property
+    def target(self):
+        return self
+
     def token_bytes(self, token):
         return bytes([token]) if token < 256 else b""
 

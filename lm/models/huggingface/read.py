@@ -33,7 +33,8 @@ WANTED = (
     CONFIG, "generation_config.json", "model.safetensors", "model.safetensors.index.json",
     "model-*-of-*.safetensors", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-    "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt",
+    "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
+    "vocab.json", "merges.txt", "vocab.txt",
 )  # fmt: skip
 # Fields of config.json that count layers or experts, and that are dimensions of tensors.
 _EXPERTS, _MOST_LAYERS = ("num_local_experts", "num_experts"), 10_000
