@@ -188,19 +188,16 @@ class Engine:
         """
         if len(self._scheduler.waiting) >= self.config.max_queue:
             raise QueueFull(f"{len(self._scheduler.waiting):,} requests are waiting")
-        sampling = view(SamplingConfig, request.sampling, "sampling")
+        sampling = self.framing.allowed(view(SamplingConfig, request.sampling, "sampling"))
         sampling.check_ids(self.vocab_size)
-        if self.framing.never:
-            sampling = self.framing.allowed(sampling)
-            request = dataclasses.replace(request, sampling=sampling)
+        request = dataclasses.replace(request, sampling=sampling)
         ids = list(request.ids)
         if sampling.truncate_prompt and not self.encodes:
             ids = self.framing.window(ids, self.context)
         check_ids("prompt", ids, self.model.config)
         source = tuple(ids) if self.encodes else ()
         ids = list(self.framing.decoder_start) if self.encodes else ids
-        number = self._next
-        self._next += 1
+        number, self._next = self._next, self._next + 1
         grammar = request.grammar and request.grammar.start()
         text = Text(number, request, ids, source, grammar, submitted=time.perf_counter())
         self._name(text)
