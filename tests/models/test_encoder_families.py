@@ -259,7 +259,7 @@ _TRANSLATORS = {
         ("roberta", {"pad_token_id": -1}, "pad_token_id"),
         ("roberta", {"max_position_embeddings": 2}, "max_position_embeddings"),
         ("roberta", {"id2label": {"0": "only"}}, "classifier.out_proj.weight"),
-        ("t5", {"feed_forward_proj": "gated-relu"}, "feed_forward_proj"),
+        ("t5", {"feed_forward_proj": "gated-mish"}, "feed_forward_proj"),
         ("t5", {"dense_act_fn": "gelu_new"}, "dense_act_fn"),
         ("t5", {"is_decoder": True}, "is_decoder"),
         ("bart", {"decoder_ffn_dim": 14}, "decoder_ffn_dim"),
@@ -402,6 +402,24 @@ def test_t5_scales_its_output_as_the_file_says(fields, scale):
     for name in ("tie_word_embeddings", "scale_decoder_outputs"):
         hf.pop(name)
     assert FAMILIES["t5"].read_config(hf | fields).output_scale == scale
+
+
+@pytest.mark.parametrize(
+    ("written", "ours"),
+    [
+        ("relu", "relu"),
+        ("gated-gelu", "geglu"),
+        ("gated-gelu_python", "geglu_exact"),
+        ("gated-silu", "swiglu"),
+        ("gated-relu2", "relu2glu"),
+        ("quick_gelu", "gelu_quick"),
+    ],
+)
+def test_t5_has_every_nonlinearity_and_gate(written, ours):
+    family, base = FAMILIES["t5"], {"model_type": "t5", "feed_forward_proj": written}
+    config = family.read_config(base)
+    assert config.activation == ours
+    assert family.write_config(config)["feed_forward_proj"] == written
 
 
 def test_the_head_of_t5_is_its_embedding_where_the_tensors_are_the_same(tmp_path):

@@ -147,7 +147,9 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         "GPT2", {**_GPT2, "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu2"}
     ),
     "gpt2_unscaled": ("GPT2", {**_GPT2, "scale_attn_weights": False}),
-    "llama_biased": ("Llama", {**_LLAMA, "attention_bias": True, "mlp_bias": True}),
+    "llama_biased": (
+        "Llama", {**_LLAMA, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}
+    ),
     "llama_tied_linear": (
         "Llama",
         {**_LLAMA, "tie_word_embeddings": True, **_rope("linear", factor=3.0)},
@@ -260,7 +262,7 @@ VARIANTS: dict[str, tuple[str, dict]] = {
         "GPTNeoX",
         {
             **_NEOX, "use_parallel_residual": False, "attention_bias": False,
-            "hidden_act": "gelu_new", "tie_word_embeddings": True, "hidden_size": 32,
+            "hidden_act": "quick_gelu", "tie_word_embeddings": True, "hidden_size": 32,
             "num_attention_heads": 2, "rotary_emb_base": 300.0,
         },
     ),

@@ -18,7 +18,15 @@ from typing import Any
 import numpy as np
 
 from lm.models.config import ModelConfig
-from lm.models.huggingface.config_fields import Field, Json, Together, demand, with_defaults
+from lm.models.huggingface.config_fields import (
+    Field,
+    Json,
+    Together,
+    activation,
+    activation_name,
+    demand,
+    with_defaults,
+)
 from lm.models.huggingface.family import Family
 from lm.models.huggingface.name_map import Linear, Table
 
@@ -34,16 +42,8 @@ _FIELDS = {
     "layer_norm_epsilon": Field("norm_epsilon", 1e-6),
     "n_positions": Field("max_length", 512),
 }
-# (feed_forward_proj, dense_act_fn, is_gated_act) → ours; the first of a kind is written.
-_ACTIVATIONS = {
-    ("relu", "relu", False): "relu",
-    ("gated-gelu", "gelu_new", True): "geglu",
-    ("gated-silu", "silu", True): "swiglu",
-    ("gelu", "gelu", False): "gelu",
-    ("gelu_new", "gelu_new", False): "gelu_tanh",
-    ("silu", "silu", False): "silu",
-    ("gated-gelu_new", "gelu_new", True): "geglu",
-}
+# Of two gates the names that are no others' there: "gated-gelu" means the usual approximation.
+_GATES = {"geglu": "gelu_new", "geglu_exact": "gelu_python"}
 
 
 def _activation(default: str) -> Together:
@@ -51,15 +51,22 @@ def _activation(default: str) -> Together:
 
     def read(values: Json) -> dict[str, Any]:
         written = values["feed_forward_proj"]
-        demand("feed_forward_proj", written, *(name for name, _, _ in _ACTIVATIONS))
-        key = next(key for key in _ACTIVATIONS if key[0] == written)
-        demand("dense_act_fn", values["dense_act_fn"], key[1], None)
-        demand("is_gated_act", values["is_gated_act"], key[2], None)
-        return {"activation": _ACTIVATIONS[key]}
+        name = written.removeprefix("gated-")
+        gated = name != written
+        name = "gelu_new" if written == "gated-gelu" else name
+        ours = activation(default, gated=gated).read("feed_forward_proj", name)
+        demand("dense_act_fn", values["dense_act_fn"], name, None)
+        demand("is_gated_act", values["is_gated_act"], gated, None)
+        return {"activation": ours}
 
     def write(config: ModelConfig) -> dict[str, Any]:
-        key = next(key for key, ours in _ACTIVATIONS.items() if ours == config.activation)
-        return dict(zip(("feed_forward_proj", "dense_act_fn", "is_gated_act"), key))
+        name = _GATES.get(config.activation) or activation_name(config.activation)
+        written = f"gated-{name}" if config.gated else name
+        return {
+            "feed_forward_proj": "gated-gelu" if config.activation == "geglu" else written,
+            "dense_act_fn": name,
+            "is_gated_act": config.gated,
+        }
 
     silent = {"dense_act_fn": None, "is_gated_act": None}
     return Together({"feed_forward_proj": default, **silent}, read, write)
