@@ -200,10 +200,12 @@ def model_line(config: ModelConfig) -> str:
     local = sum(config.is_local(layer) for layer in range(config.num_layers))
     sides = " to either side" if config.architecture == "encoder" else ""
     window = f", {local} layers with a window of {config.window:,}{sides}" if local else ""
+    rotated = sum(config.layer_kind(layer).rotated for layer in range(config.num_layers))
+    some = f" in {rotated} layers" if rotated < config.num_layers else ""
     return (
         f"{kind} of {layers}, {width}, {heads} of {config.head_width}{latent}{sinks}"
         f"{window}, {hidden}, {'parallel ' if config.parallel else ''}{norm}, "
-        f"{config.positions} positions, {head}"
+        f"{config.positions} positions{some}, {head}"
     )
 
 

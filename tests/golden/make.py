@@ -20,11 +20,13 @@ import encoder_oracles as oracles  # noqa: E402
 import family_checks  # noqa: E402
 
 # Two layers are enough for a pattern; compiling them is most of what a test does.
+_RANGES = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 _LAYERS = {
     "gpt2": {"n_layer": 2},
     "gptj": {"n_layer": 2},
     "bloom": {"n_layer": 2},
-    "gemma3": {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3": _RANGES,
+    "olmo3": _RANGES,
 }
 _ENCODER = {
     "vocab_size": 31, "hidden_size": 9, "num_hidden_layers": 2, "num_attention_heads": 3,

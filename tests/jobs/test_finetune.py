@@ -44,6 +44,7 @@ ODD = {
     "qwen3_moe": {"rms_norm_eps": 1e-2, "use_sliding_window": True, "sliding_window": 3},
     "smollm3": {"rms_norm_eps": 1e-2, "rope_parameters": {"rope_theta": 300.0}},
     "olmo2": {"rms_norm_eps": 1e-2, "rope_parameters": {"rope_theta": 300.0}},
+    "olmo3": {"rms_norm_eps": 1e-2, "sliding_window": 3},
     "gemma2": {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 0.5, "sliding_window": 3},
     "gpt_oss": {"rms_norm_eps": 1e-2, "sliding_window": 3, "swiglu_limit": 0.3},
     "gemma3": {"sliding_window": 3, "query_pre_attn_scalar": 50},

@@ -92,11 +92,25 @@ FAMILIES: dict[str, tuple[str, dict]] = {
         "Qwen3Moe",
         {
             **_LLAMA, "hidden_size": 12, "head_dim": 6, "num_experts": 5, "num_experts_per_tok": 2,
-            "moe_intermediate_size": 8, "norm_topk_prob": True,
+            "moe_intermediate_size": 8, "norm_topk_prob": True, "mlp_only_layers": [0],
         },
     ),
     "smollm3": ("SmolLM3", {**_LLAMA, "no_rope_layer_interval": 2, "tie_word_embeddings": True}),
     "olmo2": ("Olmo2", _LLAMA),
+    "olmo3": (
+        "Olmo3",
+        {
+            **_LLAMA, "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0,
+                    "original_max_position_embeddings": 8,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+            },
+        },
+    ),
     "gemma2": (
         "Gemma2",
         {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -17,7 +16,7 @@ from lm.models.huggingface.config_fields import (
     with_defaults,
 )
 from lm.models.huggingface.fp8 import BLOCK
-from lm.models.huggingface.llama import BODY, FIELDS, LAYER, MLP, family, rotary
+from lm.models.huggingface.llama import BODY, FIELDS, LAYER, MLP, begun, family, rotary
 from lm.models.huggingface.name_map import Linear, Table
 from lm.models.huggingface.rope import ROPE_FIELDS
 
@@ -120,27 +119,10 @@ def _attention(config: ModelConfig) -> Table:
     }
 
 
-def _begun(table: Table, blocks: str, first: int) -> Table:
-    """The table of layers that are `blocks` here, and whose first is their layer `first`."""
-    layer = LAYER.replace("layer}", f"layer+{first}}}")
-
-    def theirs(name: str | Linear) -> str | Linear:
-        if isinstance(name, Linear):
-            return dataclasses.replace(name, name=name.name.replace(LAYER, layer))
-        return name.replace(LAYER, layer)
-
-    def ours(name: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if isinstance(name, tuple):
-            return tuple(map(ours, name))
-        return name.replace("blocks.", f"{blocks}.")
-
-    return {ours(key): theirs(name) for key, name in table.items()}
-
-
 def _tensors(config: ModelConfig) -> Table:
     block = {**BODY, **_attention(config)}
-    dense = _begun({**block, **MLP}, "dense_blocks", 0)
-    return {**dense, **_begun({**block, **_EXPERTS}, "blocks", config.dense_layers)}
+    dense = begun({**block, **MLP}, "dense_blocks", 0)
+    return {**dense, **begun({**block, **_EXPERTS}, "blocks", config.dense_layers)}
 
 
 _DEEPSEEK = family(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from lm.models.huggingface.config_fields import (
     with_defaults,
 )
 from lm.models.huggingface.family import Family
+from lm.models.huggingface.name_map import Linear, Table
 from lm.models.huggingface.rope import ROPE_FIELDS, read_rotary, write_rotary
 
 # ---- What they share -------------------------------------------------------------------------
@@ -65,6 +67,23 @@ _EXPERTS = {
     "blocks.mlp.down": f"{LAYER}.block_sparse_moe.experts.{{expert}}.w2",
     "blocks.mlp.up": f"{LAYER}.block_sparse_moe.experts.{{expert}}.w3",
 }
+
+
+def begun(table: Table, blocks: str, first: int) -> Table:
+    """The table of layers that are `blocks` here, and whose first is their layer `first`."""
+    layer = LAYER.replace("layer}", f"layer+{first}}}")
+
+    def theirs(name: str | Linear) -> str | Linear:
+        if isinstance(name, Linear):
+            return dataclasses.replace(name, name=name.name.replace(LAYER, layer))
+        return name.replace(LAYER, layer)
+
+    def ours(name: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(name, tuple):
+            return tuple(map(ours, name))
+        return name.replace("blocks.", f"{blocks}.")
+
+    return {ours(key): theirs(name) for key, name in table.items()}
 
 
 def family(

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+from lm.config import check
 from lm.models.config import ModelConfig
-from lm.models.huggingface.config_fields import Field, OrNull, only, with_defaults
+from lm.models.huggingface.config_fields import (
+    Field,
+    Json,
+    OrNull,
+    Together,
+    only,
+    with_defaults,
+)
 from lm.models.huggingface.llama import (
     BIASES,
     BODY,
     FIELDS,
     LAYER,
     MLP,
+    begun,
     family,
     one_window,
     rotary,
@@ -69,6 +78,18 @@ _EXPERTS = {
     "blocks.mlp.up": f"{LAYER}.mlp.experts.{{expert}}.up_proj",
     "blocks.mlp.down": f"{LAYER}.mlp.experts.{{expert}}.down_proj",
 }
+
+
+def _read_dense(values: Json) -> dict[str, Any]:
+    """The layers without experts, which must be the first."""
+    layers = values["mlp_only_layers"] or []
+    check(
+        sorted(layers) == list(range(len(layers))),
+        f"config.json: mlp_only_layers={layers} is not supported, only the first layers: [0, 1, …]",
+    )
+    return {"dense_layers": len(layers)}
+
+
 _QWEN3_MOE = family(
     "qwen3_moe",
     "Qwen3MoeForCausalLM Qwen3MoeModel",
@@ -87,16 +108,26 @@ _QWEN3_MOE = family(
         "moe_intermediate_size": Field("expert_width", 768),
         "norm_topk_prob": Field("router_normalize", False),
         "decoder_sparse_step": only(1),
-        "mlp_only_layers": only(None, []),
     },
-    together=(rotary(), one_window(4096, use_sliding_window=False)),
+    together=(
+        rotary(),
+        one_window(4096, use_sliding_window=False),
+        Together(
+            {"mlp_only_layers": None},
+            _read_dense,
+            lambda config: {"mlp_only_layers": list(range(config.dense_layers))},
+        ),
+    ),
     inert=("router_aux_loss_coef", "output_router_logits", "max_window_layers"),
     # transformers 4 knows the number of experts by this name alone.
     old_fields={"num_experts": "num_local_experts"},
     written=lambda config: {
         "use_sliding_window": config.window > 0, "num_experts": config.num_experts
     },
-    tensors=lambda config: BODY | (_EXPERTS if config.num_experts else MLP),
+    tensors=lambda config: {
+        **begun(BODY | MLP, "dense_blocks", 0),
+        **begun(BODY | (_EXPERTS if config.num_experts else MLP), "blocks", config.dense_layers),
+    },
 )  # fmt: skip
 
 FAMILIES = (_QWEN2, _QWEN3, _QWEN3_MOE)

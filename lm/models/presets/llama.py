@@ -175,7 +175,7 @@ PRESETS |= table(
     moonlight_16b_a3b=(27, 16, 16, 2048, 11_264),
 )
 
-# ---- SmolLM 3 and OLMo 2 ----------------------------------------------------------------------
+# ---- SmolLM 3 and OLMo ----------------------------------------------------------------------
 
 PRESETS |= table(
     "HuggingFaceTB/SmolLM3-3B; every fourth layer is not rotated (Yang et al. 2025b)",
@@ -192,23 +192,42 @@ PRESETS |= table(
     smollm3_3b=(36, 16, 4, 2048, 11_008),
 )
 
+_OLMO = {
+    **_LLAMA,
+    "rotary_base": 500_000.0,
+    "norm_position": "reordered",
+    "norm_epsilon": 1e-6,
+    "qk_norm": True,
+    "qk_norm_joint": True,
+}
+
 PRESETS |= table(
     "OLMo Team 2024, table 3; allenai/OLMo-2-1124-7B, OLMo-2-0425-1B, OLMo-2-0325-32B",
-    {
-        **_LLAMA,
-        "vocab_size": 100_352,
-        "max_length": 4096,
-        "rotary_base": 500_000.0,
-        "norm_position": "reordered",
-        "norm_epsilon": 1e-6,
-        "qk_norm": True,
-        "qk_norm_joint": True,
-    },
+    {**_OLMO, "vocab_size": 100_352, "max_length": 4096},
     _SIZES,
     olmo2_1b=(16, 16, 16, 2048, 8192),
     olmo2_7b=(32, 32, 32, 4096, 11_008),
     olmo2_13b=(40, 40, 40, 5120, 13_824),
     olmo2_32b=(64, 40, 8, 5120, 27_648),
+)
+
+PRESETS |= table(
+    "OLMo Team 2025; allenai/Olmo-3-1025-7B, Olmo-3-1125-32B",
+    {
+        **_OLMO,
+        "vocab_size": 100_278,
+        "max_length": 65_536,
+        "attention_pattern": ("local",) * 3 + ("global",),
+        "window": 4096,
+        "rotary_local_base": 500_000.0,
+        "rotary_scaling": "yarn",
+        "rotary_factor": 8.0,
+        "rotary_original_length": 8192,
+        "rotary_high": 32.0,
+    },
+    _SIZES,
+    olmo3_7b=(32, 32, 32, 4096, 11_008),
+    olmo3_32b=(64, 40, 8, 5120, 27_648),
 )
 
 # ---- Qwen ------------------------------------------------------------------------------------
