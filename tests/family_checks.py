@@ -90,7 +90,7 @@ def outputs(config, params, batch, taps):
         found["logits"] = model.unembed(x_BTD)
         loss += cross_entropy(found["logits"], batch["labels"])
     if "classes" in batch:
-        found["scores"] = model.classify(x_BTD, last_places(batch["mask"]))
+        found["scores"] = model.classify(x_BTD, last_places(batch["mask"]), batch["mask"])
         loss += cross_entropy(found["scores"], batch["classes"])
     if "cotangent" in batch:  # no head: any function of the outputs will do
         loss += jnp.mean(x_BTD * batch["cotangent"] * batch["mask"][..., None])

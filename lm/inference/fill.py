@@ -108,7 +108,7 @@ def scores_of_texts(config: ModelConfig, params, tokens_NS, segments_NS):
     """What the classifier says of each of these texts, float32 [N, labels]."""
     model = bind(skeleton(config), params)
     x_NSD = model.hidden(tokens_NS, segments_BT=segments_NS)
-    return constrain(model.classify(x_NSD, last_places(segments_NS)), None, None)
+    return constrain(model.classify(x_NSD, last_places(segments_NS), segments_NS), None, None)
 
 
 def dropless(config: ModelConfig) -> ModelConfig:

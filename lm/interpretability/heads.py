@@ -186,11 +186,16 @@ class HeadWeights(NamedTuple):
 
 
 def direct_heads(config: ModelConfig) -> None:
-    """Raises ConfigError unless queries, keys and values are products of what attention reads."""
+    """Raises ConfigError unless queries, keys and values are products of normed streams."""
     check(
         not config.kv_rank,
         f"config.model.kv_rank={config.kv_rank}: keys and values are made of a latent with a norm "
         "of its own, and heads' matrices alone do not say what they read",
+    )
+    check(
+        config.first_norm,
+        "config.model.first_norm=False: heads' matrices take in the norm that attention reads "
+        "through, and the first block has none",
     )
 
 
@@ -198,7 +203,8 @@ def head_weights(config: ModelConfig, params: Mapping[str, Array]) -> HeadWeight
     """The self-attention of a decoder's, or an encoder's, layers.
 
     Raises:
-      ConfigError: latent attention, whose heads have no matrices of their own.
+      ConfigError: latent attention, whose heads have no matrices of their own, or a first block
+        without a norm.
     """
     direct_heads(config)
     groups = ("dense_blocks", "blocks") if config.dense_layers else ("blocks",)

@@ -36,6 +36,7 @@ LOCAL_SCALINGS = ("none", "linear", "dynamic")
 RANGES = ("global", "local")
 ROUTER_SCORES = ("softmax", "sigmoid")
 POOLERS = ("tanh", "relu")
+POOLINGS = ("first", "mean")
 CLASSIFIERS = ("none", "sequence", "token")
 INITIALIZERS = ("gpt2", "normal", "scaled_zero", "xavier", "lecun", "t5")
 REMAT = ("none", "dots", "projections", "qkv", "full", "offload")
@@ -139,6 +140,7 @@ class ModelConfig:
     norm_unit_offset: bool = False  # scales are stored less one (Gemma)
     final_norm: bool | None = None  # None: unless post-norm
     parallel: bool = False  # attention and MLP read the same residual stream (GPT-J, PaLM)
+    first_norm: bool = True  # False: the first block's attention has no pre-norm (ModernBERT)
     shared_norm: bool = False  # parallel: and through the same norm (PaLM)
     activation: Literal[ACTIVATIONS] = "gelu_tanh"
     # swiglu_clipped: the gate is at most this, and what it multiplies, plus one, in ± it (gpt-oss)
@@ -172,6 +174,7 @@ class ModelConfig:
     # Head
     output_head: bool = True  # decoder; False: its body alone, for embeddings (E5-Mistral)
     head_transform: bool = False  # projection, activation and norm before it (BERT)
+    transform_bias: bool = True  # of that projection
     head_bias: bool = False
     output_scale: NotNegative = 1.0  # multiplies what the head reads; 0: width^-½ (T5 when tied)
     logits_softcap: NotNegative = 0.0  # c·tanh(logits/c); 0: none (Gemma 2: 30)
@@ -182,6 +185,9 @@ class ModelConfig:
     # stands beside the output head: with one label, a policy's value head.
     classifier: Literal[CLASSIFIERS] = "none"
     num_labels: Size = 2  # of the classifier
+    # encoder: it reads what `head_transform` makes (ModernBERT), and without a pooler of a text's
+    classifier_transform: bool = False
+    classifier_pooling: Literal[POOLINGS] = "first"  # first token, or the mean of its tokens
 
     # How it starts and how it is computed
     initializer: Literal[INITIALIZERS] = "gpt2"  # gpt2 | normal | scaled_zero | xavier | lecun | t5
@@ -260,6 +266,16 @@ class ModelConfig:
             f"{prefix}.classifier={self.classifier!r} needs architecture='decoder' or 'encoder', "
             "not 'encoder_decoder'",
         )
+        unnormed = {"norm_position": "pre", "architecture": "encoder", "num_experts": 0}
+        self._needs(prefix, "first_norm", not self.first_norm, **unnormed)
+        check(
+            self.first_norm or self.num_layers > 1,
+            f"{prefix}.first_norm=False needs num_layers of 2 or more, not {self.num_layers}",
+        )
+        own = {"architecture": "encoder", "pooler": False}
+        mean, through = self.classifier_pooling == "mean", self.classifier_transform
+        self._needs(prefix, "classifier_pooling", mean, **own)
+        self._needs(prefix, "classifier_transform", through, **own, head_transform=True)
         self._needs(prefix, "classifier", self.classifier != "none", cell="attention")
         self._needs(prefix, "architecture", self.architecture == "encoder", cell="attention")
         self._needs(prefix, "quantization", self.quantization != "none", cell="attention")
@@ -408,6 +424,11 @@ class ModelConfig:
     def norms_written(self) -> bool:
         """Whether what sublayers write goes through a norm before it is added."""
         return self.norm != "none" and self.norm_position in ("sandwich", "reordered")
+
+    @property
+    def first_layers(self) -> int:
+        """The first layers, where they have other parameters than those that follow."""
+        return self.dense_layers if self.first_norm else 1
 
     @property
     def has_final_norm(self) -> bool:

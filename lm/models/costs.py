@@ -105,10 +105,11 @@ def _part(config: ModelConfig, name: str, spec: ParamSpec) -> str | None:
         last = "head"
     elif len(_inner_axes(spec)) < 2 or "bias" in last or last == "scale" or _is_table(name):
         return None
-    if name.startswith(("pooler.", "classifier.")):
+    through = ("head_transform.",) if config.classifier_transform else ()
+    if name.startswith(("pooler.", "classifier.", *through)):
         if config.classifier == "none":
             return None
-        return "token" if config.classifier == "token" and name[0] == "c" else "row"
+        return "token" if config.classifier == "token" and name[0] != "p" else "row"
     if last == "head" or name.startswith("head_transform."):
         alone = config.classifier == "none" or config.architecture == "decoder"
         return "head" if config.has_output_head and alone else None

@@ -167,17 +167,19 @@ def activate(
 
 
 class Projection(nnx.Module):
-    """A dense layer of a residual stream, with a bias: `x · projection + bias`."""
+    """A dense layer of a residual stream: `x · projection + bias`, if there is one."""
 
-    def __init__(self, config: ModelConfig, outputs: int):
+    def __init__(self, config: ModelConfig, outputs: int, bias: bool = True):
         initializer = weight_initializer(config, config.width, outputs)
         self.projection = declare((config.width, outputs), ("embed", None), initializer)
-        self.bias = declare((outputs,), (None,), jax.nn.initializers.zeros)
+        if bias:
+            self.bias = declare((outputs,), (None,), jax.nn.initializers.zeros)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[…, D] → […, outputs], in x's dtype."""
         rows = x.reshape(-1, x.shape[-1])
-        out = add_bias(contract("nd,de->ne", rows, self.projection[...]), self.bias[...])
+        out = contract("nd,de->ne", rows, self.projection[...])
+        out = add_bias(out, self.bias[...]) if hasattr(self, "bias") else out
         return out.reshape(*x.shape[:-1], -1)
 
 

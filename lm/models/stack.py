@@ -41,13 +41,20 @@ class Block(nnx.Module):
     parallel block attention and MLP read the same stream (Chowdhery et al. 2022, §2). There need be
     no norms, and no MLP (Elhage et al. 2021).
 
-    A block that `crosses` attends to an encoder; in a `mixture`, experts take the MLP's place.
+    A block that `crosses` attends to an encoder; in a `mixture`, experts take the MLP's place;
+    without `attention_norm`, attention reads the stream as it is.
     """
 
-    def __init__(self, config: ModelConfig, crosses: bool = False, mixture: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        crosses: bool = False,
+        mixture: bool = False,
+        attention_norm: bool = True,
+    ):
         self.config = config
         written, normed = config.norms_written, config.norms_read or config.norm_position == "post"
-        if normed:
+        if normed and attention_norm:
             self.attention_norm = layers.Norm(config)
         self.attention = LatentAttention(config) if config.kv_rank else Attention(config)
         if written:
@@ -120,7 +127,7 @@ class Block(nnx.Module):
 
     def _read(self, sublayer: str, x_BTD: jax.Array, tap: Tap) -> jax.Array:
         """What a sublayer reads of the residual stream: whole sequences of it."""
-        if self.config.norms_read:
+        if self.config.norms_read and hasattr(self, f"{sublayer}_norm"):
             x_BTD = self._normed(f"{sublayer}_norm", x_BTD, tap)
         return constrain(x_BTD, "batch", "length", "embed")
 
@@ -160,9 +167,11 @@ class Stack(nnx.Module):
     ):
         self.config, self.num_layers, self.encodes = config, num_layers, encodes
         mixture = config.num_experts > 0
-        if config.dense_layers:
-            self.dense_blocks = stack(Block(config, crosses), config.dense_layers)
-        self.blocks = stack(Block(config, crosses, mixture), num_layers - config.dense_layers)
+        first = config.first_layers
+        if first:
+            block = Block(config, crosses, attention_norm=config.first_norm)
+            self.dense_blocks = stack(block, first)
+        self.blocks = stack(Block(config, crosses, mixture), num_layers - first)
         if config.positions == "relative":
             shape = (config.relative_buckets, config.num_heads)
             std = config.width**-0.5 if config.initializer == "t5" else config.initializer_std
@@ -245,10 +254,10 @@ class Stack(nnx.Module):
 
     def _groups(self):
         """(stacked blocks, the first one's layer, how many) of blocks that are alike."""
-        dense = self.config.dense_layers
-        if dense:
-            yield self.dense_blocks, 0, dense
-        yield self.blocks, dense, self.num_layers - dense
+        first = self.config.first_layers
+        if first:
+            yield self.dense_blocks, 0, first
+        yield self.blocks, first, self.num_layers - first
 
     def each_block(self) -> list[Block]:
         """The blocks in order, each with the parameters of its own layer."""

@@ -140,12 +140,12 @@ class HeadTransform(layers.Projection):
     """What BERT does before its output head: projection, nonlinearity, norm."""
 
     def __init__(self, config: ModelConfig):
-        super().__init__(config, config.width)
+        super().__init__(config, config.width, config.transform_bias)
         self.activation = config.activation
         self.norm = layers.Norm(config)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """[B, T, D] → [B, T, D]."""
+        """[…, D] → […, D]."""
         return self.norm(layers.activate(self.activation, super().__call__(x_BTD)), no_tap)
 
 
@@ -383,15 +383,22 @@ class Transformer(LanguageModel, Stack):
         tanh = self.config.pooler_activation == "tanh"
         return jnp.tanh(pooled_BD) if tanh else jax.nn.relu(pooled_BD)
 
-    def classify(self, x_BTD: jax.Array, last_BT: jax.Array | None = None) -> jax.Array:
+    def classify(
+        self,
+        x_BTD: jax.Array,
+        last_BT: jax.Array | None = None,
+        filled_BT: jax.Array | None = None,
+    ) -> jax.Array:
         """Scores of the labels, float32: [B, labels] of each row, or [B, T, labels] of each token.
 
-        An encoder's row is read from its first token, through the pooler where there is one.
+        An encoder's row is read from its first token, through the pooler where there is one, or
+        from the mean of its tokens.
 
         Args:
           x_BTD: the last residual stream.
           last_BT: true at the one place of each row that a decoder's is read from: that of its last
             token (`lm.models.text.last_places`); the row's last place unless given.
+          filled_BT: of which places means are; all unless given.
         """
         if self.config.classifier == "sequence" and self.config.architecture == "decoder":
             if last_BT is None:
@@ -400,8 +407,18 @@ class Transformer(LanguageModel, Stack):
             scores_BTE = self.classifier(x_BTD)
             return jnp.sum(jnp.where(last_BT[..., None], scores_BTE, 0), axis=1)
         if self.config.classifier == "sequence":
-            x_BTD = self.pool(x_BTD) if self.config.pooler else x_BTD[:, 0]
+            x_BTD = self._of_text(x_BTD, filled_BT)
+        if self.config.classifier_transform:
+            x_BTD = self.head_transform(x_BTD)
         return self.classifier(x_BTD).astype(jnp.float32)
+
+    def _of_text(self, x_BTD: jax.Array, filled_BT: jax.Array | None) -> jax.Array:
+        """What an encoder's classifier reads of each row, [B, D]."""
+        if self.config.classifier_pooling == "mean":
+            filled_BT = jnp.ones(x_BTD.shape[:2], bool) if filled_BT is None else filled_BT > 0
+            x_BTD = jnp.where(filled_BT[..., None], x_BTD, 0).astype(jnp.float32)
+            return jnp.sum(x_BTD, 1) / jnp.maximum(jnp.sum(filled_BT, 1, keepdims=True), 1)
+        return self.pool(x_BTD) if self.config.pooler else x_BTD[:, 0]
 
     def values(self, x_BTD: jax.Array) -> jax.Array:
         """What a decoder's classifier of one label says of the text up to each place, [B, T]."""

@@ -53,7 +53,7 @@ def meshes(workload: Workload, devices: int) -> Iterator[MeshConfig]:
     """
     model, block = workload.model, workload.block_size
     attention = model.cell == "attention"
-    layers = model.num_layers - model.dense_layers
+    layers = model.num_layers - model.first_layers
     widths = (model.num_heads, model.feed_forward)
     widths += (model.expert_feed_forward,) if model.num_experts else ()
 

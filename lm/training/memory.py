@@ -53,6 +53,7 @@ def expected_memory(workload: Workload) -> dict[str, int]:
     activations = kept(workload)[0]
     if model.remat != "none":
         one = dict(num_layers=1, num_encoder_layers=None, dense_layers=0, remat="none")
+        one["first_norm"] = True
         layer = dataclasses.replace(model, **one)
         activations += kept(dataclasses.replace(workload, model=layer))[0]
     rows = -(-workload.microbatch // batch_ways(mesh))

@@ -113,7 +113,7 @@ def check_layout(workload: Workload) -> None:
     )
     if sizes["stage"] > 1:
         layout.pipeline(workload.microbatch)  # for its errors
-        check_layers(model.num_layers - model.dense_layers, sizes["stage"], layout.rounds)
+        check_layers(model.num_layers - model.first_layers, sizes["stage"], layout.rounds)
         if model.architecture == "encoder_decoder":
             check_layers(model.encoder_layers, sizes["stage"], layout.rounds)
     experts = model.num_experts or 1

@@ -36,6 +36,10 @@ _DISTIL = {
     "vocab_size": 31, "dim": 9, "n_layers": 2, "n_heads": 3, "hidden_dim": 13,
     "max_position_embeddings": 11, "num_labels": 4,
 }  # fmt: skip
+_MODERN = {
+    **oracles.MODERN, "vocab_size": 31, "hidden_size": 12, "num_hidden_layers": 2,
+    "intermediate_size": 9, "local_attention": 4, "max_position_embeddings": 11,
+}  # fmt: skip
 _GEMMA = {
     **oracles.GEMMA, "vocab_size": 31, "hidden_size": 10, "num_hidden_layers": 2,
     "head_dim": 6, "intermediate_size": 13, "sliding_window": 5, "max_position_embeddings": 11,
@@ -62,6 +66,7 @@ CASES = {
     "bert": oracles.Case("BertForPreTraining", _ENCODER),
     "roberta": oracles.Case("RobertaForSequenceClassification", _ENCODER),
     "distilbert": oracles.Case("DistilBertForSequenceClassification", _DISTIL),
+    "modernbert": oracles.Case("ModernBertForMaskedLM", _MODERN, 0.2),
     "embedding_gemma": oracles.Case("Gemma3TextModel", _GEMMA, 0.2),
     "t5": oracles.Case("T5ForConditionalGeneration", _T5, change=oracles.restless),
     "t5_v1_1": oracles.Case("T5ForConditionalGeneration", _T5 | _V1_1, change=oracles.untie),

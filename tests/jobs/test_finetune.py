@@ -55,6 +55,7 @@ ODD = {
     "bert": {"layer_norm_eps": 1e-2},
     "roberta": {"layer_norm_eps": 1e-2},
     "distilbert": {"activation": "relu"},
+    "modernbert": {"norm_eps": 1e-2, "local_attention": 2},
     "embedding_gemma": {"sliding_window": 3, "query_pre_attn_scalar": 50},
     "t5": {"relative_attention_max_distance": 5, "layer_norm_epsilon": 1e-2},
     "t5_v1_1": {"relative_attention_max_distance": 5, "layer_norm_epsilon": 1e-2},
@@ -130,7 +131,7 @@ def loss(source: pathlib.Path, batch: dict[str, np.ndarray]) -> float:
 
 
 def objective(family: str) -> list[str]:
-    if family in ("bert", "roberta", "distilbert", "embedding_gemma"):
+    if family in ("bert", "roberta", "distilbert", "modernbert", "embedding_gemma"):
         return ["--config.objective.name=masked"]
     return PAIRS if family in ("t5", "t5_v1_1", "bart", "mbart", "marian") else []
 

@@ -27,7 +27,8 @@ from lm.models.presets import preset
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 NAMES = (
-    "bert", "roberta", "distilbert", "embedding_gemma", "t5", "t5_v1_1", "bart", "mbart", "marian"
+    "bert", "roberta", "distilbert", "modernbert", "embedding_gemma", "t5", "t5_v1_1", "bart",
+    "mbart", "marian",
 )  # fmt: skip
 
 
@@ -183,6 +184,7 @@ def test_cached_decoding_is_the_full_forward_pass(name, scan_layers):
         ("bert_large_mlm", "bert"),
         ("roberta_base", "roberta"),
         ("distilbert_base", "distilbert"),
+        ("modernbert_large", "modernbert"),
         ("embeddinggemma_300m", "gemma3_text"),
         ("t5_small", "t5"),
         ("t5_v1_1_xl", "t5"),
@@ -256,6 +258,9 @@ _TRANSLATORS = {
         ("bert", {"architectures": ["BertForQuestionAnswering"]}, "BertForQuestionAnswering"),
         ("bert", {"embedding_size": 128}, "embedding_size"),
         ("bert", {"layer_norm_eps": "tiny"}, "layer_norm_eps"),
+        ("modernbert", {"classifier_activation": "relu"}, "classifier_activation"),
+        ("modernbert", {"rope_scaling": {"rope_type": "linear"}}, "rope_scaling"),
+        ("embedding_gemma", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
         ("roberta", {"pad_token_id": -1}, "pad_token_id"),
         ("roberta", {"max_position_embeddings": 2}, "max_position_embeddings"),
         ("roberta", {"id2label": {"0": "only"}}, "classifier.out_proj.weight"),
@@ -307,6 +312,23 @@ PUBLISHED = {
         "pad_token_id": 0, "qa_dropout": 0.1, "seq_classif_dropout": 0.2,
         "sinusoidal_pos_embds": False, "tie_weights_": True, "transformers_version": "4.10.0.dev0",
         "vocab_size": 30_522,
+    },
+    "modernbert_base": {
+        "architectures": ["ModernBertForMaskedLM"], "attention_bias": False,
+        "attention_dropout": 0.0, "bos_token_id": 50_281, "classifier_activation": "gelu",
+        "classifier_bias": False, "classifier_dropout": 0.0, "classifier_pooling": "mean",
+        "cls_token_id": 50_281, "decoder_bias": True, "deterministic_flash_attn": False,
+        "embedding_dropout": 0.0, "eos_token_id": 50_282, "global_attn_every_n_layers": 3,
+        "global_rope_theta": 160_000.0, "gradient_checkpointing": False,
+        "hidden_activation": "gelu", "hidden_size": 768, "initializer_cutoff_factor": 2.0,
+        "initializer_range": 0.02, "intermediate_size": 1152, "layer_norm_eps": 1e-5,
+        "local_attention": 128, "local_rope_theta": 10_000.0, "max_position_embeddings": 8192,
+        "mlp_bias": False, "mlp_dropout": 0.0, "model_type": "modernbert", "norm_bias": False,
+        "norm_eps": 1e-5, "num_attention_heads": 12, "num_hidden_layers": 22,
+        "pad_token_id": 50_283, "position_embedding_type": "absolute",
+        "repad_logits_with_grad": False, "sep_token_id": 50_282, "sparse_pred_ignore_index": -100,
+        "sparse_prediction": False, "torch_dtype": "float32", "transformers_version": "4.47.0.dev0",
+        "vocab_size": 50_368,
     },
     "embeddinggemma_300m": {
         "_sliding_window_pattern": 6, "architectures": ["Gemma3TextModel"], "attention_bias": False,

@@ -20,6 +20,8 @@ PUBLISHED = {
     "bert_base_mlm": 109_514_298,
     "roberta_base": 124_697_433,
     "distilbert_base": 66_985_530,
+    "modernbert_base": 149_655_232,
+    "modernbert_large": 395_881_664,
     "embeddinggemma_300m": 302_863_104,
     "t5_small": 60_506_624,
     "t5_base": 222_903_552,

@@ -57,6 +57,16 @@ GEMMA = {
     },
     "attn_implementation": "eager",
 }  # fmt: skip
+MODERN = {
+    "vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3,
+    "intermediate_size": 19, "max_position_embeddings": 19, "local_attention": 6, "num_labels": 5,
+    "pad_token_id": 0, "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    },
+    "attn_implementation": "eager",
+}  # fmt: skip
+_BIASED = dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), True)
 _T5 = {
     "vocab_size": VOCAB, "d_model": 19, "d_kv": 5, "num_heads": 3, "d_ff": 33, "num_layers": 3,
     "num_decoder_layers": 2, "relative_attention_num_buckets": 8,
@@ -126,6 +136,23 @@ CASES = {
         "DistilBertForSequenceClassification", {**_DISTIL, "sinusoidal_pos_embds": True}
     ),
     "distilbert_token": Case("DistilBertForTokenClassification", _DISTIL),
+    "modernbert": Case("ModernBertModel", MODERN, 0.2),
+    "modernbert_masked": Case("ModernBertForMaskedLM", MODERN, 0.2),
+    "modernbert_biased": Case(
+        "ModernBertForMaskedLM",
+        {
+            **MODERN,
+            **_UNTIED,
+            **_BIASED,
+            "decoder_bias": False,
+            "hidden_activation": "relu",
+            "classifier_activation": "relu",
+        },
+    ),
+    "modernbert_sequence": Case(
+        "ModernBertForSequenceClassification", {**MODERN, "classifier_pooling": "mean"}
+    ),
+    "modernbert_token": Case("ModernBertForTokenClassification", MODERN),
     "embedding_gemma": Case("Gemma3TextModel", GEMMA, 0.2),
     "t5": Case("T5ForConditionalGeneration", _T5, 0.2),
     "t5_v1_1": Case("T5ForConditionalGeneration", {**_T5, **_V1_1}, 0.2, untie),

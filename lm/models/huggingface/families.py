@@ -16,6 +16,7 @@ from lm.models.huggingface import (
     gemma,
     gpt_oss,
     llama,
+    modernbert,
     olmo,
     phi,
     qwen,
@@ -37,6 +38,7 @@ FAMILIES: dict[str, Family] = {
         olmo,
         bert,
         distilbert,
+        modernbert,
         t5,
         bart,
     )

@@ -86,6 +86,33 @@ PRESETS |= table(
     distilbert_base=(6, 12, 768),
 )
 
+# ---- ModernBERT (Warner et al. 2024) ---------------------------------------------------------
+# Pre-norm, of which the first block's attention has none as it follows the embeddings', rotations,
+# GeGLU, two of three layers local, and no biases but the decoder's.
+
+PRESETS |= table(
+    "Warner et al. 2024, table 4, with the masked language model's head",
+    {
+        **_MASKED,
+        "architecture": "encoder",
+        "vocab_size": 50_368,
+        "max_length": 8192,
+        "embedding_norm": True,
+        "rotary_base": 160_000.0,
+        "rotary_local_base": 10_000.0,
+        "attention_pattern": ("global", "local", "local"),
+        "window": 65,  # 128 on both sides together
+        "norm": "layernorm",
+        "first_norm": False,
+        "activation": "geglu_exact",
+        "transform_bias": False,
+        "classifier_pooling": "mean",
+    },
+    "num_layers num_heads width mlp_width",
+    modernbert_base=(22, 12, 768, 1152),
+    modernbert_large=(28, 16, 1024, 2624),
+)
+
 # ---- T5 (Raffel et al. 2020) -----------------------------------------------------------------
 # Biases of relative positions only, RMSNorm, no biases, no attention scale, and of the tied
 # embeddings a head scaled by width^-½.
