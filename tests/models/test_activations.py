@@ -32,6 +32,8 @@ KINDS = {
     "translator": {"architecture": "encoder_decoder", "positions": "relative", "mlp_width": 48},
     "experts": {"positions": "rotary", "num_experts": 6, "experts_per_token": 2, "mlp_width": 48,
                 "activation": "swiglu_clipped", "expert_bias": True},
+    "latent": {"positions": "rotary", "norm": "rmsnorm", "bias": False, "head_dim": 10,
+               "kv_rank": 7, "query_rank": 7, "shared_key_dim": 4, "mlp_width": 48},
     "parallel": {"positions": "rotary", "parallel": True, "mlp_width": 48},
     "lstm": {"cell": "lstm", "positions": "none"},
 }  # fmt: skip
@@ -63,7 +65,7 @@ def test_names_say_their_axes_and_every_activation_reaches_the_logits(kind):
     sizes = {
         "B": 2, "T": 12, "S": 12, "D": config.width, "H": config.num_heads, "K": config.kv_heads,
         "C": config.head_width, "F": config.feed_forward, "V": config.vocab_size,
-        "E": config.num_experts, "k": config.experts_per_token, "1": 1,
+        "E": config.num_experts, "k": config.experts_per_token, "r": config.kv_rank, "1": 1,
     }  # fmt: skip
     for name, letters in named.items():
         gates = {"g": found[name].shape[2]}
