@@ -239,13 +239,13 @@ WRONG = {
     "pickled": (pickled, "has its weights in pytorch_model.bin"),
     "no weights": (damaged(lambda data: None), "has no weights"),
     "bad config": (damaged(lambda data: b"{", "config.json"), "config.json is damaged"),
-    "unknown type": (fields(model_type="gpt3"), "did you mean 'gpt2'"),
+    "unknown type": (fields(model_type="gpt22"), "did you mean 'gpt2'"),
     "unknown class": (
         fields(architectures=["GPT2DoubleHeadsModel"]),
         "architectures=['GPT2DoubleHeadsModel'] is not one of",
     ),
     "field": (fields(n_layers=3), "n_layers=3, a field that is not known"),
-    "value": (fields(scale_attn_weights=False), "scale_attn_weights=False is not supported"),
+    "value": (fields(is_decoder=True), "is_decoder=True is not supported"),
     "type": (fields(n_layer="3"), "n_layer='3' must be int"),
     "activation": (fields(activation_function="mish"), "activation_function='mish'"),
     "impossible": (fields(n_head=5), "n_embd=32 is not divisible by n_head=5"),
@@ -342,6 +342,14 @@ def small(config):
         "num_layers": 2 * len(config.attention_pattern),
         "mlp_width": 28 if config.mlp_width else None,
         "num_experts": 3 if config.num_experts else 0,
+        "experts_per_token": min(config.experts_per_token, 2),
+        "dense_layers": min(config.dense_layers, 1),
+        "router_groups": 1,
+        "router_group_limit": 1,
+        "kv_rank": 5 if config.kv_rank else 0,
+        "query_rank": 7 if config.query_rank else 0,
+        "shared_key_dim": 2 if config.kv_rank else 0,
+        "value_dim": 3 if config.kv_rank else config.value_dim,
         "vocab_size": 37,
         "max_length": 16,
         "window": 4 if config.window else 0,
@@ -389,7 +397,7 @@ def test_rules_are_inverse_and_make_every_parameter_once(model_type, name, field
 
 def test_a_model_of_no_family_is_told_what_would_have_to_differ():
     config = ModelConfig(vocab_size=64, max_length=16, activation="gelu_tanh")
-    with pytest.raises(ConfigError, match=r"nearest, 'llama', has model\.activation='geglu', not"):
+    with pytest.raises(ConfigError, match=r"nearest, 'falcon', has model\.norm='layernorm', not"):
         family_for(config)
     with pytest.raises(ConfigError, match="no Hugging Face family"):
         family_for(ModelConfig(cell="lstm", vocab_size=64, max_length=16))
