@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from lm.config import (
     AboveZero,
     Bounds,
+    Count,
     Path,
     Positive,
     Share,
@@ -95,6 +96,11 @@ class DataConfig:
     # Tokens in a sequence: of the encoder's in span corruption, of the decoder's in seq2seq.
     block_size: Size = 256
     source_length: SizeOrZero = 0  # seq2seq: tokens in a sequence of the encoder; 0: block_size
+    # seq2seq: ids in front of each source and behind its end-of-text, and what its target begins
+    # after, of which but the first are learnt, (): begin-of-text. A translator's languages.
+    source_before: tuple[Count, ...] = ()
+    source_after: tuple[Count, ...] = ()
+    target_start: tuple[Count, ...] = ()
     # seq2seq: pairs longer than that: drop counts them
     long_pairs: Literal["refuse", "drop"] = "refuse"
     # Conversations: how lines write them (`lm.data.conversations`); "auto": as the first does.

@@ -37,7 +37,7 @@ class EncoderDecoderRows(Rows):
         packing: str,
     ):
         super().__init__(corpus, target_length)
-        self.source_length = source_length
+        self.source_length, self.first_id = source_length, corpus.bos_id
         self._source_lengths, self._target_lengths = source_lengths, target_lengths
         size = max(source_length, target_length)
         shares = np.maximum(
@@ -76,7 +76,7 @@ class EncoderDecoderRows(Rows):
         source_tokens, target_tokens = self._sides(items, source, target, keys)
         inputs = np.empty_like(target_tokens)
         inputs[1:] = target_tokens[:-1]
-        inputs[target.before] = self.corpus.bos_id
+        inputs[target.before] = self.first_id
         source.write(batch, places, {"source": source_tokens}, side="source_")
         target.write(batch, places, {"inputs": inputs, "targets": target_tokens, "weights": 1})
 
@@ -114,6 +114,12 @@ class Pairs(EncoderDecoderRows):
             "data.end_of_text=False: objective 'seq2seq' must learn where targets end; set it True",
         )
         sources, targets = np.diff(corpus.offsets).reshape(-1, 2).T
+        first, *learnt = config.target_start or (corpus.bos_id,)
+        self._around = (config.source_before, config.source_after), (learnt, ())
+        sources, targets = (
+            lengths + len(before) + len(after)
+            for lengths, (before, after) in zip((sources, targets), self._around, strict=True)
+        )
         fits = (sources <= source_length) & (targets <= target_length)
         if config.long_pairs == "refuse" and not fits.all():
             first = int(np.flatnonzero(~fits)[0])
@@ -133,6 +139,7 @@ class Pairs(EncoderDecoderRows):
         super().__init__(
             corpus, sources[fits], targets[fits], source_length, target_length, config.packing
         )
+        self.first_id = first
         check(
             self.num_rows > 0,
             f"data.path: {corpus.name} has no pair that fits into data.source_length="
@@ -152,18 +159,26 @@ class Pairs(EncoderDecoderRows):
     def target_tokens(self) -> np.ndarray:
         """Every target token of an epoch, end-of-texts included."""
         starts = self.corpus.offsets[self._first + 1]
-        return self._tokens(starts, Placement(np.arange(len(starts)), self._target_lengths))
+        placed = Placement(np.arange(len(starts)), self._target_lengths)
+        return self._tokens(starts, placed, *self._around[1])
 
     def _sides(self, items, source, target, keys):
         first = self._first[items]
         return (
-            self._tokens(self.corpus.offsets[first], source),
-            self._tokens(self.corpus.offsets[first + 1], target),
+            self._tokens(self.corpus.offsets[first], source, *self._around[0]),
+            self._tokens(self.corpus.offsets[first + 1], target, *self._around[1]),
         )
 
-    def _tokens(self, starts: np.ndarray, placed: Placement) -> np.ndarray:
-        at = np.repeat(starts, placed.lengths) + placed.within
-        return self.corpus.tokens[at].astype(np.int32)
+    def _tokens(self, starts, placed: Placement, before=(), after=()) -> np.ndarray:
+        """Documents' tokens with these ids before and after each."""
+        within = placed.within - len(before)
+        last = np.repeat(placed.lengths - len(before) - len(after) - 1, placed.lengths)
+        at = np.repeat(starts, placed.lengths) + np.clip(within, 0, last)
+        tokens = self.corpus.tokens[at].astype(np.int32)
+        for ids, outside in ((before, within < 0), (after, within > last)):
+            if ids:  # they take turns, document by document
+                tokens[outside] = np.tile(np.array(ids, np.int32), len(starts))
+        return tokens
 
 
 class HiddenSpans(EncoderDecoderRows):

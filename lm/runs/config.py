@@ -33,6 +33,10 @@ class TrainJob:
     # Of a Hugging Face directory: regular expressions of fields of config.json and of tensors that
     # may be left out though they are not known.
     ignore: str | tuple[str, ...] = ()
+    # Of a translator of many languages that it starts from: those of the pairs, by their codes
+    # ("en_XX"); "": its own. See `lm.inference.Framing.between`.
+    source_language: str = ""
+    target_language: str = ""
     # How conversations are written: "chatml", "llama3", "gemma", "plain", one of several that the
     # tokenizer has, or a file of Jinja text; "": the tokenizer's own.
     chat_template: Path = ""

@@ -21,6 +21,7 @@ import ml_collections
 
 from lm import tokenizers
 from lm.config import ConfigError, check, fields_set, to_dict
+from lm.inference import Framing
 from lm.models import ModelConfig
 from lm.models.adapters import AdapterConfig
 from lm.models.huggingface.config_fields import essence
@@ -31,6 +32,7 @@ from lm.tokenizers import Tokenizer, TokenizerConfig
 
 # Sections of a run's config.json that say how texts are framed and where the model is from.
 CARRIED = ("framing", "huggingface")
+_OF_PAIRS = ("source_before", "source_after", "target_start")  # of the section `data`
 _CHOSEN = ("vocab_size", "max_length")  # 0 chooses
 # Choices of training and of how to compute.
 MAY_CHANGE = (
@@ -148,6 +150,8 @@ def inherit(
         fields["adapter"] = {**saved.get("adapter", {}), **adapter}
         fields["model"] = {**saved["model"], **model}
         fields["tokenizer"] = {**saved["tokenizer"], **tokenizer}
+        kept = {n: tuple(saved["data"][n]) for n in _OF_PAIRS if saved.get("data", {}).get(n)}
+        fields["data"] = {**fields.get("data", {}), **kept}
         return fields, origin
 
     source, theirs = origin.source, origin.source.model
@@ -181,7 +185,19 @@ def inherit(
     kept = {name: value for name, value in model.items() if value or name not in _CHOSEN}
     fields["model"] = to_dict(dataclasses.replace(theirs, **kept))
     fields["tokenizer"] = {**tokenizer, "kind": source.tokenizer.kind, "path": where}
+    languages = [fields.get(f"{side}_language", "") for side in ("source", "target")]
+    if any(languages) or (source.tokenizer.languages and theirs.architecture == "encoder_decoder"):
+        fields["data"] = {**fields.get("data", {}), **_translating(source, *languages)}
     return fields, origin
+
+
+def _translating(source: Source, *languages: str) -> dict[str, tuple[int, ...]]:
+    """What stands around the pairs of a translator; its framing becomes that of its languages."""
+    framing = Framing.of_run(source.config, source.model, source.tokenizer, "framing")
+    framing = framing.between(source.tokenizer, *languages)
+    source.config["framing"] = to_dict(framing)
+    after = framing.after[1:] if framing.after[:1] == (source.tokenizer.eos_id,) else framing.after
+    return dict(zip(_OF_PAIRS, (framing.before, after, framing.decoder_start), strict=True))
 
 
 def _may_have(theirs: ModelConfig, name: str, value: Any) -> bool:

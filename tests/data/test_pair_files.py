@@ -4,11 +4,12 @@ import dataclasses
 import gzip
 import json
 
+import numpy as np
 import pytest
 from bytes_tokenizer import ByteTokenizer
 
 from lm.config import ConfigError, view
-from lm.data import DataConfig, documents, pairs, prepare
+from lm.data import DataConfig, documents, pairs, prepare, train_batches
 from lm.data.corpora import num_training_characters, splits
 from lm.data.corpora import source as open_source
 from lm.data.files import CorpusReport
@@ -113,3 +114,35 @@ def test_the_cache_knows_pairs_from_documents(tmp_path):
     assert both.pairs and not alone.pairs
     assert both.tokens.tolist() == [ord("f"), 256, ord("g"), 256]
     assert alone.tokens.tolist() == [ord("h"), 256]
+
+
+def test_pairs_have_the_ids_around_them_that_the_config_says(tmp_path):
+    class Sized(ByteTokenizer):
+        def byte_lengths(self):
+            return np.ones(self.vocab_size, int)
+
+    (tmp_path / "pairs.tsv").write_text("ab\tc\nd\tefg\n")
+    around = {"source_before": (7, 8), "source_after": (9,), "target_start": (5, 6)}
+    config = dataclasses.replace(
+        CONFIG,
+        path=str(tmp_path / "pairs.tsv"),
+        cache_dir=str(tmp_path / "tokens"),
+        batch_size=2,
+        block_size=8,
+        packing="none",
+        **around,
+    )
+    corpora, _ = prepare(config, Sized(), 0)
+    batch = train_batches(config, corpora, seed=0, objective="seq2seq", tokenizer=Sized()).batch(0)
+    sides = ("source", "source_segment_ids"), ("inputs", "segment_ids"), ("targets", "segment_ids")
+    found = {
+        tuple(
+            tuple(row[kept > 0].tolist()) for row, kept in zip(rows[::2], rows[1::2], strict=True)
+        )
+        for rows in zip(*(batch[name] for side in sides for name in side), strict=True)
+    }
+    end = Sized.eos_id
+    assert found == {
+        ((7, 8, *b"ab", end, 9), (5, 6, *b"c"), (6, *b"c", end)),
+        ((7, 8, *b"d", end, 9), (5, 6, *b"efg"), (6, *b"efg", end)),
+    }

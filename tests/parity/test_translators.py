@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import sentencepiece  # noqa: E402
+import tiny_jobs  # noqa: E402
 from test_main import main  # noqa: E402
 
 import lm  # noqa: E402
@@ -196,3 +197,50 @@ def test_what_a_user_types_translates(mbart):
     )
     assert code == 0, errors
     assert output == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize("target_language", ["", "de_DE"])
+def test_mbart_is_tuned_on_pairs_of_its_languages(mbart, target_language, tmp_path):
+    directory, model, _, kind = mbart
+    pairs = "".join(f"{source}\t{target}\n" for source, target in zip(FRENCH, ENGLISH))
+    (tmp_path / "pairs.tsv").write_text(pairs, encoding="utf-8")
+    code, _, errors = main(
+        "--config=configs/finetune.py",
+        f"--workdir={tmp_path / 'tuned'}",
+        f"--config.init_from={directory}",
+        f"--config.data.path={tmp_path / 'pairs.tsv'}",
+        f"--config.data.cache_dir={tmp_path / 'tokens'}",
+        f"--config.target_language={target_language}",
+        "--config.objective.name=seq2seq",
+        "--config.data.text_field=source",
+        "--config.data.text_field=target",
+        "--config.data.validation_fraction=0.0",
+        "--config.data.block_size=64",
+        "--config.data.batch_size=3",
+        "--config.data.packing=none",
+        "--config.model.compute_dtype=float32",
+        "--config.model.dropout=0.0",
+        "--config.train.steps=1",
+        "--config.train.log_every=1",
+    )
+    assert code == 0, errors
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    language = tokenizer.convert_tokens_to_ids(target_language or "ro_RO")
+    total = count = 0
+    for source, target in zip(FRENCH, ENGLISH):
+        words = [*tokenizer(target, add_special_tokens=False)["input_ids"], 2]
+        labels = [language, *words] if kind else words
+        read = [2 if kind else language, *labels[:-1]]
+        with torch.no_grad():
+            loss = model(
+                input_ids=torch.tensor([tokenizer(source)["input_ids"]]),
+                decoder_input_ids=torch.tensor([read]),
+                labels=torch.tensor([labels]),
+            ).loss.item()
+        total, count = total + loss * len(labels), count + len(labels)
+    ((_, first),) = tiny_jobs.losses(tmp_path / "tuned")
+    assert first == pytest.approx(total / count, abs=1e-5)
+    tuned, original = lm.load(tmp_path / "tuned"), lm.load(directory)
+    between = original.between(target=target_language)
+    assert tuned.framing.decoder_start == between.framing.decoder_start
+    assert tuned.encode("Un chat") == original.encode("Un chat")
