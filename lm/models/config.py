@@ -165,9 +165,10 @@ class ModelConfig:
     # (DeepSeek-V3 report, §2.1.2). Training leaves it as it is.
     router_bias: bool = False
     # A token's experts come from the best `router_group_limit` of so many groups, by the sum of
-    # each one's two best scores (DeepSeek-V3's published code)
+    # each one's `router_group_best` scores (DeepSeek-V2: 1; V3's published code: 2)
     router_groups: Size = 1
     router_group_limit: Size = 1
+    router_group_best: Size = 2
     # experts take this × their fair share of tokens; 0: dropless
     capacity_factor: NotNegative = 0.0
 

@@ -50,9 +50,10 @@ def check_latents(config: Any, prefix: str) -> None:
 def check_groups(config: Any, prefix: str) -> None:
     """Of routers that choose by groups."""
     groups, limit, experts = config.router_groups, config.router_group_limit, config.num_experts
+    best = config.router_group_best
     check(
-        groups == 1 or (experts % groups == 0 and experts >= 2 * groups),
-        f"{prefix}.router_groups={groups} must divide num_experts={experts} into groups of two "
+        groups == 1 or (experts % groups == 0 and experts >= best * groups),
+        f"{prefix}.router_groups={groups} must divide num_experts={experts} into groups of {best} "
         "or more",
     )
     check(

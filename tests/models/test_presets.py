@@ -54,6 +54,8 @@ PUBLISHED = {
     "mixtral_8x7b": 46_702_792_704,
     "mixtral_8x22b": 140_620_634_112,
     "deepseek_moe_16b": 16_375_728_128,
+    "deepseek_v2": 235_741_434_880,
+    "deepseek_v2_lite": 15_706_484_224,
     "deepseek_v3": 671_026_419_200,
     "moonlight_16b_a3b": 15_960_110_208,
     "qwen2_5_0_5b": 494_032_768,

@@ -245,6 +245,16 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             "sliding_window": 3, **_rope("default", 300.0),
         },
     ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        {
+            **_DEEPSEEK, "topk_method": "group_limited_greedy", "norm_topk_prob": False,
+            "qk_nope_head_dim": 6, "kv_lora_rank": 10, **_rope(
+                "yarn", 50.0, factor=4.0, original_max_position_embeddings=8, beta_fast=3.0,
+                mscale=0.7, mscale_all_dim=0.7,
+            ),
+        },
+    ),
     "deepseek_v3_plain": (
         "DeepseekV3",
         {

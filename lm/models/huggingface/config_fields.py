@@ -270,7 +270,7 @@ _ONLY_IF: dict[str, Callable[[ModelConfig], bool]] = {
     "experts_per_token expert_width shared_experts dense_layers router_score router_normalize "
     "router_scale router_bias router_groups expert_bias": lambda c: c.num_experts > 0,
     "activation_limit": lambda c: c.activation == "swiglu_clipped",
-    "router_group_limit": lambda c: c.router_groups > 1,
+    "router_group_limit router_group_best": lambda c: c.router_groups > 1,
     "query_rank shared_key_dim value_dim": lambda c: c.kv_rank > 0,
     "bias mlp_width": lambda c: c.num_experts == 0 or c.dense_layers > 0,
     "norm_bias": lambda c: c.norm == "layernorm",

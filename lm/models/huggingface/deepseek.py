@@ -1,4 +1,4 @@
-"""DeepSeek-V3 (DeepSeek-AI 2024), with R1 and Moonlight, as Hugging Face writes it."""
+"""DeepSeek-V2 and V3 (DeepSeek-AI 2024), with R1 and Moonlight, as Hugging Face writes them."""
 
 from __future__ import annotations
 
@@ -125,23 +125,81 @@ def _tensors(config: ModelConfig) -> Table:
     return {**dense, **begun({**block, **_EXPERTS}, "blocks", config.dense_layers)}
 
 
-_DEEPSEEK = family(
+# How they were trained, what predicts tokens further on, and the code they came with.
+_INERT = (
+    "auto_map", "ep_size", "aux_loss_alpha", "seq_aux", "output_router_logits",
+    "router_aux_loss_coef", "num_nextn_predict_layers", "num_mtp_layers",
+)  # fmt: skip
+_HEADS = Together({**ROPE_FIELDS, **_WIDTHS}, _read_heads, _write_heads)
+
+# ---- DeepSeek-V2 -----------------------------------------------------------------------------
+
+_METHODS = ("greedy", "group_limited_greedy")
+
+
+def _read_groups(values: Json) -> dict[str, Any]:
+    demand("topk_method", values["topk_method"], *_METHODS)
+    if values["topk_method"] == "greedy":
+        return {}
+    limit = {"router_groups": values["n_group"], "router_group_limit": values["topk_group"]}
+    return {"router_group_best": 1, **limit}
+
+
+def _write_groups(config: ModelConfig) -> dict[str, Any]:
+    method = _METHODS[config.router_groups > 1]
+    groups = {"n_group": config.router_groups, "topk_group": config.router_group_limit}
+    return {"topk_method": method, **groups}
+
+
+_V2 = family(
+    "deepseek_v2",
+    "DeepseekV2ForCausalLM DeepseekV2Model",
+    constants={"router_normalize": False},
+    fields={
+        **with_defaults(
+            {name: f for name, f in _FIELDS.items() if name not in ("n_group", "topk_group")},
+            vocab_size=102_400,
+            hidden_size=4096,
+            intermediate_size=11_008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=None,
+            max_position_embeddings=2048,
+            moe_intermediate_size=1407,
+            n_routed_experts=64,
+            n_shared_experts=2,
+            num_experts_per_tok=0,  # there is none
+            first_k_dense_replace=0,
+            routed_scaling_factor=1.0,
+        ),
+        "norm_topk_prob": only(False),  # transformers never does
+        "scoring_func": only("softmax"),
+        "topk_method": Field("", "greedy"),
+        "mlp_bias": only(False),
+    },
+    together=(
+        _HEADS,
+        Together({"n_group": None, "topk_group": None}, _read_groups, _write_groups),
+    ),
+    inert=_INERT,
+    tensors=_tensors,
+)
+
+# ---- DeepSeek-V3 -----------------------------------------------------------------------------
+
+_V3 = family(
     "deepseek_v3",
     "DeepseekV3ForCausalLM DeepseekV3Model",
     constants={"router_score": "sigmoid", "router_bias": True},
     fields=_FIELDS,
     together=(
-        Together({**ROPE_FIELDS, **_WIDTHS}, _read_heads, _write_heads),
+        _HEADS,
         # Eight-bit matrices are read as float32 (`fp8`), and written as any others.
         Together({"quantization_config": None}, _read_quantization),
     ),
-    # How it was trained, what predicts tokens further on, and the code it came with.
-    inert=(
-        "auto_map", "ep_size", "aux_loss_alpha", "seq_aux", "output_router_logits",
-        "router_aux_loss_coef", "num_nextn_predict_layers", "num_mtp_layers",
-    ),
+    inert=_INERT,
     tensors=_tensors,
     ignored=(r"^(model\.)?layers\.61\.",),  # of V3 and R1: it predicts the token after the next
-)  # fmt: skip
+)
 
-FAMILIES = (_DEEPSEEK,)
+FAMILIES = (_V2, _V3)

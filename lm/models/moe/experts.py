@@ -250,7 +250,7 @@ def _of_best_groups(scores_BTE: jax.Array, config: ModelConfig) -> jax.Array:
     """The scores, -inf where an expert's group is not one of the token's best."""
     groups = config.router_groups
     scores_BTgx = scores_BTE.reshape(*scores_BTE.shape[:-1], groups, -1)
-    sums_BTg = jax.lax.top_k(scores_BTgx, 2)[0].sum(-1)
+    sums_BTg = jax.lax.top_k(scores_BTgx, config.router_group_best)[0].sum(-1)
     chosen_BTl = jax.lax.top_k(sums_BTg, config.router_group_limit)[1]
     kept_BTg = (chosen_BTl[..., None] == jnp.arange(groups)).any(-2)
     return jnp.where(kept_BTg[..., None], scores_BTgx, -jnp.inf).reshape(scores_BTE.shape)

@@ -119,30 +119,58 @@ PRESETS |= table(
     deepseek_moe_16b=(28, 16, 16, 2048, 10_944),
 )
 
-_DEEPSEEK_V3 = {
-    **_LLAMA,
-    "head_dim": 192,
-    "kv_rank": 512,
-    "shared_key_dim": 64,
-    "value_dim": 128,
-    "router_score": "sigmoid",
-    "router_bias": True,
+_LATENT = {**_LLAMA, "head_dim": 192, "kv_rank": 512, "shared_key_dim": 64, "value_dim": 128}
+_YARN = {
+    "max_length": 163_840,
+    "norm_epsilon": 1e-6,
+    "rotary_scaling": "yarn",
+    "rotary_factor": 40.0,
+    "rotary_original_length": 4096,
+    "rotary_low": 1.0,
+    "rotary_high": 32.0,
+    "rotary_gain": 1.0,
 }
 
+
+def _scale(mscale: float) -> float:
+    return (0.1 * mscale * math.log(40) + 1) ** 2 * 192**-0.5
+
+
 PRESETS |= table(
-    "DeepSeek-AI 2024, §4.2; deepseek-ai/DeepSeek-V3 and R1, without multi-token prediction",
+    "DeepSeek-AI 2024a, §3.1.2 and appendix B; deepseek-ai/DeepSeek-V2, DeepSeek-V2-Lite",
+    {
+        **_LATENT,
+        **_YARN,
+        "vocab_size": 102_400,
+        "attention_scale": _scale(0.707),
+        "experts_per_token": 6,
+        "shared_experts": 2,
+        "dense_layers": 1,
+        "router_normalize": False,
+    },
+    f"{_SIZES} num_experts expert_width",
+    deepseek_v2_lite=(27, 16, 16, 2048, 10_944, 64, 1408),
+    deepseek_v2=(
+        *(60, 128, 128, 5120, 12_288, 160, 1536),
+        {
+            "query_rank": 1536,
+            "router_scale": 16.0,
+            "router_groups": 8,
+            "router_group_limit": 3,
+            "router_group_best": 1,
+        },
+    ),
+)
+
+_DEEPSEEK_V3 = {**_LATENT, "router_score": "sigmoid", "router_bias": True}
+
+PRESETS |= table(
+    "DeepSeek-AI 2024b, §4.2; deepseek-ai/DeepSeek-V3 and R1, without multi-token prediction",
     {
         **_DEEPSEEK_V3,
+        **_YARN,
         "vocab_size": 129_280,
-        "max_length": 163_840,
-        "norm_epsilon": 1e-6,
-        "rotary_scaling": "yarn",
-        "rotary_factor": 40.0,
-        "rotary_original_length": 4096,
-        "rotary_low": 1.0,
-        "rotary_high": 32.0,
-        "rotary_gain": 1.0,
-        "attention_scale": (0.1 * math.log(40) + 1) ** 2 * 192**-0.5,
+        "attention_scale": _scale(1.0),
         "query_rank": 1536,
         "num_experts": 256,
         "experts_per_token": 8,
