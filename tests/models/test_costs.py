@@ -25,6 +25,7 @@ FAMILIES = {
     "biased": {**TINY, "positions": "alibi", "bias": True, "tie_embeddings": False},
     "grouped": {**GATED, "num_kv_heads": 2, "head_dim": 10, "qk_norm": True},
     "parallel": {**GATED, "num_kv_heads": 1, "parallel": True, "shared_norm": True},
+    "narrow embeddings": {**TINY, "embedding_width": 6},
     "sandwich": {**GATED, "norm_position": "sandwich", "logits_softcap": 9.0},
     "reordered": {**GATED, "norm_position": "reordered", "qk_norm": True, "qk_norm_joint": True},
     "local": {**GATED, "attention_pattern": ("local", "global"), "window": 5},

@@ -156,8 +156,8 @@ CASES = {
     "embedding_gemma": Case("Gemma3TextModel", GEMMA, 0.2),
     "t5": Case("T5ForConditionalGeneration", _T5, 0.2),
     "t5_v1_1": Case("T5ForConditionalGeneration", {**_T5, **_V1_1}, 0.2, untie),
-    "t5_relu2": Case(
-        "T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-relu2"}, 0.2
+    "t5_gelu": Case(
+        "T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu_python"}, 0.2
     ),
     "t5_encoder": Case("T5EncoderModel", _T5, 0.2),
     "mt5": Case("MT5ForConditionalGeneration", _T5, 0.2, untie),

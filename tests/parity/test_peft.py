@@ -31,6 +31,11 @@ BASES = {
     "gpt2": lambda: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=32, n_layer=2, n_head=4)
     ),
+    "gptj": lambda: transformers.GPTJForCausalLM(
+        transformers.GPTJConfig(
+            vocab_size=40, n_positions=16, n_embd=32, n_layer=2, n_head=4, rotary_dim=4
+        )
+    ),
     "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(
         transformers.GPTNeoXConfig(
             hidden_size=32,
@@ -44,6 +49,7 @@ BASES = {
 MODULES = {
     "llama": ["q_proj", "v_proj", "o_proj", "down_proj", "lm_head"],
     "gpt2": ["c_attn", "mlp.c_proj"],
+    "gptj": ["q_proj", "k_proj", "fc_in"],  # of rotations by neighbouring pairs
     "gpt_neox": ["query_key_value", "dense_4h_to_h"],
 }
 FORMS = {
@@ -55,7 +61,7 @@ FORMS = {
 }
 CASES = [
     *(("llama", form) for form in FORMS),
-    *((base, form) for base in ("gpt2", "gpt_neox") for form in ("lora", "dora")),
+    *((base, form) for base in ("gpt2", "gptj", "gpt_neox") for form in ("lora", "dora")),
 ]
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 12))
 
