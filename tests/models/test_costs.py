@@ -257,7 +257,8 @@ def test_active_parameters_are_the_published_ones():
     assert (round(qwen.total / 1e9), round(qwen.active / 1e9)) == (235, 22)
     assert (round(mixtral.total / 1e9), round(mixtral.active / 1e9)) == (47, 13)
     assert (round(deepseek.total / 1e9, 1), round(deepseek.active / 1e9, 1)) == (16.4, 2.8)
-    # OpenAI 2025, table 1: active, besides the table of tokens, 3.61B of 20.91B and 5.13B of 116.83B.
+    # OpenAI 2025, table 1: 3.61B of 20.91B are active, and 5.13B of 116.83B; the table of tokens
+    # does not count there.
     for name, total, active in (("gpt_oss_20b", 20.91, 3.61), ("gpt_oss_120b", 116.83, 5.13)):
         config = preset(name)
         found = costs.parameters(config)
