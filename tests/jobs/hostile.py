@@ -154,7 +154,7 @@ FOREIGN: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {
     "positions": (changed(n_positions=2**31 - 1), "parameters"),
     "beyond 64 bits": (changed(n_positions=10**40), "32 bits"),
     "inner": (changed(n_inner=10**8), "n_inner"),
-    "experts": (family("mixtral", **LLAMA, num_local_experts=HUGE), "its 40 tensors"),
+    "experts": (family("mixtral", **LLAMA, num_local_experts=HUGE), "experts=1000000000 is more"),
     "local layers": (family("gemma2", **LLAMA | {"num_hidden_layers": HUGE}), "num_hidden_layers"),
     "no scale": (family("gemma2", **LLAMA, query_pre_attn_scalar=0), "ZeroDivisionError"),
     "heads of llama": (family("llama", **LLAMA | {"num_attention_heads": 0}), "_heads=0"),

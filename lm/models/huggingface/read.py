@@ -237,7 +237,7 @@ def _check_sizes(hf: Mapping[str, Any], found: Mapping[str, Stored]) -> None:
                 value <= max(most, 1),
                 f"config.json: {name}={value} is more than its {len(found)} tensors can be of",
             )
-        elif name == _EXPERTS or re.search(_WIDTHS, name):
+        elif name in _EXPERTS or re.search(_WIDTHS, name):
             check(
                 value <= max(numbers, 1),
                 f"config.json: {name}={value} is more than the {numbers} numbers in its tensors",
