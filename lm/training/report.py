@@ -198,6 +198,7 @@ def model_line(config: ModelConfig) -> str:
         width += f" (embeddings of {config.table_width})"
     norm = "no norms" if config.norm == "none" else f"{config.norm_position}-{config.norm}"
     local = sum(config.is_local(layer) for layer in range(config.num_layers))
+    slowed = "" if config.rotary_scaling == "none" else f" ({config.rotary_scaling})"
     sides = " to either side" if config.architecture == "encoder" else ""
     window = f", {local} layers with a window of {config.window:,}{sides}" if local else ""
     rotated = sum(config.layer_kind(layer).rotated for layer in range(config.num_layers))
@@ -205,7 +206,7 @@ def model_line(config: ModelConfig) -> str:
     return (
         f"{kind} of {layers}, {width}, {heads} of {config.head_width}{latent}{sinks}"
         f"{window}, {hidden}, {'parallel ' if config.parallel else ''}{norm}, "
-        f"{config.positions} positions{some}, {head}"
+        f"{config.positions} positions{slowed}{some}, {head}"
     )
 
 

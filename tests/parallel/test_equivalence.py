@@ -19,6 +19,12 @@ GROUPED = {
     "num_experts": 8, "router_score": "sigmoid", "router_bias": True, "router_groups": 4,
     "router_group_limit": 2,
 }  # fmt: skip
+LONGROPE = {
+    "rotary_scaling": "longrope",
+    "rotary_original_length": 5,  # some packed documents are longer
+    "rotary_short": (1.0, 1.2, 1.5, 2.0),
+    "rotary_long": (1.0, 2.0, 4.0, 8.0),
+}
 SINKS = {"attention_sinks": True}
 BUSY = {"dropout": 0.2, "accumulation": 2}
 
@@ -61,7 +67,7 @@ def test_every_strategy_trains_as_one_device_does(name):
         ({"data": 2, "fsdp": 2, "expert": 2}, {**MIXTURE, **BUSY}),
         ({"expert": 2, "tensor": 2, "stage": 2}, {**MIXTURE, **SINKS, "expert_bias": True}),
         ({"expert": 2, "context": 2, "tensor": 2}, {**MIXTURE, "capacity_factor": 1.25}),
-        ({"tensor": 2, "context": 2, "stage": 2}, {"remat": "full"}),
+        ({"tensor": 2, "context": 2, "stage": 2}, {"remat": "full", **LONGROPE}),
         (
             {"context": 4, "stage": 2},
             {"attention_pattern": ("local", "global"), "window": 8, **SINKS},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lm.models.config import ModelConfig
@@ -27,10 +28,18 @@ def _read_rotary(values: Json) -> dict[str, Any]:
 
 
 def _write_rotary(config: ModelConfig) -> dict[str, Any]:
+    written = {**write_rotary(config), "partial_rotary_factor": config.rotary_fraction}
     if config.rotary_scaling == "none":
-        return write_rotary(config)
+        return written
+    rope, original = written["rope_scaling"], config.rotary_original_length
+    # Version 4 knows three fields; the others are left out where they say nothing more.
+    fields = {"type": "longrope", **{key: rope[key] for key in ("short_factor", "long_factor")}}
+    if not math.isclose(config.rotary_factor, config.max_length / original):
+        fields["factor"] = config.rotary_factor
+    if config.rotary_gain is not None:
+        fields["attention_factor"] = config.rotary_gain
     # Silence would mean 4096, whatever stands beside the factors.
-    return {**write_rotary(config), _ORIGINAL: config.rotary_original_length}
+    return {**written, "rope_scaling": fields, _ORIGINAL: original}
 
 
 def _written(config: ModelConfig) -> dict[str, Any]:
