@@ -84,7 +84,9 @@ def outputs(config, params, batch, taps):
     if taps:
         found |= streams(config, seen, x_BTD)
     if taps and "source" in batch:
-        memory = model.encode(batch["source"], segments_BS=batch["source_mask"])
+        memory = bind(skeleton(config), jax.lax.stop_gradient(params)).encode(
+            batch["source"], segments_BS=batch["source_mask"]
+        )  # looked at, and nothing else: of the gradient it is no part
         found |= streams(config, seen, memory, "encoder.")
     if "labels" in batch:
         found["logits"] = model.unembed(x_BTD)

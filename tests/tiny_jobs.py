@@ -85,11 +85,14 @@ def command(tmp_path: pathlib.Path, name: str, **fields) -> list[str]:
     ]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """Starts `python main.py …` on one device, as a user would, its output to be read."""
+def start(arguments: list[str], computes: bool = False) -> subprocess.Popen[str]:
+    """Starts `python main.py …` on one device, as a user would, its output to be read.
+
+    It compiles fast, or where it `computes` for longer than that, programs that run fast.
+    """
     import quick  # not above: where main.py reads this file as a config, it is not found
 
-    environment = {**os.environ, "XLA_FLAGS": quick.FLAGS}
+    environment = {**os.environ, "XLA_FLAGS": "" if computes else quick.FLAGS}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(arguments, cwd=REPOSITORY, env=environment, **pipes)
 

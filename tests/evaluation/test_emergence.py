@@ -128,18 +128,20 @@ def test_what_cannot_be_followed_is_said_in_a_line(tmp_path):
         evaluate.run(config, str(tmp_path))
 
 
-def followed(tmp_path, name):
-    """What a user has who trains as a config says, and then follows the run."""
-    caches = [f"--config.data.cache_dir={tmp_path}", "--config.train.compilation_cache="]
+def followed(tmp_path, name, *fields):
+    """What a user has who trains as a config says, in less time, and then follows the run."""
+    shorter = [f"--config.data.cache_dir={tmp_path}", "--config.train.compilation_cache="]
+    shorter += ["--config.train.eval_every=0", *fields]
     for words in (
-        [f"--config=configs/emergence/{name}.py", *caches, f"--workdir={tmp_path}/{name}"],
+        [f"--config=configs/emergence/{name}.py", *shorter, f"--workdir={tmp_path}/{name}"],
         [
             "--config=configs/emergence/curves.py",
+            "--config.items=100",
             f"--config.runs={tmp_path}/{name}",
             f"--workdir={tmp_path}/picture",
         ],
     ):
-        program = tiny_jobs.start([sys.executable, "main.py", *words])
+        program = tiny_jobs.start([sys.executable, "main.py", *words], computes=True)
         output, errors = program.communicate()
         assert program.returncode == 0, output + errors
     return {c["what"]: c for c in json.loads((tmp_path / "picture/emergence.json").read_text())}
@@ -147,7 +149,7 @@ def followed(tmp_path, name):
 
 @pytest.mark.slow
 def test_addition_seems_to_emerge_and_so_does_a_power_of_what_rises_slowly(tmp_path):
-    (curve,) = followed(tmp_path, "addition").values()
+    (curve,) = followed(tmp_path, "addition", "--config.data.num_documents=8_000").values()
     steps, means = np.array(curve["steps"]), curve["means"]
     exact, power = (np.array([m[name] for m in means]) for name in ("exact", "power"))
     before, after = steps[exact < 0.02][-1], steps[exact > 0.85][0]
@@ -158,6 +160,8 @@ def test_addition_seems_to_emerge_and_so_does_a_power_of_what_rises_slowly(tmp_p
 
 @pytest.mark.slow
 def test_what_is_told_one_way_round_is_not_known_the_other(tmp_path):
-    ends = {what: c["means"][-1]["exact"] for what, c in followed(tmp_path, "reversal").items()}
+    fields = ("--config.train.steps=70", "--config.checkpoint.every=0")  # the end alone counts
+    found = followed(tmp_path, "reversal", *fields)
+    ends = {what: curve["means"][-1]["exact"] for what, curve in found.items()}
     assert ends["forward"] >= 0.99 and ends["backward, trained"] >= 0.99
     assert ends["backward, held out"] <= 0.01

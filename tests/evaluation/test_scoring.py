@@ -73,7 +73,8 @@ def test_packed_texts_score_as_alone_in_any_batch():
     for tokens in (64, 200, 10_000):
         for one, other in zip(Scorer(model, params, tokens=tokens)(some, starts), together):
             np.testing.assert_allclose(one.logprob, other.logprob, atol=1e-5)
-    alone = [Scorer(model, params)([ids], [start])[0] for ids, start in zip(some, starts)]
+    scorer = Scorer(model, params)
+    alone = [scorer([ids], [start])[0] for ids, start in zip(some, starts)]
     for one, other in zip(alone, together):
         np.testing.assert_allclose(one.logprob, other.logprob, atol=1e-5)
 

@@ -310,7 +310,11 @@ def test_every_token_has_its_log_probability(tiny, generator):
     sampling = SamplingConfig(temperature=0, max_new_tokens=4, logprobs=2, prompt_logprobs=1)
     generation = generator.generate([[5, 6, 7]], sampling)
     [drawn] = rows(generation)
-    forward = jax.nn.log_softmax(bind(*tiny)(jnp.array([[5, 6, 7, *drawn]])))[0]
+    model, params = tiny
+    logits_BTV = jax.jit(lambda params, *tokens: bind(model, params)(*tokens))(
+        params, jnp.array([[5, 6, 7, *drawn]])
+    )
+    forward = jax.nn.log_softmax(logits_BTV)[0]
     steps = generation.prompt_steps[0] + generation.steps[0]
     assert [step.id for step in steps] == [6, 7, *drawn]
     expected = [float(forward[t, step.id]) for t, step in enumerate(steps)]

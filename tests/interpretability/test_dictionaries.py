@@ -135,7 +135,7 @@ def test_dead_features_are_pulled_towards_what_is_left_over():
         def loss(params):
             return dictionary_loss.loss(bind(model, params), x, y, jnp.ones(N), dead, 0.0)[0]
 
-        return np.abs(jax.grad(loss)(params)["W_enc"][0]).sum(0)
+        return np.abs(jax.jit(jax.grad(loss))(params)["W_enc"][0]).sum(0)
 
     nobody, half = jnp.zeros((1, F), bool), jnp.arange(F)[None] >= F // 2
     assert not gradient(nobody)[F // 2 :].any()

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import tiny_models
@@ -57,13 +58,18 @@ def repeats(rows=3):
 def test_a_hand_built_induction_head_scores_one_and_predicts_the_repeat():
     config, params = induction_head()
     tokens, periods = repeats()
-    model = bind(skeleton(config), params)
-    pattern = np.asarray(heads.attention_patterns(model, tokens))
+
+    @jax.jit
+    def patterns_and_logits(params):
+        model = bind(skeleton(config), params)
+        return heads.attention_patterns(model, tokens), model(tokens)
+
+    pattern, logits_BTV = map(np.asarray, patterns_and_logits(params))
     assert np.allclose(heads.previous_token_scores(pattern[0]), 1)
     assert np.allclose(heads.induction_scores(pattern[1], tokens), 1)
     assert (heads.induction_scores(pattern[0], tokens) < 0.5).all()
     assert (heads.previous_token_scores(pattern[1]) < 0.5).all()
-    said = np.asarray(model(tokens)).argmax(-1)
+    said = logits_BTV.argmax(-1)
     for row, period in enumerate(periods):
         seen = [len(set(tokens[row, max(0, t - period + 1) : t + 1])) for t in range(T)]
         sure = [t for t in range(period + 1, T - 1) if seen[t] == period]  # no token twice in it
@@ -153,6 +159,17 @@ def test_scores_depend_neither_on_padding_nor_on_companions():
     model = bind(skeleton(config), tiny_models.params(config))
     tokens, _ = heads.repeated_tokens(1, 2, 16, range(40), (3, 5))
 
+    @jax.jit
+    def scored(padded, fields):
+        pattern = heads.attention_patterns(model, padded, **fields)[1]
+        given = fields["segments_BT"]
+        return [
+            heads.induction_scores(pattern, padded, given)[0],
+            heads.duplicate_token_scores(pattern, padded, given)[0],
+            heads.previous_token_scores(pattern, given)[0],
+            heads.first_token_scores(pattern, given)[0],
+        ]
+
     def scores(rows, left, right):
         around = ((0, 0), (left, right))
         padded, segments = np.pad(tokens[rows], around), np.pad(np.ones((len(rows), 16)), around)
@@ -161,14 +178,7 @@ def test_scores_depend_neither_on_padding_nor_on_companions():
             "segments_BT": segments.astype(np.int32),
             "positions_BT": np.broadcast_to(places, padded.shape),
         }
-        pattern = heads.attention_patterns(model, padded, **fields)[1]
-        given = fields["segments_BT"]
-        return np.array([
-            heads.induction_scores(pattern, padded, given)[0],
-            heads.duplicate_token_scores(pattern, padded, given)[0],
-            heads.previous_token_scores(pattern, given)[0],
-            heads.first_token_scores(pattern, given)[0],
-        ])  # fmt: skip
+        return np.array(scored(padded, fields))
 
     plain = scores([0], 0, 0)
     assert np.isfinite(plain).all()
