@@ -221,13 +221,14 @@ def _aliases(config, name: str) -> tuple[str, ...]:
     words = re.sub(r"^blocks\.(\d+)", "blocks.{}", name)
     layer = re.search(r"^blocks\.(\d+)", name)
     number = layer.group(1) if layer else ""
-    return tuple(alias.replace("{}", number) for alias in _table(config).get(words, ()))
+    rotated = config.positions == "rotary" and config.layer_kind(int(number or 0)).rotated
+    return tuple(alias.replace("{}", number) for alias in _table(config, rotated).get(words, ()))
 
 
 @functools.lru_cache(maxsize=8)
-def _table(config) -> dict[str, list[str]]:
+def _table(config, rotated: bool) -> dict[str, list[str]]:
     table = dict(_LENS)
-    if config.positions != "rotary":
+    if not rotated:
         table |= {f"blocks.{{}}.attn.hook_{x}": f"blocks.{{}}.attention.{n}" for x, n in _QK}
     if config.gated:
         table |= {"blocks.{}.mlp.hook_pre": "blocks.{}.mlp.gate"}

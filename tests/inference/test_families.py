@@ -18,7 +18,7 @@ from lm.models.config import POSITIONS
 
 VOCABULARY, START, NEW = 61, (7,), 9
 PROMPTS = [[5, 6, 7], [9], [3, 1, 4, 1, 5, 9, 2, 6, 5]]
-QUICK = ("neox", "gemma", "experts", "t5", "bart", "lstm", "bahdanau")
+QUICK = ("neox", "gemma", "smollm", "experts", "t5", "bart", "lstm", "bahdanau")
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=NEW)
 
 

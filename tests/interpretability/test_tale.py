@@ -28,10 +28,12 @@ KINDS = {
     "gemma": {"positions": "rotary", "norm": "rmsnorm", "norm_position": "sandwich",
               "activation": "geglu", "num_kv_heads": 2, "embedding_scale": 0.0,
               "logits_softcap": 4.0, "tie_embeddings": True},
+    "olmo": {"positions": "rotary", "norm": "rmsnorm", "norm_position": "reordered",
+             "activation": "swiglu", "qk_norm": True, "qk_norm_joint": True},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["gpt", "gemma", pytest.param("olmo", marks=pytest.mark.slow)])
 def test_every_number_is_the_model_s(kind):
     config = tiny_models.config(**KINDS[kind])
     params, of = tiny_models.params(config), skeleton(config)

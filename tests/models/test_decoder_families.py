@@ -535,6 +535,20 @@ def test_versions_4_and_5_say_the_same_rotations():
         assert family.read_config(said) == config
 
 
+def test_layers_that_are_not_rotated_are_every_fourth_or_those_that_a_file_names():
+    def rotated(**fields):
+        hf = {**PUBLISHED["smollm3_3b"], "num_hidden_layers": 4, "layer_types": None, **fields}
+        config = FAMILIES["smollm3"].read_config(hf)
+        return [config.layer_kind(layer)[:2] for layer in range(4)]
+
+    whole, unrotated = (False, True), (False, False)
+    assert rotated(no_rope_layers=None) == [whole, whole, whole, unrotated]
+    assert rotated(no_rope_layers=None, no_rope_layer_interval=2) == [whole, unrotated] * 2
+    windowed = {"use_sliding_window": True, "sliding_window": 8}  # of those that are not rotated
+    assert rotated(no_rope_layers=[0, 1, 1, 1, 0], **windowed) == [(True, False), *[whole] * 3]
+    assert "rotary positions in 27 layers" in model_line(preset("smollm3_3b"))
+
+
 # Of the uploads of SmolLM2, unsloth, Vicuna, DialoGPT, BART and others.
 INERT = {
     "is_llama_config": True, "unsloth_fixed": True, "unsloth_version": "2024.9", "save_step": 9,
