@@ -45,7 +45,7 @@ def test_the_kernels_reference_is_attention_over_pages(fields, first, tokens, mo
     positions_BT = np.where(np.array(first)[:, None] < 0, -1, np.array(first)[:, None] + range(T))
     positions_BT[:, T - T // 4 :] = -1  # padding
     paging = Paging(jnp.array(table_BN), jnp.array(positions_BT), jnp.zeros(B, int), first=1)
-    context = Context.of_pages(config, paging, None).of_layer(config.is_local(0))
+    context = Context.of_pages(config, paging, None).of_layer(config.layer_kind(0))
     query, new = normal((B, T, config.num_heads, C)), (normal((B, T, K, C)), normal((B, T, K, C)))
     keys, values = normal((2, 2 + B * pages, K, PAGE, C))
     pool_PSJC = np.stack([keys, values], 3).transpose(0, 2, 1, 3, 4).reshape(-1, PAGE, 2 * K, C)
