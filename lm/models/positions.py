@@ -14,10 +14,18 @@ from lm.models.matmul import finished
 
 
 def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
-    """The sinusoidal position embedding of Vaswani et al. 2017, §3.5: sines, then cosines."""
+    """The sinusoidal position embedding of Vaswani et al. 2017, §3.5: sines, then cosines.
+
+    As exact at position 16,000 as at the first: whole turns are taken off before they cost digits.
+    """
     half = width // 2
-    frequencies = jnp.exp(-math.log(10_000.0) * jnp.arange(half) / half)
-    angles = positions_BT[..., None] * frequencies
+    turns = 10_000.0 ** (-np.arange(half) / max(half, 1)) / (2 * math.pi)  # of each position
+    mantissa, exponent = np.frexp(turns)
+    coarse = np.ldexp(np.round(mantissa * 1024), exponent - 10)  # times 14 bits: exact in float32
+    positions = positions_BT[..., None].astype(jnp.float32)
+    most = positions * coarse.astype(np.float32)
+    rest = positions * (turns - coarse).astype(np.float32)
+    angles = 2 * math.pi * (most - jnp.round(most) + rest)
     table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
     return jnp.pad(table, [(0, 0)] * (table.ndim - 1) + [(0, width - 2 * half)])
 

@@ -38,6 +38,7 @@ def slow(*values):
 
 # Encoder-decoders, and whether their layers are scanned: half of it with the quick tests.
 BOTH = [("t5", True), ("bart", False), slow("t5", False), slow("bart", True)]
+BOTH += [slow("mbart", True), slow("marian", True)]
 
 
 @functools.cache
@@ -465,6 +466,15 @@ def test_the_bias_of_bart_logits_is_a_parameter_unless_it_is_zero(tmp_path):
     save_pretrained(tmp_path / "out", family, checkpoint.config, params)
     back = safetensors.numpy.load_file(tmp_path / "out" / "model.safetensors")
     np.testing.assert_array_equal(back["final_logits_bias"], bias)
+
+
+def test_sinusoids_are_exact_far_from_the_start():
+    positions = np.arange(0, 16_384, 37)
+    angles = positions[:, None] / 10_000 ** (np.arange(8) / 8)
+    exact = np.concatenate([np.sin(angles), np.cos(angles)], -1)
+    np.testing.assert_allclose(
+        jax.jit(sinusoids, static_argnums=1)(positions, 16), exact, atol=1e-6
+    )
 
 
 def test_tables_of_sinusoids_are_read_where_they_are_those_of_marian(tmp_path):

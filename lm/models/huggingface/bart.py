@@ -30,6 +30,7 @@ from lm.models.huggingface.config_fields import (
 )
 from lm.models.huggingface.family import Family
 from lm.models.huggingface.name_map import Rule, Table
+from lm.models.positions import sinusoids
 
 
 def _stack(ours: str, embedding: str, theirs: str) -> Table:
@@ -65,17 +66,10 @@ def _settle(config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> ModelConf
         if name in tensors:
             table = np.asarray(tensors[name], np.float32)
             # A file may hold them in sixteen bits.
-            exact = table.shape[-1] == config.width and np.allclose(
-                table, _sinusoids(*table.shape), rtol=0, atol=5e-3
-            )
+            ours = sinusoids(np.arange(len(table)), config.width)
+            exact = table.shape == ours.shape and np.allclose(table, ours, rtol=0, atol=5e-3)
             check(exact, f"{name} is not the table of sinusoids that this model adds")
     return dataclasses.replace(config, head_bias=biased, tie_embeddings=tied)
-
-
-def _sinusoids(length: int, width: int) -> np.ndarray:
-    """What `lm.models.positions.sinusoids` adds at each position."""
-    angles = np.arange(length)[:, None] / 10_000.0 ** (np.arange(width // 2) * 2 / width)
-    return np.concatenate([np.sin(angles), np.cos(angles)], -1).astype(np.float32)
 
 
 def _even(name: str, width: int) -> int:
