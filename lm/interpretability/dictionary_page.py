@@ -145,6 +145,7 @@ def direct_logits(
     w_CD = jnp.stack(vectors) if vectors else jnp.zeros((0, dictionary.b_dec.shape[1]))
     norm = getattr(model, "final_norm", None)
     w_CD = w_CD if norm is None else held(norm, w_CD)
+    w_CD = model.project(w_CD[None])[0] if hasattr(model, "project") else w_CD
     logits_CV = w_CD @ model.output_weights().T
     return logits_CV - logits_CV.mean(-1, keepdims=True)
 

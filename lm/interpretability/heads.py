@@ -251,6 +251,11 @@ def copying_scores(config: ModelConfig, params: Mapping[str, Array]) -> np.ndarr
     That V×V matrix has the eigenvalues of the C×C matrix W_O W_U W_E W_V, and zeros besides. The
     final norm's scale is in W_U.
     """
+    check(
+        config.output_head and config.table_width == config.width,
+        f"config.model.output_head={config.output_head} and embedding_width={config.table_width}: "
+        f"what heads copy is of an output head that reads a stream of width={config.width}",
+    )
     weights = head_weights(config, params)
     embedding_VD = np.asarray(params["embedding.tokens"], np.float64)
     head_VD = embedding_VD if config.tie_embeddings else np.asarray(params["head"], np.float64)

@@ -155,7 +155,8 @@ class NameMap:
     @functools.cached_property
     def copies(self) -> dict[str, str]:
         """Tensors that are copies of others by design: their names → what of."""
-        return copies(self._table, self.specs)
+        head = () if self.config.output_head else ("head",)  # one there would be no copy
+        return copies({n: t for n, t in self._table.items() if n not in head}, self.specs)
 
     @functools.cached_property
     def shapes(self) -> dict[str, Shape]:
