@@ -45,12 +45,16 @@ BASES = {
             **SIZES,
         )
     ),
+    "phi3": lambda: transformers.Phi3ForCausalLM(
+        transformers.Phi3Config(**LLAMA, pad_token_id=None)
+    ),
 }
 MODULES = {
     "llama": ["q_proj", "v_proj", "o_proj", "down_proj", "lm_head"],
     "gpt2": ["c_attn", "mlp.c_proj"],
     "gptj": ["q_proj", "k_proj", "fc_in"],  # of rotations by neighbouring pairs
     "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "phi3": ["qkv_proj", "gate_up_proj"],
 }
 FORMS = {
     "lora": {},
@@ -61,7 +65,7 @@ FORMS = {
 }
 CASES = [
     *(("llama", form) for form in FORMS),
-    *((base, form) for base in ("gpt2", "gptj", "gpt_neox") for form in ("lora", "dora")),
+    *((base, form) for base in ("gpt2", "gptj", "gpt_neox", "phi3") for form in ("lora", "dora")),
 ]
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 12))
 
@@ -114,7 +118,9 @@ def test_we_load_what_peft_wrote(tmp_path, name, form):
 def test_peft_loads_what_we_wrote(tmp_path, name, kind):
     written_base(tmp_path, name)
     checkpoint = open_checkpoint(tmp_path / "base")
-    targets = ("attention", "head") if name == "llama" else ("attention", "mlp.up")
+    # DoRA is of whole layers, and in Phi-3 gate and up are one.
+    mlp = "mlp" if name == "phi3" else "mlp.up"
+    targets = ("attention", "head" if name == "llama" else mlp)
     fields = dict(rslora=True) if kind == "rslora" else dict(kind=kind)
     config = AdapterConfig(
         **{"kind": "lora", "rank": 3, "alpha": 5.0, "targets": targets, **fields}
