@@ -13,7 +13,7 @@ from lm.models import param_specs, skeleton
 from lm.models.config import ModelConfig
 from lm.models.huggingface import to_tensors
 from lm.models.huggingface.config_fields import essence
-from lm.models.huggingface.families import FAMILIES, family_of
+from lm.models.huggingface.families import FAMILIES, family_for, family_of
 from lm.models.positions import rotary_frequencies
 from lm.models.presets import PRESETS, preset
 from lm.training.report import model_line
@@ -413,6 +413,8 @@ def test_every_preset_of_a_family_can_be_written_as_that_family():
             family.write_config(preset(name))  # raises if anything would be lost
             written.append(family.model_type)
     assert set(written) == set(HOMES.values())
+    for name in ("olmo3_7b", "llama3_1_8b"):  # others' rotations are not those that families know
+        assert family_for(preset(name)).model_type == HOMES[name.split("_")[0]]
 
 
 def yarn(**fields):

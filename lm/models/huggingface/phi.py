@@ -29,7 +29,7 @@ def _read_rotary(values: Json) -> dict[str, Any]:
 
 def _write_rotary(config: ModelConfig) -> dict[str, Any]:
     written = {**write_rotary(config), "partial_rotary_factor": config.rotary_fraction}
-    if config.rotary_scaling == "none":
+    if config.rotary_scaling != "longrope":
         return written
     rope, original = written["rope_scaling"], config.rotary_original_length
     # Version 4 knows three fields; the others are left out where they say nothing more.
