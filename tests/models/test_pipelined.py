@@ -60,6 +60,14 @@ CASES = {
         },
         2,
     ),
+    "windows to either side": Case(
+        {"stage": 2, "data": 1, "fsdp": 2, "context": 2},
+        {
+            "architecture": "encoder", "attention_pattern": ("global", "local"), "window": 3,
+            "num_layers": 5, "first_norm": False, "embedding_norm": True, "norm": "layernorm",
+        },
+        2,
+    ),
     "alibi": Case({"stage": 4, "data": 2}, {"positions": "alibi", "remat": "projections"}, 4),
     "experts": Case(
         {"stage": 2, "data": 2, "expert": 2}, {**EXPERTS, "num_layers": 6, "dense_layers": 2}, 4
