@@ -127,14 +127,14 @@ def test_sigterm_saves_and_the_same_command_goes_on(source):
         if line.startswith("step"):
             process.send_signal(signal.SIGTERM)
             break
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 75, err
     assert "SIGTERM: saved step" in out
     assert len(tiny_jobs.checkpoint_steps(source.parent / "left")) == 1
     again = tiny_align.start(source, "left", train__steps=40, checkpoint__every=0)
-    assert again.wait(timeout=200) == 0, again.stderr.read()
+    assert again.wait(timeout=600) == 0, again.stderr.read()
     whole = tiny_align.start(source, "unbroken", train__steps=40, checkpoint__every=0)
-    assert whole.wait(timeout=200) == 0
+    assert whole.wait(timeout=600) == 0
     tiny_jobs.assert_same_run(source.parent / "left", source.parent / "unbroken")
 
 

@@ -226,7 +226,7 @@ def test_concurrent_writers_agree(config, locks):
     ]
     for worker in workers:
         worker.start()
-    results = [queue.get(timeout=60) for _ in workers]
+    results = [queue.get(timeout=300) for _ in workers]
     for worker in workers:
         worker.join()
         assert worker.exitcode == 0

@@ -100,7 +100,7 @@ def run_script(tmp_path, script, *flags):
     program = tmp_path / "program.py"
     program.write_text("import os, sys, time\nme = int(os.environ['LM_PROCESS_ID'])\n" + script)
     arguments = [sys.executable, str(LAUNCH), f"--program={program}", "--devices=1", *flags]
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     return result.returncode, result.stdout.splitlines()
 
 

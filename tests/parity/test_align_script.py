@@ -108,7 +108,7 @@ def test_told_to_leave_it_goes_on_where_it_was_and_done_it_does_nothing(aligned)
     assert "resuming at step" in aligned.output
     before = {p: p.stat().st_mtime_ns for p in aligned.out.rglob("*") if p.is_file()}
     process = start(aligned.place)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 0
     done = [line.split(": ", 1)[1] for line in errors.splitlines()]
     assert done == [f"{name}: done" for name in ("sft", "reward", "ppo", "hf", "adapter")]
