@@ -413,7 +413,7 @@ def test_every_preset_of_a_family_can_be_written_as_that_family():
             family.write_config(preset(name))  # raises if anything would be lost
             written.append(family.model_type)
     assert set(written) == set(HOMES.values())
-    for name in ("olmo3_7b", "llama3_1_8b"):  # others' rotations are not those that families know
+    for name in ("olmo3_7b", "llama3_1_8b"):  # though some cannot say their rotations
         assert family_for(preset(name)).model_type == HOMES[name.split("_")[0]]
 
 
