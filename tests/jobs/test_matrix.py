@@ -1,4 +1,4 @@
-"""Every config that trains, with every strategy: four steps through main.py, as on one device."""
+"""Every config that trains, and every strategy: four steps through main.py, as on one device."""
 
 import functools
 
@@ -55,18 +55,20 @@ PRODUCTS = {
     "zero2,stage=2": {"strategy": "zero2", "mesh.stage": 2},
 }
 WAYS = {name: {"strategy": name} for name in STRATEGIES} | PRODUCTS
-# Models that no config trains, or another of their kind with all ways, are tried with some.
-SPLIT = tuple(way for way in WAYS if way not in ("data_parallel", "zero1", "zero2"))
+# The story is tried with every strategy. What splits a model may depend on its kind (decoder,
+# encoder, encoder-decoder, mixture, cells), what splits rows on their objective: each kind meets
+# every axis that can split it, and products of axes, divided among the configs that train it.
 KINDS = {
-    "bert_tiny": SPLIT,
-    "t5_tiny": SPLIT,
-    "quickstart": ("zero3,tensor=2", "megatron_3d", "context"),
-    "shakespeare_char": ("zero2,stage=2", "tensor", "context=2,tensor=2"),
-    "translate": ("zero3", "megatron_3d", "context=4", "context=2,tensor=2"),
+    "story": tuple(STRATEGIES),
     "mixture": ("zero3", "expert", "context=4", "zero2,stage=2"),
-    "finetune": ("zero3", "megatron_3d", "context"),
-    "sft": ("zero3", "context=4", "zero2,stage=2"),
     "lstm": ("zero3", "megatron_3d", "context", "expert", "zero2,stage=2"),
+    "quickstart": ("zero3,tensor=2", "megatron_3d"),
+    "shakespeare_char": ("zero2,stage=2", "context=2,tensor=2"),
+    "bert_tiny": ("context", "megatron_3d", "context=2,tensor=2", "expert"),
+    "t5_tiny": ("tensor", "context", "zero3,tensor=2", "zero2,stage=2", "expert"),
+    "translate": ("megatron_3d", "context=4", "context=2,tensor=2"),
+    "finetune": ("megatron_3d", "context"),
+    "sft": ("context=4", "zero2,stage=2"),
 }
 FAST = [("story", way) for way in STRATEGIES]
 FAST += [("mixture", "expert"), ("bert_tiny", "context"), ("translate", "context=4")]
@@ -84,7 +86,7 @@ def refusal(name, way):
 CASES = [
     pytest.param(name, way, marks=() if (name, way) in FAST or refusal(name, way) else SLOW)
     for name in CONFIGS
-    for way in KINDS.get(name, WAYS)
+    for way in KINDS[name]
 ]
 
 
@@ -120,7 +122,7 @@ def on_one_device(place, name):
 
 
 @pytest.mark.parametrize(("name", "way"), CASES)
-def test_every_config_trains_with_every_strategy_as_on_one_device(place, name, way):
+def test_a_config_trains_with_a_strategy_as_on_one_device(place, name, way):
     workdir, (code, _, errors) = train(place, name, WAYS[way], 8)
     if refused := refusal(name, way):
         assert code == 2 and refused in errors and errors.count("\n") == 1
