@@ -303,6 +303,20 @@ def test_shards_with_their_index_hold_the_same(tmp_path, directory):
     assert all(np.array_equal(again[name], params[name]) for name in params)
 
 
+def test_what_chooses_experts_is_not_rounded(tmp_path):
+    golden = pathlib.Path(__file__).parents[1] / "golden" / "deepseek_v3"
+    checkpoint = open_checkpoint(golden)
+    params = {n: p * 1.001 for n, p in checkpoint.parameters().items()}  # beyond bfloat16's digits
+    model = checkpoint.family, checkpoint.config, params
+    tensors = load_file(*save_pretrained(tmp_path / "out", *model, dtype="bfloat16"))
+    exact = {n: t for n, t in to_tensors(*model).items() if ".mlp.gate." in n}
+    assert any(n.endswith(".e_score_correction_bias") for n in exact)
+    assert_same({n: tensors.pop(n) for n in exact}, exact)
+    assert {t.dtype for t in tensors.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    router = open_checkpoint(tmp_path / "out").parameters()["blocks.mlp.router"]
+    np.testing.assert_array_equal(router, params["blocks.mlp.router"])
+
+
 def test_bfloat16_goes_through_float32_unchanged(tmp_path):
     weights = {n: t.astype(ml_dtypes.bfloat16) for n, t in tiny.tensors().items()}
     path = tiny.write_directory(tmp_path / "hf", weights)

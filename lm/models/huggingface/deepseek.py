@@ -130,6 +130,9 @@ _INERT = (
     "auto_map", "ep_size", "aux_loss_alpha", "seq_aux", "output_router_logits",
     "router_aux_loss_coef", "num_nextn_predict_layers", "num_mtp_layers",
 )  # fmt: skip
+# What transformers keeps in float32, in models and files of any dtype (its modules'
+# `_keep_in_fp32_modules_strict`): a rounded bias or matrix of the router chooses other experts.
+_EXACT = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
 _HEADS = Together({**ROPE_FIELDS, **_WIDTHS}, _read_heads, _write_heads)
 
 # ---- DeepSeek-V2 -----------------------------------------------------------------------------
@@ -182,6 +185,7 @@ _V2 = family(
         Together({"n_group": None, "topk_group": None}, _read_groups, _write_groups),
     ),
     inert=_INERT,
+    exact=_EXACT,
     tensors=_tensors,
 )
 
@@ -198,6 +202,7 @@ _V3 = family(
         Together({"quantization_config": None}, _read_quantization),
     ),
     inert=_INERT,
+    exact=_EXACT,
     tensors=_tensors,
     ignored=(r"^(model\.)?layers\.61\.",),  # of V3 and R1: it predicts the token after the next
 )

@@ -56,6 +56,7 @@ class Family:
       old_fields, old_tensors: what other files call fields, and (regular expression, replacement)
         of parts of tensors' names.
       old_types: what other files call the family.
+      exact: ends of names of tensors that are written as float32, whatever the others are.
     """
 
     model_type: str
@@ -75,6 +76,7 @@ class Family:
     old_fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
     old_tensors: tuple[tuple[str, str], ...] = ()
     old_types: tuple[str, ...] = ()
+    exact: tuple[str, ...] = ()
 
     def read_config(self, hf: Json) -> ModelConfig:
         """The model that a config.json describes, but for what is `unsaid`.

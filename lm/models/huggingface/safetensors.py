@@ -177,7 +177,7 @@ def _stored(file: pathlib.Path, entry: Mapping[str, Any], body: int) -> Stored:
 def write(
     directory: pathlib.Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: str,
+    dtype: str | Mapping[str, str],
     tensors: Iterable[tuple[str, np.ndarray]],
     shard_bytes: int,
 ) -> list[pathlib.Path]:
@@ -186,7 +186,7 @@ def write(
     Args:
       directory: is there, and has no weights yet.
       shapes: of all tensors, in the order in which they come.
-      dtype: that they are converted to: float32, bfloat16 or float16.
+      dtype: that they (or each by name) are converted to: float32, bfloat16 or float16.
       tensors: name, array; each is written before the next is asked for.
       shard_bytes: the most a file may hold, unless one tensor alone is larger.
 
@@ -196,10 +196,10 @@ def write(
     Raises:
       ConfigError: the disk is full, or a number too large for the dtype.
     """
-    itemsize = DTYPES[_NAMES[dtype]].itemsize
+    dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, str) else dtype
     shards: list[dict[str, int]] = [{}]
     for name, shape in shapes.items():
-        size = itemsize * math.prod(shape)
+        size = DTYPES[_NAMES[dtypes[name]]].itemsize * math.prod(shape)
         if shards[-1] and sum(shards[-1].values()) + size > shard_bytes:
             shards.append({})
         shards[-1][name] = size
@@ -211,7 +211,7 @@ def write(
     coming = iter(tensors)
     try:
         for file, sizes in zip(files, shards):
-            write_file(file, {name: shapes[name] for name in sizes}, dtype, coming)
+            write_file(file, {name: shapes[name] for name in sizes}, dtypes, coming)
         if count > 1:
             total = sum(sum(sizes.values()) for sizes in shards)
             places = {name: file.name for file, sizes in zip(files, shards) for name in sizes}
@@ -225,15 +225,16 @@ def write(
 def write_file(
     file: pathlib.Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: str,
+    dtype: str | Mapping[str, str],
     coming: Iterator[tuple[str, np.ndarray]],
 ) -> None:
     """Writes one file of the next tensors that come; arguments and errors as of `write`."""
-    name_there = _NAMES[dtype]
-    itemsize, header, end = DTYPES[name_there].itemsize, {}, 0
+    dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, str) else dtype
+    header, end = {}, 0
     for name, shape in shapes.items():
-        start, end = end, end + itemsize * math.prod(shape)
-        header[name] = {"dtype": name_there, "shape": list(shape), "data_offsets": [start, end]}
+        there = _NAMES[dtypes[name]]
+        start, end = end, end + DTYPES[there].itemsize * math.prod(shape)
+        header[name] = {"dtype": there, "shape": list(shape), "data_offsets": [start, end]}
     # transformers asks which framework's layout it is; only PyTorch's is in use.
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -242,7 +243,7 @@ def write_file(
         for name, array in itertools.islice(coming, len(shapes)):
             if array.shape != tuple(header[name]["shape"]):
                 raise ValueError(f"{name} is {array.shape}, not {header[name]['shape']}")
-            array = np.ascontiguousarray(converted(array, dtype, name))
+            array = np.ascontiguousarray(converted(array, dtypes[name], name))
             data.write(array.reshape(-1).view(np.uint8).data)
         data.flush()
         os.fsync(data.fileno())

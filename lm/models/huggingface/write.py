@@ -41,7 +41,7 @@ def save_pretrained(
       family: what to write it as; see `families.family_for`.
       config: the model's.
       params: its parameters; a mapping may read each when it is asked for.
-      dtype: of the tensors: float32, bfloat16 or float16.
+      dtype: of the tensors, but for the family's `exact`: float32, bfloat16 or float16.
       files: more files to put into it (a tokenizer's), name → content.
       fields: of config.json, beside those that the family writes or in their place, such as
         `eos_token_id`.
@@ -73,7 +73,8 @@ def save_pretrained(
             pass
         return []
     with new_directory(directory) as scratch:
-        written = safetensors.write(scratch, names.shapes, dtype, stream, shard_bytes)
+        dtypes = {n: "float32" if n.endswith(family.exact) else dtype for n in names.shapes}
+        written = safetensors.write(scratch, names.shapes, dtypes, stream, shard_bytes)
         for name, data in (files or {}).items():
             (scratch / name).write_bytes(data)
         (scratch / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
