@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny_align
 import tiny_jobs
+from test_main import main
 from tiny_align import COMPILED, PPO, measured
 from tiny_run import write_tiny_run
 
@@ -122,7 +123,9 @@ def test_with_adapters_the_first_ratio_is_one_and_the_kl_zero(source):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(source):
-    process = tiny_align.start(source, "left", train__steps=40, checkpoint__every=0)
+    fields = {"train__steps": 40, "checkpoint__every": 0}
+    words = tiny_align.command(source, "left", **fields)
+    process = tiny_jobs.start(words)
     for line in process.stdout:
         if line.startswith("step"):
             process.send_signal(signal.SIGTERM)
@@ -131,11 +134,11 @@ def test_sigterm_saves_and_the_same_command_goes_on(source):
     assert process.returncode == 75, err
     assert "SIGTERM: saved step" in out
     assert len(tiny_jobs.checkpoint_steps(source.parent / "left")) == 1
-    again = tiny_align.start(source, "left", train__steps=40, checkpoint__every=0)
-    assert again.wait(timeout=600) == 0, again.stderr.read()
-    whole = tiny_align.start(source, "unbroken", train__steps=40, checkpoint__every=0)
-    assert whole.wait(timeout=600) == 0
-    tiny_jobs.assert_same_run(source.parent / "left", source.parent / "unbroken")
+    with tiny_align.devices(1):
+        code, _, err = main(*words[2:])
+    assert code == 0, err
+    whole = tiny_align.run(source, "unbroken", **fields)
+    tiny_jobs.assert_same_run(source.parent / "left", whole)
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import pathlib
-import subprocess
 from collections.abc import Iterator
 from unittest import mock
 
@@ -75,8 +74,8 @@ def run(source: pathlib.Path, name: str, num_devices: int = 1, **fields) -> path
     return directory
 
 
-def start(source: pathlib.Path, name: str, **fields) -> subprocess.Popen[str]:
-    """The same as `python main.py`, its output to be read."""
+def command(source: pathlib.Path, name: str, **fields) -> list[str]:
+    """The same as a command line."""
     fields = {
         "init_from": source,
         "data__path": source / "prompts.jsonl",
@@ -85,7 +84,7 @@ def start(source: pathlib.Path, name: str, **fields) -> subprocess.Popen[str]:
     }
     words = [f"--config.{field.replace('__', '.')}={value}" for field, value in fields.items()]
     place = ["--config=tests/alignment/letters.py", f"--workdir={source.parent / name}"]
-    return tiny_jobs.start([*tiny_jobs.command(source.parent, name)[:2], *place, *words])
+    return [*tiny_jobs.command(source.parent, name)[:2], *place, *words]
 
 
 def measured(directory: pathlib.Path, field: str) -> list[float]:

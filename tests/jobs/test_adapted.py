@@ -194,6 +194,7 @@ def test_as_a_user_asks_for_them_of_sft_and_of_finetune(tmp_path, base):
         "--config.checkpoint.every=0",
         "--config.optimizer.learning_rate=1e-2",
         "--config.adapter.kind=lora",
+        "--config.prompt=",
     ]
     for name, path, more in (
         ("align/sft", chat, ["--config.chat_template=chatml", "--config.adapter.base=nf4"]),

@@ -2,12 +2,11 @@
 
 import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import pytest
+from test_main import main
 
 from lm.config import ConfigError
 from lm.jobs.describe import run
@@ -163,10 +162,8 @@ def test_mistakes_are_one_line_that_names_the_field(fields, words):
 def test_the_command_prints_the_parameters_first():
     arguments = ["--config=configs/describe.py", "--config.preset=gpt2_medium"]
     arguments += ["--config.model.num_layers=1", "--config.model.attention_pattern=('global',)"]
-    done = subprocess.run(
-        [sys.executable, "main.py", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+    code, output, errors = main(*arguments)
     layer = 12 * 1024**2 + 13 * 1024
     parameters = layer + (50_257 + 1024 + 2) * 1024
-    assert done.stdout.splitlines()[0] == f"parameters: {parameters:,}"
-    assert (done.returncode, done.stderr) == (0, "")
+    assert output.splitlines()[0] == f"parameters: {parameters:,}"
+    assert (code, errors) == (0, "")

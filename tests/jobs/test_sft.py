@@ -112,12 +112,13 @@ def test_a_base_model_is_given_a_template_that_stays_with_the_run(tmp_path):
     base = tmp_path / "base"
     code, _, errors = tune(tmp_path, "base", lines, *steps, "--config.tokenizer.kind=byte")
     assert code == 2 and "config.chat_template='' must name a chat template" in errors
-    steps += ["--config.data.block_size=128", "--config.prompt=Who sat?"]
+    steps += ["--config.data.block_size=128"]
     plain = ["--config.tokenizer.kind=byte", "--config.chat_template=plain"]
+    plain += ["--config.prompt=Who sat?"]
     code, _, errors = tune(tmp_path, "base", lines, *steps, *plain)
     assert code == 0, errors
     assert (base / "samples.txt").read_text().startswith("user: Who sat?\n→ ")
-    fields = [f"--config.init_from={base}", "--config.chat_template=chatml"]
+    fields = [f"--config.init_from={base}", "--config.chat_template=chatml", "--config.prompt="]
     code, out, errors = tune(tmp_path, "tuned", lines, *steps, *fields)
     assert code == 0, errors
     assert "note: the tokenizer has no token <|im_start|> or <|im_end|>" in " ".join(out.split())
@@ -149,6 +150,7 @@ def test_a_model_of_hugging_face_goes_back_and_ends_its_turns_there(tmp_path):
         *fields,
         "--config.data.block_size=32",
         "--config.train.steps=10",
+        "--config.prompt=",
     )
     assert code == 0, errors
     out = tmp_path / "out"

@@ -35,7 +35,7 @@ FLAGS = (
     "--config.data.block_size=64", "--config.data.batch_size=8", "--config.train.steps=4",
     "--config.train.log_every=2", "--config.model.compute_dtype=float32",
     "--sft.train.steps=100", "--sft.optimizer.learning_rate=2e-2", "--sft.train.eval_every=0",
-    "--sft.checkpoint.every=10", "--ppo.train.steps=2", "--ppo.rollout.prompts=8",
+    "--sft.checkpoint.every=10", "--sft.prompt=", "--ppo.train.steps=2", "--ppo.rollout.prompts=8",
     "--ppo.rollout.max_new_tokens=16", "--ppo.learning.epochs=1",
 )  # fmt: skip
 

@@ -358,7 +358,7 @@ def test_too_many_spikes_stop_the_run_whatever_the_action(place, monkeypatch):
 
 def test_a_run_too_short_to_log_a_loss_ends_well(place):
     fields = {"train__steps": 2, "train__log_every": 10, "checkpoint__every": 0}
-    directory = tiny_jobs.run(place, "short", **fields)
+    directory = tiny_jobs.run(place, "short", drawn=True, **fields)
     assert tiny_jobs.checkpoint_steps(directory) == [2]
     assert not (directory / "loss.png").exists()
 

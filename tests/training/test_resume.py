@@ -8,6 +8,7 @@ import time
 
 import pytest
 import tiny_jobs
+from test_main import main
 
 from lm.training.config import TrainingInterrupted
 from lm.training.loop import Loop, termination_flag
@@ -121,7 +122,7 @@ def test_a_resumed_run_tells_one_story(monkeypatch, place):
     fields = {"train__eval_every": 8, "data__validation_fraction": 0.3, "data__split": "position"}
     directory = run_killed(monkeypatch, place, "story", 8, **fields)
     assert tiny_jobs.losses(directory)[-1][0] > 8  # logged, lost, and to be logged again
-    tiny_jobs.run(place, "story", **fields)
+    tiny_jobs.run(place, "story", drawn=True, **fields)
     for field, every in (("loss", 2), ("eval_loss", 8)):
         steps = [step for step, _ in tiny_jobs.losses(directory, field)]
         assert steps == list(range(every, 25, every))
@@ -178,6 +179,6 @@ def test_a_killed_process_is_bitwise_replaced_by_the_next(place, unbroken, signa
         assert ("SIGTERM" if sigterm else "Ctrl-C") + ": saved step" in output
         assert errors == ("" if sigterm else "interrupted\n")
 
-    output, errors = tiny_jobs.start(arguments).communicate(timeout=300)
-    assert "resuming at step" in output, errors
+    code, output, errors = main(*arguments[2:])
+    assert code == 0 and "resuming at step" in output, errors
     tiny_jobs.assert_same_run(place / name, unbroken)
