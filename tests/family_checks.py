@@ -102,6 +102,12 @@ def outputs(config, params, batch, taps):
     return loss, {**found, "loss": loss}
 
 
+@functools.partial(compiled, static_argnums=0)
+def looked_at(config, params, batch):
+    """Every output, hidden states among them, of layers one by one; no gradient."""
+    return outputs(config, params, batch, taps=True)[1]
+
+
 @functools.partial(compiled, static_argnums=(0, 1))
 def _computed(config, taps, params, batch):
     return jax.grad(lambda params: outputs(config, params, batch, taps), has_aux=True)(params)

@@ -385,20 +385,25 @@ def random_batch(name: str) -> dict:
     return family_checks.text_batch(alike=name in BY_LENGTH)
 
 
+def outputs(model, batch) -> dict[str, torch.Tensor]:
+    """What is compared but gradients, and the loss that has them."""
+    out = run(model, batch, output_hidden_states=True)
+    found = {f"hidden.{i}": hidden for i, hidden in enumerate(out.hidden_states)}
+    name = "classes" if "classes" in batch else "labels"
+    scores = out.logits if name == "classes" else out.logits.transpose(1, 2)
+    loss = torch.nn.functional.cross_entropy(scores, torch.tensor(batch[name]).long())
+    return found | {"scores" if name == "classes" else "logits": out.logits, "loss": loss}
+
+
 def computed(model, batch, scratch) -> tuple[dict, dict]:
     """As `family_checks.computed`.
 
     A gradient has the name of its tensor in a file, which is another than the model's own where
     transformers fuses tensors as it reads them; so it is written to the directory `scratch`.
     """
-    out = run(model, batch, output_hidden_states=True)
-    outputs = {f"hidden.{i}": hidden for i, hidden in enumerate(out.hidden_states)}
-    name = "classes" if "classes" in batch else "labels"
-    scores = out.logits if name == "classes" else out.logits.transpose(1, 2)
-    loss = torch.nn.functional.cross_entropy(scores, torch.tensor(batch[name]).long())
-    outputs |= {"scores" if name == "classes" else "logits": out.logits, "loss": loss}
     model.zero_grad()
-    loss.backward()
+    found = outputs(model, batch)
+    found["loss"].backward()
     parameters = list(model.parameters())
     values = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
@@ -409,7 +414,7 @@ def computed(model, batch, scratch) -> tuple[dict, dict]:
             parameter.copy_(value)
     gradient = safetensors.numpy.load_file(scratch / "model.safetensors")
     gradient |= {n: 0 * gradient[n] for n, _ in model.named_buffers() if n in gradient}
-    return {name: array.detach().numpy() for name, array in outputs.items()}, gradient
+    return {name: array.detach().numpy() for name, array in found.items()}, gradient
 
 
 def greedy(model, prompts: list[list[int]], new: int, cached: bool = True) -> list[list[int]]:

@@ -155,12 +155,15 @@ CASES = {
     "modernbert_token": Case("ModernBertForTokenClassification", MODERN),
     "embedding_gemma": Case("Gemma3TextModel", GEMMA, 0.2),
     "t5": Case("T5ForConditionalGeneration", _T5, 0.2),
-    "t5_v1_1": Case("T5ForConditionalGeneration", {**_T5, **_V1_1}, 0.2, untie),
-    "t5_gelu": Case(
-        "T5ForConditionalGeneration", {**_T5, "feed_forward_proj": "gated-gelu_python"}, 0.2
-    ),
+    # Gated layers multiply rounding errors, too: with 0.2 float32 is 1e-5 away from float64.
+    "t5_v1_1": Case("T5ForConditionalGeneration", {**_T5, **_V1_1}, 0.15, untie),
     "t5_encoder": Case("T5EncoderModel", _T5, 0.2),
-    "mt5": Case("MT5ForConditionalGeneration", _T5, 0.2, untie),
+    "mt5": Case(
+        "MT5ForConditionalGeneration",
+        {**_T5, "feed_forward_proj": "gated-gelu_python"},
+        0.15,
+        untie,
+    ),
     "bart": Case("BartForConditionalGeneration", _BART),
     "bart_scaled": Case(
         "BartForConditionalGeneration",
@@ -236,8 +239,8 @@ def random_batch(case: Case | str, seed: int = 0, rows: int = 3, length: int = 1
     return batch
 
 
-def computed(model, batch, scratch=None) -> tuple[dict, dict]:
-    """As `family_checks.computed`; a tied tensor's gradient comes once."""
+def outputs(model, batch) -> dict[str, torch.Tensor]:
+    """What is compared but gradients, and the loss that has them."""
     given = {name: torch.tensor(value) for name, value in batch.items()}
     named = {"output_hidden_states": True}
     if "source" in given:
@@ -255,7 +258,6 @@ def computed(model, batch, scratch=None) -> tuple[dict, dict]:
     for name in ("classes", "labels"):
         if name in given:
             named["labels"] = given[name].long()
-    model.zero_grad()
     out = model(**named)
     last = out.get("last_hidden_state")
     loss = out.get("loss")
@@ -263,7 +265,6 @@ def computed(model, batch, scratch=None) -> tuple[dict, dict]:
         loss = (last * given["cotangent"] * given["mask"][..., None]).mean()
         if out.get("pooler_output") is not None:
             loss = loss + (out.pooler_output * given["cotangent"][:, 0]).mean()
-    loss.backward()
     both = "source" in given
     hidden = {"hidden": out.decoder_hidden_states if both else out.hidden_states}
     hidden |= {"encoder_hidden": out.encoder_hidden_states} if both else {}
@@ -272,7 +273,14 @@ def computed(model, batch, scratch=None) -> tuple[dict, dict]:
     heads |= {"seq_relationship_logits": "scores"}
     heads["logits"] = "logits" if "labels" in given else "scores"
     found |= {ours: out[theirs] for theirs, ours in heads.items() if out.get(theirs) is not None}
-    found["loss"] = loss
+    return found | {"loss": loss}
+
+
+def computed(model, batch, scratch=None) -> tuple[dict, dict]:
+    """As `family_checks.computed`; a tied tensor's gradient comes once."""
+    model.zero_grad()
+    found = outputs(model, batch)
+    found["loss"].backward()
     gradients = {n: p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None}
     return {name: value.detach().numpy() for name, value in found.items()}, gradients
 
