@@ -158,15 +158,18 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 # What else a family may say; the same tensors or fewer, and so not kept as golden files.
 VARIANTS: dict[str, tuple[str, dict]] = {
     "gpt2_scaled": (
-        "GPT2", {**_GPT2, "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu2"}
+        "GPT2",
+        {
+            **_GPT2, "scale_attn_by_inverse_layer_idx": True, "scale_attn_weights": False,
+            "activation_function": "relu2",
+        },
     ),
-    "gpt2_unscaled": ("GPT2", {**_GPT2, "scale_attn_weights": False}),
     "llama_biased": (
-        "Llama", {**_LLAMA, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}
-    ),
-    "llama_tied_linear": (
         "Llama",
-        {**_LLAMA, "tie_word_embeddings": True, **_rope("linear", factor=3.0)},
+        {
+            **_LLAMA, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu",
+            "tie_word_embeddings": True, **_rope("linear", factor=3.0),
+        },
     ),
     "llama_yarn": (
         "Llama",
@@ -290,18 +293,18 @@ VARIANTS: dict[str, tuple[str, dict]] = {
             "num_attention_heads": 2, "rotary_emb_base": 300.0,
         },
     ),
-    "opt_post_norm": (
-        "OPT", {**_OPT, "do_layer_norm_before": False, "activation_function": "gelu"}
-    ),
-    "opt_350m": ("OPT", {**_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 18}),
-    "opt_350m_untied": (
-        "OPT", {**_OPT, "word_embed_proj_dim": 30, "tie_word_embeddings": False}
+    "opt_350m": (
+        "OPT",
+        {
+            **_OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 18,
+            "activation_function": "gelu",
+        },
     ),
     "opt_without_biases": (
         "OPT",
         {
             **_OPT, "enable_bias": False, "_remove_final_layer_norm": True,
-            "tie_word_embeddings": False,
+            "word_embed_proj_dim": 30, "tie_word_embeddings": False,
         },
     ),
     "falcon_40b": ("Falcon", {**_FALCON_40B, "bias": True}),

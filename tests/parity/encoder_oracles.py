@@ -119,7 +119,6 @@ def biased(model) -> None:
 CASES = {
     "bert": Case("BertModel", _ENCODER),
     "bert_masked": Case("BertForMaskedLM", _ENCODER),
-    "bert_gelu_new": Case("BertForMaskedLM", {**_ENCODER, "hidden_act": "gelu_new"}),
     "bert_pretraining": Case("BertForPreTraining", _ENCODER),
     "bert_sequence": Case("BertForSequenceClassification", _ENCODER),
     "bert_token": Case("BertForTokenClassification", _ENCODER),
@@ -127,7 +126,9 @@ CASES = {
     "roberta_masked": Case("RobertaForMaskedLM", {**_ENCODER, "type_vocab_size": 1}),
     "roberta_sequence": Case("RobertaForSequenceClassification", _ENCODER),
     "roberta_token": Case("RobertaForTokenClassification", _ENCODER),
-    "bert_untied": Case("BertForMaskedLM", _ENCODER | _UNTIED, change=one_bias),
+    "bert_untied": Case(
+        "BertForMaskedLM", {**_ENCODER, **_UNTIED, "hidden_act": "gelu_new"}, change=one_bias
+    ),
     "roberta_untied": Case("RobertaForMaskedLM", _ENCODER | _UNTIED, change=one_bias),
     "distilbert": Case("DistilBertModel", _DISTIL),
     "distilbert_masked": Case("DistilBertForMaskedLM", _DISTIL | {"activation": "relu"}),
