@@ -17,7 +17,7 @@ import numpy as np
 
 import lm
 from lm.config import ConfigError, defaults
-from lm.jobs import finish, train
+from lm.jobs import align, finish, train
 from lm.parallel.layout import lay_out
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
@@ -58,7 +58,7 @@ def config(tmp_path: pathlib.Path, **fields):
 def devices(count: int) -> Iterator[None]:
     """Jobs run in this process see `count` of its fake devices."""
     some = functools.partial(lay_out, devices=jax.devices()[:count])
-    with mock.patch.object(train, "lay_out", some):
+    with mock.patch.object(train, "lay_out", some), mock.patch.object(align, "lay_out", some):
         yield
 
 

@@ -134,8 +134,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(source):
     assert process.returncode == 75, err
     assert "SIGTERM: saved step" in out
     assert len(tiny_jobs.checkpoint_steps(source.parent / "left")) == 1
-    with tiny_align.devices(1):
-        code, _, err = main(*words[2:])
+    code, _, err = main(*words[2:])
     assert code == 0, err
     whole = tiny_align.run(source, "unbroken", **fields)
     tiny_jobs.assert_same_run(source.parent / "left", whole)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import pathlib
-from collections.abc import Iterator
-from unittest import mock
 
 import jax
 import letters
@@ -15,7 +11,6 @@ import tiny_jobs
 from tiny_run import write_tiny_run
 
 from lm.jobs import align
-from lm.parallel.layout import lay_out
 
 PROMPTS = ("Say a: ", "And now? ", "More, please: ", "a?")
 
@@ -48,14 +43,6 @@ def config(source: pathlib.Path, **fields):
     return result
 
 
-@contextlib.contextmanager
-def devices(count: int) -> Iterator[None]:
-    """Jobs run in this process see `count` of its fake devices."""
-    some = functools.partial(lay_out, devices=jax.devices()[:count])
-    with mock.patch.object(align, "lay_out", some):
-        yield
-
-
 def run(source: pathlib.Path, name: str, num_devices: int = 1, **fields) -> pathlib.Path:
     """Learns in this process; the run directory beside the source."""
     directory = source.parent / name
@@ -67,7 +54,7 @@ def run(source: pathlib.Path, name: str, num_devices: int = 1, **fields) -> path
 
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
-        with devices(num_devices):
+        with tiny_jobs.devices(num_devices):
             align.run(config(source, **fields), str(directory))
     finally:
         jax.monitoring.unregister_event_duration_listener(count)

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import tiny_jobs
 from test_heads import V, induction_head
+from test_main import main
 from tiny_run import write_tiny_run
 
 import lm
@@ -155,10 +155,8 @@ def test_one_head_learns_whom_a_pronoun_means_and_is_needed_for_it(tmp_path):
         ["heads", f"--config.init_from={tmp_path}/run", "--config.every=4",
          "--config.rows=8", f"--workdir={tmp_path}/page"],
     ):  # fmt: skip
-        command = [tiny_jobs.sys.executable, "main.py", f"--config=configs/interpret/{words[0]}.py"]
-        program = tiny_jobs.start([*command, *words[1:]])
-        output, errors = program.communicate()
-        assert program.returncode == 0, output + errors
+        code, output, errors = main(f"--config=configs/interpret/{words[0]}.py", *words[1:])
+        assert code == 0, output + errors
     assert "the antecedent of a pronoun: right in 100%\n  head 0.0: specialised\n" in output
     found = json.loads((tmp_path / "page/heads.json").read_text())
     section = found["sections"]["the-antecedent-of-a-pronoun"]

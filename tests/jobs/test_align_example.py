@@ -2,13 +2,12 @@
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
+import types
 
 import pytest
-import quick
 import tiny_jobs
+from test_main import main
 from tiny_run import write_tiny_run
 
 from lm.tokenizers import TokenizerConfig, train
@@ -18,30 +17,32 @@ LITTLE = ("train.steps=2", "checkpoint.every=2", "train.log_every=1", "train.eva
 PATH = tiny_jobs.REPOSITORY / "benchmarks" / "align_example.py"
 
 
-@pytest.mark.slow
-def test_walks_are_learnt_from_examples_and_rewards(tmp_path):
-    command = ["benchmarks/align_example.py", "--task=walks", "--seeds=1", f"--workdir={tmp_path}"]
-    command += [f"--pictures={tmp_path}", "--set", *LITTLE]
-    command += [f"train.compilation_cache={tmp_path / 'xla'}"]
-    one_device = {**os.environ, "XLA_FLAGS": quick.FLAGS}
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=tiny_jobs.REPOSITORY,
-        env=one_device,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "| PPO |" in done.stdout and "| GRPO |" in done.stdout
-    assert (tmp_path / "align_walks.png").read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.fixture
 def align_example():
     spec = importlib.util.spec_from_file_location("align_example", PATH)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.slow
+def test_walks_are_learnt_from_examples_and_rewards(tmp_path, align_example, monkeypatch, capsys):
+    """The commands that the benchmark gives run in this process."""
+
+    def command(words, **_):
+        assert words[:2] == [sys.executable, "main.py"]
+        code, output, errors = main(*words[2:])
+        assert code == 0, output + errors
+
+    monkeypatch.setattr(align_example, "subprocess", types.SimpleNamespace(run=command))
+    words = ["align_example.py", "--task=walks", "--seeds=1", f"--workdir={tmp_path}"]
+    words += [f"--pictures={tmp_path}", "--set", *LITTLE]
+    words += [f"train.compilation_cache={tmp_path / 'xla'}"]
+    monkeypatch.setattr(sys, "argv", words)
+    align_example.main()
+    output = capsys.readouterr().out
+    assert "| PPO |" in output and "| GRPO |" in output
+    assert (tmp_path / "align_walks.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_figures_that_are_shown_are_of_the_configs_and_the_data_that_are_there(align_example):

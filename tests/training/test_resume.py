@@ -152,9 +152,7 @@ LONGER = {**HARD, "train__steps": 60, "checkpoint__async_save": False}
 
 @pytest.fixture(scope="module")
 def unbroken(place):
-    """A run of a process of its own."""
-    tiny_jobs.start(tiny_jobs.command(place, "unbroken", **LONGER)).communicate(timeout=300)
-    return place / "unbroken"
+    return tiny_jobs.run(place, "unbroken", **LONGER)
 
 
 @pytest.mark.slow
