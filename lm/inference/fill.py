@@ -34,8 +34,7 @@ def embed(
     """A vector for each text, float32 [N, D], of the last residual stream.
 
     That of the encoder where there is one, else of the decoder; after its final norm. A text's
-    vector does not depend on the others, nor on padding. Dense layers that sentence-transformers
-    puts after a model (EmbeddingGemma's two) are not of it.
+    vector does not depend on the others, nor on padding.
 
     Args:
       config, params: a model of any architecture.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import signal
 import sys
 
@@ -10,12 +11,12 @@ import ml_collections
 
 import lm
 from lm.config import ConfigError, Path, check, view
-from lm.inference import embed
 from lm.inference.engine import Engine
 from lm.inference.grammar import Grammars
 from lm.inference.requests import EngineConfig
 from lm.parallel.platform import keep_programs
 from lm.runs.run import Run
+from lm.runs.vectors import Vectors
 
 try:
     import uvicorn
@@ -108,8 +109,9 @@ def make_app(job: ServeJob, loaded: Run) -> App:
         grammars=Grammars(tokenizer, (*(framing.end_of_text or ()), *end_ids)),
         **chat,
     )
-    vectors = lambda texts: embed(model, loaded.params, texts, job.serve.pooling)  # noqa: E731
-    return App(served, worker, vectors, job.serve.api_keys())
+    vectors = Vectors(job.serve.pooling) if job.serve.pooling else loaded.vectors
+    embed = functools.partial(vectors.of, model, loaded.params)
+    return App(served, worker, embed, job.serve.api_keys(), vectors.width)
 
 
 def _chat(job: ServeJob, loaded: Run) -> dict:

@@ -15,10 +15,11 @@ from lm.models import ModelConfig
 from lm.models.huggingface.families import family_for
 from lm.models.huggingface.family import Family, NameMap
 from lm.models.huggingface.peft import is_peft, save_peft
-from lm.models.huggingface.write import new_directory, save_pretrained
+from lm.models.huggingface.write import new_directory, save_pretrained, write_files
 from lm.parallel.sharding import parameter_shardings
 from lm.runs.directory import CHECKPOINTS, CONFIG, TOKENIZER
 from lm.runs.sources import GENERATION, Source
+from lm.runs.vectors import module_files
 from lm.tokenizers import Tokenizer
 from lm.tokenizers.export import framed, huggingface_files
 from lm.training.checkpoints import CheckpointConfig, Checkpointer
@@ -58,6 +59,7 @@ def write_run(
             (scratch / CONFIG).write_text(text, encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save(scratch / TOKENIZER)
+            write_files(scratch, module_files(source.directory))
         _together()
         saving = CheckpointConfig(async_save=False)
         with Checkpointer(scratch / CHECKPOINTS, saving) as checkpointer:
@@ -83,7 +85,8 @@ def write_huggingface(
     model, tokenizer = source.model, source.tokenizer
     origin = source.config.get("huggingface", {})
     family = family_for(model, origin.get("model_type"))
-    files, fields, words = {}, dict(origin.get("fields", {})), "none"
+    files, fields = module_files(source.directory), dict(origin.get("fields", {}))
+    words = "none"
     if origin.get("generation"):
         files[GENERATION] = (json.dumps(origin["generation"], indent=2) + "\n").encode()
     if tokenizer is not None:

@@ -20,7 +20,6 @@ from lm.inference import (
     Generator,
     SamplingConfig,
     SearchConfig,
-    embed,
     fill,
     fill_spans,
     score,
@@ -32,6 +31,7 @@ from lm.models.activations import Edit, check_fields, trace
 from lm.runs.directory import CONFIG
 from lm.runs.reward import Prompt, Scale, pairs_of, reply_ids
 from lm.runs.sources import open_source
+from lm.runs.vectors import Vectors, read_vectors
 from lm.tokenizers import ChatTemplate, Tokenizer, chat_template
 from lm.training.metrics import read_metrics
 
@@ -233,19 +233,19 @@ class Run:
             warnings.warn(notice, stacklevel=2)
         return texts[0] if isinstance(prompt, str) and len(texts) == 1 else texts
 
-    def embed(self, texts: str | Sequence[str], pooling: str = "mean") -> np.ndarray:
+    def embed(self, texts: str | Sequence[str], pooling: str = "") -> np.ndarray:
         """A vector for each text, float32 [N, D], or [D] for a single one.
 
         Args:
           texts: one or several; a text's vector does not depend on the others.
-          pooling: "mean" over the tokens, "first", "last" or "pooler"; see `lm.inference.embed`.
+          pooling: as of `lm.inference.embed`; "": as the directory tells sentence-transformers.
 
         Raises:
-          ConfigError: a text longer than the model's context, or a pooling the model does not have.
+          ConfigError: a text too long, a pooling or module that is not there, or not known.
         """
-        several = [texts] if isinstance(texts, str) else list(texts)
-        ids = [self.encode(text) for text in several]
-        vectors_ND = embed(self.skeleton.config, self.params, ids, pooling)
+        ids = [self.encode(text) for text in ([texts] if isinstance(texts, str) else texts)]
+        own = Vectors(pooling) if pooling else self.vectors
+        vectors_ND = own.of(self.skeleton.config, self.params, ids)
         return vectors_ND[0] if isinstance(texts, str) else vectors_ND
 
     def score(
@@ -368,6 +368,11 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The records of `metrics.jsonl`, as they are now."""
         return read_metrics(self.directory)
+
+    @functools.cached_property
+    def vectors(self) -> Vectors:
+        """How its directory makes vectors of texts."""
+        return read_vectors(self.directory)
 
     @functools.cached_property
     def transformer(self) -> Model:

@@ -55,6 +55,7 @@ class App:
       worker: runs its engine; None: it cannot write, only embed.
       embed: ids of texts → their vectors, float32 [N, D].
       keys: of which a request must have one; (): everyone may ask.
+      width: numbers of a vector (D); None: as many as of the residual stream.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class App:
         worker: Worker | None,
         embed: Callable[[Sequence[Sequence[int]]], np.ndarray],
         keys: Sequence[str] = (),
+        width: int | None = None,
     ):
+        self._width = width or served.model.width
         self.served, self.worker, self._embed, self._keys = served, worker, embed, keys
         self.names = Names(served.tokenizer)
         stats = (lambda: worker.engine.stats) if worker else None
@@ -209,9 +212,8 @@ class App:
         if len(body.input) > limit.max_rows:
             message = f"input has {len(body.input):,} texts: {limit.max_rows} at most"
             raise ApiError(message, "input")
-        width = self.served.model.width
-        if body.dimensions not in (None, width):
-            message = f"dimensions={body.dimensions} must be {width}, as the model's are"
+        if body.dimensions not in (None, self._width):
+            message = f"dimensions={body.dimensions} must be {self._width}, as the model's are"
             raise ApiError(message, "dimensions")
         read = functools.partial(asked.readable, self.served, param="input")
         texts = await asyncio.to_thread(lambda: [*map(read, body.input)])

@@ -24,7 +24,7 @@ class ServeConfig:
     max_stop: Size = 16  # stop strings of one request, of at most `max_stop_length` characters
     max_stop_length: Size = 256
     max_grammar: Positive = 2**16  # bytes of a JSON schema, regular expression or grammar, or tools
-    pooling: str = "mean"  # of the vectors of /v1/embeddings; see `lm.inference.embed`
+    pooling: str = ""  # of the vectors of /v1/embeddings; as of `Run.embed`
 
     def api_keys(self, prefix: str = "config.serve") -> tuple[str, ...]:
         """The keys in `api_key_file`; () where everyone may ask.

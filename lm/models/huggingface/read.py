@@ -34,7 +34,8 @@ WANTED = (
     "model-*-of-*.safetensors", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
     "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
-    "vocab.json", "merges.txt", "vocab.txt",
+    "vocab.json", "merges.txt", "vocab.txt", "modules.json", "config_sentence_transformers.json",
+    "sentence_bert_config.json", "[0-9]_*/config.json", "[0-9]_*/model.safetensors",
 )  # fmt: skip
 # Fields of config.json that count layers or experts, and that are dimensions of tensors.
 _EXPERTS, _MOST_LAYERS = ("num_local_experts", "num_experts"), 10_000

@@ -42,7 +42,7 @@ def save_pretrained(
       config: the model's.
       params: its parameters; a mapping may read each when it is asked for.
       dtype: of the tensors, but for the family's `exact`: float32, bfloat16 or float16.
-      files: more files to put into it (a tokenizer's), name → content.
+      files: more files to put into it (a tokenizer's), name, or path in it → content.
       fields: of config.json, beside those that the family writes or in their place, such as
         `eos_token_id`.
       shard_bytes: the most that one file may hold before there are several and an index.
@@ -75,10 +75,16 @@ def save_pretrained(
     with new_directory(directory) as scratch:
         dtypes = {n: "float32" if n.endswith(family.exact) else dtype for n in names.shapes}
         written = safetensors.write(scratch, names.shapes, dtypes, stream, shard_bytes)
-        for name, data in (files or {}).items():
-            (scratch / name).write_bytes(data)
+        write_files(scratch, files or {})
         (scratch / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return [directory / file.name for file in written]
+
+
+def write_files(directory: pathlib.Path, files: Mapping[str, bytes]) -> None:
+    """Writes files into a directory: name, or path in it → content."""
+    for name, data in files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(data)
 
 
 def check_new(directory: pathlib.Path) -> None:
