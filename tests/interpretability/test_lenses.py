@@ -64,9 +64,14 @@ def test_a_jacobian_lens_is_exact_where_what_is_left_is_linear():
     config, values = linear_model()
     tokens = tiny_models.tokens(3, 1)  # one place: attention's pattern is one
     lens = jacobian(skeleton(config), values, tokens)
-    model = bind(skeleton(config), values)
-    x_LBTD = streams(model, tokens)
-    lens_LBTV, plain_LBTV = lens(model, x_LBTD), Lens()(model, x_LBTD)
+
+    @tiny_models.compiled
+    def read(values, lens):
+        model = bind(skeleton(config), values)
+        x_LBTD = streams(model, tokens)
+        return lens(model, x_LBTD), Lens()(model, x_LBTD)
+
+    lens_LBTV, plain_LBTV = read(values, lens)
     assert np.allclose(lens_LBTV, lens_LBTV[-1], atol=5e-6)
     assert np.abs(plain_LBTV[0] - plain_LBTV[-1]).max() > 0.01
 
@@ -122,12 +127,12 @@ def test_identity_is_the_logit_lens_and_bert_is_read_through_its_own_head():
 
 @pytest.mark.slow
 def test_a_jacobian_is_that_of_the_layers_that_are_left():
-    config, values, model = model_of(norm="layernorm", bias=True)
+    config, values, _ = model_of(norm="layernorm", bias=True)
     tokens = tiny_models.tokens(1, 6)
     lens = jacobian(skeleton(config), values, tokens, seed=3)
     place = int(np.random.default_rng(3).integers(6, size=1)[0])
 
-    def last(x_D):
+    def last(x_D, model):
         def tap(name, x_BTD):
             if name == "blocks.0.residual_after":
                 x_BTD = x_BTD.at[0, place].set(x_D)
@@ -139,7 +144,12 @@ def test_a_jacobian_is_that_of_the_layers_that_are_left():
         model.hidden(tokens, tap=tap)
         return found[0]
 
-    wanted = jax.jit(jax.jacrev(last))(streams(model, tokens)[1, 0, place])
+    @tiny_models.compiled
+    def backwards(values):
+        model = bind(skeleton(config), values)
+        return jax.jacrev(last)(streams(model, tokens)[1, 0, place], model)
+
+    wanted = backwards(values)
     assert np.allclose(lens.matrix_LDD[1], wanted, atol=1e-5)
     assert np.array_equal(lens.matrix_LDD[-1], np.eye(config.width))
 
@@ -149,8 +159,14 @@ def test_a_tuned_lens_is_nearer_and_comes_back_from_its_file(tmp_path):
     config, values, model = model_of(num_layers=1)
     rows = np.random.default_rng(0).integers(0, 40, (64, 8), np.int32)
     lens, losses = train_tuned(skeleton(config), values, rows, steps=40, learning_rate=5e-3)
-    x_LBTD = streams(model, rows[:16])
-    plain, tuned = divergences(model, Lens(), x_LBTD), divergences(model, lens, x_LBTD)
+
+    @tiny_models.compiled
+    def both(values, lens):
+        model = bind(skeleton(config), values)
+        x_LBTD = streams(model, rows[:16])
+        return divergences(model, Lens(), x_LBTD), divergences(model, lens, x_LBTD)
+
+    plain, tuned = both(values, lens)
     assert losses[0] == pytest.approx(float(plain[0]), rel=0.2)
     assert tuned[0] < 0.5 * plain[0] and abs(tuned[-1]) < 1e-6
     lens.save(tmp_path / "lens", {})
