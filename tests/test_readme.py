@@ -11,6 +11,7 @@ import pytest
 import quick
 
 from lm import command
+from lm.models.huggingface.families import FAMILIES
 from lm.models.presets import PRESETS
 
 CLONE = pathlib.Path(__file__).parent.parent
@@ -157,6 +158,7 @@ def test_fields_tried_in_the_readme_are_not_the_defaults(words):
 
 def test_the_readme_counts_right_and_its_links_lead_somewhere():
     assert int(re.search(r"(\d+) published models", README)[1]) == len(PRESETS)
+    assert int(re.search(r"(\d+)\s+model types", README)[1]) == len(FAMILIES)
     for link in re.findall(r"\]\(([^)]+)\)", README):
         assert (CLONE / link).exists(), link
     assert {path.stem for path in CLONE.glob("configs/*.py")} - {"plan_scaling"} == set(
