@@ -1,6 +1,7 @@
 """PEFT loads what we write, and we what it writes: the same logits, for every form of adapter."""
 
 import dataclasses
+import itertools
 import json
 
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+import decoder_oracles  # noqa: E402
 import jax  # noqa: E402
 
 from lm.config import ConfigError  # noqa: E402
 from lm.models import bind, skeleton  # noqa: E402
-from lm.models.adapters import AdapterConfig, applied, begun, freeze  # noqa: E402
+from lm.models.adapters import AdapterConfig, adapter_specs, applied, begun, freeze  # noqa: E402
 from lm.models.huggingface.peft import Peft, save_peft  # noqa: E402
 from lm.models.huggingface.read import open_checkpoint  # noqa: E402
 from lm.runs.sources import open_source  # noqa: E402
@@ -45,6 +47,7 @@ BASES = {
             **SIZES,
         )
     ),
+    "deepseek_v3": lambda: decoder_oracles.build("deepseek_v3"),
     "phi3": lambda: transformers.Phi3ForCausalLM(
         transformers.Phi3Config(**LLAMA, pad_token_id=None)
     ),
@@ -113,14 +116,21 @@ def test_we_load_what_peft_wrote(tmp_path, name, form):
     assert np.abs(expected - plain).max() > 0.05
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
-@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        *itertools.product(
+            [name for name in BASES if name != "deepseek_v3"], ["lora", "rslora", "dora"]
+        ),
+        ("deepseek_v3", "lora"),
+    ],
+)
 def test_peft_loads_what_we_wrote(tmp_path, name, kind):
     written_base(tmp_path, name)
     checkpoint = open_checkpoint(tmp_path / "base")
     # DoRA is of whole layers, and in Phi-3 gate and up are one.
     mlp = "mlp" if name == "phi3" else "mlp.up"
-    targets = ("attention", "head" if name == "llama" else mlp)
+    targets = ("attention", *{"llama": ["head"], "deepseek_v3": []}.get(name, [mlp]))
     fields = dict(rslora=True) if kind == "rslora" else dict(kind=kind)
     config = AdapterConfig(
         **{"kind": "lora", "rank": 3, "alpha": 5.0, "targets": targets, **fields}
@@ -143,6 +153,15 @@ def test_peft_loads_what_we_wrote(tmp_path, name, kind):
     # And back: the same function, if not the same numbers where layers there are joined.
     again = Peft.open(place).read(checkpoint.names)
     np.testing.assert_allclose(ours(checkpoint, *again), expected, atol=1e-5)
+
+
+def test_layers_that_peft_would_take_for_experts_are_refused(tmp_path):
+    written_base(tmp_path, "deepseek_v3")
+    names = open_checkpoint(tmp_path / "base").names
+    config = AdapterConfig(kind="lora", targets="shared.up")
+    adapters = {n: np.zeros(s.shape) for n, s in adapter_specs(config, names.specs).items()}
+    with pytest.raises(ConfigError, match=r"shared\.up.*experts.*to='hf'.*targets='attention'"):
+        save_peft(tmp_path / "adapters", names, config, adapters, "")
 
 
 def test_a_reward_models_head_travels_with_its_adapters(tmp_path):

@@ -118,11 +118,13 @@ def save_peft(
       files: more files to put into it, name → content.
 
     Raises:
-      ConfigError: DoRA of a part of a layer there; the directory is not empty.
+      ConfigError: DoRA of a part of a layer there; layers that are called as those of experts; the
+        directory is not empty.
     """
     adapters = {name: np.asarray(array, np.float32) for name, array in adapters.items()}
     tensors, targets, ranks = {}, [], {}
     turned = False
+    experts = {name.split(".")[-2] for name in names.shapes if ".experts." in name}
     for layer in _layers(names):
         adapted = [name + LORA_A in adapters for name in layer.rule.ours]
         if not any(adapted):
@@ -131,6 +133,13 @@ def save_peft(
             all(adapted) or config.kind == "lora",
             f"config.adapter.targets: {layer.rule.ours} are one layer in {names.family.model_type},"
             " and DoRA of a part of it is nothing that PEFT knows",
+        )
+        # It goes by the last word (`transformers_weight_conversion` of 0.19), and loses these.
+        check(
+            layer.name.rpartition(".")[2] not in experts,
+            f"config.adapter.targets: {layer.rule.ours[0]!r} is {layer.name} in "
+            f"{names.family.model_type}, which PEFT takes for a layer of the experts: "
+            "write it with to='hf', added in, or adapt with targets='attention'",
         )
         targets.append(layer)
         turned |= layer.turned
