@@ -19,6 +19,7 @@ def load(
     step: int | str | None = None,
     ignore: str | Sequence[str] = (),
     base: str | os.PathLike[str] | None = None,
+    compute_dtype: str | None = None,
 ) -> Run:
     """Opens a run directory, or a Hugging Face directory: config, tokenizer, parameters, metrics.
 
@@ -33,6 +34,8 @@ def load(
         that may be left out though they are not known.
       base: of adapters, which are added in, the model they stand beside; where they say unless
         given.
+      compute_dtype: of products and activations: "float32", "bfloat16" or "float16"; "auto" is
+        bfloat16 where the platform is fast at it. What the model's config says unless given.
 
     Raises:
       ConfigError: neither of them, no such checkpoint, or one that its tokenizer does not fit; a
@@ -41,4 +44,4 @@ def load(
     """
     from lm.runs.run import Run  # JAX is imported when it is needed
 
-    return Run.load(directory, step, ignore, base)
+    return Run.load(directory, step, ignore, base, compute_dtype)

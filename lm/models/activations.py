@@ -45,6 +45,7 @@ from flax import nnx
 
 from lm.config import ConfigError, check, nearest
 from lm.models.hooks import Tap
+from lm.models.params import bind
 from lm.models.text import Text
 from lm.parallel.sharding import ParamSpec
 
@@ -173,6 +174,16 @@ def trace(
             known = f"a name of this model{nearest(word, seen)}; lm.models.activations.sites lists"
             check(word in matched, f"{argument}={word!r} is not {known} them")
     return found
+
+
+def tracer(skeleton: nnx.Module, functions: Mapping[str, Edit]) -> Callable[..., Mapping]:
+    """`trace` of (params, texts, edits, fields, names), compiled; with these edits as well."""
+
+    def traced(params, texts, values, fields, names):
+        edits = {**values, **functions}
+        return trace(bind(skeleton, params), *texts, names=names, edits=edits, **fields)
+
+    return jax.jit(traced, static_argnames="names")
 
 
 def _computed(model, texts, tap: Tap, fields) -> None:

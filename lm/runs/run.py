@@ -27,7 +27,8 @@ from lm.inference import (
 )
 from lm.inference.prepare import CacheKind, Weights
 from lm.models import Model, bind, skeleton
-from lm.models.activations import Edit, check_fields, trace
+from lm.models.activations import Edit, check_fields, tracer
+from lm.models.config import DTYPES
 from lm.runs.directory import CONFIG
 from lm.runs.reward import Prompt, Scale, pairs_of, reply_ids
 from lm.runs.sources import open_source
@@ -56,11 +57,14 @@ class Run:
         step: int | str | None = None,
         ignore: str | Sequence[str] = (),
         base: str | os.PathLike[str] | None = None,
+        compute_dtype: str | None = None,
     ) -> Run:
         """See `lm.load`."""
         source = open_source(directory, ignore, base)
+        check_choice("compute_dtype", compute_dtype, (None, *DTYPES))
+        dtype = compute_dtype or source.model.compute_dtype
+        model = skeleton(dataclasses.replace(source.model, compute_dtype=dtype))
         step, params = source.parameters(step)
-        model = skeleton(source.model)
         return cls(source.directory, source.config, source.tokenizer, model, params, step)
 
     def model(self, tokens_BT: Any, targets_BT: Any = None, **arguments: Any) -> jax.Array:
@@ -140,8 +144,8 @@ class Run:
             texts.append(self._checked(rows))
         values = {name: edit for name, edit in (edits or {}).items() if not callable(edit)}
         functions = {name: edit for name, edit in (edits or {}).items() if callable(edit)}
-        tracer = self._tracer if not functions else _tracer(self.skeleton, functions)
-        return dict(tracer(self.params, texts, values, fields, names=names))
+        traced = tracer(self.skeleton, functions) if functions else self._tracer
+        return dict(traced(self.params, texts, values, fields, names=names))
 
     def intervene(
         self, tokens_BT: Any, edits: Mapping[str, Edit], targets_BT: Any = None, **fields: Any
@@ -444,7 +448,7 @@ class Run:
 
     @functools.cached_property
     def _tracer(self):
-        return _tracer(self.skeleton, {})
+        return tracer(self.skeleton, {})
 
     def _rows(self, tokens: Any) -> Any:
         """Rows of token ids, of these or of a text or several."""
@@ -459,9 +463,7 @@ class Run:
         try:
             tokens_BT = np.asarray(tokens_BT)
         except ValueError:
-            raise ConfigError(
-                "tokens_BT has rows of different lengths: pad or split them"
-            ) from None
+            raise ConfigError("tokens_BT has rows of different lengths: pad them") from None
         check(
             tokens_BT.ndim == 2 and np.issubdtype(tokens_BT.dtype, np.integer),
             f"tokens_BT of shape {tokens_BT.shape} and type {tokens_BT.dtype} must be rows of "
@@ -480,16 +482,6 @@ class Run:
 
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r}, step={self.step})"
-
-
-def _tracer(skeleton: Model, functions: Mapping[str, Edit]):
-    """`trace`, compiled, with these edits among others."""
-
-    def traced(params, texts, values, fields, names):
-        edits = {**values, **functions}
-        return trace(bind(skeleton, params), *texts, names=names, edits=edits, **fields)
-
-    return jax.jit(traced, static_argnames="names")
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:

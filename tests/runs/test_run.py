@@ -54,6 +54,16 @@ def test_the_model_takes_lists_and_gives_the_logits_of_its_parameters(run):
     np.testing.assert_allclose(logits_BTV, expected, atol=1e-5)
 
 
+def test_what_a_model_computes_in_is_its_own_or_as_asked(run, directory):
+    assert run.skeleton.config.compute_dtype == run.config["model"].get("compute_dtype", "auto")
+    exact, rounded = (lm.load(directory, compute_dtype=d) for d in ("float32", "bfloat16"))
+    tokens = [run.encode("cat")]
+    apart = np.abs(exact.model(tokens) - rounded.model(tokens)).max()
+    assert 1e-5 < apart < 0.1
+    with pytest.raises(ConfigError, match="compute_dtype='float31'"):
+        lm.load(directory, compute_dtype="float31")
+
+
 @pytest.mark.parametrize(
     "tokens, words",
     [
