@@ -283,9 +283,11 @@ class Run:
         """
         config = self.skeleton.config
         check(
-            config.architecture == "decoder" and config.num_labels == 1,
-            f"config.model.num_labels={config.num_labels} of a {config.architecture} is no reward "
-            "model, which is a decoder with classifier='sequence' and one label",
+            (config.architecture, config.classifier, config.num_labels)
+            == ("decoder", "sequence", 1),
+            f"config.model.architecture={config.architecture!r} with classifier="
+            f"{config.classifier!r} and num_labels={config.num_labels} is no reward model: that "
+            "has 'decoder', 'sequence' and 1",
         )
         prompts, responses = pairs_of(prompts, responses)
         finished = [True] * len(responses) if finished is None else finished

@@ -128,6 +128,7 @@ def test_impossible_questions_are_refused(masked_run, tmp_path):
         (lambda: masked_run.embed("x" * 31), "text is 33 tokens long"),
         (lambda: masked_run.embed("x", pooling="meen"), "pooling='meen'.*'mean'"),
         (lambda: masked_run.generate("x"), "architecture='encoder'.*cannot generate"),
+        (lambda: masked_run.score("x", "y"), "architecture='encoder' .*is no reward model"),
     ]
     write_tiny_run(tmp_path)
     decoder = lm.load(tmp_path)
