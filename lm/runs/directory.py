@@ -60,12 +60,12 @@ REFUSED = (
     "job", "seed", "chat_template", "tokenizer", "model", "adapter", "optimizer", "data.weights",
     "data.text_field", "data.num_documents", "data.encoding", "data.on_bad_file", "data.split",
     "data.validation_fraction", "data.batch_size", "data.block_size", "data.source_length",
-    "data.long_pairs", "data.format", "data.long_conversations", "data.corruption", "data.packing",
-    "data.end_of_text", "data.shuffle", "data.random_offset", "data.document_separator",
-    "objective.name", "objective.z_loss", "objective.label_smoothing",
-    "objective.load_balancing", "objective.router_z", "objective.centering",
-    "objective.policy", "objective.preference", "objective.distillation", "rollout", "rewards",
-    "advantage", "learning",
+    "source_language", "target_language", "data.source_before", "data.source_after",
+    "data.target_start", "data.long_pairs", "data.format", "data.long_conversations",
+    "data.corruption", "data.packing", "data.end_of_text", "data.shuffle", "data.random_offset",
+    "data.document_separator", "objective.name", "objective.z_loss", "objective.label_smoothing",
+    "objective.load_balancing", "objective.router_z", "objective.centering", "objective.policy",
+    "objective.preference", "objective.distillation", "rollout", "rewards", "advantage", "learning",
 )  # fmt: skip
 
 
