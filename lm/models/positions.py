@@ -22,9 +22,9 @@ def sinusoids(positions_BT: jax.Array, width: int) -> jax.Array:
     turns = 10_000.0 ** (-np.arange(half) / max(half, 1)) / (2 * math.pi)  # of each position
     mantissa, exponent = np.frexp(turns)
     coarse = np.ldexp(np.round(mantissa * 1024), exponent - 10)  # times 14 bits: exact in float32
-    positions = positions_BT[..., None].astype(jnp.float32)
-    most = positions * coarse.astype(np.float32)
-    rest = positions * (turns - coarse).astype(np.float32)
+    dtype = jnp.result_type(float)  # float64 where that is on
+    positions = positions_BT[..., None].astype(dtype)
+    most, rest = positions * coarse.astype(dtype), positions * (turns - coarse).astype(dtype)
     angles = 2 * math.pi * (most - jnp.round(most) + rest)
     table = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
     return jnp.pad(table, [(0, 0)] * (table.ndim - 1) + [(0, width - 2 * half)])
