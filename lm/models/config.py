@@ -312,8 +312,13 @@ class ModelConfig:
 
     def scaling_of(self, local: bool) -> str:
         """How the angles of global or local layers are slowed."""
-        own = local and self.rotary_local_base is not None
-        return self.rotary_local_scaling if own else self.rotary_scaling
+        return self.rotary_of(local)[1]
+
+    def rotary_of(self, local: bool) -> tuple[float, str, float]:
+        """Base, scaling and factor of the angles of global or local layers."""
+        if local and self.rotary_local_base is not None:
+            return self.rotary_local_base, self.rotary_local_scaling, self.rotary_local_factor
+        return self.rotary_base, self.rotary_scaling, self.rotary_factor
 
     @property
     def rotary_amplitude(self) -> float:

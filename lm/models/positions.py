@@ -45,10 +45,7 @@ def rotary_frequencies(
     layers with a base of their own, which never see further than their window, have a scaling of
     their own, too: most often none (Gemma 3 report, §2).
     """
-    base, width, factor = config.rotary_base, config.rotary_dim, config.rotary_factor
-    scaling = config.scaling_of(local)
-    if local and config.rotary_local_base is not None:
-        base, factor = config.rotary_local_base, config.rotary_local_factor
+    width, (base, scaling, factor) = config.rotary_dim, config.rotary_of(local)
     frequencies = 1.0 / base ** (np.arange(0, width, 2) / width)
     original = config.rotary_original_length
     if scaling == "dynamic":
@@ -110,10 +107,8 @@ def rotary_angles(
     """
     frequencies, gain = rotary_frequencies(config, local)
     frequencies = frequencies.astype(np.float32)
-    scaling = config.scaling_of(local)
+    _, scaling, factor = config.rotary_of(local)
     if scaling == "dynamic":
-        own = local and config.rotary_local_base is not None
-        factor = config.rotary_local_factor if own else config.rotary_factor
         frequencies = frequencies * _growth(config, factor, lengths_BT[..., None, None])
     if scaling == "longrope":
         longer = rotary_frequencies(config, local, config.rotary_original_length + 1)[0]

@@ -18,7 +18,7 @@ from lm.models.huggingface.config_fields import (
 from lm.models.huggingface.fp8 import BLOCK
 from lm.models.huggingface.llama import BODY, FIELDS, LAYER, MLP, begun, family, rotary
 from lm.models.huggingface.name_map import Linear, Table
-from lm.models.huggingface.rope import ROPE_FIELDS
+from lm.models.huggingface.rope import ROPE_FIELDS, yarn_gain
 
 _FIELDS = {
     **with_defaults(
@@ -64,9 +64,9 @@ def _read_heads(values: Json) -> dict[str, Any]:
     width = values["qk_nope_head_dim"] + shared
     fields = {"head_dim": width, "shared_key_dim": shared, **_ROTARY.read(values)}
     gain = 1.0
-    if fields["rotary_scaling"] != "none" and fields["rotary_factor"] > 1:
+    if fields["rotary_scaling"] != "none":
         rope = values["rope_scaling"] or values["rope_parameters"]
-        gain += 0.1 * (rope.get("mscale_all_dim") or 0) * math.log(fields["rotary_factor"])
+        gain = yarn_gain(fields["rotary_factor"], rope.get("mscale_all_dim") or 0)
     return fields if gain == 1 else {**fields, "attention_scale": gain**2 * width**-0.5}
 
 

@@ -121,18 +121,20 @@ def read_rotary(values: Json, base: float = 10_000.0, fraction: float = 1.0) -> 
     }
 
 
+def yarn_gain(factor: float, mscale: float) -> float:
+    """YaRN's gain on queries and keys (Peng et al. 2023, §3.4), `mscale` times as far from 1."""
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
+
+
 def _read_yarn(rope: Json, factor: float) -> dict[str, Any]:
     """What transformers makes of the fields of YaRN that are none of ours, and of 0 and null."""
-
-    def gain(mscale: float) -> float:
-        return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0
 
     found: dict[str, Any] = {"beta_slow": rope.get("beta_slow") or 1.0}
     found |= {"beta_fast": rope.get("beta_fast") or 32.0}
     found |= {"truncate": bool(rope.get("truncate", True))}
     over, under = rope.get("mscale"), rope.get("mscale_all_dim")
     if rope.get("attention_factor") is None and over and under:
-        found["attention_factor"] = gain(over) / gain(under)
+        found["attention_factor"] = yarn_gain(factor, over) / yarn_gain(factor, under)
     return found
 
 

@@ -4,21 +4,21 @@ import math
 
 from lm.models.presets.table import table
 
-_LLAMA = {
+LLAMA = {
     "tie_embeddings": False,
     "positions": "rotary",
     "norm": "rmsnorm",
     "activation": "swiglu",
     "initializer": "normal",
 }
-_SIZES = "num_layers num_heads num_kv_heads width mlp_width"
+SIZES = "num_layers num_heads num_kv_heads width mlp_width"
 
 # ---- Llama -----------------------------------------------------------------------------------
 
 PRESETS = table(
     "Touvron et al. 2023a, table 2; huggyllama/llama-7b",
-    {**_LLAMA, "vocab_size": 32_000, "max_length": 2048, "norm_epsilon": 1e-6},
-    _SIZES,
+    {**LLAMA, "vocab_size": 32_000, "max_length": 2048, "norm_epsilon": 1e-6},
+    SIZES,
     llama_7b=(32, 32, 32, 4096, 11_008),
     llama_13b=(40, 40, 40, 5120, 13_824),
     llama_30b=(60, 52, 52, 6656, 17_920),  # 32.5B in the paper
@@ -27,14 +27,14 @@ PRESETS = table(
 
 PRESETS |= table(
     "Touvron et al. 2023b, table 1; meta-llama/Llama-2-7b-hf",
-    {**_LLAMA, "vocab_size": 32_000, "max_length": 4096},
-    _SIZES,
+    {**LLAMA, "vocab_size": 32_000, "max_length": 4096},
+    SIZES,
     llama2_7b=(32, 32, 32, 4096, 11_008),
     llama2_13b=(40, 40, 40, 5120, 13_824),
     llama2_70b=(80, 64, 8, 8192, 28_672),
 )
 
-_LLAMA3 = {**_LLAMA, "vocab_size": 128_256, "max_length": 8192, "rotary_base": 500_000.0}
+_LLAMA3 = {**LLAMA, "vocab_size": 128_256, "max_length": 8192, "rotary_base": 500_000.0}
 _LLAMA3_1 = {
     **_LLAMA3,
     "max_length": 131_072,
@@ -48,7 +48,7 @@ _LLAMA3_1 = {
 PRESETS |= table(
     "Grattafiori et al. 2024, table 3; meta-llama/Meta-Llama-3-8B",
     _LLAMA3,
-    _SIZES,
+    SIZES,
     llama3_8b=(32, 32, 8, 4096, 14_336),
     llama3_70b=(80, 64, 8, 8192, 28_672),
 )
@@ -56,7 +56,7 @@ PRESETS |= table(
 PRESETS |= table(
     "Grattafiori et al. 2024, table 3; meta-llama/Llama-3.1-8B",
     _LLAMA3_1,
-    _SIZES,
+    SIZES,
     llama3_1_8b=(32, 32, 8, 4096, 14_336),
     llama3_1_70b=(80, 64, 8, 8192, 28_672),
     llama3_1_405b=(126, 128, 8, 16_384, 53_248),
@@ -65,7 +65,7 @@ PRESETS |= table(
 PRESETS |= table(
     "meta-llama/Llama-3.2-1B, Llama-3.2-3B",
     {**_LLAMA3_1, "rotary_factor": 32.0, "tie_embeddings": True},
-    _SIZES,
+    SIZES,
     llama3_2_1b=(16, 32, 8, 2048, 8192),
     llama3_2_3b=(28, 24, 8, 3072, 8192),
 )
@@ -74,28 +74,28 @@ PRESETS |= table(
 
 PRESETS |= table(
     "Jiang et al. 2023, table 1; mistralai/Mistral-7B-v0.1",
-    {**_LLAMA, "vocab_size": 32_000, "max_length": 32_768},
-    _SIZES,
+    {**LLAMA, "vocab_size": 32_000, "max_length": 32_768},
+    SIZES,
     mistral_7b=(32, 32, 8, 4096, 14_336, {"attention_pattern": ("local",), "window": 4096}),
 )
 
 PRESETS |= table(
     "mistralai/Mistral-7B-v0.3: a larger vocabulary, no window",
-    {**_LLAMA, "vocab_size": 32_768, "max_length": 32_768, "rotary_base": 1e6},
-    _SIZES,
+    {**LLAMA, "vocab_size": 32_768, "max_length": 32_768, "rotary_base": 1e6},
+    SIZES,
     mistral_7b_v0_3=(32, 32, 8, 4096, 14_336),
 )
 
 PRESETS |= table(
     "Jiang et al. 2024, table 1; mistralai/Mixtral-8x7B-v0.1",
     {
-        **_LLAMA,
+        **LLAMA,
         "vocab_size": 32_000,
         "rotary_base": 1e6,
         "num_experts": 8,
         "experts_per_token": 2,
     },
-    f"{_SIZES} max_length",
+    f"{SIZES} max_length",
     mixtral_8x7b=(32, 32, 8, 4096, 14_336, 32_768),
     mixtral_8x22b=(56, 48, 8, 6144, 16_384, 65_536),
 )
@@ -103,7 +103,7 @@ PRESETS |= table(
 PRESETS |= table(
     "Dai et al. 2024, §5.1.2; deepseek-ai/deepseek-moe-16b-base",
     {
-        **_LLAMA,
+        **LLAMA,
         "vocab_size": 102_400,
         "max_length": 4096,
         "norm_epsilon": 1e-6,
@@ -115,11 +115,11 @@ PRESETS |= table(
         "router_score": "softmax",
         "router_normalize": False,
     },
-    _SIZES,
+    SIZES,
     deepseek_moe_16b=(28, 16, 16, 2048, 10_944),
 )
 
-_LATENT = {**_LLAMA, "head_dim": 192, "kv_rank": 512, "shared_key_dim": 64, "value_dim": 128}
+_LATENT = {**LLAMA, "head_dim": 192, "kv_rank": 512, "shared_key_dim": 64, "value_dim": 128}
 _YARN = {
     "max_length": 163_840,
     "norm_epsilon": 1e-6,
@@ -148,7 +148,7 @@ PRESETS |= table(
         "dense_layers": 1,
         "router_normalize": False,
     },
-    f"{_SIZES} num_experts expert_width",
+    f"{SIZES} num_experts expert_width",
     deepseek_v2_lite=(27, 16, 16, 2048, 10_944, 64, 1408),
     deepseek_v2=(
         *(60, 128, 128, 5120, 12_288, 160, 1536),
@@ -181,7 +181,7 @@ PRESETS |= table(
         "router_groups": 8,
         "router_group_limit": 4,
     },
-    _SIZES,
+    SIZES,
     deepseek_v3=(61, 128, 128, 7168, 18_432),
 )
 
@@ -199,7 +199,7 @@ PRESETS |= table(
         "dense_layers": 1,
         "router_scale": 2.446,
     },
-    _SIZES,
+    SIZES,
     moonlight_16b_a3b=(27, 16, 16, 2048, 11_264),
 )
 
@@ -208,7 +208,7 @@ PRESETS |= table(
 PRESETS |= table(
     "HuggingFaceTB/SmolLM3-3B; every fourth layer is not rotated (Yang et al. 2025b)",
     {
-        **_LLAMA,
+        **LLAMA,
         "tie_embeddings": True,
         "vocab_size": 128_256,
         "max_length": 65_536,
@@ -216,12 +216,12 @@ PRESETS |= table(
         "rotary_pattern": (True, True, True, False),
         "norm_epsilon": 1e-6,
     },
-    _SIZES,
+    SIZES,
     smollm3_3b=(36, 16, 4, 2048, 11_008),
 )
 
 _OLMO = {
-    **_LLAMA,
+    **LLAMA,
     "rotary_base": 500_000.0,
     "norm_position": "reordered",
     "norm_epsilon": 1e-6,
@@ -232,7 +232,7 @@ _OLMO = {
 PRESETS |= table(
     "OLMo Team 2024, table 3; allenai/OLMo-2-1124-7B, OLMo-2-0425-1B, OLMo-2-0325-32B",
     {**_OLMO, "vocab_size": 100_352, "max_length": 4096},
-    _SIZES,
+    SIZES,
     olmo2_1b=(16, 16, 16, 2048, 8192),
     olmo2_7b=(32, 32, 32, 4096, 11_008),
     olmo2_13b=(40, 40, 40, 5120, 13_824),
@@ -253,14 +253,14 @@ PRESETS |= table(
         "rotary_original_length": 8192,
         "rotary_high": 32.0,
     },
-    _SIZES,
+    SIZES,
     olmo3_7b=(32, 32, 32, 4096, 11_008),
     olmo3_32b=(64, 40, 8, 5120, 27_648),
 )
 
 # ---- Qwen ------------------------------------------------------------------------------------
 
-_QWEN = {**_LLAMA, "rotary_base": 1e6, "norm_epsilon": 1e-6}
+_QWEN = {**LLAMA, "rotary_base": 1e6, "norm_epsilon": 1e-6}
 
 PRESETS |= table(
     "Qwen Team 2024, table 1; Qwen/Qwen2.5-0.5B",
@@ -271,7 +271,7 @@ PRESETS |= table(
         "max_length": 32_768,
         "tie_embeddings": True,
     },
-    _SIZES,
+    SIZES,
     qwen2_5_0_5b=(24, 14, 2, 896, 4864),
     qwen2_5_1_5b=(28, 12, 2, 1536, 8960),
     qwen2_5_3b=(36, 16, 2, 2048, 11_008),
@@ -280,7 +280,7 @@ PRESETS |= table(
 PRESETS |= table(
     "Qwen Team 2024, table 1; Qwen/Qwen2.5-7B",
     {**_QWEN, "qkv_bias": True, "vocab_size": 152_064, "max_length": 131_072},
-    f"{_SIZES} norm_epsilon",
+    f"{SIZES} norm_epsilon",
     qwen2_5_7b=(28, 28, 4, 3584, 18_944, 1e-6),
     qwen2_5_14b=(48, 40, 8, 5120, 13_824, 1e-5),
     qwen2_5_32b=(64, 40, 8, 5120, 27_648, 1e-5),
@@ -290,7 +290,7 @@ PRESETS |= table(
 PRESETS |= table(
     "Yang et al. 2025, table 1; Qwen/Qwen3-0.6B",
     {**_QWEN, "qk_norm": True, "head_dim": 128, "vocab_size": 151_936, "max_length": 40_960},
-    f"{_SIZES} tie_embeddings",
+    f"{SIZES} tie_embeddings",
     qwen3_0_6b=(28, 16, 8, 1024, 3072, True),
     qwen3_1_7b=(28, 16, 8, 2048, 6144, True),
     qwen3_4b=(36, 32, 8, 2560, 9728, True),
@@ -310,7 +310,7 @@ PRESETS |= table(
         "num_experts": 128,
         "experts_per_token": 8,
     },
-    f"{_SIZES} expert_width",
+    f"{SIZES} expert_width",
     qwen3_30b_a3b=(48, 32, 4, 2048, 6144, 768),
     qwen3_235b_a22b=(94, 64, 4, 4096, 12_288, 1536),
 )
@@ -320,7 +320,7 @@ PRESETS |= table(
 PRESETS |= table(
     "OpenAI 2025, table 1; openai/gpt-oss-20b",
     {
-        **_LLAMA,
+        **LLAMA,
         "activation": "swiglu_clipped",
         "vocab_size": 201_088,
         "max_length": 131_072,
@@ -339,7 +339,7 @@ PRESETS |= table(
         "expert_bias": True,
         "experts_per_token": 4,
     },
-    f"{_SIZES} num_experts",
+    f"{SIZES} num_experts",
     gpt_oss_20b=(24, 64, 8, 2880, 2880, 32),
     gpt_oss_120b=(36, 64, 8, 2880, 2880, 128),
 )
@@ -347,7 +347,7 @@ PRESETS |= table(
 # ---- Gemma -----------------------------------------------------------------------------------
 
 _GEMMA = {
-    **_LLAMA,
+    **LLAMA,
     "tie_embeddings": True,
     "embedding_scale": 0.0,
     "norm_position": "sandwich",
@@ -367,7 +367,7 @@ PRESETS |= table(
         "attention_softcap": 50.0,
         "logits_softcap": 30.0,
     },
-    f"{_SIZES} head_dim attention_scale",
+    f"{SIZES} head_dim attention_scale",
     gemma2_2b=(26, 8, 4, 2304, 9216, 256, 256**-0.5),
     gemma2_9b=(42, 16, 8, 3584, 14_336, 256, 256**-0.5),
     gemma2_27b=(46, 32, 16, 4608, 36_864, 128, 144**-0.5),  # of width / heads
@@ -384,7 +384,7 @@ _GEMMA3 = {
 PRESETS |= table(
     "Gemma Team 2025, table 1; google/gemma-3-1b-pt, gemma-3-270m",
     {**_GEMMA3, "vocab_size": 262_144, "max_length": 32_768, "window": 512, "head_dim": 256},
-    _SIZES,
+    SIZES,
     gemma3_270m=(18, 4, 1, 640, 2048),
     gemma3_1b=(26, 4, 1, 1152, 6912),
 )
@@ -399,7 +399,7 @@ PRESETS |= table(
         "rotary_scaling": "linear",
         "rotary_factor": 8.0,
     },
-    f"{_SIZES} head_dim attention_scale",
+    f"{SIZES} head_dim attention_scale",
     gemma3_4b=(34, 8, 4, 2560, 10_240, 256, 256**-0.5),
     gemma3_12b=(48, 16, 8, 3840, 15_360, 256, 256**-0.5),
     gemma3_27b=(62, 32, 16, 5376, 21_504, 128, 168**-0.5),  # of width / heads
@@ -415,6 +415,6 @@ PRESETS |= table(
         "head_dim": 256,
         "window": 257,  # 512 on both sides together
     },
-    _SIZES,
+    SIZES,
     embeddinggemma_300m=(24, 3, 1, 768, 1152),
 )

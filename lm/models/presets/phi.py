@@ -1,15 +1,8 @@
 """Phi-3 and its heirs (Abdin et al. 2024a, 2024b)."""
 
+from lm.models.presets.llama import LLAMA, SIZES
 from lm.models.presets.table import table
 
-_PHI = {
-    "tie_embeddings": False,
-    "positions": "rotary",
-    "norm": "rmsnorm",
-    "activation": "swiglu",
-    "initializer": "normal",
-}
-_SIZES = "num_layers num_heads num_kv_heads width mlp_width"
 _WINDOW = {"attention_pattern": ("local",)}
 _LONG = {
     "max_length": 131_072,
@@ -58,8 +51,8 @@ _LONG_4 = (
 
 PRESETS = table(
     "Abdin et al. 2024a, §2; microsoft/Phi-3-mini-4k-instruct, Phi-3-medium-4k-instruct",
-    {**_PHI, "vocab_size": 32_064, "max_length": 4096, **_WINDOW, "window": 2047},
-    _SIZES,
+    {**LLAMA, "vocab_size": 32_064, "max_length": 4096, **_WINDOW, "window": 2047},
+    SIZES,
     phi3_mini_4k=(32, 32, 32, 3072, 8192),
     phi3_medium_4k=(40, 40, 10, 5120, 17_920),
 )
@@ -67,27 +60,27 @@ PRESETS = table(
 PRESETS |= table(
     "Abdin et al. 2024a, §2; microsoft/Phi-3.5-mini-instruct",
     {
-        **_PHI,
+        **LLAMA,
         **_LONG,
         "vocab_size": 32_064,
         "rotary_short": _SHORT_3_5,
         "rotary_long": _LONG_3_5,
     },
-    _SIZES,
+    SIZES,
     phi3_5_mini=(32, 32, 32, 3072, 8192),
 )
 
 PRESETS |= table(
     "Abdin et al. 2024b, §3; microsoft/phi-4",
-    {**_PHI, "vocab_size": 100_352, "max_length": 16_384, "rotary_base": 250_000.0},
-    _SIZES,
+    {**LLAMA, "vocab_size": 100_352, "max_length": 16_384, "rotary_base": 250_000.0},
+    SIZES,
     phi4=(40, 40, 10, 5120, 17_920),
 )
 
 PRESETS |= table(
     "Abouelenin et al. 2025, §2; microsoft/Phi-4-mini-instruct",
     {
-        **_PHI,
+        **LLAMA,
         **_LONG,
         "tie_embeddings": True,
         "vocab_size": 200_064,
@@ -95,6 +88,6 @@ PRESETS |= table(
         "rotary_short": (1.0,) * 48,
         "rotary_long": _LONG_4,
     },
-    _SIZES,
+    SIZES,
     phi4_mini=(32, 24, 8, 3072, 8192),
 )
